@@ -1,0 +1,165 @@
+"""What a training run is: one frozen dataclass, and everything derived from its fields.
+
+The flags of ``scripts/train.py``, the keys of a YAML file, the validation and ``--print-config`` all
+come from the fields of `Config`, so a new option is one new field; ``flags.py`` reads them. Nothing
+here imports TensorFlow or MPI: ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from tf_dist.errors import UsageError
+
+
+def option(
+    default: Any, group: str, text: str, *, choices: tuple[str, ...] = (), least: float | None = None
+) -> Any:
+    """Declare one option: its default, the heading it stands under in ``--help``, and what it means."""
+    metadata = {"group": group, "text": text, "choices": choices, "least": least}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run. Units: sizes in rows or tokens, rates per optimizer step, names as in the field.
+
+    Raises:
+        UsageError: a value is out of range, or two values cannot hold together.
+    """
+
+    # fmt: off
+    data: tuple[str, ...] = option(("stdlib",), "data", "files, globs, folders, a name of data/datasets.yaml, or `stdlib`: the Python standard library's own sources")  # noqa: E501
+    text_column: str = option("text", "data", "the column that holds the text in .csv .tsv .jsonl .parquet")
+    tokenizer: str = option("bpe", "data", "byte, char, bpe (trained on the corpus), or the path of a tokenizer.json")  # noqa: E501
+    vocab_size: int = option(0, "data", "tokens in the vocabulary; 0: as many as needed (bpe: 2048)", least=0)
+    val_fraction: float = option(0.1, "data", "share of the text kept for validation, split by document", least=0)  # noqa: E501
+    errors: str = option("strict", "data", "bytes that are not UTF-8: stop there, or replace and count them", choices=("strict", "replace"))  # noqa: E501
+    max_bytes: int = option(4_000_000, "data", "use at most this much of the stdlib corpus; 0: all of it", least=0)  # noqa: E501
+    prepared_dir: str = option("data/prepared", "data", "where prepared tokens are kept and found again")
+
+    model: str = option("transformer", "model", "transformer, lstm, or package.module:function, called with the configuration, returning a keras.Model")  # noqa: E501
+    layers: int = option(4, "model", "number of layers", least=1)
+    width: int = option(128, "model", "width of the residual stream, or units of each LSTM layer", least=1)
+    heads: int = option(4, "model", "attention heads; must divide the width", least=1)
+    seq_len: int = option(128, "model", "tokens in a sequence", least=1)
+    dropout: float = option(0.0, "model", "share of activations dropped in training", least=0)
+    tie_embeddings: bool = option(True, "model", "use the embedding matrix again as the output layer")
+
+    global_batch_size: int = option(32, "batch", "sequences in one optimizer step, over all ranks", least=1)
+    micro_batch_size: int = option(0, "batch", "sequences in one forward and backward pass; must divide the global batch; 0: chosen, see the banner", least=0)  # noqa: E501
+    steps: int = option(0, "batch", "optimizer steps; 0: as many as the epochs take, or 400", least=0)
+    epochs: int = option(0, "batch", "passes over the training data, when steps is 0", least=0)
+    seed: int = option(1, "batch", "of the split, the order, the initial weights and dropout", least=0)
+
+    optimizer: str = option("adamw", "optimizer", "the name of a Keras optimizer: adam, adamw, sgd, lion, ...")  # noqa: E501
+    optimizer_args: dict[str, Any] = option({}, "optimizer", "more arguments for it, as in beta_2=0.99,epsilon=1e-8")  # noqa: E501
+    learning_rate: float = option(1e-3, "optimizer", "the peak learning rate", least=0)
+    min_learning_rate: float = option(1e-4, "optimizer", "where linear, cosine and 1cycle end", least=0)
+    schedule: str = option("cosine", "optimizer", "how the learning rate falls after the warm-up", choices=("constant", "linear", "cosine", "1cycle"))  # noqa: E501
+    warmup_steps: int = option(20, "optimizer", "steps of linear growth from 0 to the peak", least=0)
+    weight_decay: float = option(0.1, "optimizer", "decoupled decay of matrices (not of biases and gains)", least=0)  # noqa: E501
+    clip_norm: float = option(1.0, "optimizer", "largest global norm of the mean gradient; 0: no clipping", least=0)  # noqa: E501
+
+    update: str = option("allreduce", "ranks", "how gradients become the same new weights everywhere", choices=("allreduce", "master"))  # noqa: E501
+    backend: str = option("mpi", "ranks", "who carries the bytes", choices=("mpi", "horovod"))
+    threads_per_rank: int = option(0, "ranks", "TensorFlow threads in each rank; 0: this rank's share of the node's cores", least=0)  # noqa: E501
+
+    run_dir: str = option("", "run", "folder of this run; empty: a new one under runs/")
+    resume: str = option("auto", "run", "auto: go on from the newest checkpoint of the run folder; never: start anew, older files are moved aside; or the path of a run folder or checkpoint")  # noqa: E501
+    save_every: int = option(200, "run", "steps between checkpoints; 0: only at the end", least=0)
+    keep: int = option(3, "run", "newest checkpoints kept", least=1)
+    eval_every: int = option(100, "run", "steps between validations; 0 is never", least=0)
+    log_every: int = option(10, "run", "steps between lines of progress", least=1)
+    progress: str = option("auto", "run", "plain lines, a bar (auto: where one process has a terminal), or nothing", choices=("auto", "plain", "bar", "none"))  # noqa: E501
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check_value(field, getattr(self, field.name))
+        self._check_together()
+
+    def _check_together(self) -> None:
+        if self.val_fraction >= 1:
+            raise UsageError(
+                f"val_fraction is {self.val_fraction}, which leaves nothing to train on; use 0.1"
+            )
+        if self.dropout >= 1:
+            raise UsageError(f"dropout is {self.dropout}, which drops everything; use a value below 1")
+        if self.global_batch_size % self.micro_batch_rows:
+            fits = [n for n in range(1, self.global_batch_size + 1) if self.global_batch_size % n == 0]
+            raise UsageError(
+                f"micro_batch_size {self.micro_batch_size} does not divide global_batch_size "
+                f"{self.global_batch_size}. Divisors: {', '.join(map(str, fits))}"
+            )
+        if self.model == "transformer" and self.width % self.heads:
+            raise UsageError(
+                f"heads {self.heads} does not divide width {self.width}: every head has the same width"
+            )
+        if self.steps and self.epochs:
+            raise UsageError(f"both steps ({self.steps}) and epochs ({self.epochs}) are set: leave one at 0")
+        if ":" not in self.model and self.model not in ("transformer", "lstm"):
+            raise UsageError(
+                f"unknown model {self.model!r}: transformer, lstm or package.module:function"
+                + did_you_mean(self.model, ("transformer", "lstm"))
+            )
+
+    @property
+    def micro_batch_rows(self) -> int:
+        """Sequences in a micro-batch, chosen when not given."""
+        if self.micro_batch_size:
+            return self.micro_batch_size
+        return default_micro_batch(self.global_batch_size)
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches in one global batch."""
+        return self.global_batch_size // self.micro_batch_rows
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every field as plain JSON and YAML values, in the order of declaration."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    def as_yaml(self) -> str:
+        """Every field as a YAML file that ``--config`` accepts."""
+        text = io.StringIO()
+        yaml.safe_dump(self.as_dict(), text, sort_keys=False, allow_unicode=True)
+        return text.getvalue()
+
+
+def default_micro_batch(global_batch_size: int) -> int:
+    """The largest divisor of the global batch that still makes at least four micro-batches.
+
+    It may not look at the number of ranks, or results would depend on it.
+    """
+    largest = max(1, global_batch_size // 4)
+    return next(rows for rows in range(largest, 0, -1) if global_batch_size % rows == 0)
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """The nearest known word as the end of an error message, or nothing."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f". Did you mean {near[0]!r}?" if near else ""
+
+
+def _check_value(field: dataclasses.Field[Any], value: Any) -> None:
+    choices, least = field.metadata["choices"], field.metadata["least"]
+    if choices and value not in choices:
+        raise UsageError(
+            f"{field.name} is {value!r}: choose one of {', '.join(choices)}"
+            + did_you_mean(str(value), choices)
+        )
+    if least is not None and not value >= least:
+        raise UsageError(f"{field.name} is {value}: it must be at least {least:g}")
+    if isinstance(value, float) and value in (float("inf"), float("-inf")):
+        raise UsageError(f"{field.name} is {value}: it must be finite")

@@ -1,0 +1,55 @@
+"""What can go wrong, and the exit code each kind ends the job with.
+
+The codes follow BSD's sysexits where one fits. ``docs/guide.md`` lists them for users; scripts and
+job systems may rely on them. An error's text says what happened, why, and what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class TfDistError(Exception):
+    """A failure we foresaw. ``exit_code`` is the status the whole job ends with."""
+
+    exit_code = 70
+
+
+class UsageError(TfDistError, ValueError):
+    """A flag, configuration key or argument that cannot be right."""
+
+    exit_code = 64
+
+
+class DataError(TfDistError, ValueError):
+    """Text or tokens that are missing, unreadable or too few."""
+
+    exit_code = 65
+
+
+class BackendMissing(TfDistError, ImportError):
+    """The chosen backend is not installed, or was built for something else."""
+
+    exit_code = 69
+
+
+class SavedAndStopped(TfDistError):
+    """The job was asked to stop, saved a checkpoint and can be started again."""
+
+    exit_code = 75
+
+
+class NumericError(TfDistError, ArithmeticError):
+    """NaN or infinity where training cannot go on."""
+
+    exit_code = 76
+
+
+class CheckpointError(TfDistError):
+    """No checkpoint that can be used, or one that does not fit this run."""
+
+    exit_code = 77
+
+
+class LaunchError(TfDistError, RuntimeError):
+    """The job was started in a way that cannot work, or its ranks do not agree."""
+
+    exit_code = 78

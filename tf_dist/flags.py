@@ -1,0 +1,174 @@
+"""Flags and YAML files -> `Config`.
+
+Order of precedence: defaults < ``--config FILE.yaml`` < flags. Everything is derived from the fields
+of `Config`; nothing here knows one option from another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tf_dist.config import Config, did_you_mean
+from tf_dist.errors import UsageError
+
+CONFIG_BYTES_LIMIT = 1 << 20
+
+
+def field_types() -> dict[str, Any]:
+    """The Python type of every field."""
+    return typing.get_type_hints(Config)
+
+
+def from_mapping(values: Mapping[str, Any], source: str) -> Config:
+    """A Config of defaults and ``values``.
+
+    Args:
+        values: field names and plain values, as read from YAML or JSON.
+        source: what to call them in an error, for instance the file's name.
+
+    Raises:
+        UsageError: an unknown key, or a value of another type.
+    """
+    return Config(**_typed(values, source))
+
+
+def _typed(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    wanted = field_types()
+    checked = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in wanted:
+            raise UsageError(f"{source}: unknown key {key!r}{did_you_mean(name, list(wanted))}")
+        checked[name] = _convert(name, value, wanted[name], source)
+    return checked
+
+
+def _convert(name: str, value: Any, kind: Any, source: str) -> Any:
+    """A YAML value as the field's type; only conversions that cannot surprise."""
+    if typing.get_origin(kind) is tuple:
+        parts = [value] if isinstance(value, str) else value
+        if isinstance(parts, list | tuple) and parts and all(isinstance(part, str) for part in parts):
+            return tuple(parts)
+    elif typing.get_origin(kind) is dict:
+        if isinstance(value, dict):
+            return {str(key): item for key, item in value.items()}
+    elif kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        # YAML reads 1e-3 (without a dot) as a string.
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    elif type(value) is kind:
+        return value
+    raise UsageError(f"{source}: {name} is {value!r}, which is not of type {_type_name(kind)}")
+
+
+def _type_name(kind: Any) -> str:
+    return str(kind) if typing.get_origin(kind) else str(kind.__name__)
+
+
+def read_config_file(path: str) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        UsageError: there is no such file, it is too large, or it is not a YAML mapping.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            raw = file.read(CONFIG_BYTES_LIMIT + 1)
+        if len(raw) > CONFIG_BYTES_LIMIT:
+            raise UsageError(f"{path} is larger than {CONFIG_BYTES_LIMIT} bytes: is it a configuration file?")
+        values = yaml.safe_load(raw)
+    except OSError as error:
+        raise UsageError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not YAML: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} holds a {type(values).__name__}, not `key: value` lines")
+    return values
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises instead of exiting, so that one rank can speak for all."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        unknown = [word.rstrip(":").split("=")[0] for word in message.split() if word.startswith("--")]
+        hint = did_you_mean(unknown[0], flags) if unknown and unknown[0] not in flags else ""
+        raise UsageError(f"{message}{hint} (see --help)")
+
+
+def parser(description: str, groups: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """Flags for the fields of `Config`: all of them, or those of some groups."""
+    made = _Parser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    fields = [
+        field for field in dataclasses.fields(Config) if not groups or field.metadata["group"] in groups
+    ]
+    headings = {
+        name: made.add_argument_group(name) for name in dict.fromkeys(f.metadata["group"] for f in fields)
+    }
+    kinds = field_types()
+    for field in fields:
+        _add_flag(headings[field.metadata["group"]], field, kinds[field.name])
+    return made
+
+
+def _add_flag(heading: Any, field: dataclasses.Field[Any], kind: Any) -> None:
+    flag = "--" + field.name.replace("_", "-")
+    default = field.default if field.default is not dataclasses.MISSING else ""
+    shown = " ".join(default) if isinstance(default, tuple) else default
+    text = field.metadata["text"] + (f" [{shown}]" if shown != "" else "")
+    settings: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
+    if kind is bool:
+        settings["action"] = argparse.BooleanOptionalAction
+    elif typing.get_origin(kind) is tuple:
+        settings.update(nargs="+", metavar="SOURCE")
+    elif typing.get_origin(kind) is dict:
+        settings.update(type=_key_values, metavar="KEY=VALUE,...")
+    else:
+        settings.update(type=kind, metavar="|".join(field.metadata["choices"]) or kind.__name__.upper())
+    heading.add_argument(flag, **settings)
+
+
+def _key_values(text: str) -> dict[str, Any]:
+    """``a=1,b=true`` as ``{"a": 1, "b": True}``; values are YAML scalars, and 1e-8 is a number."""
+    pairs = {}
+    for part in filter(None, text.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals or not key.strip().isidentifier():
+            raise argparse.ArgumentTypeError(f"{part!r} is not KEY=VALUE")
+        try:
+            pairs[key.strip()] = float(value) if "e" in value.lower() else yaml.safe_load(value)
+        except (ValueError, yaml.YAMLError):
+            pairs[key.strip()] = yaml.safe_load(value)
+    return pairs
+
+
+def from_command_line(argv: Sequence[str], description: str) -> tuple[Config, bool]:
+    """The Config that flags and the file they name ask for, and whether only to print it.
+
+    Raises:
+        UsageError: see `from_mapping`; also an unknown flag.
+        SystemExit: ``--help`` was asked for, and has been answered.
+    """
+    flags = parser(description)
+    flags.add_argument("--config", metavar="FILE.yaml", help="read options from a file; flags override it")
+    flags.add_argument(
+        "--print-config", action="store_true", help="print the resolved options as YAML and stop"
+    )
+    given = vars(flags.parse_args(list(argv)))
+    path, only_print = given.pop("config"), given.pop("print_config")
+    from_file = _typed(read_config_file(path), path) if path else {}
+    from_flags = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    return Config(**{**from_file, **from_flags}), only_print
