@@ -1,0 +1,1 @@
+"""How ranks talk. The only room that imports mpi4py or horovod."""

@@ -1,0 +1,204 @@
+"""How a job ends: all ranks together, with one voice, and never by waiting for ever.
+
+Under plain ``mpirun`` a rank that raises leaves the others inside a collective for good. `Ending`
+makes three promises:
+
+* An uncaught error on *every* rank (bad flags, a missing file) is printed once and ends the job with
+  that error's exit code.
+* An uncaught error, or ``sys.exit`` with a status, on *some* ranks is printed by those ranks with its
+  traceback, and the whole job is aborted with exit code 70 (or the code of a `TfDistError`).
+* A rank that simply leaves, while another waits for it in a collective, is named and the job is
+  aborted with exit code 70.
+
+The ranks find each other on a communicator of their own, so nothing here disturbs the training.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from types import TracebackType
+from typing import Any, NoReturn
+
+from tf_dist.comm.base import Comm
+from tf_dist.errors import TfDistError
+
+# How long a failing rank waits for the others to fail too, before it speaks for itself.
+RENDEZVOUS_S = 1.0
+# How often rank 0 (or, when it has left, everyone) looks for notes of ranks that left.
+LOOK_EVERY_S = 0.25
+# How long a collective may still take after a rank has left: what it sent before may be under way.
+GRACE_S = 2.0
+NOTE_TAG = 7
+EXIT_RANK_FAILED = TfDistError.exit_code
+
+
+class Ending:
+    """Installs the hooks; made once, by ``connect()``.
+
+    Args:
+        mpi: an MPI communicator of its own, or None for one process.
+        can_watch: whether MPI may be called from a second thread.
+    """
+
+    def __init__(self, mpi: Any, can_watch: bool) -> None:
+        self._mpi: Any = mpi if mpi is not None and mpi.Get_size() > 1 else None
+        self.rank = mpi.Get_rank() if mpi is not None else 0
+        # Ranks above 0 later send their stdout and stderr to a log file; last words go to the terminal.
+        self._console = os.fdopen(os.dup(2), "w", buffering=1, errors="replace")
+        self._comm: Comm | None = None
+        self._exit: tuple[Any, str] | None = None
+        self._left = threading.Event()
+        self._original_exit = sys.exit
+        sys.excepthook = self._on_exception
+        threading.excepthook = self._on_thread_exception
+        sys.exit = self._on_exit
+        atexit.register(self._leave)
+        self._watcher = threading.Thread(target=self._watch, name="tf_dist-ending", daemon=True)
+        if self._mpi is not None and can_watch:
+            self._watcher.start()
+
+    def watch(self, comm: Comm) -> None:
+        """Name the Comm whose collectives must not wait for a rank that has left."""
+        self._comm = comm
+
+    def speak(self, text: str) -> None:
+        """Print on the terminal, from whichever rank."""
+        self._console.write(text if text.endswith("\n") else text + "\n")
+        self._console.flush()
+
+    # Errors --------------------------------------------------------------------------------------
+
+    def _on_exception(
+        self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
+        foreseen = isinstance(error, TfDistError)
+        message = f"error: {error}" if foreseen else "".join(traceback.format_exception(kind, error, trace))
+        code = error.exit_code if isinstance(error, TfDistError) else EXIT_RANK_FAILED
+        self._fail(message, code)
+
+    def _on_thread_exception(self, arguments: threading.ExceptHookArgs) -> None:
+        lines = traceback.format_exception(arguments.exc_type, arguments.exc_value, arguments.exc_traceback)
+        name = arguments.thread.name if arguments.thread else "?"
+        self.speak(f"rank {self.rank}, thread {name}:\n" + "".join(lines))
+        self._abort(EXIT_RANK_FAILED)
+
+    def _fail(self, message: str, code: int) -> NoReturn:
+        """Say why, once, and end the job."""
+        _flush()
+        if self._mpi is None:
+            self.speak(message)
+        elif self._everyone_is_here():
+            self._speak_once(message)
+        else:
+            self.speak(f"rank {self.rank}: {message}")
+            self._abort(code)
+        self._left.set()
+        self._exit = None
+        raise SystemExit(code)
+
+    def _everyone_is_here(self) -> bool:
+        """Whether all ranks fail, within a second of each other."""
+        request = self._mpi.Ibarrier()
+        deadline = time.monotonic() + RENDEZVOUS_S
+        while time.monotonic() < deadline:
+            if request.Test():
+                return True
+            time.sleep(0.005)
+        return False
+
+    def _speak_once(self, message: str) -> None:
+        """The lowest rank with each message says it; called by all ranks."""
+        raw = json.dumps(message).encode()
+        everyone = [json.loads(part) for part in _allgather(self._mpi, raw)]
+        speakers = [rank for rank, said in enumerate(everyone) if said == message]
+        if self.rank == speakers[0]:
+            who = "" if len(speakers) == len(everyone) else f"{_ranks(speakers)}: "
+            self.speak(who + message)
+        self._mpi.Barrier()
+
+    def _abort(self, code: int) -> NoReturn:
+        _flush()
+        if self._mpi is not None:
+            self._mpi.Abort(code)
+        os._exit(code)
+
+    # Leaving -------------------------------------------------------------------------------------
+
+    def _on_exit(self, status: Any = None, /) -> NoReturn:
+        self._exit = (status, "".join(traceback.format_stack()[:-1]))
+        self._original_exit(status)
+
+    def _leave(self) -> None:
+        """At exit of the interpreter, before MPI is finalized."""
+        if self._left.is_set():
+            return
+        status, stack = self._exit or (0, "")
+        self._left.set()
+        if self._mpi is None:
+            return
+        if status not in (0, None) and not self._everyone_is_here():
+            self.speak(f"rank {self.rank} called sys.exit({status!r}) while other ranks go on:\n{stack}")
+            self._abort(EXIT_RANK_FAILED)
+        if self._watcher.is_alive():
+            self._watcher.join()
+            self._send_notes(stack)
+
+    def _send_notes(self, stack: str) -> None:
+        """Tell rank 0 that this rank has left; rank 0 tells everyone: 2(R - 1) notes in all."""
+        note = json.dumps({"rank": self.rank, "stack": stack[-4000:]}).encode()
+        for other in range(self._mpi.Get_size()) if self.rank == 0 else [0]:
+            if other != self.rank:
+                self._mpi.Isend(bytearray(note), dest=other, tag=NOTE_TAG).Free()
+
+    def _watch(self) -> None:
+        departed: dict[int, tuple[float, str]] = {}
+        while not self._left.wait(LOOK_EVERY_S):
+            note = self._receive_note()
+            if note:
+                departed[note["rank"]] = (time.monotonic(), note["stack"])
+            waiting = self._comm.waiting if self._comm else None
+            if departed and waiting:
+                self._end_if_stuck(departed, waiting)
+
+    def _receive_note(self) -> dict[str, Any] | None:
+        from mpi4py import MPI
+
+        status = MPI.Status()
+        if not self._mpi.Iprobe(MPI.ANY_SOURCE, NOTE_TAG, status):
+            return None
+        raw = bytearray(status.Get_count(MPI.BYTE))
+        self._mpi.Recv(raw, source=status.Get_source(), tag=NOTE_TAG)
+        return dict(json.loads(raw))
+
+    def _end_if_stuck(self, departed: dict[int, tuple[float, str]], waiting: tuple[str, float]) -> None:
+        verb, since = waiting
+        rank, (left_at, stack) = next(iter(departed.items()))
+        if time.monotonic() - max(since, left_at) < GRACE_S:
+            return
+        how = f"called sys.exit:\n{stack}" if stack else "has ended"
+        self.speak(f"rank {rank} left the job while rank {self.rank} waits for it in {verb}. It {how}")
+        self._abort(EXIT_RANK_FAILED)
+
+
+def _allgather(mpi: Any, raw: bytes) -> list[bytes]:
+    from tf_dist.comm.mpi import MPIComm
+
+    return MPIComm(mpi)._allgather_bytes(raw)
+
+
+def _ranks(ranks: list[int]) -> str:
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            pass

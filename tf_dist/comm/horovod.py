@@ -1,0 +1,80 @@
+"""`HorovodComm`: the verbs of `Comm`, carried by Horovod's tensor operations.
+
+Only ``hvd.allreduce``, ``hvd.allgather`` and ``hvd.broadcast`` on plain tensors are used. Horovod's
+optimizer and callbacks are not: under Keras 3 they are never called, and training runs
+unsynchronised without an error (``scripts/check_peers.py`` shows it).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tf_dist.comm.base import Comm
+from tf_dist.errors import BackendMissing
+
+HOW_TO_GET_IT = (
+    "`--backend horovod` needs Horovod 0.28.1 built for this TensorFlow: run `make horovod`. "
+    "The built-in `--backend mpi` needs nothing and is faster."
+)
+
+
+class HorovodComm(Comm):
+    """All ranks of the job, as Horovod sees them.
+
+    Raises:
+        BackendMissing: Horovod is not installed, or not built for this TensorFlow.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._hvd = _import_horovod()
+        self._hvd.init()
+        self.rank = self._hvd.rank()
+        self.size = self._hvd.size()
+
+    def _allreduce(self, array: np.ndarray) -> None:
+        total = self._hvd.allreduce(_tensor(array), op=self._hvd.Sum, name=_name("allreduce", array))
+        array[:] = np.asarray(total)
+
+    def _broadcast(self, array: np.ndarray, root: int) -> None:
+        array[:] = np.asarray(
+            self._hvd.broadcast(_tensor(array), root_rank=root, name=_name("broadcast", array))
+        )
+
+    def _gather(self, array: np.ndarray, root: int) -> np.ndarray | None:
+        # Horovod has no gather to one rank: every rank gets everything.
+        rows = self._hvd.allgather(_tensor(array), name=_name("gather", array))
+        return np.array(rows).reshape(self.size, -1) if self.rank == root else None
+
+    def _barrier(self) -> None:
+        self._hvd.allreduce(_tensor(np.zeros(1, np.float32)), op=self._hvd.Sum, name="tf_dist.barrier")
+
+    def _allgather_bytes(self, raw: bytes) -> list[bytes]:
+        counts = np.array(self._hvd.allgather(_tensor(np.array([len(raw)], np.int64)), name="tf_dist.counts"))
+        everything = np.array(
+            self._hvd.allgather(_tensor(np.frombuffer(raw, np.uint8)), name="tf_dist.bytes")
+        )
+        return [part.tobytes() for part in np.split(everything, np.cumsum(counts)[:-1])]
+
+
+def _name(verb: str, array: np.ndarray) -> str:
+    """A name that all ranks agree on, and the same each time: Horovod pairs and caches operations by it."""
+    return f"tf_dist.{verb}.{array.dtype}.{array.size}"
+
+
+def _tensor(array: np.ndarray) -> Any:
+    import tensorflow as tf
+
+    return tf.convert_to_tensor(array)
+
+
+def _import_horovod() -> Any:
+    try:
+        import horovod.tensorflow as hvd
+    except ImportError as error:
+        raise BackendMissing(f"{HOW_TO_GET_IT} (Python said: {error})") from error
+    except Exception as error:  # HorovodVersionMismatchError, undefined symbols: not one class
+        raise BackendMissing(f"Horovod is installed but does not load ({error}). {HOW_TO_GET_IT}") from error
+    return hvd
