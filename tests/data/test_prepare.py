@@ -1,0 +1,296 @@
+import json
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tf_dist.data import corpus as corpus_module
+from tf_dist.data import prepare as prepare_function
+from tf_dist.data import prepared as prepared_module
+from tf_dist.data.corpus import Corpus
+from tf_dist.data.prepared import open_prepared
+from tf_dist.data.tokenizer import train_tokenizer
+from tf_dist.errors import DataError, UsageError
+
+ROOT = Path(__file__).resolve().parents[2]
+prepare_module = sys.modules["tf_dist.data.prepare"]
+
+
+def texts(folder, *contents):
+    folder.mkdir(exist_ok=True)
+    for number, content in enumerate(contents):
+        (folder / f"{number:03}.txt").write_text(content, encoding="utf-8", newline="")
+    return str(folder)
+
+
+def run(tmp_path, source, said=None, **options):
+    say = (said if said is not None else []).append
+    options = {"tokenizer": "byte", **options}
+    return prepare_function((source,), folder=tmp_path / "prepared", say=say, **options)
+
+
+def only(tmp_path):
+    """The one prepared folder; nothing else may be left."""
+    (folder,) = [path for path in (tmp_path / "prepared").iterdir() if path.name != ".lock"]
+    return folder
+
+
+def test_documents_are_joined_by_end_of_text(tmp_path):
+    contents = [f"document {number} é" for number in range(10)]
+    done = run(tmp_path, texts(tmp_path / "t", *contents), val_fraction=0.2)
+    read = []
+    for side in (done.train, done.val):
+        pieces = "".join(chr(256) if token == 256 else chr(token) for token in side)
+        assert pieces.endswith(chr(256))
+        read.append([piece.encode("latin-1").decode() for piece in pieces[:-1].split(chr(256))])
+    assert sorted(read[0] + read[1]) == contents
+    assert [len(side) for side in read] == [8, 2]
+    assert done.meta["documents"] == {"train": 8, "val": 2}
+    assert done.meta["text_bytes"] == {"train": 8 * 13, "val": 2 * 13}
+    assert done.meta["tokens"] == {"train": 8 * 14, "val": 2 * 14}
+    assert (done.meta["dtype"], done.meta["split"]) == ("uint16", "document")
+    assert re.fullmatch("t-[0-9a-f]{12}", done.path.name)
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "char", "bpe"])
+def test_one_document_is_cut_and_gets_no_end(tmp_path, tokenizer):
+    said = []
+    text = "To be, or not to be: é! " * 50
+    (tmp_path / "one.txt").write_text(text, encoding="utf-8")
+    done = run(tmp_path, str(tmp_path / "one.txt"), said, tokenizer=tokenizer)
+    at = int(len(text) * 0.9)
+    assert done.tokenizer.decode(done.train) == text[:at]
+    assert done.tokenizer.decode(done.val) == text[at:]
+    assert done.tokenizer.end_of_text not in [*done.train, *done.val]
+    assert done.meta["split"] == "position"
+    assert done.meta["documents"] == {"train": 1, "val": 1}
+    assert any(f"first {at:,} characters" in line for line in said)
+
+
+@pytest.mark.parametrize("contents", [["a" * 30], ["a" * 30, "b" * 5]])
+def test_no_validation(tmp_path, contents):
+    done = run(tmp_path, texts(tmp_path / "t", *contents), val_fraction=0)
+    assert done.val.shape == (0,)
+    assert len(done.train) == sum(map(len, contents)) + (len(contents) if len(contents) > 1 else 0)
+    assert (done.meta["split"], done.meta["documents"]["val"]) == ("none", 0)
+
+
+def test_pieces_of_long_documents_give_the_same_tokens(monkeypatch, tmp_path):
+    text = "".join(f"line {number} of\n\n  it, and on\n" for number in range(300))
+    source = texts(tmp_path / "t", text, text[::-1])
+    whole = run(tmp_path, source, tokenizer="bpe", vocab_size=300)
+    monkeypatch.setattr(corpus_module, "PIECE_CHARACTERS", 200)
+    monkeypatch.setattr(prepare_module, "BATCH_CHARACTERS", 500)
+    other = prepare_function((source,), tokenizer="bpe", vocab_size=300, folder=tmp_path / "q", say=str)
+    assert other.meta["content_sha256"] == whole.meta["content_sha256"]
+    one = tmp_path / "t" / "000.txt"
+    cut = prepare_function((str(one),), tokenizer="byte", folder=tmp_path / "q", say=str)
+    assert cut.tokenizer.decode(cut.train) + cut.tokenizer.decode(cut.val) == text
+
+
+def test_found_again_and_made_anew_when_a_file_or_option_changes(tmp_path):
+    source = texts(tmp_path / "t", "aaa", "bbb", "ccc")
+    first = run(tmp_path, source)
+    made = (first.path / "meta.json").stat().st_mtime_ns
+    again = run(tmp_path, source)
+    assert again.path == first.path
+    assert (again.path / "meta.json").stat().st_mtime_ns == made
+    assert run(tmp_path, source, seed=2).path != first.path
+    assert run(tmp_path, source, vocab_size=300).path != first.path
+    os.utime(tmp_path / "t" / "000.txt", ns=(1, 1))
+    assert run(tmp_path, source).path != first.path
+
+
+@pytest.mark.parametrize("victim", ["train.bin", "val.bin", "meta.json", "tokenizer.json"])
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_damaged_folder_is_made_again(tmp_path, victim, damage):
+    source = texts(tmp_path / "t", "aaa", "bbb", "ccc")
+    first = run(tmp_path, source)
+    digest = first.meta["content_sha256"]
+    path = first.path / victim
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-2])
+    else:
+        path.unlink()
+    with pytest.raises(DataError):
+        open_prepared(first.path)
+    said = []
+    again = run(tmp_path, source, said)
+    assert "preparing again" in said[0]
+    assert (again.path, again.meta["content_sha256"]) == (first.path, digest)
+    assert only(tmp_path) == first.path
+
+
+def test_two_at_once(tmp_path):
+    source = texts(tmp_path / "t", *["some words to count"] * 20)
+    with ThreadPoolExecutor(4) as pool:
+        done = list(pool.map(lambda _: run(tmp_path, source), range(8)))
+    assert len({one.path for one in done}) == 1
+    assert len({one.meta["content_sha256"] for one in done}) == 1
+    assert all(len(one.train) + len(one.val) == 20 * 20 for one in done)
+    only(tmp_path)
+
+
+def test_failure_leaves_nothing(tmp_path, monkeypatch):
+    source = texts(tmp_path / "t", "aaa", "bbb")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(prepare_module.TokenWriter, "append", full)
+    with pytest.raises(DataError, match=r"No space left on device\. Choose another --prepared-dir") as caught:
+        run(tmp_path, source)
+    assert caught.value.exit_code == 65
+    assert list((tmp_path / "prepared").iterdir()) == []
+
+
+def test_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "prepared").write_text("a file")
+    with pytest.raises(DataError, match="cannot write prepared tokens"):
+        run(tmp_path, texts(tmp_path / "t", "aaa", "bbb"))
+
+
+def test_corpus_that_changes_meanwhile(tmp_path, monkeypatch):
+    source = texts(tmp_path / "t", "aaa", "bbb")
+
+    def plan(*args):
+        made = original(*args)
+        texts(tmp_path / "t", "a longer text than before")
+        return made
+
+    original = prepare_module._plan
+    monkeypatch.setattr(prepare_module, "_plan", plan)
+    with pytest.raises(DataError, match="changed"):
+        run(tmp_path, source)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"val_fraction": 1.0}, UsageError, "val_fraction is 1.0"),
+        ({"errors": "ignore"}, UsageError, "strict or replace"),
+        ({"vocab_size": 100}, UsageError, "the least is 257"),
+        ({"tokenizer": "bpe", "vocab_size": 100}, UsageError, "the least is 257"),
+        ({"tokenizer": "char", "vocab_size": 2}, UsageError, "the least is 4"),
+        ({"tokenizer": "none.json"}, DataError, "no tokenizer 'none.json'"),
+    ],
+)
+def test_refuses(tmp_path, options, error, message):
+    with pytest.raises(error, match=message):
+        run(tmp_path, texts(tmp_path / "t", "abc", "cba"), **options)
+
+
+def test_too_short_to_cut(tmp_path):
+    with pytest.raises(DataError, match=r"length 1: too short to split\. Use --val-fraction 0"):
+        run(tmp_path, texts(tmp_path / "t", "a"))
+
+
+def test_own_tokenizer_by_path(tmp_path):
+    source = texts(tmp_path / "t", "abc", "cab", "abé")
+    train_tokenizer("char", ["abcé"]).save(tmp_path / "full.json")
+    train_tokenizer("char", ["abc"]).save(tmp_path / "less.json")
+    done = run(tmp_path, source, tokenizer=str(tmp_path / "full.json"))
+    assert (done.meta["tokenizer_kind"], done.meta["vocab_size"]) == ("char", 5)
+    with pytest.raises(DataError, match="document 3 of the corpus: character 'é'"):
+        run(tmp_path, source, tokenizer=str(tmp_path / "less.json"))
+    with pytest.raises(UsageError, match="the least is 5"):
+        run(tmp_path, source, tokenizer=str(tmp_path / "full.json"), vocab_size=4)
+
+
+META_CHANGES = [
+    ("version", 2, "this program reads"),
+    ("format", "x", "this program reads"),
+    ("dtype", "float64", "dtype"),
+    ("tokens", {"train": -1, "val": 0}, "tokens"),
+    ("tokens", {"train": True, "val": 0}, "tokens"),
+    ("tokens", {"train": 1, "val": 0}, "holds 12 tokens"),
+    ("vocab_size", 0, "vocab_size"),
+    ("vocab_size", 300, "differ in vocab_size"),
+    ("content_sha256", "zz", "content_sha256"),
+    ("tokenizer_sha256", "0" * 64, "not the tokenizer of these tokens"),
+    ("sources", "t", "sources"),
+    ("unknown", 1, "unknown"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "message"), META_CHANGES)
+def test_meta_is_checked(tmp_path, key, value, message):
+    folder = run(tmp_path, texts(tmp_path / "t", "aaa", "bbb", "ccc", "ddd"), val_fraction=0.25).path
+    meta = json.loads((folder / "meta.json").read_text())
+    for changed in ({**meta, key: value}, {name: fact for name, fact in meta.items() if name != key}):
+        if changed == meta:  # the key that is unknown, taken away again
+            continue
+        (folder / "meta.json").write_text(json.dumps(changed))
+        with pytest.raises(DataError, match=message if key in changed else r"meta\.json"):
+            open_prepared(folder)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "nonsense", "[" * 100_000])
+def test_meta_that_is_none(tmp_path, content):
+    folder = run(tmp_path, texts(tmp_path / "t", "aaa", "bbb")).path
+    (folder / "meta.json").write_text(content)
+    with pytest.raises(DataError, match=r"meta\.json"):
+        open_prepared(folder)
+
+
+def test_huge_meta_is_not_read(tmp_path, monkeypatch):
+    folder = run(tmp_path, texts(tmp_path / "t", "aaa", "bbb")).path
+    monkeypatch.setattr(prepared_module, "META_LIMIT_BYTES", 10)
+    with pytest.raises(DataError, match="larger than 10 bytes"):
+        open_prepared(folder)
+
+
+def test_stdlib(tmp_path):
+    done = run(tmp_path, "stdlib", max_bytes=100_000)
+    assert done.meta["sources"] == ["stdlib"]
+    total = sum(done.meta["text_bytes"].values())
+    assert 50_000 < total <= 100_000
+    assert total == sum(len(text.encode()) for text in Corpus(["stdlib"], max_bytes=100_000))
+
+
+def test_tinyshakespeare_as_nanogpt_splits_it(tmp_path):
+    default = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
+    path = Path(os.environ.get("TF_DIST_TINYSHAKESPEARE", default))
+    if not path.is_file():
+        pytest.skip(f"no {path}: set TF_DIST_TINYSHAKESPEARE to the file to run this test")
+    done = run(tmp_path, str(path), tokenizer="char")
+    assert (len(done.train), len(done.val), done.tokenizer.vocab_size) == (1_003_854, 111_540, 66)
+    assert np.bincount(done.train, minlength=66)[0] == 0
+
+
+def script(tmp_path, *arguments):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "scripts" / "prepare.py"), *map(str, arguments)]
+    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_script(tmp_path):
+    samples = [ROOT / "data" / "samples" / name for name in ("notes.csv", "poems.txt")]
+    done = script(tmp_path, "--data", *samples, "--tokenizer", "byte")
+    assert (done.returncode, done.stderr) == (0, "")
+    folder = tmp_path / "data" / "prepared"
+    (made,) = folder.glob("notes-*")
+    assert str(made.relative_to(tmp_path)) in done.stdout
+    assert "nulls: 1" in done.stdout
+    assert open_prepared(made).meta["documents"] == {"train": 4, "val": 1}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--data", "none.txt"], 65, "error: no such file or folder: none.txt"),
+        (["tinyshakspeare"], 65, "Did you mean tinyshakespeare?"),
+        (["--val-fraction", "2"], 64, "error: val_fraction is 2.0"),
+        (["--vocab-size", "many"], 64, "error: argument --vocab-size"),
+    ],
+)
+def test_script_errors_are_one_line(tmp_path, arguments, code, message):
+    done = script(tmp_path, *arguments)
+    assert done.returncode == code
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,151 @@
+"""One file from the network, verified and written whole; one member of a zip, likewise."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import os
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from tf_dist.errors import DataError
+from tf_dist.files import BLOCK_BYTES, sha256_of, sync_folder, temporary_name, write_whole
+
+# Where no size is known, this much is more than any text we name.
+LIMIT_BYTES = 4 << 30
+# Some hosts refuse Python's own name.
+AGENT = "tf_dist (a language model trainer)"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is known of a file: its size and SHA-256, or None."""
+
+    size_bytes: int | None
+    sha256: str | None
+
+
+def obtain(
+    urls: Sequence[str],
+    path: Path,
+    wanted: Wanted,
+    instead: Path,
+    timeout_s: float,
+    say: Callable[[str], None],
+) -> None:
+    """Make ``path`` the file of the first address that gives the right one, unless it is already.
+
+    Args:
+        urls: addresses of the same file.
+        path: where it goes.
+        wanted: what is known of it. Without a SHA-256, the one of the first download is kept beside the
+            file and holds from then on.
+        instead: which file a user may provide when no address answers.
+        timeout_s: of each read.
+        say: told what is done.
+
+    Raises:
+        DataError: no address gave it; names each with the reason.
+    """
+    if is_intact(path, wanted, say):
+        return
+    failures = []
+    for url in urls:
+        size = f" ({wanted.size_bytes:,} bytes)" if wanted.size_bytes else ""
+        say(f"downloading {url}{size} to {path}")
+        try:
+            _download(url, path, wanted, timeout_s)
+            return
+        except (OSError, http.client.HTTPException, DataError) as error:
+            failures.append(f"{url}: {error or type(error).__name__}")
+    tried = "; ".join(failures)
+    raise DataError(
+        f"could not download {tried}. "
+        f"Get the text some other way and put it at {instead}, or use --data FILE."
+    )
+
+
+def is_intact(path: Path, wanted: Wanted, say: Callable[[str], None]) -> bool:
+    """Whether the file is there and right. A file put there by hand, of which nothing is known, is."""
+    if not path.is_file():
+        return False
+    try:
+        _verify(path, path.stat().st_size, sha256_of(path), wanted)
+    except DataError as error:
+        say(f"{path}: {error}; getting it again")
+        return False
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}. Check its permissions.") from error
+    return True
+
+
+def _download(url: str, path: Path, wanted: Wanted, timeout_s: float) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    request = urllib.request.Request(url, headers={"User-Agent": AGENT})  # noqa: S310 - http(s), checked
+    with urllib.request.urlopen(request, timeout=timeout_s) as response:  # noqa: S310
+        promised = response.headers.get("Content-Length", "")
+        _store(response, path, wanted, int(promised) if promised.isdigit() else None)
+
+
+def _store(stream: IO[bytes], path: Path, wanted: Wanted, promised: int | None) -> None:
+    """Copy a stream to a temporary name, verify it, and give it its name."""
+    limit = LIMIT_BYTES if wanted.size_bytes is None else wanted.size_bytes
+    temporary = temporary_name(path)
+    digest, size = hashlib.sha256(), 0
+    try:
+        with open(temporary, "xb") as file:
+            while block := stream.read(BLOCK_BYTES):
+                size += len(block)
+                if size > limit:
+                    raise DataError(f"it is larger than {limit:,} bytes")
+                digest.update(block)
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+        if promised is not None and size < promised:
+            raise DataError(f"it ended after {size:,} of {promised:,} bytes")
+        _verify(path, size, digest.hexdigest(), wanted)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _verify(path: Path, size: int, sha256: str, wanted: Wanted) -> None:
+    """Compare with what is known; what was not known is noted beside the file, and is known from now on."""
+    if wanted.size_bytes is not None and size != wanted.size_bytes:
+        raise DataError(f"it has {size:,} bytes, and should have {wanted.size_bytes:,}")
+    note = path.with_name(path.name + ".sha256")
+    known = wanted.sha256
+    if known is None and note.is_file():
+        known = note.read_text(encoding="ascii", errors="replace").strip()
+    if known is None:
+        write_whole(note, f"{sha256}\n".encode())
+    elif sha256 != known:
+        source = "" if wanted.sha256 else f" (noted in {note}: delete it if the text was renewed)"
+        raise DataError(f"its SHA-256 is {sha256}, and should be {known}{source}")
+
+
+def unzip(archive: Path, member: str, path: Path, wanted: Wanted, say: Callable[[str], None]) -> None:
+    """Unpack one member of a zip to ``path``, and nothing else; no name in the archive becomes a path.
+
+    Raises:
+        DataError: not a zip, no such member, or not the right text.
+    """
+    say(f"unpacking {member} from {archive}")
+    try:
+        with zipfile.ZipFile(archive) as zipped, zipped.open(member) as stream:
+            _store(stream, path, wanted, None)
+    except KeyError as error:
+        raise DataError(f"{archive} has no member {member}. Delete it, and try again.") from error
+    except DataError as error:
+        raise DataError(
+            f"{member} of {archive} is wrong: {error}. Delete the archive, and try again."
+        ) from error
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError) as error:
+        raise DataError(f"cannot unpack {archive}: {error}. Delete it, and try again.") from error

@@ -1,0 +1,333 @@
+"""Documents -> tokens on disk, made once and found again.
+
+A prepared folder is named after everything that decides its content. It is written under a temporary
+name and renamed when whole, so it exists entirely or not at all, also when two jobs prepare at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tf_dist.data.corpus import Corpus
+from tf_dist.data.decoding import Counts
+from tf_dist.data.prepared import FORMAT, VERSION, Prepared, open_prepared
+from tf_dist.data.sources import SourceFile, cap, find_files, fingerprint
+from tf_dist.data.split import check_fraction, choose_validation, train_characters
+from tf_dist.data.tokenizer import Ids, Tokenizer, check_vocab_size, load_tokenizer, train_tokenizer
+from tf_dist.data.tokens import TokenWriter, content_sha256, token_dtype
+from tf_dist.errors import DataError
+from tf_dist.files import sha256_of, sync_folder, temporary_name, write_whole
+
+KINDS = ("byte", "char", "bpe")
+BATCH_CHARACTERS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides the content of a prepared corpus, besides its files."""
+
+    text_column: str
+    tokenizer: str
+    vocab_size: int
+    val_fraction: float
+    seed: int
+    errors: str
+    max_bytes: int
+
+
+@dataclass
+class Plan:
+    """What the first pass over a corpus found out.
+
+    documents: how many. in_val: True for those kept for validation, shape (documents,). cut_at: for a
+    single document, the number of its characters that are for training; -1 where the split is by
+    document. counts: of that pass.
+    """
+
+    documents: int
+    in_val: npt.NDArray[np.bool_]
+    cut_at: int
+    counts: Counts
+
+
+@dataclass(frozen=True)
+class Text:
+    """A piece of a document on its way to one side, 0 for train and 1 for val; ``ends`` the document."""
+
+    text: str
+    side: int
+    document: int
+    ends: bool
+
+
+def prepare(
+    sources: Sequence[str],
+    *,
+    text_column: str = "text",
+    tokenizer: str = "bpe",
+    vocab_size: int = 0,
+    val_fraction: float = 0.1,
+    seed: int = 1,
+    errors: str = "strict",
+    max_bytes: int = 0,
+    folder: Path | str = "data/prepared",
+    say: Callable[[str], None] = print,
+) -> Prepared:
+    """The corpus as tokens: made now, or the folder that was made before from the same files.
+
+    Args:
+        sources: ``stdlib``, files, globs, folders.
+        text_column: which column of a table holds the text.
+        tokenizer: ``byte``, ``char``, ``bpe`` (trained on the training documents; ``char`` on all, so
+            that validation holds no unknown character), or the path of a ``tokenizer.json``.
+        vocab_size: see `train_tokenizer`.
+        val_fraction: share of the text's bytes for validation. A single document is cut at that share
+            of its characters, as nanoGPT does, and then no end-of-text is added.
+        seed: chooses the validation documents.
+        errors: ``strict`` or ``replace``, for bytes that are not UTF-8.
+        max_bytes: at most this much of ``stdlib``; 0 is all.
+        folder: where prepared folders are kept.
+        say: told what is done, a line at a time.
+
+    Raises:
+        DataError: the text cannot be read, is too short to be split, or cannot be written.
+        UsageError: an option cannot be right.
+    """
+    check_fraction(val_fraction)
+    options = Options(text_column, tokenizer, vocab_size or 0, val_fraction, seed, errors, max_bytes)
+    corpus = Corpus(sources, text_column=text_column, errors=errors, max_bytes=max_bytes)
+    key = _key(options, corpus.files)
+    target = Path(folder) / f"{_name(corpus.sources[0])}-{key[:12]}"
+    if target.exists():
+        try:
+            return open_prepared(target)
+        except DataError as error:
+            say(f"preparing again: {error}")
+    return _make(corpus, options, key, target, say)
+
+
+def _name(source: str) -> str:
+    stem = Path(source).name.split(".")[0]
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", stem)[:40].strip("-") or "data"
+
+
+def _key(options: Options, files: Sequence[SourceFile]) -> str:
+    parts: dict[str, Any] = {"version": VERSION, "options": dataclasses.asdict(options)}
+    if options.tokenizer not in KINDS:
+        # The file's content counts, not its name.
+        parts["options"]["tokenizer"] = _file_sha256(options.tokenizer)
+    parts["files"] = fingerprint(files)
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _file_sha256(tokenizer: str) -> str:
+    if not Path(tokenizer).is_file():
+        raise DataError(
+            f"no tokenizer {tokenizer!r}: it is none of {' '.join(KINDS)}, and no file of that name."
+        )
+    try:
+        return sha256_of(Path(tokenizer))
+    except OSError as error:
+        raise DataError(f"cannot read {tokenizer}: {error.strerror}. Check its permissions.") from error
+
+
+def _make(corpus: Corpus, options: Options, key: str, target: Path, say: Callable[[str], None]) -> Prepared:
+    temporary = temporary_name(target)
+    try:
+        temporary.mkdir(parents=True)
+        _write(corpus, options, key, temporary, say)
+        sync_folder(temporary)
+        return _publish(temporary, target)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise DataError(
+            f"cannot write prepared tokens to {target.parent}: {reason}. Choose another --prepared-dir."
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _publish(temporary: Path, target: Path) -> Prepared:
+    """Give a whole folder its name, unless another process was first: then use that one's."""
+    with _locked(target.parent):
+        if target.exists():
+            try:
+                return open_prepared(target)
+            except DataError:
+                # Damaged, from before. Renamed first, so that nobody meets it half deleted.
+                trash = temporary_name(target)
+                os.rename(target, trash)
+                shutil.rmtree(trash, ignore_errors=True)
+        os.rename(temporary, target)
+        sync_folder(target.parent)
+        return open_prepared(target)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Only one process at a time looks, removes and renames; the lock goes with the process."""
+    with open(folder / ".lock", "ab") as lock:
+        with contextlib.suppress(OSError):  # a file system without locks: the rename alone must do
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _write(corpus: Corpus, options: Options, key: str, folder: Path, say: Callable[[str], None]) -> None:
+    plan = _plan(corpus, options, say)
+    tokenizer = _tokenizer(corpus, options, plan, say)
+    tokenizer.save(folder / "tokenizer.json")
+    facts = _write_tokens(corpus, plan, tokenizer, folder)
+    _check_unchanged(corpus, options)
+    counts = plan.counts
+    meta = {
+        "format": FORMAT,
+        "version": VERSION,
+        "key": key,
+        "sources": list(corpus.sources),
+        "files": len(corpus.files),
+        **facts,
+        "split": _split_name(plan),
+        "seed": options.seed,
+        "val_fraction": options.val_fraction,
+        "dtype": token_dtype(tokenizer.vocab_size),
+        "vocab_size": tokenizer.vocab_size,
+        "end_of_text": tokenizer.end_of_text,
+        "tokenizer_kind": tokenizer.kind,
+        "tokenizer_sha256": sha256_of(folder / "tokenizer.json"),
+        "content_sha256": content_sha256(folder / "train.bin", folder / "val.bin"),
+        "replaced": counts.replaced,
+        "skipped": {name: getattr(counts, name) for name in ("nulls", "empty", "not_utf8", "duplicates")},
+    }
+    write_whole(folder / "meta.json", json.dumps(meta, indent=1, ensure_ascii=False).encode())
+
+
+def _split_name(plan: Plan) -> str:
+    if plan.cut_at >= 0:
+        return "position"
+    return "document" if plan.in_val.any() else "none"
+
+
+def _plan(corpus: Corpus, options: Options, say: Callable[[str], None]) -> Plan:
+    """The first pass: sizes only, 8 bytes for each document."""
+    counts, sizes, size, characters = Counts(), [], 0, 0
+    for piece in corpus.pieces(counts):
+        size += len(piece.text.encode())
+        characters += len(piece.text)
+        if piece.last:
+            sizes.append(size)
+            size = 0
+    in_val = choose_validation(np.array(sizes, dtype=np.int64), options.val_fraction, options.seed)
+    cut_at = -1
+    if len(sizes) == 1 and options.val_fraction:
+        cut_at = train_characters(characters, options.val_fraction)
+        if not 0 < cut_at < characters:
+            raise DataError(
+                f"the only document has the length {characters}: too short to split. "
+                "Use --val-fraction 0, or more text."
+            )
+        say(
+            f"one document: its first {cut_at:,} characters are for training, "
+            f"the last {characters - cut_at:,} for validation"
+        )
+    say(f"{len(sizes):,} document{'s' * (len(sizes) != 1)}, {sum(sizes):,} bytes of text")
+    return Plan(len(sizes), in_val, cut_at, counts)
+
+
+def _tokenizer(corpus: Corpus, options: Options, plan: Plan, say: Callable[[str], None]) -> Tokenizer:
+    if options.tokenizer not in KINDS:
+        tokenizer = load_tokenizer(options.tokenizer)
+        check_vocab_size(options.tokenizer, options.vocab_size, tokenizer.vocab_size)
+        return tokenizer
+    texts = (part.text for part in _texts(corpus, plan) if options.tokenizer == "char" or part.side == 0)
+    tokenizer = train_tokenizer(options.tokenizer, texts, options.vocab_size)
+    say(f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens")
+    return tokenizer
+
+
+def _texts(corpus: Corpus, plan: Plan) -> Iterator[Text]:
+    """The pieces of the corpus, each with its side."""
+    document, characters = 0, 0
+    for piece in corpus.pieces(Counts()):
+        if document >= plan.documents:
+            raise DataError("there are more documents than a moment ago: the data changed. Try again.")
+        if plan.cut_at < 0:
+            # A document alone has no neighbour that end-of-text would keep it apart from.
+            ends = piece.last and plan.documents > 1
+            yield Text(piece.text, int(plan.in_val[document]), document, ends)
+        else:
+            at = min(max(plan.cut_at - characters, 0), len(piece.text))
+            parts = (piece.text[:at], piece.text[at:])
+            yield from (Text(text, side, document, False) for side, text in enumerate(parts) if text)
+        characters += len(piece.text)
+        document += piece.last
+
+
+def _write_tokens(corpus: Corpus, plan: Plan, tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
+    dtype = token_dtype(tokenizer.vocab_size)
+    text_bytes = [0, 0]
+    end = np.array([tokenizer.end_of_text], dtype=np.uint32)
+    with TokenWriter(folder / "train.bin", dtype) as train, TokenWriter(folder / "val.bin", dtype) as val:
+        writers = (train, val)
+        for batch in _batches(_texts(corpus, plan)):
+            for part, ids in zip(batch, _encode(tokenizer, batch), strict=True):
+                writers[part.side].append(ids)
+                text_bytes[part.side] += len(part.text.encode())
+                if part.ends:
+                    writers[part.side].append(end)
+    in_val = int(plan.in_val.sum()) if plan.cut_at < 0 else 1
+    if sum(text_bytes) != plan.counts.text_bytes:
+        raise DataError("the text is not the one of a moment ago: the data changed. Try again.")
+    return {
+        "documents": {"train": max(1, plan.documents - in_val), "val": in_val},
+        "tokens": {"train": train.tokens, "val": val.tokens},
+        "text_bytes": {"train": text_bytes[0], "val": text_bytes[1]},
+    }
+
+
+def _batches(texts: Iterator[Text]) -> Iterator[list[Text]]:
+    batch: list[Text] = []
+    held = 0
+    for text in texts:
+        batch.append(text)
+        held += len(text.text)
+        if held >= BATCH_CHARACTERS:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch
+
+
+def _encode(tokenizer: Tokenizer, batch: list[Text]) -> list[Ids]:
+    try:
+        return tokenizer.encode_batch([part.text for part in batch])
+    except DataError:
+        for part in batch:
+            try:
+                tokenizer.encode(part.text)
+            except DataError as error:
+                raise DataError(f"document {part.document + 1} of the corpus: {error}") from error
+        raise
+
+
+def _check_unchanged(corpus: Corpus, options: Options) -> None:
+    """A corpus that was written to while we read it belongs to no key."""
+    now = fingerprint(cap(find_files(corpus.sources), options.max_bytes))
+    for was, is_now in itertools.zip_longest(fingerprint(corpus.files), now):
+        if was != is_now:
+            name = (was or is_now)[0]
+            raise DataError(f"{name} changed while it was read. Wait until it is written, then try again.")

@@ -1,0 +1,145 @@
+"""A prepared corpus on disk: what its folder holds, and how it is checked before it is trusted.
+
+The folder: ``train.bin`` and ``val.bin`` (tokens), ``tokenizer.json``, ``meta.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tf_dist.data.tokenizer import Tokenizer, load_tokenizer
+from tf_dist.data.tokens import DTYPES, LARGEST_VOCAB, TokenArray, map_tokens
+from tf_dist.errors import DataError
+from tf_dist.files import read_capped, sha256_of
+
+FORMAT = "tf_dist tokens"
+VERSION = 1
+META_LIMIT_BYTES = 16 << 20
+SIDES = ("train", "val")
+SPLITS = ("none", "document", "position")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A corpus as tokens.
+
+    path: its folder. meta: what ``meta.json`` says. train, val: token ids, shape (tokens,), mapped
+    read-only; ``val`` is empty when nothing was kept for validation.
+    """
+
+    path: Path
+    meta: dict[str, Any]
+    tokenizer: Tokenizer
+    train: TokenArray
+    val: TokenArray
+
+
+def open_prepared(path: Path | str) -> Prepared:
+    """Open a prepared folder, after checking its facts against its files.
+
+    Raises:
+        DataError: something is missing, damaged or of another version; prepare it again.
+    """
+    folder = Path(path)
+    meta = read_meta(folder)
+    if sha256_of_file(folder / "tokenizer.json") != meta["tokenizer_sha256"]:
+        raise DataError(f"{folder / 'tokenizer.json'} is not the tokenizer of these tokens. Prepare again.")
+    arrays = {side: map_tokens(folder / f"{side}.bin", meta["dtype"]) for side in SIDES}
+    for side, array in arrays.items():
+        if len(array) != meta["tokens"][side]:
+            raise DataError(
+                f"{folder / side}.bin holds {len(array)} tokens, meta.json says {meta['tokens'][side]}. "
+                f"Delete {folder} and prepare again."
+            )
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    if tokenizer.vocab_size != meta["vocab_size"]:
+        raise DataError(f"{folder}: the tokenizer and meta.json differ in vocab_size. Prepare again.")
+    return Prepared(folder, meta, tokenizer, arrays["train"], arrays["val"])
+
+
+def sha256_of_file(path: Path) -> str:
+    """`sha256_of`, with a `DataError` when the file cannot be read."""
+    try:
+        return sha256_of(path)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}. Prepare the data again.") from error
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """The facts about a prepared corpus, every key checked.
+
+    Raises:
+        DataError: not there, too large, or not what this version writes.
+    """
+    path = folder / "meta.json"
+    try:
+        meta = json.loads(read_capped(path, META_LIMIT_BYTES))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path} is damaged: {error}. Delete {folder} and prepare again.") from error
+    if not isinstance(meta, dict):
+        raise DataError(f"{path} is damaged: not an object. Delete {folder} and prepare again.")
+    if (meta.get("format"), meta.get("version")) != (FORMAT, VERSION):
+        raise DataError(
+            f"{path} is of format {meta.get('format')!r} version {meta.get('version')!r}; "
+            f"this program reads {FORMAT!r} version {VERSION}. Prepare the data again."
+        )
+    wrong = [key for key, right in CHECKS.items() if key not in meta or not right(meta[key])]
+    wrong += sorted(set(meta) - set(CHECKS))
+    if wrong:
+        keys = ", ".join(map(str, wrong[:5]))
+        raise DataError(f"{path}: missing, unknown or wrong: {keys}. Delete {folder} and prepare again.")
+    return meta
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 62
+
+
+def _is_sha256(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and len(value) < 1 << 12
+
+
+def _are_counts(*names: str) -> Callable[[Any], bool]:
+    def check(value: Any) -> bool:
+        return isinstance(value, dict) and set(value) == set(names) and all(map(_is_count, value.values()))
+
+    return check
+
+
+def _is_sources(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_text, value))
+
+
+# Every key of meta.json, and what its value has to be.
+CHECKS: dict[str, Callable[[Any], bool]] = {
+    "format": _is_text,
+    "version": _is_count,
+    "key": _is_sha256,
+    "sources": _is_sources,
+    "files": _is_count,
+    "documents": _are_counts(*SIDES),
+    "tokens": _are_counts(*SIDES),
+    "text_bytes": _are_counts(*SIDES),
+    "split": lambda value: value in SPLITS,
+    "seed": lambda value: type(value) is int,
+    "val_fraction": lambda value: type(value) in (int, float) and 0 <= value < 1,
+    "dtype": lambda value: value in DTYPES,
+    "vocab_size": lambda value: _is_count(value) and 0 < value <= LARGEST_VOCAB,
+    "end_of_text": _is_count,
+    "tokenizer_kind": _is_text,
+    "tokenizer_sha256": _is_sha256,
+    "content_sha256": _is_sha256,
+    "replaced": _is_count,
+    "skipped": _are_counts("nulls", "empty", "not_utf8", "duplicates"),
+}

@@ -1,0 +1,199 @@
+"""``--data`` values -> the list of files to read, in an order every machine agrees on."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import stat
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tf_dist.errors import DataError
+
+STDLIB = "stdlib"
+TEXT_SUFFIXES = (".txt", ".md", ".py")
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
+SUFFIXES = (*TEXT_SUFFIXES, *TABLE_SUFFIXES, ".parquet")
+# Not part of the standard library, though they lie in its folder.
+NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of a corpus, as it was when it was listed.
+
+    ``named`` is True for a file that the user named itself: one that holds no text is then an error,
+    and not merely skipped. ``stdlib`` files are skipped when they repeat another or are not UTF-8.
+    """
+
+    path: Path
+    label: str
+    size_bytes: int
+    mtime_ns: int
+    named: bool = False
+    stdlib: bool = False
+
+    @property
+    def kind(self) -> str:
+        """The suffix that says how to read it, without ``.gz``: ``.txt``, ``.csv``, ..."""
+        return kind_of(self.path)
+
+
+def kind_of(path: Path) -> str:
+    """The suffix that says how to read a file, or an empty string if it is none we know."""
+    name = path.name.lower()
+    zipped = name.endswith(".gz")
+    suffix = Path(name.removesuffix(".gz")).suffix
+    if suffix not in SUFFIXES or (zipped and suffix == ".parquet"):
+        return ""
+    return suffix
+
+
+def find_files(values: Sequence[str]) -> list[SourceFile]:
+    """Every file behind the values, each once, in the order of the values and sorted inside each.
+
+    Args:
+        values: ``stdlib``, files, globs or folders. In folders and globs files of other suffixes are
+            passed over, and so are hidden files and folders inside a folder.
+
+    Raises:
+        DataError: nothing there, an unknown suffix, a loop of links, not a regular file, not readable.
+    """
+    found: dict[str, SourceFile] = {}
+    for value in values:
+        for file in _expand(value):
+            # A file reached by two ways is read once, else it would count twice in training.
+            found.setdefault(os.path.realpath(file.path), file)
+    if not found:
+        raise DataError("no data: give --data a file, a glob, a folder or `stdlib`.")
+    return list(found.values())
+
+
+def _expand(value: str) -> list[SourceFile]:
+    if value == STDLIB:
+        return _stdlib_files(Path(sysconfig.get_paths()["stdlib"]))
+    if os.path.lexists(value):
+        return _expand_path(Path(value))
+    if glob.has_magic(value):
+        return _expand_glob(value)
+    raise DataError(f"no such file or folder: {value}. Check the path; it is taken from {Path.cwd()}.")
+
+
+def _expand_path(path: Path) -> list[SourceFile]:
+    if stat.S_ISDIR(_status(path).st_mode):
+        files = list(_walk(path, ()))
+        if not files:
+            raise DataError(f"no {_known()} file in the folder {path}. Name the files themselves.")
+        return files
+    if not kind_of(path):
+        raise DataError(f"{path} has a suffix that says nothing: we read {_known()}. Rename or convert it.")
+    return [_source(path, named=True)]
+
+
+def _expand_glob(pattern: str) -> list[SourceFile]:
+    matches = sorted(glob.glob(pattern, recursive=True))
+    if not matches:
+        raise DataError(f"no file matches {pattern}. Quote it, and check it against {Path.cwd()}.")
+    files: list[SourceFile] = []
+    for match in map(Path, matches):
+        if stat.S_ISDIR(_status(match).st_mode):
+            files.extend(_walk(match, ()))
+        elif kind_of(match):
+            files.append(_source(match))
+    if not files:
+        raise DataError(f"no {_known()} file among the {len(matches)} matches of {pattern}.")
+    return files
+
+
+def _walk(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[SourceFile]:
+    """The known files under a folder, following links; ``above`` are the folders we are inside of."""
+    status = _status(folder)
+    identity = (status.st_dev, status.st_ino)
+    if identity in above:
+        raise DataError(f"{folder} is a link back to a folder around it. Remove the link, or use a glob.")
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise DataError(f"cannot list {folder}: {error.strerror}. Check its permissions.") from error
+    for path in (folder / name for name in names if not name.startswith(".")):
+        if stat.S_ISDIR(_status(path).st_mode):
+            yield from _walk(path, (*above, identity))
+        elif kind_of(path):
+            yield _source(path)
+
+
+def _source(path: Path, named: bool = False) -> SourceFile:
+    status = _status(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise DataError(f"{path} is not a regular file. Copy what it gives into a file first.")
+    return SourceFile(path, str(path), status.st_size, status.st_mtime_ns, named)
+
+
+def _status(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as error:
+        raise DataError(
+            f"cannot read {path}: {error.strerror}. Check the path, or remove the link."
+        ) from error
+
+
+def _known() -> str:
+    return " ".join(SUFFIXES) + " (or .gz of them)"
+
+
+def _stdlib_files(root: Path) -> list[SourceFile]:
+    found: dict[str, Path] = {}
+    for folder, below, names in os.walk(root):
+        below[:] = [name for name in below if name not in NOT_STDLIB]
+        inside = Path(folder).relative_to(root)
+        found.update(
+            {(inside / name).as_posix(): Path(folder, name) for name in names if name.endswith(".py")}
+        )
+    files = []
+    for label in sorted(found):
+        status = _status(found[label])
+        files.append(SourceFile(found[label], label, status.st_size, status.st_mtime_ns, stdlib=True))
+    if not files:
+        raise DataError(f"this Python's standard library has no sources in {root}. Use --data FILE.")
+    return files
+
+
+def cap(files: Sequence[SourceFile], max_bytes: int) -> list[SourceFile]:
+    """At most ``max_bytes`` of the standard library's files (0: all), and every other file.
+
+    Which ones is decided by a hash of their names, so a small corpus is a sample of the whole library
+    and not its first letters; every machine with the same library picks the same ones.
+
+    Raises:
+        DataError: not even one of them fits.
+    """
+    pool = [file for file in files if file.stdlib]
+    if not pool or not max_bytes:
+        return list(files)
+    kept, total = set(), 0
+    for file in sorted(pool, key=lambda file: hashlib.sha256(file.label.encode()).digest()):
+        if file.size_bytes and total + file.size_bytes <= max_bytes:
+            kept.add(file.path)
+            total += file.size_bytes
+    if not kept:
+        raise DataError(
+            f"no file of the standard library is as small as {max_bytes} bytes. Raise --max-bytes."
+        )
+    return [file for file in files if not file.stdlib or file.path in kept]
+
+
+def fingerprint(files: Iterable[SourceFile]) -> list[list[str | int]]:
+    """What must stay the same for prepared tokens to stay valid: [path, size in bytes, mtime in ns]."""
+    lines: list[list[str | int]] = []
+    for file in files:
+        if file.stdlib:
+            # Times of installation differ where nothing else does; the version tells libraries apart.
+            lines.append([f"{STDLIB} {sys.version_info[:3]} {file.label}", file.size_bytes, 0])
+        else:
+            lines.append([os.path.abspath(file.path), file.size_bytes, file.mtime_ns])
+    return lines

@@ -1,0 +1,275 @@
+"""Text <-> token ids: bytes, characters, or byte-level BPE, behind one small interface.
+
+A tokenizer is one JSON file. Ours for bytes and characters hold a ``format`` key; any other file is
+read as a Hugging Face ``tokenizer.json``, and BPE tokenizers are saved as one, so that other tools
+can read them too.
+"""
+
+from __future__ import annotations
+
+import abc
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tf_dist.errors import DataError, UsageError
+from tf_dist.files import read_capped, write_whole
+
+Ids = npt.NDArray[np.uint32]
+
+FORMAT = "tf_dist tokenizer 1"
+FILE_LIMIT_BYTES = 128 << 20
+BPE_DEFAULT_VOCAB = 2048
+BYTES = 256
+END_OF_TEXT = "<|endoftext|>"
+# What well-known tokenizers call the token after a document, the likeliest first.
+END_OF_TEXT_NAMES = (END_OF_TEXT, "</s>", "[SEP]", "<eos>")
+
+
+class Tokenizer(abc.ABC):
+    """What every tokenizer can do.
+
+    ``end_of_text`` is the id that stands after each document. It is never the id of any text: a corpus
+    in which its name is written is still only text. It decodes to nothing.
+    """
+
+    kind: str
+    vocab_size: int
+    end_of_text: int
+
+    @abc.abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+        """The ids of each text, uint32, one array of shape (tokens of that text,) per text.
+
+        Raises:
+            DataError: a text holds something this tokenizer has no token for.
+        """
+
+    @abc.abstractmethod
+    def _decode(self, ids: Ids) -> str: ...
+
+    @abc.abstractmethod
+    def _json(self) -> str: ...
+
+    def encode(self, text: str) -> Ids:
+        """The ids of one text, uint32, shape (tokens,). Raises `DataError` as `encode_batch` does."""
+        return self.encode_batch([text])[0]
+
+    def decode(self, ids: npt.ArrayLike) -> str:
+        """The text of ids, shape (tokens,). End-of-text becomes nothing; bytes that are no UTF-8, U+FFFD.
+
+        Raises:
+            DataError: an id outside the vocabulary.
+        """
+        array = np.asarray(ids, dtype=np.int64).reshape(-1)
+        wrong = array[(array < 0) | (array >= self.vocab_size)]
+        if wrong.size:
+            raise DataError(
+                f"token id {wrong[0]} is outside this tokenizer's vocabulary of {self.vocab_size}. "
+                "The tokens were made by another tokenizer."
+            )
+        return self._decode(array[array != self.end_of_text].astype(np.uint32))
+
+    def save(self, path: Path | str) -> None:
+        """Write the tokenizer to ``path``: all of it or nothing."""
+        write_whole(Path(path), self._json().encode())
+
+
+class ByteTokenizer(Tokenizer):
+    """One token per byte of UTF-8: ids 0 to 255, and 256 for end-of-text."""
+
+    kind = "byte"
+    vocab_size = BYTES + 1
+    end_of_text = BYTES
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+        """See `Tokenizer.encode_batch`."""
+        return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32) for text in texts]
+
+    def _decode(self, ids: Ids) -> str:
+        return ids.astype(np.uint8).tobytes().decode("utf-8", "replace")
+
+    def _json(self) -> str:
+        return json.dumps({"format": FORMAT, "kind": self.kind})
+
+
+class CharTokenizer(Tokenizer):
+    """One token per character: 0 is end-of-text, then the corpus's characters in code point order."""
+
+    kind = "char"
+    end_of_text = 0
+
+    def __init__(self, characters: str) -> None:
+        self.characters = "".join(sorted(set(characters)))
+        self.vocab_size = len(self.characters) + 1
+        self._points = _code_points(self.characters)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+        """See `Tokenizer.encode_batch`."""
+        return [self._encode(text) for text in texts]
+
+    def _encode(self, text: str) -> Ids:
+        points = _code_points(text)
+        places = np.searchsorted(self._points, points)
+        known = self._points[np.minimum(places, len(self._points) - 1)] == points
+        if not known.all():
+            at = int(np.argmin(known))
+            line = text.count("\n", 0, at) + 1
+            raise DataError(
+                f"character {text[at]!r} (U+{ord(text[at]):04X}, character {at} of the text, line {line}) is "
+                "unknown to this char tokenizer. Train one on this corpus too, or use --tokenizer byte."
+            )
+        return (places + 1).astype(np.uint32)
+
+    def _decode(self, ids: Ids) -> str:
+        return self._points[ids.astype(np.int64) - 1].tobytes().decode("utf-32-le")
+
+    def _json(self) -> str:
+        return json.dumps({"format": FORMAT, "kind": self.kind, "characters": self.characters})
+
+
+def _code_points(text: str) -> npt.NDArray[np.uint32]:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A tokenizer of the ``tokenizers`` library, trained here or anywhere.
+
+    Args:
+        inner: a ``tokenizers.Tokenizer``.
+        name: what to call it in an error.
+
+    Raises:
+        UsageError: no token that could end a text.
+    """
+
+    def __init__(self, inner: Any, name: str) -> None:
+        self._inner = inner
+        self.kind = type(inner.model).__name__.lower()
+        # One more than the largest id: some files leave ids unused, and a model needs a row for each.
+        self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        ends = [inner.token_to_id(token) for token in END_OF_TEXT_NAMES]
+        found = [number for number in ends if number is not None]
+        if not found:
+            tried = " ".join(END_OF_TEXT_NAMES)
+            raise UsageError(f"{name} has no end-of-text token: none of {tried}. Add one to it, or use bpe.")
+        self.end_of_text = found[0]
+        inner.no_truncation()
+        inner.no_padding()
+        # A corpus may spell out "<|endoftext|>"; only we may write the real one.
+        inner.encode_special_tokens = True
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+        """See `Tokenizer.encode_batch`."""
+        # The fast one leaves out where in the text each token lies; older releases lack it.
+        encode = getattr(self._inner, "encode_batch_fast", self._inner.encode_batch)
+        encoded = encode(list(texts), add_special_tokens=False)
+        return [np.array(one.ids, dtype=np.uint32) for one in encoded]
+
+    def _decode(self, ids: Ids) -> str:
+        return str(self._inner.decode(ids.tolist(), skip_special_tokens=True))
+
+    def _json(self) -> str:
+        return str(self._inner.to_str())
+
+
+def load_tokenizer(path: Path | str) -> Tokenizer:
+    """The tokenizer saved at ``path``: ours, or any Hugging Face ``tokenizer.json``.
+
+    Raises:
+        DataError: no such file, or not a tokenizer.
+        UsageError: a tokenizer without an end-of-text token.
+    """
+    path = Path(path)
+    data = read_capped(path, FILE_LIMIT_BYTES)
+    try:
+        fields = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not a tokenizer: it is not JSON ({error}).") from error
+    if not isinstance(fields, dict):
+        raise DataError(f"{path} is not a tokenizer: it is JSON, but not an object.")
+    if "format" in fields:
+        return _ours(fields, path)
+    from tokenizers import Tokenizer as Inner
+
+    try:
+        inner = Inner.from_str(data.decode())
+    except Exception as error:  # the library raises plain Exception for a file it cannot read
+        raise DataError(f"{path} is not a tokenizer: {error}. Use a tokenizer.json.") from error
+    return HuggingFaceTokenizer(inner, str(path))
+
+
+def _ours(fields: dict[str, Any], path: Path) -> Tokenizer:
+    if fields["format"] != FORMAT:
+        raise DataError(f"{path} has the format {fields['format']!r}; this version reads {FORMAT!r}.")
+    if fields.get("kind") == "byte":
+        return ByteTokenizer()
+    characters = fields.get("characters")
+    if fields.get("kind") == "char" and isinstance(characters, str) and characters:
+        return CharTokenizer(characters)
+    raise DataError(f"{path} is damaged: it is no byte tokenizer, and no char tokenizer with characters.")
+
+
+def train_tokenizer(kind: str, documents: Iterable[str], vocab_size: int | None = 0) -> Tokenizer:
+    """A new tokenizer; the same for the same documents, whatever the machine.
+
+    Args:
+        kind: ``byte``, ``char`` or ``bpe``.
+        documents: the texts, or pieces of them; not looked at for ``byte``.
+        vocab_size: the number of ids, end-of-text included; for ``bpe`` at most that many (a small
+            corpus may yield fewer). 0 or None: as many as needed, for ``bpe`` 2048.
+
+    Raises:
+        UsageError: an unknown kind, or a ``vocab_size`` too small; says the least that works.
+        DataError: there are no documents.
+    """
+    if kind not in ("byte", "char", "bpe"):
+        raise UsageError(f"unknown tokenizer {kind!r}: byte, char, bpe, or the path of a tokenizer.json.")
+    if kind != "char":
+        check_vocab_size(kind, vocab_size, BYTES + 1)
+    if kind == "byte":
+        return ByteTokenizer()
+    if kind == "char":
+        return _train_char(documents, vocab_size)
+    return _train_bpe(documents, vocab_size or BPE_DEFAULT_VOCAB)
+
+
+def check_vocab_size(name: str, vocab_size: int | None, least: int) -> None:
+    """Raise `UsageError` if a vocabulary size was given and is less than ``least``."""
+    if vocab_size and vocab_size < least:
+        raise UsageError(
+            f"vocab_size {vocab_size} is too small for the tokenizer {name}: the least is {least}. "
+            f"Use --vocab-size {least} or more, or 0."
+        )
+
+
+def _train_char(documents: Iterable[str], vocab_size: int | None) -> CharTokenizer:
+    found: set[str] = set()
+    for document in documents:
+        found.update(document)
+    if not found:
+        raise DataError("no text to take characters from.")
+    check_vocab_size("char", vocab_size, len(found) + 1)
+    return CharTokenizer("".join(found))
+
+
+def _train_bpe(documents: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:
+    from tokenizers import Tokenizer as Inner
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    inner = Inner(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        # All 256 bytes are in from the start, so that no text is unknown.
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    inner.train_from_iterator(iter(documents), trainer=trainer)
+    return HuggingFaceTokenizer(inner, "the new tokenizer")

@@ -1,0 +1,140 @@
+"""A corpus as one long row of token ids, in a file that is mapped and not read.
+
+Raw little-endian uint16 (vocabularies up to 65,536) or uint32. Legend: B rows, T tokens in a row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tf_dist.errors import DataError, UsageError
+from tf_dist.files import BLOCK_BYTES
+
+TokenArray = npt.NDArray[np.unsignedinteger[Any]]
+Batch = npt.NDArray[np.int32]
+
+DTYPES = ("uint16", "uint32")
+LARGEST_VOCAB = 1 << 31
+NO_TARGET = -1
+NO_SEQUENCE = -1
+
+
+def token_dtype(vocab_size: int) -> str:
+    """``uint16`` or ``uint32``: the smaller that holds every id below ``vocab_size``.
+
+    Raises:
+        UsageError: ids would not fit the int32 of a batch.
+    """
+    if not 0 < vocab_size <= LARGEST_VOCAB:
+        raise UsageError(f"vocab_size is {vocab_size}: it must be between 1 and {LARGEST_VOCAB}.")
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+class TokenWriter:
+    """Appends tokens to a new file. ``tokens`` is how many, so far. Close it, or use ``with``."""
+
+    def __init__(self, path: Path, dtype: str) -> None:
+        self.tokens = 0
+        self._dtype = np.dtype(dtype).newbyteorder("<")
+        self._file = open(path, "xb")  # __exit__ closes it
+
+    def append(self, ids: npt.NDArray[Any]) -> None:
+        """Append ids, shape (tokens,), each below the vocabulary size."""
+        self._file.write(ids.astype(self._dtype).tobytes())
+        self.tokens += len(ids)
+
+    def __enter__(self) -> TokenWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def map_tokens(path: Path, dtype: str) -> TokenArray:
+    """The tokens of a file, shape (tokens,), mapped read-only into memory.
+
+    Raises:
+        DataError: not there, or not a whole number of tokens.
+    """
+    kind = np.dtype(dtype).newbyteorder("<")
+    try:
+        size = path.stat().st_size
+        if size % kind.itemsize:
+            raise DataError(f"{path} is damaged: {size} bytes are no whole number of {dtype} tokens.")
+        if not size:
+            return np.empty(0, dtype=kind)  # an empty file cannot be mapped
+        return np.memmap(path, dtype=kind, mode="r")
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}. Prepare the data again.") from error
+
+
+def content_sha256(*paths: Path) -> str:
+    """The SHA-256 over the bytes of several files, one after the other, each preceded by its size."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.stat().st_size.to_bytes(8, "little"))
+        with open(path, "rb") as file:
+            while block := file.read(BLOCK_BYTES):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+class Sequences:
+    """A token array as rows of inputs and targets: window i starts at token i * seq_len.
+
+    The target of a token is the token after it, so windows share no target, and every token but the
+    first is a target exactly once. The last window may be short.
+
+    Args:
+        tokens: shape (tokens,), memory-mapped or not.
+        seq_len: T, tokens in a row.
+
+    Raises:
+        UsageError: ``seq_len`` is less than 1.
+        DataError: ``tokens`` is not one row of whole numbers.
+    """
+
+    def __init__(self, tokens: npt.NDArray[Any], seq_len: int) -> None:
+        if seq_len < 1:
+            raise UsageError(f"seq_len is {seq_len}: it must be 1 or more.")
+        if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+            raise DataError(f"tokens are {tokens.dtype} of shape {tokens.shape}: want one row of integers.")
+        self.tokens = tokens
+        self.seq_len = seq_len
+
+    def __len__(self) -> int:
+        return max(0, -(-(len(self.tokens) - 1) // self.seq_len))
+
+    def rows(self, indices: npt.ArrayLike) -> tuple[Batch, Batch]:
+        """The rows of a batch.
+
+        Args:
+            indices: shape (B,), window numbers; -1 asks for a row of padding.
+
+        Returns:
+            x and y, int32 of shape (B, T). Where there is no target, y is -1 and x is 0.
+
+        Raises:
+            IndexError: no such window.
+        """
+        index = np.asarray(indices, dtype=np.int64).reshape(-1)
+        if index.size and not (NO_SEQUENCE <= index.min() and index.max() < len(self)):
+            raise IndexError(f"windows {index.min()} to {index.max()} asked for, there are {len(self)}")
+        shape = (len(index), self.seq_len)
+        if not index.size or not len(self):
+            return np.zeros(shape, np.int32), np.full(shape, NO_TARGET, np.int32)
+        at = index[:, None] * self.seq_len + np.arange(self.seq_len + 1)
+        window = self.tokens[np.clip(at, 0, len(self.tokens) - 1)].astype(np.int32)
+        has_target = (index[:, None] >= 0) & (at[:, 1:] < len(self.tokens))
+        return (
+            np.where(has_target, window[:, :-1], 0).astype(np.int32),
+            np.where(has_target, window[:, 1:], NO_TARGET).astype(np.int32),
+        )
