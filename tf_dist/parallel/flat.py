@@ -1,0 +1,49 @@
+"""Many arrays as one aligned buffer, and back as views.
+
+One collective over one buffer costs one latency; a collective for each tensor costs hundreds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import numpy as np
+
+# A cache line, and what TensorFlow needs to use a buffer without copying it.
+ALIGNMENT_BYTES = 64
+
+
+class FlatLayout:
+    """Where each of several arrays lies in one buffer, back to back in the given order.
+
+    Attributes:
+        shapes: of the arrays.
+        sizes: their numbers of elements.
+        total: elements of the buffer.
+    """
+
+    def __init__(self, shapes: Sequence[Sequence[int]]) -> None:
+        self.shapes = [tuple(shape) for shape in shapes]
+        self.sizes = [prod(shape) for shape in self.shapes]
+        self._starts = np.concatenate([[0], np.cumsum(self.sizes, dtype=np.int64)]).tolist()
+        self.total = int(self._starts[-1])
+
+    def views(self, buffer: np.ndarray) -> list[np.ndarray]:
+        """The arrays inside ``buffer``, without copying.
+
+        Raises:
+            ValueError: the buffer is not one-dimensional or not ``total`` long.
+        """
+        if buffer.shape != (self.total,):
+            raise ValueError(f"this layout takes a buffer of shape ({self.total},), not {buffer.shape}")
+        parts = zip(self._starts[:-1], self.sizes, self.shapes, strict=True)
+        return [buffer[start : start + size].reshape(shape) for start, size, shape in parts]
+
+
+def aligned_empty(length: int, dtype: np.dtype | type = np.float32) -> np.ndarray:
+    """An uninitialised 1-D array of ``length`` elements that begins on a 64-byte boundary."""
+    itemsize = np.dtype(dtype).itemsize
+    raw = np.empty(length * itemsize + ALIGNMENT_BYTES, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT_BYTES
+    return raw[start : start + length * itemsize].view(dtype)
