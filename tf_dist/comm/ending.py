@@ -22,11 +22,12 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, NoReturn
 
 from tf_dist.comm.base import Comm
-from tf_dist.errors import TfDistError
+from tf_dist.errors import SavedAndStopped, TfDistError
 
 # How long a failing rank waits for the others to fail too, before it speaks for itself.
 RENDEZVOUS_S = 1.0
@@ -53,6 +54,8 @@ class Ending:
         self._console = os.fdopen(os.dup(2), "w", buffering=1, errors="replace")
         self._comm: Comm | None = None
         self._exit: tuple[Any, str] | None = None
+        # Called with exit code and message on a rank that fails, while it still can.
+        self.note: Callable[[int, str], None] | None = None
         self._left = threading.Event()
         self._original_exit = sys.exit
         sys.excepthook = self._on_exception
@@ -85,12 +88,14 @@ class Ending:
     def _on_thread_exception(self, arguments: threading.ExceptHookArgs) -> None:
         lines = traceback.format_exception(arguments.exc_type, arguments.exc_value, arguments.exc_traceback)
         name = arguments.thread.name if arguments.thread else "?"
+        self._note(lines[-1])
         self.speak(f"rank {self.rank}, thread {name}:\n" + "".join(lines))
         self._abort(EXIT_RANK_FAILED)
 
     def _fail(self, message: str, code: int) -> NoReturn:
         """Say why, once, and end the job."""
         _flush()
+        self._note(message, code)
         if self._mpi is None:
             self.speak(message)
         elif self._everyone_is_here():
@@ -101,6 +106,10 @@ class Ending:
         self._left.set()
         self._exit = None
         raise SystemExit(code)
+
+    def _note(self, message: str, code: int = EXIT_RANK_FAILED) -> None:
+        if self.note is not None and code != SavedAndStopped.exit_code:
+            self.note(code, message)
 
     def _everyone_is_here(self) -> bool:
         """Whether all ranks fail, within a second of each other."""
@@ -144,6 +153,7 @@ class Ending:
             return
         if status not in (0, None) and not self._everyone_is_here():
             self.speak(f"rank {self.rank} called sys.exit({status!r}) while other ranks go on:\n{stack}")
+            self._note(f"sys.exit({status!r})")
             self._abort(EXIT_RANK_FAILED)
         if self._watcher.is_alive():
             self._watcher.join()
@@ -181,6 +191,7 @@ class Ending:
         rank, (left_at, stack) = next(iter(departed.items()))
         if time.monotonic() - max(since, left_at) < GRACE_S:
             return
+        self._note(f"rank {rank} left the job")
         how = f"called sys.exit:\n{stack}" if stack else "has ended"
         self.speak(f"rank {rank} left the job while rank {self.rank} waits for it in {verb}. It {how}")
         self._abort(EXIT_RANK_FAILED)

@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,6 +117,17 @@ def use_backend(comm: Comm, backend: str) -> Comm:
     return carried
 
 
+def on_failure(note: Callable[[int, str], None]) -> None:
+    """Call ``note(exit_code, message)`` on a failing rank before the job ends."""
+    if _ending is not None:
+        _ending.note = note
+
+
+def launched_rank(environment: Mapping[str, str]) -> int:
+    """The rank that a launcher says this process has, before MPI is asked; 0 without one."""
+    return next((int(environment[name]) for name in RANK_VARIABLES if name in environment), 0)
+
+
 def check_launcher(size: int, environment: Mapping[str, str]) -> None:
     """Refuse N copies of rank 0: the launcher started several processes, each alone in its MPI world.
 
@@ -124,7 +135,7 @@ def check_launcher(size: int, environment: Mapping[str, str]) -> None:
         LaunchError: on the first of these processes; the others exit silently with the same code.
     """
     started = next((int(environment[name]) for name in SIZE_VARIABLES if name in environment), 1)
-    rank = next((int(environment[name]) for name in RANK_VARIABLES if name in environment), 0)
+    rank = launched_rank(environment)
     if size > 1 or (started <= 1 and rank == 0):
         return
     if rank != 0:
@@ -235,11 +246,3 @@ def _mpi_library() -> str:
     from mpi4py import MPI
 
     return str(MPI.Get_library_version()).split(",")[0].splitlines()[0].strip()
-
-
-def speak(text: str) -> None:
-    """Print on the terminal even after this rank's output was sent to its log file."""
-    if _ending is not None:
-        _ending.speak(text)
-    else:
-        print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,62 @@
+# tf_dist: see `make help`. Everything is installed into .venv; nothing outside this folder is changed,
+# but for the Horovod wheel that `make horovod` keeps under ~/.cache/tf_dist.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+NP ?= 2
+ARGS ?=
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+MPIRUN ?= $(VENV)/bin/mpirun
+MPIFLAGS ?=
+# Seconds after which a test launch counts as hanging.
+TEST_TIMEOUT ?= 900
+
+# Open MPI refuses root, and more ranks than cores, unless told otherwise. `make install` writes the same
+# into .venv/bin/activate (scripts/mpi_environment.sh), so that plain mpirun lines work as well.
+RUN := source scripts/mpi_environment.sh &&
+
+.PHONY: help install train test test-pure test-jobs lint horovod check-peers clean
+
+help: ## this list
+	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z%-]+):.*## /  make \1|/' | column -t -s '|'
+	@echo
+	@echo "  Variables: NP=$(NP) (ranks)  MPIRUN=$(MPIRUN)  MPIFLAGS='$(MPIFLAGS)'  ARGS='$(ARGS)' (for scripts/train.py)"
+
+install: $(VENV)/.installed ## build .venv with everything, MPI included
+
+$(VENV)/.installed: setup.cfg setup.py scripts/install.sh scripts/mpi_environment.sh
+	PYTHON="$(PYTHON)" VENV="$(VENV)" bash scripts/install.sh
+	touch $@
+
+train: install ## train a small Transformer on NP ranks, on text found on this machine
+	$(RUN) $(MPIRUN) -np $(NP) $(MPIFLAGS) $(PY) scripts/train.py $(ARGS)
+
+test: install lint test-pure test-mpi-1 test-mpi-2 test-mpi-3 test-mpi-4 test-jobs ## all tests
+
+test-pure: install ## tests in one process, without MPI
+	$(PY) -m pytest tests --ignore tests/mpi --ignore tests/jobs
+
+test-mpi-%: install ## the tests of real ranks, on 1, 2, 3, 4 ... of them
+	$(RUN) timeout -k 10 $(TEST_TIMEOUT) $(MPIRUN) -np $* $(MPIFLAGS) $(PY) -m pytest tests/mpi
+
+test-jobs: install ## whole jobs, as a user starts them
+	$(RUN) $(PY) -m pytest tests/jobs
+
+lint: install ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+horovod: install ## build Horovod 0.28.1 into .venv, for --backend horovod
+	$(RUN) $(PY) scripts/build_horovod.py
+
+check-peers: install ## see for yourself what Horovod and tf.distribute do under Keras 3
+	$(RUN) $(PY) scripts/check_peers.py
+
+clean: ## remove .venv and caches; runs/ and data/prepared stay
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +

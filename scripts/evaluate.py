@@ -1,0 +1,67 @@
+"""Measure a trained model on held-out text: loss, perplexity, accuracy, bits per byte.
+
+    python scripts/evaluate.py                                        # the newest run, its own held-out text
+    mpirun -np 2 python scripts/evaluate.py --run-dir runs/first      # the same numbers, sooner
+    python scripts/evaluate.py --run-dir runs/first --data other.txt  # all of another text
+
+The last line is JSON. Exit codes: those of scripts/train.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from tf_dist.comm import launch
+
+REGISTRY = Path(__file__).resolve().parent.parent / "data" / "datasets.yaml"
+
+
+def main(argv: list[str]) -> None:
+    """Read the run, prepare the text, evaluate on all ranks."""
+    flags = parse(argv)
+    comm = launch.connect()
+
+    from tf_dist.training import optimizers
+    from tf_dist.training.corpus import shared_corpus
+    from tf_dist.training.load import load_run
+    from tf_dist.training.trainer import Trainer
+
+    run = load_run(flags.run_dir)
+    config = run.config
+    if flags.data:
+        tokenizer = str(Path(flags.run_dir) / "tokenizer.json")
+        config = dataclasses.replace(config, data=tuple(flags.data), tokenizer=tokenizer, val_fraction=0.0)
+    corpus = shared_corpus(config, comm, REGISTRY, lambda line: None)
+    side = "train" if flags.data else "val"
+    trainer = Trainer(
+        run.model,
+        optimizers.build(config, run.model, 1),
+        comm,
+        global_batch_size=config.global_batch_size,
+        micro_batch_size=config.micro_batch_rows,
+        seq_len=config.seq_len,
+    )
+    tokens = corpus.train if flags.data else corpus.val
+    result = trainer.validate(tokens, corpus.meta["text_bytes"][side])
+    if comm.rank == 0:
+        what = " ".join(flags.data) if flags.data else "the held-out text of the run"
+        print(f"step {run.step}, {what}: {corpus.meta['tokens'][side]:,} tokens")
+        print(json.dumps({"step": run.step, **result}))
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The flags."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run-dir", default="runs/latest", help="folder of the run [runs/latest]")
+    parser.add_argument("--data", nargs="+", help="other text to evaluate on, all of it")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

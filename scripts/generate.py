@@ -1,0 +1,65 @@
+"""Let a trained model write on.
+
+    python scripts/generate.py --prompt 'def '                        # the newest run under runs/
+    python scripts/generate.py --run-dir runs/first --prompt 'ROMEO:' --tokens 500 --temperature 0.8
+    python scripts/generate.py --run-dir runs/first --prompt 'import ' --temperature 0   # greedy
+
+Exit codes: 0 done, 64 usage, 65 a character that the model's vocabulary lacks, 77 no usable checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from tf_dist.comm import launch
+from tf_dist.comm.base import SerialComm
+from tf_dist.errors import TfDistError
+
+
+def main(argv: list[str]) -> int:
+    """Read the run, write the text."""
+    flags = parse(argv)
+    launch.set_threads(SerialComm())
+
+    from tf_dist.training.generate import Sampling, generate
+    from tf_dist.training.load import load_run
+
+    try:
+        sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
+        run = load_run(flags.run_dir)
+        prompt = run.tokenizer.encode(flags.prompt)
+        ids = [int(i) for i in prompt]
+        shown = run.tokenizer.decode(ids)
+        print(shown, end="", flush=True)
+        for token in generate(run.model, run.config.seq_len, prompt, flags.tokens, sampling):
+            ids.append(token)
+            # A character may need several tokens: decode all, print what is new and whole.
+            text = run.tokenizer.decode(ids)
+            if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+                print(text[len(shown) :], end="", flush=True)
+                shown = text
+        print()
+    except TfDistError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The flags."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run-dir", default="runs/latest", help="folder of the run [runs/latest]")
+    parser.add_argument("--prompt", default="\n", help="text to go on from [a new line]")
+    parser.add_argument("--tokens", type=int, default=200, help="how many tokens to write [200]")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy [0.8]")
+    parser.add_argument("--top-k", type=int, default=0, help="choose among the k likeliest; 0: all [0]")
+    parser.add_argument("--top-p", type=float, default=1.0, help="choose within this probability [1.0]")
+    parser.add_argument("--seed", type=int, default=1, help="of the choices [1]")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,129 @@
+"""Train a Keras language model on every MPI rank.
+
+    python scripts/train.py                                   # one process, the built-in corpus
+    mpirun -np 2 python scripts/train.py                      # two ranks, the same result, sooner
+    mpirun -np 2 python scripts/train.py --data tinyshakespeare --tokenizer char --steps 2000
+    mpirun -np 4 python scripts/train.py --config run.yaml --update master
+    mpirun -np 2 python scripts/train.py --model mypackage.models:build --data 'corpus/**/*.txt'
+
+A run's folder holds config.yaml, metrics.jsonl, status.json, tokenizer.json, checkpoints/, logs/ and
+loss.png; the same line with --run-dir FOLDER goes on where it stopped.
+
+Exit codes: 0 done, 64 usage, 65 bad data, 69 backend missing, 70 a rank failed, 75 saved on a signal
+(start me again), 76 not a number, 77 no checkpoint that can be used, 78 launch or configuration mistake.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from tf_dist.comm import launch
+from tf_dist.comm.agree import agree, versions
+from tf_dist.comm.base import Comm
+from tf_dist.config import Config
+from tf_dist.errors import UsageError
+from tf_dist.flags import from_command_line
+
+if TYPE_CHECKING:
+    from tf_dist.data.prepared import Prepared
+    from tf_dist.training.run import RunFolder
+
+DEFAULT_STEPS = 400
+REGISTRY = Path(__file__).resolve().parent.parent / "data" / "datasets.yaml"
+
+
+def main(argv: list[str]) -> None:
+    """Flags -> ranks -> data -> model -> training -> text."""
+    if {"-h", "--help", "--print-config"} & set(argv):
+        answer(argv)
+    comm = launch.join()
+    config, _ = from_command_line(argv, __doc__ or "")
+    agree(comm, {**config.as_dict(), **versions()}, "the run")
+    launch.set_threads(comm, config.threads_per_rank)
+    comm = launch.use_backend(comm, config.backend)
+
+    # Only now, with its threads set, may TensorFlow be imported.
+    from tf_dist.training.corpus import shared_corpus
+    from tf_dist.training.run import RunFolder, choose_folder, point_latest_to
+
+    run = RunFolder(choose_folder(config, comm), comm)
+    run.open()
+    launch.on_failure(run.failed)
+    corpus = shared_corpus(config, comm, REGISTRY, run.say)
+    config = dataclasses.replace(config, vocab_size=corpus.tokenizer.vocab_size, run_dir=str(run.path))
+    if comm.rank == 0:
+        point_latest_to(run.path)
+    train(config, comm, corpus, run)
+
+
+def answer(argv: list[str]) -> NoReturn:
+    """Answer --help and --print-config, once, without MPI and TensorFlow."""
+    if launch.launched_rank(os.environ) != 0:
+        raise SystemExit(0)
+    try:
+        print(from_command_line(argv, __doc__ or "")[0].as_yaml(), end="")
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    raise SystemExit(0)
+
+
+def train(config: Config, comm: Comm, corpus: Prepared, run: RunFolder) -> None:
+    """Build what was asked for, resume, train, and leave text and a picture."""
+    from tf_dist.models.build import build
+    from tf_dist.training import callbacks, optimizers, progress
+    from tf_dist.training.banner import banner
+    from tf_dist.training.job import Job
+    from tf_dist.training.trainer import Trainer
+
+    model = build(config)
+    agree(comm, {v.path: list(v.shape) for v in model.trainable_variables}, "the model")
+    steps = planned_steps(config, len(corpus.train))
+    trainer = Trainer(
+        model,
+        optimizers.build(config, model, steps),
+        comm,
+        config.update,
+        global_batch_size=config.global_batch_size,
+        micro_batch_size=config.micro_batch_rows,
+        seq_len=config.seq_len,
+        clip_norm=config.clip_norm,
+        seed=config.seed,
+    )
+    job = Job(config, comm, corpus, run, trainer)
+    job.resume()
+    steps_per_epoch = trainer.sampler(trainer.sequences(corpus.train)).steps_per_epoch
+    run.say(banner(config, comm, corpus, trainer, steps, steps_per_epoch))
+    signal.signal(signal.SIGUSR1, lambda *_: trainer.request_stop())
+    show = progress.display(config.progress, comm, steps, run.say)
+    job.begin()
+    trainer.fit(
+        corpus.train,
+        steps=steps,
+        validation=corpus.val if len(corpus.val) > 1 else None,
+        validation_bytes=corpus.meta["text_bytes"]["val"],
+        eval_every=config.eval_every,
+        callbacks=[
+            callbacks.LogRun(trainer, run, config.log_every, steps_per_epoch, job.last.update, show),
+            callbacks.SaveRun(trainer, config.save_every, job.save),
+        ],
+    )
+    show.close()
+    job.end(steps)
+
+
+def planned_steps(config: Config, tokens: int) -> int:
+    """Optimizer steps of the whole run: --steps, or --epochs in steps, or 400."""
+    if not config.epochs:
+        return config.steps or DEFAULT_STEPS
+    sequences = -(-(tokens - 1) // config.seq_len)
+    return config.epochs * -(-sequences // config.global_batch_size)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

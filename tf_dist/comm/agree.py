@@ -1,0 +1,83 @@
+"""Before the first step: every rank must mean the same run.
+
+Ranks with another configuration, another version of Keras or other data would train different
+models, or wait for each other for ever. They are told what differs instead.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tf_dist import errors
+from tf_dist.comm.base import Comm
+from tf_dist.errors import LaunchError, TfDistError
+from tf_dist.version import __version__
+
+PACKAGES = ("tensorflow", "tensorflow-cpu", "keras", "numpy", "mpi4py", "tokenizers")
+
+
+def agree(comm: Comm, facts: Mapping[str, Any], about: str) -> None:
+    """Compare facts between all ranks; a collective.
+
+    Args:
+        comm: all ranks.
+        facts: JSON values by name.
+        about: what they describe, for the message.
+
+    Raises:
+        LaunchError: on every rank, with the same message, if any fact differs on any rank.
+    """
+    everyone = comm.allgather_obj(dict(facts))
+    names = dict.fromkeys(name for facts_there in everyone for name in facts_there)
+    lines = [_difference(name, [there.get(name) for there in everyone]) for name in names]
+    differences = [line for line in lines if line]
+    if differences:
+        raise LaunchError(
+            f"the ranks do not agree on {about}:\n  " + "\n  ".join(differences) + "\n"
+            "Start all ranks with one command line and one installation"
+        )
+
+
+def on_root(comm: Comm, function: Callable[[], Any]) -> Any:
+    """Call ``function`` on rank 0 alone and return its JSON result everywhere; a collective.
+
+    Raises:
+        TfDistError: on every rank, if ``function`` raised one on rank 0: so it is said once.
+    """
+    outcome: dict[str, Any] = {}
+    if comm.rank == 0:
+        try:
+            outcome = {"value": function()}
+        except TfDistError as error:
+            outcome = {"error": str(error), "kind": type(error).__name__}
+    outcome = comm.broadcast_obj(outcome)
+    if "error" in outcome:
+        raise getattr(errors, outcome["kind"])(outcome["error"])
+    return outcome["value"]
+
+
+def versions() -> dict[str, str]:
+    """Versions that change what a rank computes, without importing the packages."""
+    found = {"python": platform.python_version(), "tf_dist": __version__}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _difference(name: str, values: list[Any]) -> str:
+    """``keras: 3.14 on ranks 0 1, 3.15 on rank 2``, or nothing where all are equal."""
+    ranks: dict[str, list[int]] = {}
+    for rank, value in enumerate(values):
+        ranks.setdefault("nothing" if value is None else str(value), []).append(rank)
+    if len(ranks) == 1:
+        return ""
+    parts = [
+        f"{value} on rank{'s' * (len(who) > 1)} {' '.join(map(str, who))}" for value, who in ranks.items()
+    ]
+    return f"{name}: " + ", ".join(parts)

@@ -1,0 +1,65 @@
+"""What a run says before its first step: who, where, with what, and the arithmetic of a batch."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+
+from tf_dist.comm.base import Comm
+from tf_dist.comm.launch import Place, places
+from tf_dist.config import Config
+from tf_dist.data.prepared import Prepared
+from tf_dist.data.sampler import share
+from tf_dist.training.trainer import Trainer
+from tf_dist.version import __version__
+
+
+def banner(
+    config: Config, comm: Comm, corpus: Prepared, trainer: Trainer, steps: int, steps_per_epoch: int
+) -> str:
+    """The lines to print about a run; a collective."""
+    meta = corpus.meta
+    tokens, text_bytes = meta["tokens"], meta["text_bytes"]["train"]
+    rows, T = config.global_batch_size, config.seq_len
+    lines = {
+        "tf_dist": f"{__version__}: {_ranks(config, comm)}",
+        "data": f"{' '.join(config.data)}: {tokens['train']:,} tokens ({text_bytes:,} bytes) to train on, "
+        f"{tokens['val']:,} held out",
+        "tokenizer": f"{meta['tokenizer_kind']} of {meta['vocab_size']:,}, in {corpus.path}",
+        "model": f"{config.model}, {trainer.replica.parameters:,} parameters",
+        "batch": f"{rows} sequences x {T} tokens = {rows * T:,} tokens a step, as {config.micro_batches} "
+        f"micro-batches of {config.micro_batch_rows}; {_shares(config, comm)}",
+        "training": f"{steps:,} steps = {steps / steps_per_epoch:.2f} epochs, from step {trainer.step}; "
+        f"{config.optimizer}, learning rate {config.learning_rate:g}, {config.schedule}; "
+        f"update {config.update}",
+        "run": config.run_dir,
+    }
+    return "\n".join(f"{name:10}{text}" for name, text in lines.items())
+
+
+def _ranks(config: Config, comm: Comm) -> str:
+    everywhere = places(comm)
+    hosts = Counter(place.host for place in everywhere)
+    nodes = f"{len(hosts)} node{'s' * (len(hosts) > 1)} ({', '.join(sorted(hosts)[:4])})"
+    threads = config.threads_per_rank or min(place.threads for place in everywhere)
+    text = f"{comm.size} rank{'s' * (comm.size > 1)} on {nodes}, {threads} thread{'s' * (threads > 1)} each"
+    return f"{text}, backend {config.backend}" + _idle_cores(config, everywhere[0], comm.size)
+
+
+def _idle_cores(config: Config, place: Place, size: int) -> str:
+    """A hint where a launcher bound the only rank to a part of the machine."""
+    cores = os.cpu_count() or 1
+    if size > 1 or config.threads_per_rank or len(place.cores) >= cores:
+        return ""
+    return f". It may use {len(place.cores)} of {cores} cores: start more ranks, or mpirun --bind-to none"
+
+
+def _shares(config: Config, comm: Comm) -> str:
+    """How many micro-batches each rank takes, and a warning where some have none."""
+    shares = [len(share(config.micro_batches, rank, comm.size)) for rank in range(comm.size)]
+    if min(shares) == max(shares):
+        return f"{shares[0]} for each rank"
+    text = f"ranks take {min(shares)} to {max(shares)}"
+    if min(shares) == 0:
+        text += f": {shares.count(0)} ranks have nothing to do, use a smaller --micro-batch-size"
+    return text

@@ -1,0 +1,134 @@
+"""What happens between steps: metrics and checkpoints, as Keras callbacks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+
+from tf_dist.training.run import RunFolder
+from tf_dist.training.trainer import Trainer
+
+
+class LogRun(keras.callbacks.Callback):
+    """Writes ``metrics.jsonl`` and hands each of its rows on.
+
+    A row covers the steps since the last one: loss is their mean over tokens; step_s, comm_s (moving
+    bytes) and wait_s (waiting for slower ranks) are means per step.
+
+    Args:
+        trainer: being watched.
+        run: where the rows go.
+        every: steps between rows.
+        steps_per_epoch: of the data, for the column ``epoch``.
+        *show: each called with each row, on every rank.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        run: RunFolder,
+        every: int,
+        steps_per_epoch: int,
+        *show: Callable[[dict[str, Any]], None],
+    ) -> None:
+        super().__init__()
+        self.trainer, self.run, self.every, self.show = trainer, run, every, show
+        self.steps_per_epoch = steps_per_epoch
+        self._row: dict[str, Any] = {}
+        self._begin_row()
+
+    def _begin_row(self) -> None:
+        comm = self.trainer.comm
+        self._loss_sum, self._tokens, self._steps = 0.0, 0.0, 0
+        self._since = (self.trainer.elapsed_s, comm.comm_s, comm.wait_s)
+
+    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Write the row of the last steps, now that no validation can belong to it."""
+        self._write()
+        if (batch + 1) % self.every == 0:
+            self._learning_rate = float(self.trainer.optimizer.learning_rate)
+        if self._steps == 0:  # not the time that validation or saving took
+            self._begin_row()
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Count a step; finish a row where one is due."""
+        assert logs is not None
+        self._loss_sum += logs["loss"] * logs["tokens"]
+        self._tokens += logs["tokens"]
+        self._steps += 1
+        if self.trainer.step % self.every == 0:
+            self._finish_row(logs["grad_norm"])
+
+    def _finish_row(self, grad_norm: float) -> None:
+        trainer, comm = self.trainer, self.trainer.comm
+        elapsed, comm_s, wait_s = (
+            now - before
+            for now, before in zip((trainer.elapsed_s, comm.comm_s, comm.wait_s), self._since, strict=True)
+        )
+        self._row = {
+            "step": trainer.step,
+            "epoch": trainer.step / self.steps_per_epoch,
+            "loss": self._loss_sum / max(self._tokens, 1.0),
+            "learning_rate": self._learning_rate,
+            "grad_norm": grad_norm,
+            "tokens": trainer.tokens,
+            "tokens_per_s": self._tokens / max(elapsed, 1e-9),
+            "step_s": elapsed / self._steps,
+            "comm_s": comm_s / self._steps,
+            "wait_s": wait_s / self._steps,
+            "elapsed_s": trainer.elapsed_s,
+        }
+        self._begin_row()
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Add a validation to the row of its step."""
+        logs = logs or {}
+        if "val_loss" not in logs:
+            return
+        row = self._row or {"step": self.trainer.step, "epoch": self.trainer.step / self.steps_per_epoch}
+        keys = ("val_loss", "perplexity", "bits_per_byte", "val_accuracy")
+        self._row = row | {key: logs[key] for key in keys if key in logs}
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        """Write the last row."""
+        self._write()
+
+    def _write(self) -> None:
+        if self._row:
+            self.run.log_metrics(self._row)
+            for show in self.show:
+                show(self._row)
+            self._row = {}
+
+
+class SaveRun(keras.callbacks.Callback):
+    """Saves a checkpoint every so many steps, and at the end.
+
+    A step is saved when the next one begins, so that its validation is over.
+
+    Args:
+        trainer: whose state is saved.
+        every: steps between checkpoints; 0 for the end only.
+        save: saves; a collective, called on every rank.
+    """
+
+    def __init__(self, trainer: Trainer, every: int, save: Callable[[], None]) -> None:
+        super().__init__()
+        self.trainer, self.every, self.save = trainer, every, save
+        self._saved_step = trainer.step
+
+    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Save the step before this one when it is time."""
+        if self.every and self.trainer.step % self.every == 0:
+            self._save()
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        """Save the end."""
+        self._save()
+
+    def _save(self) -> None:
+        if self._saved_step != self.trainer.step:
+            self.save()
+            self._saved_step = self.trainer.step

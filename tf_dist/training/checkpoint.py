@@ -1,0 +1,225 @@
+"""Checkpoints that are there whole or not at all, and carry numbers only.
+
+    checkpoints/step-00000400/manifest.json    what, where, and a CRC-32 of each tensor
+    checkpoints/step-00000400/tensors.bin      raw little-endian bytes, one tensor after another
+
+Written under a temporary name, synced, then renamed: a killed job leaves the old checkpoints or the
+new one. The reader trusts nothing: it checks names, sizes and sums before it hands out an array, and
+`newest` goes back to the last checkpoint that is sound. No pickle, no HDF5, no code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tf_dist.errors import CheckpointError
+from tf_dist.files import sync_folder, temporary_name
+
+FORMAT = "tf_dist checkpoint"
+VERSION = 1
+MANIFEST_LIMIT_BYTES = 16 << 20
+DTYPES = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool")  # noqa: E501  # fmt: skip
+STEP_FOLDER = re.compile(r"step-(\d{8,})")
+
+
+def save(folder: Path, step: int, tensors: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> Path:
+    """Write a checkpoint of ``tensors`` at ``folder/step-NNNNNNNN``; one rank calls this.
+
+    Args:
+        folder: holds the checkpoints; made if it is not there.
+        step: optimizer steps taken.
+        tensors: by name.
+        facts: JSON values to be kept with them.
+
+    Raises:
+        CheckpointError: it could not be written; older checkpoints are untouched.
+    """
+    final = folder / f"step-{step:08d}"
+    temporary = temporary_name(final)
+    try:
+        temporary.mkdir(parents=True)
+        try:
+            entries = _write_tensors(temporary / "tensors.bin", tensors)
+            manifest = {
+                "format": FORMAT,
+                "version": VERSION,
+                "step": step,
+                "tensors": entries,
+                "facts": facts,
+            }
+            _write_synced(temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
+            sync_folder(temporary)
+            _replace_folder(temporary, final)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        sync_folder(folder)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write the checkpoint {final}: {error.strerror}. Older checkpoints are untouched. "
+            "Make room or choose another --run-dir, and start again: training goes on from the newest one"
+        ) from error
+    return final
+
+
+def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any], int]:
+    """Read and verify a checkpoint.
+
+    Returns:
+        The tensors by name, the facts, and the step.
+
+    Raises:
+        CheckpointError: anything about it is not as it was written.
+    """
+    manifest = read_manifest(path)
+    file_path = path / "tensors.bin"
+    wanted = sum(entry["bytes"] for entry in manifest["tensors"])
+    try:
+        if file_path.stat().st_size != wanted:
+            raise CheckpointError(f"{file_path} has {file_path.stat().st_size} bytes, not {wanted}")
+        tensors = {}
+        with open(file_path, "rb") as file:
+            for entry in manifest["tensors"]:
+                raw = file.read(entry["bytes"])
+                if zlib.crc32(raw) != entry["crc32"]:
+                    raise CheckpointError(f"{file_path}: tensor {entry['name']!r} is damaged (CRC-32)")
+                dtype = np.dtype(entry["dtype"]).newbyteorder("<")
+                tensors[entry["name"]] = np.frombuffer(raw, dtype).reshape(entry["shape"])
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file_path}: {error.strerror}") from error
+    return tensors, manifest["facts"], manifest["step"]
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, every part of it checked.
+
+    Raises:
+        CheckpointError: it is missing, too large, damaged, or of another version.
+    """
+    file_path = path / "manifest.json"
+    try:
+        with open(file_path, "rb") as file:
+            raw = file.read(MANIFEST_LIMIT_BYTES + 1)
+        manifest = json.loads(raw) if len(raw) <= MANIFEST_LIMIT_BYTES else None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file_path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file_path} is not JSON: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{file_path} is not the manifest of a checkpoint")
+    if manifest.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path} has format version {manifest.get('version')}; this release reads {VERSION}"
+        )
+    entries, facts, step = (manifest.get(key) for key in ("tensors", "facts", "step"))
+    if not isinstance(entries, list) or not isinstance(facts, dict) or not _is_count(step):
+        raise CheckpointError(f"{file_path} lacks tensors, facts or step")
+    for entry in entries:
+        _check_entry(entry, file_path)
+    if len({entry["name"] for entry in entries}) != len(entries):
+        raise CheckpointError(f"{file_path} names a tensor twice")
+    return manifest
+
+
+def newest(folder: Path, say: Callable[[str], None] = print) -> Path | None:
+    """The newest sound checkpoint in ``folder``; None if there has never been one.
+
+    Raises:
+        CheckpointError: there are checkpoints, but not one that can be used.
+    """
+    found = listing(folder)
+    for path in reversed(found):
+        try:
+            load(path)
+            return path
+        except CheckpointError as error:
+            say(f"skipping {path.name}: {error}")
+    if found:
+        raise CheckpointError(
+            f"none of the {len(found)} checkpoints in {folder} can be used. Start anew with --resume never"
+        )
+    return None
+
+
+def listing(folder: Path) -> list[Path]:
+    """The checkpoints in ``folder``, oldest first, sound or not."""
+    if not folder.is_dir():
+        return []
+    return sorted(
+        (p for p in folder.iterdir() if STEP_FOLDER.fullmatch(p.name)), key=lambda p: int(p.name[5:])
+    )
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest ``keep`` checkpoints, and what killed jobs left half written."""
+    for path in listing(folder)[:-keep]:
+        shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(".tmp-step-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+    entries = []
+    with open(path, "xb") as file:
+        for name, tensor in tensors.items():
+            array = np.ascontiguousarray(tensor)
+            array = array.astype(array.dtype.newbyteorder("<"), copy=False)
+            raw = array.tobytes()
+            file.write(raw)
+            entries.append(
+                {
+                    "name": name,
+                    "shape": list(tensor.shape),
+                    "dtype": array.dtype.name,
+                    "bytes": len(raw),
+                    "crc32": zlib.crc32(raw),
+                }
+            )
+        file.flush()
+        os.fsync(file.fileno())
+    return entries
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _replace_folder(temporary: Path, final: Path) -> None:
+    """Rename a folder over another: a folder that is not empty must be moved aside first."""
+    if final.exists():
+        aside = temporary_name(final)
+        os.rename(final, aside)
+        os.rename(temporary, final)
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        os.rename(temporary, final)
+
+
+def _check_entry(entry: Any, path: Path) -> None:
+    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+        raise CheckpointError(f"{path}: a tensor without a name")
+    shape: Any = entry.get("shape")
+    dtype, size = entry.get("dtype"), entry.get("bytes")
+    sound = isinstance(shape, list) and all(map(_is_count, shape)) and dtype in DTYPES and _is_count(size)
+    if not sound or not _is_count(entry.get("crc32")):
+        raise CheckpointError(f"{path}: tensor {entry['name']!r} has a shape, dtype or size that cannot be")
+    elements = 1
+    for length in shape:
+        elements *= length
+    if elements * np.dtype(dtype).itemsize != size:
+        raise CheckpointError(f"{path}: tensor {entry['name']!r} of {shape} {dtype} cannot have {size} bytes")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

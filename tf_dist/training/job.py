@@ -1,0 +1,139 @@
+"""A training job and its run folder: how it begins, is resumed, is saved, and what it leaves behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tf_dist.comm.agree import on_root, versions
+from tf_dist.comm.base import Comm
+from tf_dist.config import Config
+from tf_dist.data.prepared import Prepared
+from tf_dist.errors import CheckpointError, SavedAndStopped
+from tf_dist.training import checkpoint, state
+from tf_dist.training.generate import Sampling, generate
+from tf_dist.training.plots import loss_curve
+from tf_dist.training.run import RunFolder
+from tf_dist.training.trainer import Trainer, weights_sha256
+
+SAMPLE_TOKENS = 200
+
+
+class Job:
+    """One run of ``scripts/train.py``. Every method is called on every rank.
+
+    Attributes:
+        last: the newest value of each metric.
+    """
+
+    def __init__(
+        self, config: Config, comm: Comm, corpus: Prepared, run: RunFolder, trainer: Trainer
+    ) -> None:
+        self.config, self.comm, self.corpus, self.run, self.trainer = config, comm, corpus, run, trainer
+        self.last: dict[str, Any] = {}
+
+    def resume(self) -> None:
+        """Go on from the checkpoint that ``--resume`` means, if there is one.
+
+        Raises:
+            CheckpointError: it cannot be used, or is of another run.
+        """
+        if self.config.resume == "never":
+            on_root(self.comm, self.run.set_aside)
+            return
+        found = on_root(self.comm, self._find)
+        if found is None:
+            return
+        state.restore(self.trainer, Path(found["path"]))
+        self.last["val_loss"] = found["val_loss"]
+        self.run.drop_metrics_after(self.trainer.step)
+        self.run.say(f"resumed at step {self.trainer.step} from {found['path']}")
+
+    def _find(self) -> dict[str, Any] | None:
+        """The checkpoint to resume from, checked; on rank 0."""
+        wanted = Path(self.config.resume)
+        if self.config.resume == "auto":
+            path = checkpoint.newest(self.run.checkpoints, self.run.say)
+        elif (wanted / "manifest.json").exists():
+            path = wanted
+        else:
+            path = checkpoint.newest(wanted / "checkpoints", self.run.say)
+            if path is None:
+                raise CheckpointError(f"--resume {wanted}: neither a checkpoint nor a run folder with one")
+        if path is None:
+            return None
+        facts = checkpoint.read_manifest(path)["facts"]
+        content = self.corpus.meta["content_sha256"]
+        state.check_same_run(facts, self.config, content, self.run.say)
+        return {"path": str(path), "val_loss": facts["val_loss"]}
+
+    def begin(self) -> None:
+        """Write what is known before the first step."""
+        self.run.write("config.yaml", self.config.as_yaml())
+        tokenizer = (self.corpus.path / "tokenizer.json").read_text(encoding="utf-8")
+        self.run.write("tokenizer.json", tokenizer)
+        self.run.status(step=self.trainer.step, val_loss=self.last.get("val_loss"))
+
+    def save(self) -> None:
+        """Write a checkpoint and say so in ``status.json``."""
+        facts = {
+            "config": self.config.as_dict(),
+            "content_sha256": self.corpus.meta["content_sha256"],
+            "versions": versions(),
+            "val_loss": self.last.get("val_loss"),
+        }
+        state.save(self.trainer, self.run.checkpoints, self.config.keep, facts)
+        self._status()
+
+    def _status(self, **changes: Any) -> None:
+        weights = weights_sha256(self.trainer.model) if self.comm.rank == 0 else None
+        now = {"step": self.trainer.step, "val_loss": self.last.get("val_loss"), "weights_sha256": weights}
+        self.run.status(**now, **changes)
+
+    def end(self, steps: int) -> None:
+        """Leave a picture and a sample of text, or ask to be started again.
+
+        Raises:
+            SavedAndStopped: a signal stopped the run before its last step.
+        """
+        if self.trainer.step < steps:
+            self._status(state="saved", exit_code=SavedAndStopped.exit_code)
+            raise SavedAndStopped(
+                f"saved at step {self.trainer.step} of {steps} on a signal. The same command with "
+                f"--run-dir {self.run.path} goes on"
+            )
+        if self.comm.rank == 0:
+            self._status(state="done", exit_code=0)
+            self._leave_behind()
+
+    def _leave_behind(self) -> None:
+        say, run = self.run.say, self.run
+        if "loss" in self.last:
+            say(f"done at step {self.trainer.step}: {_summary(self.last)}")
+        else:
+            say(f"step {self.trainer.step} was already reached: raise --steps, or choose another --run-dir")
+        picture = run.path / "loss.png"
+        if loss_curve(run.metrics, picture, f"{self.config.model}, {self.comm.size} ranks"):
+            say(f"loss curve   {picture}")
+        else:
+            say("no picture of the loss: `pip install matplotlib` draws one")
+        say(f"sample       (after the words before the arrow)\n{self._sample()}")
+        say(f"more text    python scripts/generate.py --run-dir {run.path} --prompt 'def '")
+
+    def _sample(self) -> str:
+        """Text that the model continues from the beginning of the validation text."""
+        tokens = self.corpus.val if len(self.corpus.val) else self.corpus.train
+        prompt = tokens[: min(16, self.config.seq_len)]
+        model, tokenizer = self.trainer.model, self.corpus.tokenizer
+        made = generate(model, self.config.seq_len, prompt, SAMPLE_TOKENS, Sampling())
+        return f"{tokenizer.decode(prompt)} => {tokenizer.decode(list(made))}\n"
+
+
+def _summary(last: dict[str, Any]) -> str:
+    parts = [f"loss {last['loss']:.4f}"]
+    if last.get("val_loss") is not None:
+        parts.append(f"validation loss {last['val_loss']:.4f}")
+    if "bits_per_byte" in last:
+        parts.append(f"{last['bits_per_byte']:.3f} bits per byte")
+    parts.append(f"{last['tokens']:,} tokens in {last['elapsed_s']:.1f} s")
+    return ", ".join(parts)

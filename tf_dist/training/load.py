@@ -1,0 +1,47 @@
+"""A finished or running run, read back: its options, tokenizer and model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import keras
+
+from tf_dist.config import Config
+from tf_dist.data.tokenizer import Tokenizer, load_tokenizer
+from tf_dist.errors import CheckpointError
+from tf_dist.flags import from_mapping, read_config_file
+from tf_dist.models.build import build
+from tf_dist.training import checkpoint, state
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """What a run folder holds, ready to use."""
+
+    config: Config
+    tokenizer: Tokenizer
+    model: keras.Model
+    step: int
+
+
+def load_run(run_dir: str) -> LoadedRun:
+    """Rebuild the model of a run and give it the weights of its newest sound checkpoint.
+
+    The model is built from the run's ``config.yaml`` by our own code (or the function it names);
+    nothing is unpickled and no model file is loaded.
+
+    Raises:
+        CheckpointError: the folder holds no run, or no checkpoint that can be used.
+    """
+    folder = Path(run_dir)
+    if not (folder / "config.yaml").exists():
+        raise CheckpointError(f"{folder} holds no run (no config.yaml). Train one: python scripts/train.py")
+    config = from_mapping(read_config_file(str(folder / "config.yaml")), str(folder / "config.yaml"))
+    path = checkpoint.newest(folder / "checkpoints")
+    if path is None:
+        raise CheckpointError(f"{folder} holds no checkpoint yet: let the run reach its first --save-every")
+    tensors, _, step = checkpoint.load(path)
+    model = build(config)
+    state.load_weights(model, tensors, path)
+    return LoadedRun(config, load_tokenizer(folder / "tokenizer.json"), model, step)

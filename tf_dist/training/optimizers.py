@@ -1,0 +1,56 @@
+"""From a `Config` to a Keras optimizer with its learning-rate schedule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from tf_dist.config import Config, did_you_mean
+from tf_dist.errors import UsageError
+from tf_dist.training.schedules import schedule
+
+
+def build(config: Config, model: keras.Model, steps: int) -> keras.optimizers.Optimizer:
+    """The optimizer that ``config.optimizer`` names, built for the model's variables.
+
+    Matrices decay; biases and the gains of normalisation do not, as in GPT-2 and nanoGPT.
+
+    Args:
+        config: optimizer, its arguments, learning rate, schedule and weight decay.
+        model: whose trainable variables it will change.
+        steps: length of the schedule.
+
+    Raises:
+        UsageError: Keras has no such optimizer, or it does not take these arguments.
+    """
+    rate = schedule(
+        config.schedule, steps, config.learning_rate, config.min_learning_rate, config.warmup_steps
+    )
+    arguments = {"weight_decay": config.weight_decay or None, **config.optimizer_args, "learning_rate": rate}
+    if config.optimizer == "adamw":  # AdamW insists on a number
+        arguments["weight_decay"] = config.weight_decay
+    try:
+        optimizer = _optimizer_class(config.optimizer)(**arguments)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"optimizer {config.optimizer} with {config.optimizer_args}: {error}") from error
+    if optimizer.weight_decay:
+        vectors = [variable for variable in model.trainable_variables if len(variable.shape) < 2]
+        optimizer.exclude_from_weight_decay(var_list=vectors)
+    optimizer.build(model.trainable_variables)
+    return optimizer
+
+
+def _optimizer_class(name: str) -> Any:
+    classes = {
+        key.lower(): value
+        for key, value in vars(keras.optimizers).items()
+        if isinstance(value, type) and issubclass(value, keras.optimizers.Optimizer)
+    }
+    wrappers = ("optimizer", "lossscaleoptimizer")
+    known = sorted(key for key in classes if key not in wrappers)
+    if name.lower() not in known:
+        raise UsageError(
+            f"Keras has no optimizer {name!r}: {', '.join(known)}{did_you_mean(name.lower(), known)}"
+        )
+    return classes[name.lower()]

@@ -1,0 +1,36 @@
+"""The loss curve of a run as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tf_dist.training.run import read_metrics
+
+
+def loss_curve(metrics: Path, picture: Path, title: str) -> bool:
+    """Draw training and validation loss over steps from a ``metrics.jsonl``.
+
+    Returns:
+        Whether it was drawn: False without matplotlib, or without a line of metrics.
+    """
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")  # a cluster node has no screen
+        from matplotlib import pyplot
+    except ImportError:
+        return False
+    rows = read_metrics(metrics) if metrics.exists() else []
+    if not rows:
+        return False
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for key, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
+        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(picture, dpi=120)
+    pyplot.close(figure)
+    return True

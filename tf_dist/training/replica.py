@@ -1,0 +1,185 @@
+"""A rank's copy of the model and its optimizer, as a few compiled functions on flat arrays.
+
+Legend: B rows of a micro-batch, T tokens, V vocabulary, P parameters.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tf_dist.errors import UsageError
+from tf_dist.parallel.flat import ALIGNMENT_BYTES, FlatLayout
+
+# Targets of padding: they have no loss and are not counted.
+IGNORED = -1
+
+
+class Replica:
+    """Gradients, evaluation and the optimizer step of a Keras language model.
+
+    Each function is traced once: micro-batches always have the shape (B, T).
+
+    Args:
+        model: token ids (B, T) int32 -> logits (B, T, V).
+        optimizer: any Keras optimizer.
+        rows: B, the rows of a micro-batch.
+        seq_len: T.
+        seed: of dropout and everything else that is random in the model.
+
+    Raises:
+        UsageError: the model holds variables that ranks could not keep equal.
+    """
+
+    def __init__(
+        self, model: keras.Model, optimizer: keras.optimizers.Optimizer, rows: int, seq_len: int, seed: int
+    ) -> None:
+        self.model, self.optimizer, self.seed = model, optimizer, seed
+        self._check_model(seq_len)
+        if not optimizer.built:
+            optimizer.build(model.trainable_variables)
+        self.layout = FlatLayout([variable.shape for variable in model.trainable_variables])
+        self.parameters = self.layout.total
+        self._random_states = [v for v in model.variables if v.path.endswith("seed_generator_state")]
+        self._compile(rows, seq_len)
+
+    def _check_model(self, seq_len: int) -> None:
+        if not self.model.built:
+            self.model(np.zeros((1, seq_len), np.int32))
+        if not self.model.trainable_variables:
+            raise UsageError(f"model {self.model.name!r} has no trainable variables: nothing can be learnt")
+        for variable in self.model.trainable_variables:
+            if variable.dtype != "float32":
+                raise UsageError(f"variable {variable.path} is {variable.dtype}: only float32 can be trained")
+        for layer in self.model._flatten_layers():
+            if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable:
+                raise UsageError(
+                    f"layer {layer.name!r} is BatchNormalization: each rank would keep its own averages. "
+                    "Use LayerNormalization, or set layer.trainable = False"
+                )
+
+    def _compile(self, rows: int, seq_len: int) -> None:
+        batch_BxT = tf.TensorSpec((rows, seq_len), tf.int32)
+        flat_P = tf.TensorSpec((self.parameters,), tf.float32)
+        states = tf.TensorSpec((len(self._random_states), 2), tf.int64)
+        self._gradients = tf.function(self._gradients_graph, input_signature=[batch_BxT, batch_BxT, states])
+        self._evaluate = tf.function(self._evaluate_graph, input_signature=[batch_BxT, batch_BxT])
+        self._apply = tf.function(self._apply_graph, input_signature=[flat_P, tf.TensorSpec((), tf.float32)])
+        self._norm = tf.function(tf.norm, input_signature=[flat_P])
+        self._read = tf.function(lambda: _concat(self._trainable_values()), input_signature=[])
+        self._write = tf.function(self._write_graph, input_signature=[flat_P])
+
+    # Forward and backward ------------------------------------------------------------------------
+
+    def gradients(
+        self, x_BxT: np.ndarray, y_BxT: np.ndarray, draw: tuple[int, int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The gradient of the summed loss of one micro-batch.
+
+        Args:
+            x_BxT: token ids, int32.
+            y_BxT: the next token of each, -1 where there is none.
+            draw: (step, micro-batch): with the seed, all that dropout depends on.
+
+        Returns:
+            The gradient, (P,) float32, which must only be read; and (3,) float64: the summed loss in
+            nats, the number of targets, and how many of them had the highest logit.
+        """
+        states = random_states(self.seed, draw, len(self._random_states))
+        gradient, sums = self._gradients(x_BxT, y_BxT, states)
+        return np.asarray(gradient), np.asarray(sums, np.float64)
+
+    def evaluate(self, x_BxT: np.ndarray, y_BxT: np.ndarray) -> np.ndarray:
+        """The sums of `gradients`, without dropout and without a gradient."""
+        return np.asarray(self._evaluate(x_BxT, y_BxT), np.float64)
+
+    def _gradients_graph(self, x_BxT: Any, y_BxT: Any, states: Any) -> tuple[Any, Any]:
+        for i, variable in enumerate(self._random_states):
+            variable.assign(tf.cast(states[i], variable.dtype))
+        variables = [variable.value for variable in self.model.trainable_variables]
+        with tf.GradientTape() as tape:
+            loss, sums = _loss_and_sums(self.model(x_BxT, training=True), y_BxT)
+            # Losses that layers add (regularizers) count once for every target.
+            loss += sum(self.model.losses, 0.0) * sums[1]
+        # Embedding gradients come as IndexedSlices: dense once, here.
+        parts = tape.gradient(loss, variables, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+        return _concat([tf.convert_to_tensor(part) for part in parts]), sums
+
+    def _evaluate_graph(self, x_BxT: Any, y_BxT: Any) -> Any:
+        return _loss_and_sums(self.model(x_BxT, training=False), y_BxT)[1]
+
+    # Weights -------------------------------------------------------------------------------------
+
+    def norm(self, gradient: np.ndarray) -> float:
+        """The Euclidean norm of a flat gradient, (P,) float32."""
+        return float(self._norm(_as_tensor(gradient)))
+
+    def apply(self, gradient: np.ndarray, scale: float) -> None:
+        """Take one optimizer step with ``scale * gradient``, (P,) float32."""
+        self._apply(_as_tensor(gradient), np.float32(scale))
+
+    def skip(self) -> None:
+        """Count a step that was taken elsewhere, so that learning-rate schedules go on."""
+        self.optimizer.iterations.assign_add(1)
+
+    def read_weights(self, out: np.ndarray) -> None:
+        """Copy the trainable weights to ``out``, (P,) float32."""
+        np.copyto(out, np.asarray(self._read()))
+
+    def write_weights(self, weights: np.ndarray) -> None:
+        """Set the trainable weights from (P,) float32."""
+        self._write(_as_tensor(weights))
+
+    def _apply_graph(self, gradient_P: Any, scale: Any) -> None:
+        self.optimizer.apply(self._split(gradient_P * scale), self.model.trainable_variables)
+
+    def _write_graph(self, weights_P: Any) -> None:
+        for variable, value in zip(self.model.trainable_variables, self._split(weights_P), strict=True):
+            variable.assign(value)
+
+    def _split(self, flat_P: Any) -> list[Any]:
+        parts = tf.split(flat_P, self.layout.sizes)
+        return [tf.reshape(part, shape) for part, shape in zip(parts, self.layout.shapes, strict=True)]
+
+    def _trainable_values(self) -> list[Any]:
+        return [variable.value for variable in self.model.trainable_variables]
+
+
+def random_states(seed: int, draw: tuple[int, int], count: int) -> np.ndarray:
+    """States for ``count`` Keras seed generators, (count, 2) int64, from (seed, step, micro-batch) alone.
+
+    `numpy.random.SeedSequence` mixes its words so that neighbouring steps share nothing, by an
+    algorithm that NumPy promises not to change.
+    """
+    words = np.random.SeedSequence([seed, *draw]).generate_state(2 * count, np.uint32)
+    # Keras counts up from the state and casts it to 32 bits: stay inside them.
+    return (words.astype(np.int64) >> 1).reshape(count, 2)
+
+
+def _loss_and_sums(logits_BxTxV: Any, y_BxT: Any) -> tuple[Any, Any]:
+    counted_BxT = y_BxT != IGNORED
+    targets_BxT = tf.maximum(y_BxT, 0)
+    logits_BxTxV = tf.cast(logits_BxTxV, tf.float32)
+    losses_BxT = tf.nn.sparse_softmax_cross_entropy_with_logits(targets_BxT, logits_BxTxV)
+    # where() and not a product: a padding row may hold anything, and 0 * inf is NaN.
+    loss = tf.reduce_sum(tf.where(counted_BxT, losses_BxT, 0.0))
+    correct_BxT = tf.equal(tf.argmax(logits_BxTxV, axis=-1, output_type=tf.int32), y_BxT)
+    return loss, tf.stack([loss, _count(counted_BxT), _count(correct_BxT)])
+
+
+def _count(flags: Any) -> Any:
+    return tf.cast(tf.math.count_nonzero(flags), tf.float32)
+
+
+def _concat(parts: list[Any]) -> Any:
+    return tf.concat([tf.reshape(part, (-1,)) for part in parts], axis=0)
+
+
+def _as_tensor(array: np.ndarray) -> Any:
+    """The same memory as a tensor where it is aligned: `tf.convert_to_tensor` would copy it."""
+    if array.ctypes.data % ALIGNMENT_BYTES or not array.flags.writeable:
+        return tf.convert_to_tensor(array)
+    return tf.experimental.dlpack.from_dlpack(array.__dlpack__())

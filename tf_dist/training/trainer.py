@@ -1,0 +1,300 @@
+"""The training loop. Follow `Trainer.train_step` to see one step of distributed training.
+
+Legend: G global rows, B rows of a micro-batch, T tokens, P parameters, R ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Sequence
+
+import keras
+import numpy as np
+
+from tf_dist.comm.base import Comm
+from tf_dist.config import default_micro_batch
+from tf_dist.data.sampler import Sampler, share
+from tf_dist.data.tokens import Sequences
+from tf_dist.errors import DataError, LaunchError, UsageError
+from tf_dist.parallel.flat import aligned_empty
+from tf_dist.parallel.tree import TreeSum
+from tf_dist.parallel.updates import CORRECT, LOSS, STOP, TOKENS, UPDATES
+from tf_dist.training.replica import Replica
+
+DEFAULT_SEQ_LEN = 128
+
+
+class Trainer:
+    """Trains a Keras language model over all ranks of a `Comm`.
+
+    A global batch of G rows is a list of G / B micro-batches, whoever computes them: micro-batches are
+    dealt out to the ranks in contiguous blocks, so any number of ranks sees the same batches.
+
+    Args:
+        model: token ids (B, T) int32 -> logits (B, T, V).
+        optimizer: any Keras optimizer, not yet distributed in any way.
+        comm: all ranks, from ``tf_dist.connect()``.
+        update: how gradients become the same new weights everywhere: "allreduce" or "master".
+        global_batch_size: G, sequences in one optimizer step.
+        micro_batch_size: B, sequences in one forward and backward pass; must divide G.
+            None: a quarter of G, or the next smaller divisor.
+        seq_len: T; None: what the model's input says, else 128.
+        clip_norm: largest global norm of the mean gradient; 0 for no clipping.
+        seed: of the order of the data and of dropout.
+
+    Attributes:
+        step: optimizer steps taken so far.
+        tokens: target tokens trained on so far.
+        elapsed_s: seconds spent in training, over all resumed runs.
+        stopped: whether the ranks have agreed to stop.
+
+    Raises:
+        UsageError: sizes that do not fit, or an unknown update.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        optimizer: keras.optimizers.Optimizer,
+        comm: Comm,
+        update: str = "allreduce",
+        *,
+        global_batch_size: int = 32,
+        micro_batch_size: int | None = None,
+        seq_len: int | None = None,
+        clip_norm: float = 0.0,
+        seed: int = 1,
+    ) -> None:
+        if update not in UPDATES:
+            raise UsageError(f"unknown update {update!r}: {', '.join(UPDATES)}")
+        self.rows = micro_batch_size or default_micro_batch(global_batch_size)
+        if global_batch_size % self.rows:
+            raise UsageError(
+                f"micro_batch_size {self.rows} does not divide global_batch_size {global_batch_size}"
+            )
+        self.model, self.optimizer, self.comm = model, optimizer, comm
+        self.update = UPDATES[update]
+        self.global_batch_size, self.clip_norm, self.seed = global_batch_size, clip_norm, seed
+        self.seq_len = seq_len or _static_seq_len(model) or DEFAULT_SEQ_LEN
+        self.my_micro_batches = share(global_batch_size // self.rows, comm.rank, comm.size)
+        self.replica = Replica(model, optimizer, self.rows, self.seq_len, seed)
+        self._sum = TreeSum(self.replica.parameters)
+        self.step, self.tokens, self.elapsed_s = 0, 0, 0.0
+        self.stopped = False
+        model.stop_training = False
+
+    # One step ------------------------------------------------------------------------------------
+
+    def train_step(self, sequences: Sequences, sampler: Sampler) -> dict[str, float]:
+        """Take one optimizer step on one global batch, over all ranks.
+
+        Returns:
+            loss (mean nats per token), accuracy, grad_norm and tokens: the same on every rank.
+        """
+        totals = np.zeros(4)
+        totals[STOP] = self.model.stop_training
+        rows_G = sampler.batch(self.step)
+        for micro_batch in self.my_micro_batches:
+            x_BxT, y_BxT = sequences.rows(rows_G[micro_batch * self.rows :][: self.rows])
+            gradient, sums = self.replica.gradients(x_BxT, y_BxT, (self.step, micro_batch))
+            self._sum.add(gradient)
+            totals[: len(sums)] += sums
+        norm = self.update(self._sum.result(), totals, self.clip_norm, self.replica, self.comm)
+        self.step += 1
+        self.tokens += int(totals[TOKENS])
+        self.stopped = totals[STOP] > 0  # any rank's wish, agreed by the reduction itself
+        count = max(totals[TOKENS], 1.0)
+        return {
+            "loss": totals[LOSS] / count,
+            "accuracy": totals[CORRECT] / count,
+            "grad_norm": norm,
+            "tokens": totals[TOKENS],
+        }
+
+    # Many steps ----------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        tokens: np.ndarray | Sequences,
+        *,
+        steps: int | None = None,
+        epochs: int | None = None,
+        validation: np.ndarray | Sequences | None = None,
+        validation_bytes: int = 0,
+        eval_every: int = 0,
+        callbacks: Sequence[keras.callbacks.Callback] = (),
+    ) -> dict[str, list[float]]:
+        """Train until ``steps`` optimizer steps have been taken in all, counting those before a resume.
+
+        Callbacks follow Keras's protocol on every rank, with the same values everywhere. A Keras
+        "epoch" is the stretch from one validation to the next, or a pass over the data when
+        ``eval_every`` is 0; a batch is an optimizer step.
+
+        Args:
+            tokens: 1-D token ids, or `Sequences` of them.
+            steps: optimizer steps; or give ``epochs``.
+            epochs: passes over the data.
+            validation: held-out tokens; all of them are used, shared out among the ranks.
+            validation_bytes: UTF-8 bytes of their text, for bits per byte; 0 if not known.
+            eval_every: steps between validations; 0 for never.
+            callbacks: Keras callbacks.
+
+        Returns:
+            The logs of each epoch, by name, as Keras's ``History.history``.
+
+        Raises:
+            DataError: fewer sequences than one global batch.
+            NumericError: a gradient was not finite.
+            LaunchError: the ranks' weights differ at the end.
+        """
+        sequences = self.sequences(tokens)
+        held_out = None if validation is None else self.sequences(validation)
+        sampler = self.sampler(sequences)
+        steps = steps or (epochs or 1) * sampler.steps_per_epoch
+        stretch = eval_every or sampler.steps_per_epoch
+        calls = self._callback_list(callbacks, steps, stretch)
+        self.broadcast_weights()
+        calls.on_train_begin()
+        logs: dict[str, float] = {}
+        while self.step < steps and not self.stopped:
+            epoch = self.step // stretch
+            calls.on_epoch_begin(epoch)
+            logs = self._train_until(min(steps, (epoch + 1) * stretch), sequences, sampler, calls)
+            if held_out is not None and eval_every and not self.stopped:
+                logs.update(self.validate(held_out, validation_bytes))
+            calls.on_epoch_end(epoch, logs)
+            self._agree_to_stop()
+        self.check_equal()
+        calls.on_train_end(logs)
+        return dict(self.model.history.history)
+
+    def request_stop(self) -> None:
+        """Ask all ranks to stop after the next step; may be called on any rank, even by a signal."""
+        self.model.stop_training = True
+
+    def _train_until(
+        self, until: int, sequences: Sequences, sampler: Sampler, calls: keras.callbacks.CallbackList
+    ) -> dict[str, float]:
+        """Train up to a step; returns the means over these steps, weighted by tokens."""
+        sums, tokens = {"loss": 0.0, "accuracy": 0.0}, 0.0
+        while self.step < until and not self.stopped:
+            calls.on_train_batch_begin(self.step)
+            begun = time.monotonic()
+            logs = self.train_step(sequences, sampler)
+            self.elapsed_s += time.monotonic() - begun
+            tokens += logs["tokens"]
+            for name in sums:
+                sums[name] += logs[name] * logs["tokens"]
+            calls.on_train_batch_end(self.step - 1, logs)
+        return {name: value / max(tokens, 1.0) for name, value in sums.items()}
+
+    def _agree_to_stop(self) -> None:
+        """After callbacks have seen the end of an epoch: what one rank wants, all do."""
+        wanted = np.array([float(self.model.stop_training)])
+        self.comm.allreduce(wanted)
+        self.stopped = self.stopped or wanted[0] > 0
+
+    def _callback_list(
+        self, callbacks: Sequence[keras.callbacks.Callback], steps: int, stretch: int
+    ) -> keras.callbacks.CallbackList:
+        # What Keras's own callbacks expect to find on a model that is being fitted.
+        self.model.optimizer = self.optimizer
+        self.model.stop_training = False
+        self.model._initial_epoch = self.step // stretch
+        self.stopped = False
+        return keras.callbacks.CallbackList(
+            list(callbacks),
+            add_history=True,
+            model=self.model,
+            epochs=math.ceil(steps / stretch),
+            steps=stretch,
+            verbose=0,
+        )
+
+    # Data ----------------------------------------------------------------------------------------
+
+    def sequences(self, tokens: np.ndarray | Sequences) -> Sequences:
+        """Token ids as sequences of this trainer's length."""
+        return tokens if isinstance(tokens, Sequences) else Sequences(tokens, self.seq_len)
+
+    def sampler(self, sequences: Sequences) -> Sampler:
+        """The order of the data: a function of (seed, epoch, index), never of the ranks.
+
+        Raises:
+            DataError: fewer sequences than one global batch.
+        """
+        if len(sequences) < self.global_batch_size:
+            raise DataError(
+                f"the training text makes {len(sequences)} sequences of {self.seq_len} tokens: fewer than "
+                f"one global batch of {self.global_batch_size}. Use more text, or lower "
+                "--global-batch-size or --seq-len"
+            )
+        return Sampler(len(sequences), self.global_batch_size, self.seed)
+
+    def validate(self, held_out: np.ndarray | Sequences, text_bytes: int = 0) -> dict[str, float]:
+        """Loss over all held-out tokens, each counted once, shared out among the ranks.
+
+        Returns:
+            val_loss (nats per token), val_accuracy, perplexity and, where ``text_bytes`` is given,
+            bits_per_byte: the same on every rank.
+        """
+        sequences = self.sequences(held_out)
+        sums = np.zeros(3)
+        for batch in share(math.ceil(len(sequences) / self.rows), self.comm.rank, self.comm.size):
+            indices_B = np.arange(batch * self.rows, (batch + 1) * self.rows)
+            indices_B[indices_B >= len(sequences)] = -1
+            sums += self.replica.evaluate(*sequences.rows(indices_B))
+        self.comm.allreduce(sums)
+        if not sums[TOKENS]:
+            raise DataError("there is no validation text: raise --val-fraction, or set --eval-every 0")
+        loss = float(sums[LOSS] / sums[TOKENS])
+        logs = {
+            "val_loss": loss,
+            "val_accuracy": float(sums[CORRECT] / sums[TOKENS]),
+            "perplexity": math.exp(min(loss, 700.0)),
+        }
+        if text_bytes:
+            logs["bits_per_byte"] = float(sums[LOSS] / math.log(2) / text_bytes)
+        return logs
+
+    # Weights -------------------------------------------------------------------------------------
+
+    def broadcast_weights(self) -> None:
+        """Give every rank the weights of rank 0."""
+        weights = aligned_empty(self.replica.parameters)
+        self.replica.read_weights(weights)
+        self.comm.broadcast(weights)
+        self.replica.write_weights(weights)
+
+    def check_equal(self) -> str:
+        """Compare the weights of all ranks, bit for bit.
+
+        Returns:
+            Their SHA-256.
+
+        Raises:
+            LaunchError: a rank's weights differ from those of rank 0.
+        """
+        digests = self.comm.allgather_obj(weights_sha256(self.model))
+        different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+        if different:
+            raise LaunchError(
+                f"after step {self.step} the weights of ranks {different} differ from those of rank 0: they "
+                "stopped training one model. Are all nodes of one kind, with one version of TensorFlow?"
+            )
+        return str(digests[0])
+
+
+def weights_sha256(model: keras.Model) -> str:
+    """SHA-256 of all weights in order of creation, as little-endian float32."""
+    sha = hashlib.sha256()
+    for variable in model.weights:
+        sha.update(np.ascontiguousarray(variable.value, dtype="<f4").data)
+    return sha.hexdigest()
+
+
+def _static_seq_len(model: keras.Model) -> int | None:
+    shape = getattr(model, "input_shape", None) if model.built else None
+    return shape[1] if isinstance(shape, tuple) and len(shape) == 2 else None
