@@ -1,3 +1,28 @@
-"""Train Keras language models on every core you can reach with ``mpirun``."""
+"""Train Keras language models on every core you can reach with ``mpirun``.
 
+    comm = tf_dist.connect()                    # before keras is imported
+    trainer = tf_dist.Trainer(model, keras.optimizers.Adam(1e-3), comm)
+    trainer.fit(tokens, steps=1000)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from tf_dist.comm.base import Comm as Comm
+from tf_dist.comm.launch import connect as connect
 from tf_dist.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from tf_dist.training.trainer import Trainer as Trainer
+
+__all__ = ["Comm", "Trainer", "__version__", "connect"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import `Trainer` when it is first asked for: it needs TensorFlow, which `connect` must precede."""
+    if name == "Trainer":
+        from tf_dist.training.trainer import Trainer
+
+        return Trainer
+    raise AttributeError(f"module 'tf_dist' has no attribute {name!r}")
