@@ -226,7 +226,7 @@ def child_keras_distribution(folder: Path) -> None:
 
     rows: list[int] = []
 
-    class Watch(keras.layers.Layer):  # type: ignore[misc] # keras is Any
+    class Watch(keras.layers.Layer):
         def call(self, inputs: Any) -> Any:
             rows.append(int(inputs.shape[0] or 0))
             return inputs

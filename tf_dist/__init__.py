@@ -1,8 +1,8 @@
 """Train Keras language models on every core you can reach with ``mpirun``.
 
-    comm = tf_dist.connect()                    # before keras is imported
-    trainer = tf_dist.Trainer(model, keras.optimizers.Adam(1e-3), comm)
-    trainer.fit(tokens, steps=1000)
+comm = tf_dist.connect()                    # before keras is imported
+trainer = tf_dist.Trainer(model, keras.optimizers.Adam(1e-3), comm)
+trainer.fit(tokens, steps=1000)
 """
 
 from __future__ import annotations

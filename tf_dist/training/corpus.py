@@ -15,6 +15,26 @@ from tf_dist.data.registry import resolve_sources
 DOWNLOADS = Path("data/downloads")
 
 
+def prepared(config: Config, registry: Path, say: Callable[[str], None]) -> Prepared:
+    """The tokens that ``config`` asks for, prepared now or found again; for one process.
+
+    Raises:
+        DataError, UsageError: see `tf_dist.data.prepare`.
+    """
+    return prepare(
+        resolve_sources(config.data, registry, DOWNLOADS, say),
+        text_column=config.text_column,
+        tokenizer=config.tokenizer,
+        vocab_size=config.vocab_size,
+        val_fraction=config.val_fraction,
+        seed=config.seed,
+        errors=config.errors,
+        max_bytes=config.max_bytes,
+        folder=Path(config.prepared_dir),
+        say=say,
+    )
+
+
 def shared_corpus(config: Config, comm: Comm, registry: Path, say: Callable[[str], None]) -> Prepared:
     """Prepare the tokens on rank 0, or find them, and open them on every rank.
 
@@ -24,22 +44,7 @@ def shared_corpus(config: Config, comm: Comm, registry: Path, say: Callable[[str
         DataError: the text is missing, unreadable or too short.
         LaunchError: ranks ended up with different tokens.
     """
-
-    def make() -> Prepared:
-        return prepare(
-            resolve_sources(config.data, registry, DOWNLOADS, say),
-            text_column=config.text_column,
-            tokenizer=config.tokenizer,
-            vocab_size=config.vocab_size,
-            val_fraction=config.val_fraction,
-            seed=config.seed,
-            errors=config.errors,
-            max_bytes=config.max_bytes,
-            folder=Path(config.prepared_dir),
-            say=say,
-        )
-
-    path = Path(on_root(comm, lambda: str(make().path)))
-    mine = open_prepared(path) if (path / "meta.json").exists() else make()
+    path = Path(on_root(comm, lambda: str(prepared(config, registry, say).path)))
+    mine = open_prepared(path) if (path / "meta.json").exists() else prepared(config, registry, say)
     agree(comm, {name: mine.meta[name] for name in ("content_sha256", "tokenizer_sha256")}, "the data")
     return mine

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
 from tf_dist.comm.base import Comm
+from tf_dist.comm.launch import was_launched
 
 
 class Show(Protocol):
@@ -23,11 +25,12 @@ class Show(Protocol):
 def display(progress: str, comm: Comm, steps: int, say: Callable[[str], None]) -> Show:
     """What ``--progress`` asks for; nothing on ranks above 0.
 
-    ``auto`` is a bar where one process has a terminal: under mpirun `isatty` tells nothing.
+    ``auto`` is a bar where one process has a terminal. Under mpirun `isatty` tells nothing: Open MPI gives
+    every rank a terminal of its own.
     """
     if progress == "none" or comm.rank:
         return Nothing()
-    alone = comm.size == 1 and sys.stdout.isatty()
+    alone = comm.size == 1 and not was_launched(os.environ) and sys.stdout.isatty()
     return Bar(steps) if progress == "bar" or (progress == "auto" and alone) else Lines(steps, say)
 
 
