@@ -105,6 +105,8 @@ class Config:
             raise UsageError(
                 f"heads {self.heads} does not divide width {self.width}: every head has the same width"
             )
+        if self.seed >= 1 << 32:
+            raise UsageError(f"seed is {self.seed}: Keras and NumPy take seeds below {1 << 32}")
         if self.steps and self.epochs:
             raise UsageError(f"both steps ({self.steps}) and epochs ({self.epochs}) are set: leave one at 0")
         if ":" not in self.model and self.model not in ("transformer", "lstm"):

@@ -63,7 +63,7 @@ def _convert(name: str, value: Any, kind: Any, source: str) -> Any:
         # YAML reads 1e-3 (without a dot) as a string.
         try:
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     elif type(value) is kind:
         return value
@@ -88,7 +88,7 @@ def read_config_file(path: str) -> dict[str, Any]:
         values = yaml.safe_load(raw)
     except OSError as error:
         raise UsageError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # impossible dates, endless brackets
         raise UsageError(f"{path} is not YAML: {error}") from error
     if values is None:
         return {}
@@ -145,11 +145,18 @@ def _key_values(text: str) -> dict[str, Any]:
         key, equals, value = part.partition("=")
         if not equals or not key.strip().isidentifier():
             raise argparse.ArgumentTypeError(f"{part!r} is not KEY=VALUE")
-        try:
-            pairs[key.strip()] = float(value) if "e" in value.lower() else yaml.safe_load(value)
-        except (ValueError, yaml.YAMLError):
-            pairs[key.strip()] = yaml.safe_load(value)
+        pairs[key.strip()] = _scalar(value)
     return pairs
+
+
+def _scalar(text: str) -> Any:
+    """A YAML scalar, except that 1e-8 is a number, as it is everywhere but in YAML 1.1."""
+    try:
+        return float(text) if "e" in text.lower() else yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a value: {error}") from error
+    except ValueError:
+        return yaml.safe_load(text)
 
 
 def from_command_line(argv: Sequence[str], description: str) -> tuple[Config, bool]:

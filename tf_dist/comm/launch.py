@@ -23,8 +23,8 @@ from tf_dist.errors import LaunchError, UsageError
 # mpirun inside a Slurm step leaves Slurm's variables of its own daemons visible.
 SIZE_VARIABLES = (
     "OMPI_COMM_WORLD_SIZE",
-    "MPI_LOCALNRANKS",
     "PMI_SIZE",
+    "MPI_LOCALNRANKS",  # of this node only, so after the size of the whole job
     "MV2_COMM_WORLD_SIZE",
     "PALS_SIZE",
     "SLURM_STEP_NUM_TASKS",

@@ -58,7 +58,7 @@ def _users_function(name: str):  # type: ignore[no-untyped-def]
         sys.path.insert(0, os.getcwd())
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise UsageError(f"--model {name}: {error}. It is looked for from the current folder") from error
     if not callable(function):
         raise UsageError(f"--model {name} is a {type(function).__name__}, not a function")

@@ -11,6 +11,7 @@ new one. The reader trusts nothing: it checks names, sizes and sums before it ha
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -28,6 +29,8 @@ FORMAT = "tf_dist checkpoint"
 VERSION = 1
 MANIFEST_LIMIT_BYTES = 16 << 20
 DTYPES = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool")  # noqa: E501  # fmt: skip
+# NumPy's own limits; anything beyond is not an array we wrote.
+MOST_DIMENSIONS, LONGEST = 32, 1 << 48
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
 
@@ -53,9 +56,10 @@ def save(folder: Path, step: int, tensors: Mapping[str, np.ndarray], facts: Mapp
                 "format": FORMAT,
                 "version": VERSION,
                 "step": step,
-                "tensors": entries,
                 "facts": facts,
+                "tensors": entries,
             }
+            manifest["crc32"] = _manifest_crc32(manifest)
             _write_synced(temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
             sync_folder(temporary)
             _replace_folder(temporary, final)
@@ -95,6 +99,8 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any], int]:
                 tensors[entry["name"]] = np.frombuffer(raw, dtype).reshape(entry["shape"])
     except OSError as error:
         raise CheckpointError(f"cannot read {file_path}: {error.strerror}") from error
+    except ValueError as error:  # an empty array whose other lengths overflow
+        raise CheckpointError(f"{file_path}: {error}") from error
     return tensors, manifest["facts"], manifest["step"]
 
 
@@ -119,6 +125,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} has format version {manifest.get('version')}; this release reads {VERSION}"
         )
+    if manifest.pop("crc32", None) != _manifest_crc32(manifest):
+        raise CheckpointError(f"{file_path} is damaged (CRC-32)")
     entries, facts, step = (manifest.get(key) for key in ("tensors", "facts", "step"))
     if not isinstance(entries, list) or not isinstance(facts, dict) or not _is_count(step):
         raise CheckpointError(f"{file_path} lacks tensors, facts or step")
@@ -153,14 +161,20 @@ def listing(folder: Path) -> list[Path]:
     """The checkpoints in ``folder``, oldest first, sound or not."""
     if not folder.is_dir():
         return []
-    return sorted(
-        (p for p in folder.iterdir() if STEP_FOLDER.fullmatch(p.name)), key=lambda p: int(p.name[5:])
-    )
+    return sorted((path for path in folder.iterdir() if STEP_FOLDER.fullmatch(path.name)), key=_step_of)
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest ``keep`` checkpoints, and what killed jobs left half written."""
-    for path in listing(folder)[:-keep]:
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def prune(folder: Path, keep: int, step: int) -> None:
+    """Keep the newest ``keep`` checkpoints up to ``step``, the one just saved; remove older ones.
+
+    What lies beyond ``step`` was passed over as damaged when the run was resumed: it neither counts nor
+    goes. What killed jobs left half written does go.
+    """
+    for path in [path for path in listing(folder) if _step_of(path) <= step][:-keep]:
         shutil.rmtree(path, ignore_errors=True)
     for path in folder.glob(".tmp-step-*"):
         shutil.rmtree(path, ignore_errors=True)
@@ -172,6 +186,8 @@ def _write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> list[dict[s
         for name, tensor in tensors.items():
             array = np.ascontiguousarray(tensor)
             array = array.astype(array.dtype.newbyteorder("<"), copy=False)
+            if array.dtype.name not in DTYPES:
+                raise CheckpointError(f"tensor {name!r} is of {array.dtype}, which a checkpoint cannot hold")
             raw = array.tobytes()
             file.write(raw)
             entries.append(
@@ -214,11 +230,16 @@ def _check_entry(entry: Any, path: Path) -> None:
     sound = isinstance(shape, list) and all(map(_is_count, shape)) and dtype in DTYPES and _is_count(size)
     if not sound or not _is_count(entry.get("crc32")):
         raise CheckpointError(f"{path}: tensor {entry['name']!r} has a shape, dtype or size that cannot be")
-    elements = 1
-    for length in shape:
-        elements *= length
+    if len(shape) > MOST_DIMENSIONS or any(length > LONGEST for length in shape):
+        raise CheckpointError(f"{path}: tensor {entry['name']!r} has a shape that cannot be")
+    elements = math.prod(shape)
     if elements * np.dtype(dtype).itemsize != size:
         raise CheckpointError(f"{path}: tensor {entry['name']!r} of {shape} {dtype} cannot have {size} bytes")
+
+
+def _manifest_crc32(manifest: Mapping[str, Any]) -> int:
+    """Of the content, not of its layout: keys sorted, no spaces."""
+    return zlib.crc32(json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode())
 
 
 def _is_count(value: Any) -> bool:

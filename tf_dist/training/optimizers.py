@@ -27,9 +27,12 @@ def build(config: Config, model: keras.Model, steps: int) -> keras.optimizers.Op
     rate = schedule(
         config.schedule, steps, config.learning_rate, config.min_learning_rate, config.warmup_steps
     )
-    arguments = {"weight_decay": config.weight_decay or None, **config.optimizer_args, "learning_rate": rate}
-    if config.optimizer == "adamw":  # AdamW insists on a number
-        arguments["weight_decay"] = config.weight_decay
+    own_flags = {"learning_rate", "weight_decay"} & set(config.optimizer_args)
+    if own_flags:
+        raise UsageError(f"optimizer_args sets {', '.join(sorted(own_flags))}: use the option of that name")
+    # AdamW insists on a number; the others take None for no decay.
+    decay = config.weight_decay or (0.0 if config.optimizer.lower() == "adamw" else None)
+    arguments = {**config.optimizer_args, "learning_rate": rate, "weight_decay": decay}
     try:
         optimizer = _optimizer_class(config.optimizer)(**arguments)
     except (TypeError, ValueError) as error:

@@ -130,8 +130,11 @@ class Replica:
         np.copyto(out, np.asarray(self._read()))
 
     def write_weights(self, weights: np.ndarray) -> None:
-        """Set the trainable weights from (P,) float32."""
-        self._write(_as_tensor(weights))
+        """Set the trainable weights from (P,) float32; it is copied.
+
+        Not aliased: TensorFlow's variables would keep living in the caller's buffer.
+        """
+        self._write(tf.convert_to_tensor(weights))
 
     def _apply_graph(self, gradient_P: Any, scale: Any) -> None:
         self.optimizer.apply(self._split(gradient_P * scale), self.model.trainable_variables)

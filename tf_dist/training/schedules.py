@@ -84,7 +84,7 @@ class OneCycle(keras.optimizers.schedules.LearningRateSchedule):
 
     Args:
         peak: the highest learning rate, reached after 30 % of the steps.
-        end: the learning rate of the last step.
+        end: the learning rate after the last step.
         steps: length of the cycle.
     """
 

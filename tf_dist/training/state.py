@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 
 from tf_dist.comm.agree import on_root
@@ -46,7 +47,7 @@ def save(trainer: Trainer, folder: Path, keep: int, facts: Mapping[str, Any]) ->
         tensors = {name: np.asarray(variable.value) for name, variable in _variables(trainer)}
         position = {"tokens": trainer.tokens, "elapsed_s": trainer.elapsed_s}
         checkpoint.save(folder, trainer.step, tensors, {**position, **facts})
-        checkpoint.prune(folder, keep)
+        checkpoint.prune(folder, keep, trainer.step)
     trainer.comm.barrier()
 
 
@@ -57,7 +58,7 @@ def restore(trainer: Trainer, path: Path) -> None:
         CheckpointError: it does not hold this model and optimizer.
     """
     comm, variables = trainer.comm, _variables(trainer)
-    arrays = [np.array(variable.value) for _, variable in variables]
+    arrays = [np.array(keras.ops.convert_to_numpy(variable)) for _, variable in variables]
 
     def read() -> list[float]:
         tensors, facts, step = checkpoint.load(path)

@@ -69,6 +69,10 @@ class Trainer:
     ) -> None:
         if update not in UPDATES:
             raise UsageError(f"unknown update {update!r}: {', '.join(UPDATES)}")
+        if global_batch_size < 1 or (micro_batch_size or 0) < 0:
+            raise UsageError(
+                f"global_batch_size {global_batch_size}, micro_batch_size {micro_batch_size}: at least 1"
+            )
         self.rows = micro_batch_size or default_micro_batch(global_batch_size)
         if global_batch_size % self.rows:
             raise UsageError(
@@ -82,7 +86,7 @@ class Trainer:
         self.replica = Replica(model, optimizer, self.rows, self.seq_len, seed)
         self._sum = TreeSum(self.replica.parameters)
         self.step, self.tokens, self.elapsed_s = 0, 0, 0.0
-        self.stopped = False
+        self.stopped = self._stop_requested = False
         model.stop_training = False
 
     # One step ------------------------------------------------------------------------------------
@@ -94,7 +98,7 @@ class Trainer:
             loss (mean nats per token), accuracy, grad_norm and tokens: the same on every rank.
         """
         totals = np.zeros(4)
-        totals[STOP] = self.model.stop_training
+        totals[STOP] = self._stop_requested or self.model.stop_training
         rows_G = sampler.batch(self.step)
         for micro_batch in self.my_micro_batches:
             x_BxT, y_BxT = sequences.rows(rows_G[micro_batch * self.rows :][: self.rows])
@@ -134,8 +138,8 @@ class Trainer:
 
         Args:
             tokens: 1-D token ids, or `Sequences` of them.
-            steps: optimizer steps; or give ``epochs``.
-            epochs: passes over the data.
+            steps: optimizer steps; None: as many as the epochs take.
+            epochs: passes over the data; None: one.
             validation: held-out tokens; all of them are used, shared out among the ranks.
             validation_bytes: UTF-8 bytes of their text, for bits per byte; 0 if not known.
             eval_every: steps between validations; 0 for never.
@@ -152,7 +156,7 @@ class Trainer:
         sequences = self.sequences(tokens)
         held_out = None if validation is None else self.sequences(validation)
         sampler = self.sampler(sequences)
-        steps = steps or (epochs or 1) * sampler.steps_per_epoch
+        steps = (epochs or 1) * sampler.steps_per_epoch if steps is None else steps
         stretch = eval_every or sampler.steps_per_epoch
         calls = self._callback_list(callbacks, steps, stretch)
         self.broadcast_weights()
@@ -168,11 +172,12 @@ class Trainer:
             self._agree_to_stop()
         self.check_equal()
         calls.on_train_end(logs)
+        self._stop_requested = False
         return dict(self.model.history.history)
 
     def request_stop(self) -> None:
         """Ask all ranks to stop after the next step; may be called on any rank, even by a signal."""
-        self.model.stop_training = True
+        self._stop_requested = True
 
     def _train_until(
         self, until: int, sequences: Sequences, sampler: Sampler, calls: keras.callbacks.CallbackList
@@ -192,7 +197,7 @@ class Trainer:
 
     def _agree_to_stop(self) -> None:
         """After callbacks have seen the end of an epoch: what one rank wants, all do."""
-        wanted = np.array([float(self.model.stop_training)])
+        wanted = np.array([float(self._stop_requested or self.model.stop_training)])
         self.comm.allreduce(wanted)
         self.stopped = self.stopped or wanted[0] > 0
 

@@ -1,0 +1,403 @@
+"""A checkpoint is there whole, or `CheckpointError` is raised: whatever a disk or a stranger did to it."""
+
+import json
+import math
+import subprocess
+import sys
+import textwrap
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tf_dist.errors import CheckpointError
+from tf_dist.training import checkpoint
+
+FACTS = {"tokens": 12345, "config": {"layers": 2, "learning_rate": 1e-3}, "note": "é", "none": None}
+
+
+def tensors(seed=0):
+    random = np.random.default_rng(seed)
+    return {
+        "weights/0000/embedding": random.standard_normal((5, 3)).astype(np.float32),
+        "weights/0001/bias": random.standard_normal(3).astype(np.float32),
+        "optimizer/0000/iterations": np.array(7, np.int64),
+    }
+
+
+def save(folder, step=400, seed=0, facts=FACTS):
+    return checkpoint.save(folder, step, tensors(seed), facts)
+
+
+def same(loaded, expected):
+    assert list(loaded) == list(expected)
+    for name, array in expected.items():
+        assert loaded[name].dtype == np.asarray(array).dtype.newbyteorder("<")
+        np.testing.assert_array_equal(loaded[name], array)
+        assert loaded[name].shape == np.shape(array)
+
+
+def is_sound(path, step=400, seed=0):
+    loaded, facts, step_read = checkpoint.load(path)
+    same(loaded, tensors(seed))
+    assert (facts, step_read) == (FACTS, step)
+    return True
+
+
+def test_round_trip(tmp_path):
+    path = save(tmp_path / "run" / "checkpoints")
+    assert path.name == "step-00000400"
+    assert sorted(p.name for p in path.iterdir()) == ["manifest.json", "tensors.bin"]
+    assert sorted(p.name for p in path.parent.iterdir()) == ["step-00000400"]
+    assert is_sound(path)
+
+
+@pytest.mark.parametrize("dtype", checkpoint.DTYPES)
+def test_every_dtype_shape_and_byte_order(tmp_path, dtype):
+    whole = np.arange(24).reshape(2, 3, 4).astype(dtype)
+    kept = {
+        "whole": whole,
+        "number": whole[1, 1, 1],
+        "nothing": whole[:, :0],
+        "transposed": whole.T,
+        "every other": whole[:, ::2],
+        "foreign": whole.astype(np.dtype(dtype).newbyteorder(">")),
+    }
+    same(checkpoint.load(checkpoint.save(tmp_path, 1, kept, {}))[0], kept)
+
+
+def test_numbers_that_are_not(tmp_path):
+    kept = {"x": np.array([np.nan, np.inf, -np.inf, -0.0, 5e-324])}
+    loaded = checkpoint.load(checkpoint.save(tmp_path, 1, kept, {}))[0]
+    assert loaded["x"].tobytes() == kept["x"].tobytes()
+
+
+def test_nothing_at_all(tmp_path):
+    assert checkpoint.load(checkpoint.save(tmp_path, 0, {}, {})) == ({}, {}, 0)
+
+
+@pytest.mark.parametrize("value", [np.array([object()]), np.array(["text"]), np.array([1j])])
+def test_what_could_not_be_read_again_is_not_written(tmp_path, value):
+    with pytest.raises(CheckpointError):
+        checkpoint.save(tmp_path, 1, {"x": value}, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_facts_that_are_not_json_leave_nothing_behind(tmp_path):
+    with pytest.raises(TypeError):
+        checkpoint.save(tmp_path, 1, tensors(), {"x": object()})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_step_saved_again_is_replaced(tmp_path):
+    save(tmp_path, seed=0)
+    assert is_sound(save(tmp_path, seed=1), seed=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000400"]
+
+
+def test_steps_of_more_than_eight_digits(tmp_path):
+    for step in (99_999_999, 100_000_000, 1_000_000_000):
+        checkpoint.save(tmp_path, step, {}, {})
+    assert [checkpoint.read_manifest(path)["step"] for path in checkpoint.listing(tmp_path)] == [
+        99_999_999, 100_000_000, 1_000_000_000,
+    ]  # fmt: skip
+
+
+# Damage -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def victim(tmp_path_factory):
+    """A checkpoint to be damaged, and the bytes that its files had."""
+    path = save(tmp_path_factory.mktemp("victim"))
+    return path, {name: (path / name).read_bytes() for name in ("tensors.bin", "manifest.json")}
+
+
+def refused(path):
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.load(path)
+    assert caught.value.exit_code == 77
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["tensors.bin", "manifest.json"])
+@settings(max_examples=200)
+@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_any_flipped_bit_is_noticed_or_changes_nothing(victim, name, place, bit):
+    path, whole = victim
+    raw = bytearray(whole[name])
+    raw[int(place * len(raw))] ^= 1 << bit
+    try:
+        (path / name).write_bytes(raw)
+        assert is_sound(path)  # \u00E9 is \u00e9
+    except CheckpointError:
+        pass
+    finally:
+        (path / name).write_bytes(whole[name])
+
+
+@pytest.mark.parametrize("name", ["tensors.bin", "manifest.json"])
+@settings(max_examples=60)
+@given(place=st.floats(0, 1, exclude_max=True), more=st.binary(min_size=1, max_size=9))
+def test_any_truncation_or_addition_is_noticed(victim, name, place, more):
+    path, whole = victim
+    try:
+        for raw in (whole[name][: int(place * len(whole[name]))], whole[name] + more.strip() + b"x"):
+            (path / name).write_bytes(raw)
+            refused(path)
+    finally:
+        (path / name).write_bytes(whole[name])
+
+
+@pytest.mark.parametrize("name", ["tensors.bin", "manifest.json"])
+def test_files_that_are_missing_or_folders(tmp_path, name):
+    path = save(tmp_path)
+    (path / name).unlink()
+    assert "No such file" in refused(path)
+    (path / name).mkdir()
+    refused(path)
+    assert "cannot read" in refused(tmp_path / "nowhere")
+
+
+# Strangers ----------------------------------------------------------------------------------------
+
+
+def entry(**changes):
+    raw = np.zeros(3, np.float32).tobytes()
+    return {"name": "x", "shape": [3], "dtype": "float32", "bytes": 12, "crc32": zlib.crc32(raw), **changes}
+
+
+def manifest(*entries, **changes):
+    made = {"format": checkpoint.FORMAT, "version": 1, "step": 3, "tensors": list(entries), "facts": {}}
+    return {key: value for key, value in {**made, **changes}.items() if value is not ...}
+
+
+EMPTY_CRC = zlib.crc32(b"")
+DEEP = "[" * 100_000
+
+HOSTILE = {
+    "empty": "",
+    "not text": b"\xff\xfe\x00",
+    "not json": "{",
+    "nested too deep": DEEP,
+    "null": "null",
+    "a list": "[]",
+    "a number": "3",
+    "a number of 5000 digits": "9" * 5000,
+    "another format": manifest(format="zip"),
+    "no format": manifest(format=...),
+    "another version": manifest(version=2),
+    "version true": manifest(version=[1]),
+    "no step": manifest(step=...),
+    "negative step": manifest(step=-1),
+    "step of text": manifest(step="3"),
+    "step true": manifest(step=True),
+    "step 1.5": manifest(step=1.5),
+    "facts a list": manifest(facts=[]),
+    "no facts": manifest(facts=...),
+    "tensors a mapping": manifest(tensors={}),
+    "no tensors": manifest(tensors=...),
+    "entry null": manifest(None),
+    "entry a list": manifest([]),
+    "no name": manifest({"shape": [3]}),
+    "name a number": manifest(entry(name=3)),
+    "shape a number": manifest(entry(shape=3)),
+    "shape of text": manifest(entry(shape=["3"])),
+    "shape true": manifest(entry(shape=[3, True])),
+    "shape of fractions": manifest(entry(shape=[3.0])),
+    "shape null": manifest(entry(shape=None)),
+    "negative shape": manifest(entry(shape=[-3])),
+    "two negative lengths": manifest(entry(shape=[-1, -3])),
+    "shape too small": manifest(entry(shape=[2])),
+    "huge shape": manifest(entry(shape=[2**62])),
+    "huge shape and size": manifest(entry(shape=[2**62], bytes=2**64)),
+    "product that would wrap to 3": manifest(entry(shape=[2**32, 2**32, 3])),
+    "huge but empty": manifest(entry(shape=[0, 2**70], bytes=0, crc32=EMPTY_CRC)),
+    "huge but empty, 62 bits": manifest(entry(shape=[0, 2**62, 8], bytes=0, crc32=EMPTY_CRC)),
+    "too many dimensions": manifest(entry(shape=[3] + [1] * 99)),
+    "far too many dimensions": manifest(entry(shape=[2] * 100_000)),
+    "dtype object": manifest(entry(dtype="object")),
+    "dtype O": manifest(entry(dtype="O")),
+    "dtype of another order": manifest(entry(dtype=">f4")),
+    "dtype a list": manifest(entry(dtype=["float32"])),
+    "dtype of fields": manifest(entry(dtype="f4,f4")),
+    "dtype null": manifest(entry(dtype=None)),
+    "negative size": manifest(entry(bytes=-12)),
+    "size null": manifest(entry(bytes=None)),
+    "size true": manifest(entry(shape=[], dtype="bool", bytes=True)),
+    "size of another shape": manifest(entry(bytes=8)),
+    "sizes that add up only together": manifest(entry(bytes=24), entry(name="y", bytes=-12)),
+    "no crc32": manifest({k: v for k, v in entry().items() if k != "crc32"}),
+    "crc32 of text": manifest(entry(crc32="0")),
+    "crc32 too large": manifest(entry(crc32=2**40)),
+    "named twice": manifest(entry(bytes=0, shape=[0], crc32=EMPTY_CRC), entry()),
+    "more than the file holds": manifest(entry(), entry(name="y")),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_manifests(tmp_path, name):
+    made = HOSTILE[name]
+    raw = made if isinstance(made, str | bytes) else json.dumps(made)
+    (tmp_path / "manifest.json").write_bytes(raw if isinstance(raw, bytes) else raw.encode())
+    (tmp_path / "tensors.bin").write_bytes(b"" if "but empty" in name else bytes(12))
+    assert str(tmp_path) in refused(tmp_path)
+
+
+def test_the_manifest_that_the_hostile_ones_are_made_of_has_no_other_fault(tmp_path):
+    written = checkpoint.save(tmp_path, 3, {"x": np.zeros(3, np.float32)}, {})
+    real = json.loads((written / "manifest.json").read_text())
+    ours = manifest(entry())
+    assert {key: real[key] for key in ours} == ours
+
+
+def test_a_manifest_of_a_billion_bytes_is_not_read(tmp_path):
+    with open(tmp_path / "manifest.json", "wb") as file:
+        file.truncate(10**9)  # sparse: takes no room on the disk
+    (tmp_path / "tensors.bin").write_bytes(b"")
+    refused(tmp_path)
+
+
+json_values = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5)),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=100)
+@given(
+    size=st.sampled_from([0, 12]),
+    at=st.sampled_from(["format", "version", "step", "tensors", "name", "shape", "dtype", "bytes", "crc32"]),
+    value=json_values,
+)
+def test_any_value_anywhere(tmp_path_factory, size, at, value):
+    folder = tmp_path_factory.getbasetemp() / "any-value"
+    folder.mkdir(exist_ok=True)
+    here = entry() if size else entry(shape=[0], bytes=0, crc32=EMPTY_CRC)
+    made = manifest({**here, at: value}) if at in here else manifest(here, **{at: value})
+    (folder / "manifest.json").write_text(json.dumps(made))
+    (folder / "tensors.bin").write_bytes(bytes(size))
+    try:
+        loaded, _, step = checkpoint.load(folder)
+    except CheckpointError:
+        return
+    assert step >= 0
+    assert sum(array.nbytes for array in loaded.values()) in (0, 12)
+    assert all(math.prod(array.shape) in (0, 3) for array in loaded.values())
+
+
+# Several ------------------------------------------------------------------------------------------
+
+
+def spoil(path):
+    raw = bytearray((path / "tensors.bin").read_bytes())
+    raw[0] ^= 1
+    (path / "tensors.bin").write_bytes(raw)
+
+
+def test_newest_walks_back_to_the_last_sound_one(tmp_path):
+    said = []
+    assert checkpoint.newest(tmp_path / "none", said.append) is None
+    assert checkpoint.newest(tmp_path, said.append) is None
+    paths = [save(tmp_path, step) for step in (200, 400, 600)]
+    assert checkpoint.newest(tmp_path, said.append) == paths[2]
+    assert said == []
+    spoil(paths[2])
+    (paths[1] / "manifest.json").unlink()
+    assert checkpoint.newest(tmp_path, said.append) == paths[0]
+    assert [line.split(":")[0] for line in said] == ["skipping step-00000600", "skipping step-00000400"]
+    spoil(paths[0])
+    with pytest.raises(CheckpointError, match=r"none of the 3 checkpoints .* --resume never"):
+        checkpoint.newest(tmp_path, said.append)
+
+
+def test_listing_knows_checkpoints_by_their_names(tmp_path):
+    for step in (1000, 20, 300):
+        save(tmp_path, step)
+    for name in ("step-7", "step-00000020.bak", ".tmp-step-00000400-77-ab", "latest"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in checkpoint.listing(tmp_path)] == [
+        "step-00000020", "step-00000300", "step-00001000",
+    ]  # fmt: skip
+    assert checkpoint.listing(tmp_path / "none") == []
+
+
+def test_prune_keeps_the_newest_and_removes_what_is_half_written(tmp_path):
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step)
+    half = tmp_path / ".tmp-step-00000005-77-ab"
+    half.mkdir()
+    (half / "tensors.bin").write_bytes(b"half")
+    (tmp_path / "notes.txt").write_text("the user's own")
+    checkpoint.prune(tmp_path, 2, step=4)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt", "step-00000003", "step-00000004"]
+    checkpoint.prune(tmp_path, 5, step=4)
+    assert len(checkpoint.listing(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_prune_never_prefers_damaged_checkpoints_to_sound_ones(tmp_path, keep):
+    # Steps 600 and 800 were damaged, the run went on from 400, and a signal had it saved at 500.
+    for step in (400, 500, 600, 800):
+        save(tmp_path, step)
+    for step in (600, 800):
+        spoil(tmp_path / f"step-{step:08d}")
+    checkpoint.prune(tmp_path, keep, step=500)
+    assert checkpoint.newest(tmp_path, lambda line: None).name == "step-00000500"
+
+
+def test_what_a_killed_job_left_is_no_checkpoint(tmp_path):
+    path = save(tmp_path, 400)
+    path.rename(tmp_path / ".tmp-step-00000400-77-ab")
+    assert checkpoint.newest(tmp_path) is None
+    assert is_sound(save(tmp_path, 400))
+
+
+# A full disk --------------------------------------------------------------------------------------
+
+FILLED = """
+    import resource, sys
+    from pathlib import Path
+
+    import numpy as np
+
+    from tf_dist.errors import CheckpointError
+    from tf_dist.training import checkpoint
+
+    folder, limit = Path(sys.argv[1]), int(sys.argv[2])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    try:
+        checkpoint.save(folder, 600, {"x": np.ones(int(sys.argv[3]), np.float32)}, {"note": "n" * 3000})
+    except CheckpointError as error:
+        print(error)
+        sys.exit(error.exit_code)
+"""
+
+
+# No room for the tensors, for the last of them, or for the manifest alone.
+@pytest.mark.parametrize(("limit", "elements"), [(0, 10), (4096, 100_000), (4100, 1026), (2000, 10)])
+def test_a_full_disk_leaves_the_older_checkpoint(tmp_path, limit, elements):
+    older = save(tmp_path, 400)
+    command = [sys.executable, "-c", textwrap.dedent(FILLED), str(tmp_path), str(limit), str(elements)]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={"PYTHONPATH": ":".join(filter(None, sys.path))},
+    )
+    assert done.returncode == 77, done.stderr
+    assert "Older checkpoints are untouched" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == [older.name]
+    assert is_sound(checkpoint.newest(tmp_path))
+
+
+def test_a_folder_that_is_a_file(tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(CheckpointError, match="cannot write the checkpoint"):
+        save(tmp_path / "checkpoints")

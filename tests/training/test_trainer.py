@@ -1,0 +1,343 @@
+"""Legend: B rows of a micro-batch, G rows of a global batch, T tokens, V vocabulary."""
+
+import hashlib
+import itertools
+import math
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+from tf_dist.comm.base import SerialComm
+from tf_dist.config import Config
+from tf_dist.data.tokens import Sequences
+from tf_dist.errors import DataError, LaunchError, NumericError, UsageError
+from tf_dist.models.build import build
+from tf_dist.training.trainer import Trainer, weights_sha256
+
+V, T, G = 11, 8, 8
+TINY = {"vocab_size": V, "seq_len": T, "width": 16, "layers": 1, "heads": 2}
+
+
+def bigram(seed=0):
+    """The smallest language model: a table of logits."""
+    keras.utils.set_random_seed(seed)
+    return keras.Sequential([keras.Input((T,), dtype="int32"), layers.Embedding(V, V)])
+
+
+def trainer_of(model=None, optimizer=None, **values):
+    settings = {"global_batch_size": G, "micro_batch_size": 4, **values}
+    return Trainer(model or bigram(), optimizer or keras.optimizers.SGD(1.0), SerialComm(), **settings)
+
+
+def text(count, seed=0):
+    return np.random.default_rng(seed).integers(0, V, count).astype(np.uint16)
+
+
+def mean_loss(model, tokens):
+    """Nats per token, over every token but the first, one window at a time."""
+    total = 0.0
+    for start in range(0, len(tokens) - 1, T):
+        window = tokens[start : start + T + 1].astype(np.int64)
+        x = np.zeros((1, T), np.int32)
+        x[0, : len(window) - 1] = window[:-1]
+        logits = model(x).numpy()[0, : len(window) - 1].astype(np.float64)
+        log_chances = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        total -= log_chances[np.arange(len(window) - 1), window[1:]].sum()
+    return total / (len(tokens) - 1)
+
+
+@pytest.fixture
+def made():
+    """A trainer that several tests may use when they do not look at what is in it."""
+    return trainer_of()
+
+
+# Learning -----------------------------------------------------------------------------------------
+
+
+def test_the_loss_of_a_repetitive_text_falls():
+    tokens = np.tile(np.arange(V, dtype=np.uint16), 60)
+    trainer = trainer_of(build(Config(**TINY)), keras.optimizers.Adam(0.01), clip_norm=1.0)
+    history = trainer.fit(tokens, steps=40, validation=tokens[:100], eval_every=20)
+    assert history["loss"][0] < math.log(V) + 0.5
+    assert history["val_loss"][-1] < 0.5
+    assert history["val_accuracy"][-1] > 0.9
+    assert len(history["loss"]) == 2
+
+
+def test_both_updates_give_the_same_bits():
+    digests = set()
+    for update in ("allreduce", "master"):
+        trainer = trainer_of(optimizer=keras.optimizers.Adam(0.01), update=update, clip_norm=0.1)
+        trainer.fit(text(500), steps=5)
+        digests.add(weights_sha256(trainer.model))
+    assert len(digests) == 1
+
+
+def test_a_run_is_a_function_of_its_seed():
+    def digest(seed):
+        trainer = trainer_of(build(Config(dropout=0.2, **TINY)), seed=seed)
+        trainer.fit(text(300), steps=3)
+        return weights_sha256(trainer.model)
+
+    assert digest(1) == digest(1) != digest(2)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8])
+def test_the_micro_batch_hardly_matters(rows):
+    expected, trainer = trainer_of(clip_norm=0.5), trainer_of(micro_batch_size=rows, clip_norm=0.5)
+    for one in (expected, trainer):
+        one.fit(text(301), steps=6)
+    assert trainer.tokens == expected.tokens
+    for a, b in zip(trainer.model.weights, expected.model.weights, strict=True):
+        np.testing.assert_allclose(a.numpy(), b.numpy(), atol=1e-6)
+
+
+def test_one_step_is_the_mean_gradient_over_tokens():
+    # Windows of 8, 8, 8 and 3 targets: a mean of the micro-batches' means would be another number.
+    tokens, trainer = text(28), trainer_of(global_batch_size=4, micro_batch_size=1)
+    before = trainer.model.weights[0].numpy().astype(np.float64)
+    expected = np.zeros((V, V))
+    for x, y in itertools.pairwise(tokens):
+        chances = np.exp(before[x]) / np.exp(before[x]).sum()
+        expected[x] += chances - np.eye(V)[y]
+    expected /= len(tokens) - 1
+    loss = mean_loss(trainer.model, tokens)
+    sequences = trainer.sequences(tokens)
+    logs = trainer.train_step(sequences, trainer.sampler(sequences))
+    np.testing.assert_allclose(trainer.model.weights[0].numpy(), before - expected, atol=1e-6)
+    assert logs["loss"] == pytest.approx(loss, rel=1e-6)
+    assert logs["tokens"] == 27
+    assert logs["grad_norm"] == pytest.approx(np.linalg.norm(expected), rel=1e-5)
+
+
+# Counting -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [8 * T + 1, 8 * T + 2, 20 * T, 20 * T + 1, 23 * T - 3])
+def test_each_token_is_a_target_once_per_epoch(count):
+    trainer = trainer_of()
+    trainer.fit(text(count), epochs=2)
+    assert trainer.step == 2 * math.ceil(math.ceil((count - 1) / T) / G)
+    assert trainer.tokens == 2 * (count - 1)
+    assert trainer.elapsed_s > 0
+
+
+def test_steps_are_counted_in_all():
+    tokens, once, twice = text(20 * T), trainer_of(), trainer_of()
+    once.fit(tokens, steps=7)
+    twice.fit(tokens, steps=4)
+    assert twice.step == 4
+    twice.fit(tokens, steps=7)
+    assert (twice.step, twice.tokens) == (once.step, once.tokens)
+    assert weights_sha256(twice.model) == weights_sha256(once.model)
+    digest = weights_sha256(twice.model)
+    twice.fit(tokens, steps=7)  # reached already
+    assert (twice.step, weights_sha256(twice.model)) == (7, digest)
+
+
+def test_one_epoch_is_the_default(made):
+    made.fit(text(20 * T))
+    assert made.step == 3
+
+
+def test_sequences_may_be_given_as_such(made):
+    made.fit(Sequences(text(20 * T), T), steps=1)
+    assert made.step == 1
+
+
+# Validation ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 8])
+@pytest.mark.parametrize("count", [2, T, T + 1, 5 * T + 4])
+def test_validation_is_exact_whatever_the_micro_batch(rows, count):
+    tokens, trainer = text(count, seed=5), trainer_of(micro_batch_size=rows)
+    logs = trainer.validate(tokens, text_bytes=100)
+    expected = mean_loss(trainer.model, tokens)
+    assert logs["val_loss"] == pytest.approx(expected, abs=1e-6)
+    assert logs["perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
+    assert logs["bits_per_byte"] == pytest.approx(expected * (count - 1) / math.log(2) / 100, rel=1e-5)
+    assert 0 <= logs["val_accuracy"] <= 1
+
+
+def test_bits_per_byte_only_where_bytes_are_known(made):
+    assert "bits_per_byte" not in made.validate(text(50))
+
+
+def test_validation_has_no_dropout_and_changes_nothing():
+    trainer = trainer_of(build(Config(dropout=0.5, **TINY)))
+    before = weights_sha256(trainer.model)
+    assert trainer.validate(text(50)) == trainer.validate(text(50))
+    assert weights_sha256(trainer.model) == before
+
+
+def test_validation_when_it_was_asked_for(made):
+    history = made.fit(text(20 * T), steps=7, validation=text(50), eval_every=3)
+    assert len(history["val_loss"]) == len(history["loss"]) == 3
+    history = made.fit(text(20 * T), steps=9, validation=text(50))
+    assert "val_loss" not in history
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_no_validation_text(made, count):
+    with pytest.raises(DataError, match="there is no validation text") as caught:
+        made.validate(text(count))
+    assert caught.value.exit_code == 65
+
+
+# Stopping and callbacks ---------------------------------------------------------------------------
+
+
+def test_a_request_to_stop_ends_after_the_next_step(made):
+    class Stop(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 0:
+                made.request_stop()
+
+    made.fit(text(20 * T), steps=50, callbacks=[Stop()])
+    assert made.stopped
+    assert made.step == 2
+    made.fit(text(20 * T), steps=4)  # a new fit is a new beginning
+    assert (made.step, made.stopped) == (4, False)
+
+
+def test_early_stopping_stops_and_restores():
+    trainer = trainer_of(optimizer=keras.optimizers.SGD(0.0))
+    before = weights_sha256(trainer.model)
+    stop = keras.callbacks.EarlyStopping(monitor="val_loss", patience=2, restore_best_weights=True)
+    trainer.fit(text(20 * T), steps=50, validation=text(50), eval_every=1, callbacks=[stop])
+    assert trainer.stopped
+    assert trainer.step == 3
+    assert weights_sha256(trainer.model) == before
+
+
+def test_callbacks_see_keras_protocol(made):
+    class Log(keras.callbacks.Callback):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def on_train_begin(self, logs=None):
+            self.seen.append(("begin", self.params["epochs"], self.params["steps"]))
+
+        def on_epoch_begin(self, epoch, logs=None):
+            self.seen.append(("epoch", epoch))
+
+        def on_train_batch_begin(self, batch, logs=None):
+            self.seen.append(("batch", batch))
+
+        def on_train_batch_end(self, batch, logs=None):
+            assert set(logs) >= {"loss", "accuracy", "grad_norm", "tokens"}
+            assert self.model.optimizer is made.optimizer
+
+        def on_epoch_end(self, epoch, logs=None):
+            self.seen.append(("end", epoch, "val_loss" in logs))
+
+        def on_train_end(self, logs=None):
+            self.seen.append(("done", "loss" in logs))
+
+    log = Log()
+    made.fit(text(20 * T), steps=3, validation=text(50), eval_every=2, callbacks=[log])
+    assert log.seen == [
+        ("begin", 2, 2),
+        ("epoch", 0), ("batch", 0), ("batch", 1), ("end", 0, True),
+        ("epoch", 1), ("batch", 2), ("end", 1, True),
+        ("done", True),
+    ]  # fmt: skip
+
+
+def test_the_loss_of_an_epoch_is_weighed_by_tokens(made):
+    # 9 windows in batches of 8 and 1: the mean of the two means would be another number.
+    made.optimizer.learning_rate.assign(0.0)
+    tokens = text(9 * T + 1)
+    history = made.fit(tokens, epochs=1)
+    assert history["loss"] == [pytest.approx(mean_loss(made.model, tokens), rel=1e-6)]
+
+
+def test_keras_changes_of_the_learning_rate_are_heard():
+    trainer = trainer_of()
+    before = weights_sha256(trainer.model)
+    off = keras.callbacks.LearningRateScheduler(lambda epoch, rate: 0.0)
+    trainer.fit(text(20 * T), steps=2, eval_every=1, callbacks=[off])
+    assert weights_sha256(trainer.model) == before
+
+
+# Models and refusals ------------------------------------------------------------------------------
+
+
+def test_a_subclassed_model_trains():
+    class Bigram(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.table = layers.Embedding(V, V)
+
+        def call(self, tokens):
+            return self.table(tokens)
+
+    tokens = np.tile(np.arange(V, dtype=np.uint16), 40)
+    trainer = trainer_of(Bigram(), keras.optimizers.Adam(0.1), seq_len=T)
+    assert trainer.fit(tokens, steps=20, eval_every=10)["loss"][-1] < 1.0
+
+
+def test_seq_len_is_what_the_model_says():
+    assert trainer_of().seq_len == T
+    assert (
+        trainer_of(seq_len=5, model=keras.Sequential([keras.Input((None,)), layers.Embedding(V, V)])).seq_len
+        == 5
+    )
+    assert trainer_of(model=keras.Sequential([keras.Input((None,)), layers.Embedding(V, V)])).seq_len == 128
+
+
+def test_the_micro_batch_is_a_quarter_by_default():
+    assert trainer_of(global_batch_size=12, micro_batch_size=None).rows == 3
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"update": "gossip"}, "unknown update 'gossip': allreduce, master"),
+        (
+            {"global_batch_size": 10, "micro_batch_size": 4},
+            "micro_batch_size 4 does not divide global_batch_size 10",
+        ),
+        ({"global_batch_size": 0}, "global_batch_size"),
+        ({"micro_batch_size": -4}, "micro_batch_size"),
+    ],
+)
+def test_refused(values, said):
+    with pytest.raises(UsageError) as caught:
+        trainer_of(**values)
+    assert said in str(caught.value)
+    assert caught.value.exit_code == 64
+
+
+@pytest.mark.parametrize("count", [0, 1, 7 * T + 1])
+def test_too_few_sequences(made, count):
+    with pytest.raises(DataError, match=f"fewer than one global batch of {G}") as caught:
+        made.fit(text(count), steps=1)
+    assert caught.value.exit_code == 65
+    made.fit(text(7 * T + 2), steps=1)  # one token more
+
+
+def test_learning_that_explodes_is_a_numeric_error():
+    trainer = trainer_of(build(Config(**TINY)), keras.optimizers.SGD(1e30))
+    with pytest.raises(NumericError, match="--learning-rate") as caught:
+        trainer.fit(text(20 * T), steps=20)
+    assert caught.value.exit_code == 76
+    assert trainer.step == int(trainer.optimizer.iterations.numpy())
+
+
+def test_replicas_that_drifted_are_named(made, monkeypatch):
+    assert made.check_equal() == weights_sha256(made.model)
+    monkeypatch.setattr(made.comm, "allgather_obj", lambda mine: [mine, mine, "0" * 64])
+    with pytest.raises(LaunchError, match=r"after step 0 the weights of ranks \[2\] differ"):
+        made.check_equal()
+
+
+def test_the_sha256_of_weights_is_canonical():
+    model = bigram()
+    expected = hashlib.sha256(model.weights[0].numpy().astype("<f4").tobytes()).hexdigest()
+    assert weights_sha256(model) == expected
