@@ -51,7 +51,7 @@ class Config:
     layers: int = option(4, "model", "number of layers", least=1)
     width: int = option(128, "model", "width of the residual stream, or units of each LSTM layer", least=1)
     heads: int = option(4, "model", "attention heads; must divide the width", least=1)
-    seq_len: int = option(128, "model", "tokens in a sequence", least=1)
+    seq_len: int = option(64, "model", "tokens in a sequence", least=1)
     dropout: float = option(0.0, "model", "share of activations dropped in training", least=0)
     tie_embeddings: bool = option(True, "model", "use the embedding matrix again as the output layer")
 
