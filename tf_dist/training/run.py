@@ -57,20 +57,20 @@ class RunFolder:
             probe = self.path / f".writable-{self.comm.rank}"
             probe.touch()
             probe.unlink()
-            log = open(logs / f"rank-{self.comm.rank:04d}.log", "a", buffering=1)
+            with open(logs / f"rank-{self.comm.rank:04d}.log", "a") as log:
+                self._redirect_to(log.fileno())
         except OSError as error:
             raise LaunchError(
                 f"cannot write the run folder {self.path}: {error.strerror}. Choose another with --run-dir"
             ) from error
+
+    def _redirect_to(self, log: int) -> None:
+        """Let ranks above 0 print to their log: the file descriptors, so that C++ is heard there as well."""
         if self.comm.rank:
-            # The file descriptors themselves, so that what C++ prints goes there as well.
             sys.stdout.flush()
             sys.stderr.flush()
-            os.dup2(log.fileno(), 1)
-            os.dup2(log.fileno(), 2)
-            log.close()
-        else:
-            self._log = log
+            os.dup2(log, 1)
+            os.dup2(log, 2)
 
     def set_aside(self) -> None:
         """Move an earlier run's files to ``earlier-N/``, for nothing may be lost; on rank 0."""
@@ -94,7 +94,8 @@ class RunFolder:
             return
         with contextlib.suppress(OSError):  # a closed pipe (`| head`) must not end the training
             print(text, flush=True)
-        self._log.write(text + "\n")
+        with contextlib.suppress(OSError), open(self.path / "logs" / "rank-0000.log", "a") as log:
+            log.write(text + "\n")
 
     def write(self, name: str, text: str) -> None:
         """Write a file of the run, whole; on rank 0.
