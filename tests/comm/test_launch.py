@@ -1,5 +1,7 @@
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -69,10 +71,21 @@ def test_many_worlds_of_one_are_refused_by_the_first(monkeypatch, environment):
     assert advice in str(caught.value)
 
 
-def test_it_is_said_even_before_there_are_hooks(capsys):
-    with pytest.raises(Exited, match="78"):
-        launch.check_launcher(1, WRONG["openmpi"])
-    assert capsys.readouterr().err.startswith("error: the launcher started 4 processes")
+@pytest.mark.parametrize(("rank", "said"), [("0", "error: mpi4py cannot load an MPI library"), ("1", "")])
+def test_a_launcher_without_an_mpi_library_is_refused_once(tmp_path, rank, said):
+    (tmp_path / "mpi4py.py").write_text("raise ImportError('there is none')")
+    root = str(Path(__file__).resolve().parents[2])
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), root]),
+        "OMPI_COMM_WORLD_SIZE": "4",
+        "OMPI_COMM_WORLD_RANK": rank,
+    }
+    command = [sys.executable, "-c", "from tf_dist.comm import launch; launch.join()"]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 78
+    assert ended.stderr.startswith(said) and "Traceback" not in ended.stderr
+    assert bool(ended.stderr) == bool(said)
 
 
 @pytest.mark.parametrize("rank_variable", launch.RANK_VARIABLES)

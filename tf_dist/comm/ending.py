@@ -40,16 +40,11 @@ EXIT_RANK_FAILED = TfDistError.exit_code
 
 
 class Ending:
-    """Installs the hooks; made once, by ``connect()``.
+    """Installs the hooks; made once, by ``connect()``. Alone until `join` is called."""
 
-    Args:
-        mpi: an MPI communicator of its own, or None for one process.
-        can_watch: whether MPI may be called from a second thread.
-    """
-
-    def __init__(self, mpi: Any, can_watch: bool) -> None:
-        self._mpi: Any = mpi if mpi is not None and mpi.Get_size() > 1 else None
-        self.rank = mpi.Get_rank() if mpi is not None else 0
+    def __init__(self) -> None:
+        self._mpi: Any = None
+        self.rank = 0
         # Ranks above 0 later send their stdout and stderr to a log file; last words go to the terminal.
         self._console = os.fdopen(os.dup(2), "w", buffering=1, errors="replace")
         self._comm: Comm | None = None
@@ -63,7 +58,18 @@ class Ending:
         sys.exit = self._on_exit
         atexit.register(self._leave)
         self._watcher = threading.Thread(target=self._watch, name="tf_dist-ending", daemon=True)
-        if self._mpi is not None and can_watch:
+
+    def join(self, mpi: Any, can_watch: bool) -> None:
+        """Find the other ranks; once.
+
+        Args:
+            mpi: a communicator of all ranks, for nobody else's use.
+            can_watch: whether MPI may be called from a second thread.
+        """
+        if self._mpi is not None:
+            return
+        self._mpi, self.rank = mpi, mpi.Get_rank()
+        if can_watch:
             self._watcher.start()
 
     def watch(self, comm: Comm) -> None:

