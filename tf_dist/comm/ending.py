@@ -69,6 +69,7 @@ class Ending:
         if self._mpi is not None:
             return
         self._mpi, self.rank = mpi, mpi.Get_rank()
+        self._leaving = mpi.Dup()
         if can_watch:
             self._watcher.start()
 
@@ -139,7 +140,9 @@ class Ending:
 
     def _abort(self, code: int) -> NoReturn:
         _flush()
-        if self._mpi is not None:
+        # Not beside a main thread that is inside MPI: Open MPI's Abort then crashes now and then. A launcher
+        # ends the job as well when a process exits with a status and without having left MPI.
+        if self._mpi is not None and threading.current_thread() is threading.main_thread():
             self._mpi.Abort(code)
         os._exit(code)
 
@@ -164,6 +167,11 @@ class Ending:
         if self._watcher.is_alive():
             self._watcher.join()
             self._send_notes(stack)
+        # Into MPI's finalization together: should the job be aborted while some ranks wait there for the
+        # others, Open MPI's mpirun may crash, and its exit code would be lost.
+        request = self._leaving.Ibarrier()
+        while not request.Test():
+            time.sleep(0.01)
 
     def _send_notes(self, stack: str) -> None:
         """Tell rank 0 that this rank has left; rank 0 tells everyone: 2(R - 1) notes in all."""
