@@ -41,7 +41,7 @@ test-pure: install ## tests in one process, without MPI
 	$(PY) -m pytest tests --ignore tests/mpi --ignore tests/jobs
 
 test-mpi-%: install ## the tests of real ranks, on 1, 2, 3, 4 ... of them
-	$(RUN) timeout -k 10 $(TEST_TIMEOUT) $(MPIRUN) -np $* $(MPIFLAGS) $(PY) -m pytest tests/mpi
+	$(RUN) timeout -k 10 $(TEST_TIMEOUT) $(MPIRUN) -np $* $(MPIFLAGS) $(PY) -m pytest --color=no tests/mpi
 
 test-jobs: install ## whole jobs, as a user starts them
 	$(RUN) $(PY) -m pytest tests/jobs

@@ -1,0 +1,294 @@
+"""Whole jobs, started as a user starts them: a launch line, a folder, an exit code and what was printed."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ROOT / "scripts"
+# A job of these tests takes some ten seconds. One that takes this long hangs.
+HANGS_S = 240
+# How long after its end a job may still have processes.
+GONE_S = 5
+# What pytest, the tests in this process or a launcher around them set, and a user's shell does not.
+NOT_A_USERS = ("KERAS_BACKEND", "PYTEST", "TF_", "OMP_", "OPENBLAS_", "MKL_", "RAYON_", "PYTHONPATH")
+WORDS = "the a quick brown fox cat dog tree sat ran jumps over under on lazy mat and then".split()
+
+SEVERAL = """
+import json, sys
+from pathlib import Path
+
+script = Path(sys.argv[1])
+sys.path.insert(0, str(script.parent))
+module = __import__(script.stem)
+for flags in json.loads(Path(sys.argv[2]).read_text()):
+    module.main(flags)
+    print("-----", flush=True)
+"""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A job that is over. ``output`` is stdout and stderr of all ranks; ``ended_at`` is unix time."""
+
+    code: int
+    output: str
+    seconds: float
+    ended_at: float
+
+
+class Job:
+    """A job under way, in a session of its own, so that nothing of it can survive us."""
+
+    def __init__(self, command, cwd, environment):
+        self.command = [str(word) for word in command]
+        self._log = cwd / f"output-{time.monotonic_ns()}.txt"
+        self._begun = time.monotonic()
+        with open(self._log, "wb") as log:
+            self._process = subprocess.Popen(
+                self.command,
+                cwd=cwd,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.pid = self._process.pid
+
+    def output(self):
+        return self._log.read_text(errors="replace")
+
+    def running(self):
+        return self._process.poll() is None
+
+    def wait(self, timeout=HANGS_S):
+        try:
+            code = self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            pytest.fail(f"{self} hangs: not over after {timeout} s\n{self.output()}")
+        seconds, ended_at = time.monotonic() - self._begun, time.time()
+        self._check_gone()
+        return Ended(code, self.output(), seconds, ended_at)
+
+    def wait_until(self, condition, timeout=HANGS_S):
+        """Wait, looking often, until ``condition()`` holds while the job is running."""
+        deadline = time.monotonic() + timeout
+        while not condition():
+            if not self.running() or time.monotonic() > deadline:
+                self.kill()
+                pytest.fail(f"{self} did not come so far\n{self.output()}")
+            time.sleep(0.005)
+
+    def pid_of_rank(self, rank):
+        wanted = f"OMPI_COMM_WORLD_RANK={rank}".encode()
+        for pid in self._members():
+            try:
+                variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if wanted in variables:
+                return pid
+        raise AssertionError(f"{self} has no rank {rank}")
+
+    def kill(self):
+        """End every process of the session: ranks are in process groups of their own."""
+        for _ in range(100):
+            members = self._members()
+            if not members and not self.running():
+                return
+            for pid in members:
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    pass
+            self._process.poll()
+            time.sleep(0.05)
+
+    def _check_gone(self):
+        deadline = time.monotonic() + GONE_S
+        while self._members():
+            if time.monotonic() > deadline:
+                left = self._members()
+                self.kill()
+                pytest.fail(f"{self} is over, but {len(left)} processes of it live on\n{self.output()}")
+            time.sleep(0.02)
+
+    def _members(self):
+        members = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    state, _, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+                except OSError:
+                    continue
+                if int(session) == self.pid and state != "Z":
+                    members.append(int(entry.name))
+        return members
+
+    def __repr__(self):
+        return "`" + " ".join(self.command) + "`"
+
+
+class Launcher:
+    """Starts jobs in a folder, and ends those that a failing test left running."""
+
+    def __init__(self, mpirun, environment):
+        self._mpirun, self._environment, self._jobs = mpirun, environment, []
+
+    def start(self, np, *args, cwd, env=None):
+        """Start ``python *args`` on ``np`` ranks; 0 is without mpirun."""
+        return self.start_parts([(np, args)], cwd=cwd, env=env)
+
+    def start_parts(self, parts, *, cwd, env=None):
+        """Start ``mpirun -np N python ... : -np M python ...``; each part may begin with mpirun options."""
+        command = []
+        for np, args in parts:
+            options = [word for word in args if isinstance(word, tuple)]
+            words = [self._word(word) for word in args if not isinstance(word, tuple)]
+            launch = ["-np", np, *sum(options, ())] if np else []
+            command += [*([":"] if command else []), *launch, sys.executable, *words]
+        if parts[0][0]:
+            command.insert(0, self._mpirun)
+        return self.start_command(command, cwd=cwd, env=env)
+
+    def start_command(self, command, *, cwd, env=None):
+        self._jobs.append(Job(command, cwd, self._environment | (env or {})))
+        return self._jobs[-1]
+
+    def several(self, np, script, all_flags, *, cwd, env=None):
+        """Start one job that calls a script's ``main`` once for each list of flags: TensorFlow loads once."""
+        stamp = time.monotonic_ns()
+        driver, lists = cwd / f"several_{stamp}.py", cwd / f"several-{stamp}.json"
+        driver.write_text(SEVERAL)
+        lists.write_text(json.dumps([[str(flag) for flag in flags] for flags in all_flags]))
+        return self.start(np, driver, SCRIPTS / script, lists, cwd=cwd, env=env)
+
+    def end_all(self):
+        for job in self._jobs:
+            job.kill()
+
+    @staticmethod
+    def _word(word):
+        return SCRIPTS / word if isinstance(word, str) and (SCRIPTS / word).is_file() else word
+
+
+@pytest.fixture(scope="session")
+def launcher():
+    """The launcher of all jobs; under mpirun, where these tests cannot start their own ranks, a skip."""
+    if any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")):
+        pytest.skip("started under mpirun; this test launches its own ranks")
+    if not Path("/proc/self/stat").exists():
+        pytest.skip("needs /proc to find the processes of a job")
+    beside = Path(sys.executable).with_name("mpirun")
+    mpirun = str(beside) if beside.exists() else shutil.which("mpirun")
+    if mpirun is None:
+        pytest.skip("no mpirun beside this Python or on PATH")
+    sourced = ["bash", "-c", f"source '{SCRIPTS / 'mpi_environment.sh'}' && env -0"]
+    lines = subprocess.run(sourced, capture_output=True, check=True, text=True).stdout.split("\0")
+    environment = dict(line.split("=", 1) for line in lines if "=" in line)
+    environment = {name: value for name, value in environment.items() if not name.startswith(NOT_A_USERS)}
+    # As in an activated .venv: `python` and `mpirun` are the ones of this Python.
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    made = Launcher(mpirun, environment)
+    yield made
+    made.end_all()
+
+
+@pytest.fixture
+def start_job(launcher, tmp_path):
+    """``start_job(np, *args, env=..., cwd=...)``: a `Job` under way, in ``tmp_path``."""
+    return lambda np, *args, cwd=tmp_path, env=None: launcher.start(np, *args, cwd=cwd, env=env)
+
+
+@pytest.fixture
+def run_job(start_job):
+    """``run_job(np, *args, timeout=..., env=..., cwd=...)``: an `Ended` job."""
+    return lambda np, *args, timeout=HANGS_S, **more: start_job(np, *args, **more).wait(timeout)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A small text of our own, always the same."""
+    rng = random.Random(1)
+    path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
+    path.write_text("".join(" ".join(rng.choices(WORDS, k=8)) + ".\n" for _ in range(200)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def prepared_dir(tmp_path_factory):
+    """Prepared tokens, shared by all jobs."""
+    return tmp_path_factory.mktemp("prepared")
+
+
+@pytest.fixture(scope="session")
+def small(corpus, prepared_dir):
+    """Flags of a model so small that a step takes milliseconds."""
+    return [
+        *("--data", str(corpus), "--prepared-dir", str(prepared_dir), "--tokenizer", "byte"),
+        *("--layers", "1", "--width", "16", "--heads", "2", "--dropout", "0.1", "--seq-len", "16"),
+        *("--global-batch-size", "8", "--warmup-steps", "5", "--log-every", "1", "--eval-every", "0"),
+    ]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder, and the job that made it."""
+
+    path: Path
+    flags: list
+    job: Ended
+
+    @property
+    def metrics(self):
+        return read_metrics(self.path)
+
+    @property
+    def status(self):
+        return json.loads((self.path / "status.json").read_text())
+
+
+def read_metrics(path):
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def first_run(launcher, small, tmp_path_factory):
+    """Sixty steps on two ranks without an accident. Nobody may change its folder: copy it."""
+    folder = tmp_path_factory.mktemp("first")
+    flags = [*small, "--steps", "60", "--save-every", "20", "--keep", "2", "--eval-every", "20"]
+    path = folder / "run"
+    job = launcher.start(2, "train.py", *flags, "--run-dir", path, cwd=folder).wait()
+    assert job.code == 0, job.output
+    return Run(path, flags, job)
+
+
+@pytest.fixture
+def copy_of_first(first_run, tmp_path):
+    """A copy of the first run's folder, to be changed."""
+    return shutil.copytree(first_run.path, tmp_path / "copy")
+
+
+@pytest.fixture
+def one_error():
+    """``one_error(job, code, *words)``: the job ended with one message, and the code that it promises."""
+
+    def check(job, code, *words):
+        assert job.code == code, job.output
+        assert job.output.count("error:") == 1, job.output
+        assert "Traceback" not in job.output, job.output
+        for word in words:
+            assert word in job.output, job.output
+
+    return check

@@ -1,0 +1,211 @@
+"""Jobs end together: what fails on one rank ends all of them, within seconds, and is said once."""
+
+import json
+import re
+
+import pytest
+
+# From the failure to the end of mpirun.
+TOGETHER_S = 5
+
+# `fail()` tells the time. Without TensorFlow: what is tested here is how ranks find each other's end.
+BEFORE = """
+import os, sys, threading, time
+import numpy as np
+from tf_dist.comm import launch
+from tf_dist.errors import DataError
+
+def fail():
+    print(f"FAILED AT {time.time()}", flush=True)
+
+comm = launch.connect()
+data = np.ones(1000)
+for i in range(10**9):
+    comm.allreduce(data)
+    data[:] = 1
+    time.sleep(0.001)
+"""
+
+FAILURES = {
+    # name: (what is done at i == 20, exit code, what is said once, whether there is a traceback)
+    "exception on the last rank": (
+        "if comm.rank == 2: fail(); raise RuntimeError('the words of rank 2')",
+        70, ["RuntimeError: the words of rank 2", "rank 2: Traceback"], 1,
+    ),
+    "exception on rank 0": (
+        "if comm.rank == 0: fail(); raise KeyError('the words of rank 0')",
+        70, ["KeyError: 'the words of rank 0'", "rank 0: Traceback"], 1,
+    ),
+    "exception in a thread": (
+        "def work(): fail(); raise RuntimeError('the words of a thread')\n"
+        "    if i == 20 and comm.rank == 1: threading.Thread(target=work, name='loader').start()",
+        70, ["RuntimeError: the words of a thread", "rank 1, thread loader"], 1,
+    ),
+    "a failure we foresaw": (
+        "if comm.rank == 1: fail(); raise DataError('there is no text here')",
+        65, ["rank 1: error: there is no text here"], 0,
+    ),
+    "sys.exit with a number": (
+        "if comm.rank == 1: fail(); sys.exit(3)", 70, ["rank 1 called sys.exit(3)", "fail(); sys.exit(3)"], 0,
+    ),
+    "sys.exit with a text": (
+        "if comm.rank == 1: fail(); sys.exit('no more')", 70, ["rank 1 called sys.exit('no more')"], 0,
+    ),
+    "sys.exit(0) while others wait": (
+        "if comm.rank == 1: fail(); sys.exit(0)", 70, ["rank 1 left the job", "fail(); sys.exit(0)"], 0,
+    ),
+    "sys.exit(0) of rank 0": (
+        "if comm.rank == 0: fail(); sys.exit(0)", 70, ["fail(); sys.exit(0)"], 0,
+    ),
+    "raise SystemExit": (
+        "if comm.rank == 1: fail(); raise SystemExit", 70, ["rank 1 left the job"], 0,
+    ),
+    "the end of the loop comes early": (
+        "if comm.rank == 2: fail(); break", 70, ["rank 2 left the job"], 0,
+    ),
+}  # fmt: skip
+
+
+def seconds_from_failure(job):
+    """From the last rank's failure to the end of the job."""
+    failed = re.findall(r"FAILED AT ([\d.]+)", job.output)
+    assert failed, job.output
+    return job.ended_at - max(map(float, failed))
+
+
+def at_step_20(statement):
+    if statement.startswith("def "):
+        return BEFORE + f"    {statement}\n"
+    return BEFORE + f"    if i == 20:\n        {statement}\n"
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_one_rank_ends_all(run_job, tmp_path, name):
+    statement, code, words, tracebacks = FAILURES[name]
+    (tmp_path / "job.py").write_text(at_step_20(statement))
+    job = run_job(3, "job.py", timeout=60)
+    assert job.code == code, job.output
+    assert seconds_from_failure(job) < TOGETHER_S
+    assert job.output.count("Traceback (most recent call last)") == tracebacks, job.output
+    for text in words:
+        assert job.output.count(text) == 1, job.output
+
+
+@pytest.mark.parametrize("death", ["os._exit(9)", "os.kill(os.getpid(), 11)"])
+def test_a_rank_that_dies_without_a_word(run_job, tmp_path, death):
+    (tmp_path / "job.py").write_text(at_step_20(f"if comm.rank == 1: fail(); {death}"))
+    job = run_job(3, "job.py", timeout=60)
+    assert job.code != 0
+    assert seconds_from_failure(job) < TOGETHER_S
+
+
+@pytest.mark.parametrize(
+    ("statement", "code", "said"),
+    [
+        ("raise DataError('nobody has text')", 65, "error: nobody has text"),
+        ("raise RuntimeError('a bug of all')", 70, "RuntimeError: a bug of all"),
+        ("sys.exit(5)", 5, ""),
+        ("sys.exit(0)", 0, ""),
+    ],
+)
+def test_all_ranks_end_with_one_voice(run_job, tmp_path, statement, code, said):
+    (tmp_path / "job.py").write_text(at_step_20(f"fail(); {statement}"))
+    job = run_job(3, "job.py", timeout=60)
+    assert job.code == code, job.output
+    assert seconds_from_failure(job) < TOGETHER_S
+    if said:
+        # Not the line of the source that a traceback quotes.
+        assert len(re.findall(f"^{re.escape(said)}$", job.output, re.MULTILINE)) == 1, job.output
+    assert "rank 0:" not in job.output
+    assert "left the job" not in job.output
+
+
+def test_two_errors_are_both_said(run_job, tmp_path):
+    errors = "['no left shoe', 'no right shoe', 'no left shoe'][comm.rank]"
+    (tmp_path / "job.py").write_text(at_step_20(f"fail(); raise DataError({errors})"))
+    job = run_job(3, "job.py", timeout=60)
+    assert job.code == 65, job.output
+    assert job.output.count("ranks 0, 2: error: no left shoe") == 1
+    assert job.output.count("rank 1: error: no right shoe") == 1
+    assert job.output.count("error:") == 2
+
+
+def test_a_job_under_horovod_ends_together(run_job, tmp_path):
+    pytest.importorskip("horovod", reason="Horovod is not installed: `make horovod`")
+    program = at_step_20("if comm.rank == 1: fail(); raise RuntimeError('the words of rank 1')")
+    (tmp_path / "job.py").write_text(program.replace("connect()", "connect('horovod')"))
+    job = run_job(2, "job.py", timeout=120)
+    assert job.code == 70, job.output
+    assert seconds_from_failure(job) < TOGETHER_S
+    assert job.output.count("RuntimeError: the words of rank 1") == 1
+
+
+# The training script -------------------------------------------------------------------------------
+
+MODEL = """
+import os, sys, time
+
+def build(config):
+    if os.environ["OMPI_COMM_WORLD_RANK"] == "{rank}":
+        print(f"FAILED AT {{time.time()}}", file=sys.__stdout__, flush=True)
+        open("failed.txt", "w").write(str(time.time()))
+        {statement}
+    time.sleep(30)
+"""
+
+
+@pytest.mark.parametrize(
+    ("rank", "statement", "said"),
+    [
+        (1, "raise ArithmeticError('not my day')", "ArithmeticError: not my day"),
+        (0, "sys.exit('I have had enough')", "rank 0 called sys.exit('I have had enough')"),
+    ],
+)
+def test_a_users_model_that_fails_on_one_rank(run_job, small, tmp_path, rank, statement, said):
+    (tmp_path / "failing.py").write_text(MODEL.format(rank=rank, statement=statement))
+    run = tmp_path / "run"
+    job = run_job(2, "train.py", *small, "--steps", "2", "--model", "failing:build", "--run-dir", run)
+    assert job.code == 70, job.output
+    assert job.ended_at - float((tmp_path / "failed.txt").read_text()) < TOGETHER_S
+    assert job.output.count(said) == 1, job.output
+    assert job.output.count("failing.py") == 1, job.output  # where it happened
+    assert job.output.count("Traceback") == ("raise" in statement), job.output
+    status = json.loads((run / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 70)
+    assert [failure["rank"] for failure in status["failures"]] == [rank]
+
+
+# Jobs that were started wrongly --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "names", [("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK")]
+)
+def test_an_mpirun_of_another_mpi(start_job, small, names, one_error):
+    """It starts N processes, each of which sees an MPI world of 1 and would train alone."""
+    ranks = [{names[0]: "4", names[1]: str(rank)} for rank in (0, 3)]
+    jobs = [start_job(0, "train.py", *small, "--steps", "2", env=environment) for environment in ranks]
+    first, last = (job.wait() for job in jobs)
+    one_error(first, 78, "the launcher started 4 processes, but each sees an MPI world of 1")
+    assert (last.code, last.output) == (78, "")
+
+
+def test_ranks_with_different_configurations(launcher, small, tmp_path, one_error):
+    """`mpirun -np 1 A : -np 1 B` is how one would do it; a forgotten `git pull` on one node is how it happens."""
+    flags = ["train.py", *small, "--run-dir", tmp_path / "run"]
+    parts = [(1, [*flags, "--seed", "1"]), (1, [*flags, "--seed", "2", "--width", "32"])]
+    job = launcher.start_parts(parts, cwd=tmp_path).wait()
+    one_error(job, 78, "do not agree", "seed: 1 on rank 0, 2 on rank 1", "width: 16 on rank 0, 32 on rank 1")
+    assert not (tmp_path / "run").exists(), "something was begun"
+
+
+def test_ranks_with_different_data(launcher, small, corpus, tmp_path, one_error):
+    """Two nodes with disks of their own, one of them with an older copy of the text."""
+    for name, ending in (("a", ""), ("b", "one more line\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "text.txt").write_text(corpus.read_text() + ending)
+    flags = ["train.py", *small, "--data", "text.txt", "--prepared-dir", "prepared", "--run-dir", "run"]
+    parts = [(1, [("--wdir", tmp_path / name), *flags]) for name in ("a", "b")]
+    job = launcher.start_parts(parts, cwd=tmp_path).wait()
+    one_error(job, 78, "the ranks do not agree on the data", "content_sha256: ", " on rank 0, ")
+    assert not list(tmp_path.glob("*/run/metrics.jsonl"))

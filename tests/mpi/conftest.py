@@ -1,0 +1,88 @@
+"""Tests that run on N ranks at once: ``mpirun -np N python -m pytest tests/mpi``, or plainly on one.
+
+A test is one test for all ranks. After each of its phases the ranks compare notes: where one failed, all
+fail, and rank 0 shows the report of the one that did. So the ranks always run the same tests, and none
+waits in a collective for a rank that has gone on. A test that fails in the middle of its own
+collectives, where agreement cannot be reached, ends the job after `AGREE_S`.
+"""
+
+import os
+import sys
+import time
+
+import pytest
+from mpi4py import MPI
+
+from tf_dist.comm import launch
+from tf_dist.comm.base import SerialComm
+
+# How long a rank that failed waits for the others to come out of the test.
+AGREE_S = 60
+WORLD = MPI.COMM_WORLD.Dup()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config):
+    """Rank 0 alone reports; it tells what failed on the others."""
+    if WORLD.rank:
+        config.pluginmanager.unregister(name="terminalreporter")
+
+
+def pytest_unconfigure(config):
+    """Nobody leaves before rank 0 has reported: mpirun ends all ranks when the first one fails."""
+    sys.stdout.flush()
+    WORLD.Barrier()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Make the outcome of a phase (setup, call, teardown) that of all ranks."""
+    report = yield
+    meet(report)
+    notes = WORLD.allgather((report.outcome, report.longreprtext))
+    outcomes = [outcome for outcome, _ in notes]
+    failed = [rank for rank, outcome in enumerate(outcomes) if outcome == "failed"]
+    if failed:
+        report.outcome = "failed"
+        report.longrepr = "\n".join(f"On rank {rank} of {WORLD.size}:\n{notes[rank][1]}" for rank in failed)
+    elif len(set(outcomes)) > 1:
+        report.outcome = "failed"
+        report.longrepr = f"the ranks do not agree whether to skip this test: {outcomes}"
+    return report
+
+
+def meet(report):
+    """Wait for all ranks. One that failed ends the job if the others stay inside a collective for good."""
+    request = WORLD.Ibarrier()
+    deadline = time.monotonic() + AGREE_S
+    while not request.Test():
+        if report.failed and time.monotonic() > deadline:
+            text = f"rank {WORLD.rank} failed, and the other ranks do not come out of the test:"
+            os.write(2, f"{text}\n{report.longreprtext}\n".encode())
+            WORLD.Abort(1)
+        time.sleep(0.001)
+
+
+@pytest.fixture(scope="session")
+def connected():
+    """All ranks, as a user's script gets them: before TensorFlow is imported, where nobody has yet."""
+    return launch.join() if "tensorflow" in sys.modules else launch.connect()
+
+
+@pytest.fixture
+def everyone():
+    """``everyone(value)``: what all ranks pass, in rank order, so that all can assert the same."""
+    return WORLD.allgather
+
+
+@pytest.fixture(params=["serial", "mpi", "horovod"])
+def comm(request, connected):
+    """Each kind of Comm. With ``serial`` every rank is alone."""
+    if request.param == "serial":
+        return SerialComm()
+    if request.param == "horovod":
+        pytest.importorskip("horovod", reason="Horovod is not installed: `make horovod`")
+        return launch.use_backend(connected, "horovod")
+    from tf_dist.comm.mpi import MPIComm
+
+    return MPIComm()

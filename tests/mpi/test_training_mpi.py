@@ -1,0 +1,229 @@
+"""The trainer over real ranks, against the same training on one: the law, inside one launch.
+
+Models are small and plain, to be traced quickly; those of the project are in tests/jobs/test_equivalence.py.
+Keras is imported inside functions: ``connected`` comes first, as in a user's script.
+"""
+
+import os
+
+import numpy as np
+import pytest
+
+from tf_dist.comm import launch
+from tf_dist.comm.base import SerialComm
+from tf_dist.errors import LaunchError, NumericError
+
+V, T, G, B = 29, 8, 12, 3  # vocabulary, tokens, global rows, rows of a micro-batch: 4 micro-batches
+STEPS = 12
+TOKENS = np.random.default_rng(1).integers(0, V, 1500).astype(np.uint16)
+HELD_OUT = np.random.default_rng(2).integers(0, V, 333).astype(np.uint16)
+
+
+def build(seed=1, dropout=0.2):
+    import keras
+    from keras import layers
+
+    keras.utils.set_random_seed(seed)
+    tokens = keras.Input((T,), dtype="int32")
+    x = layers.Dropout(dropout)(layers.Embedding(V, 8)(tokens))
+    x = layers.Dense(16, activation="relu")(x)
+    return keras.Model(tokens, layers.Dense(V)(layers.Dropout(dropout)(x)))
+
+
+def trainer(comm, update="allreduce", *, rows=B, seed=1, rate=1e-2, **more):
+    import keras
+
+    from tf_dist.training.trainer import Trainer
+
+    optimizer = keras.optimizers.AdamW(rate, weight_decay=0.01)
+    return Trainer(
+        build(seed), optimizer, comm, update,
+        global_batch_size=G, micro_batch_size=rows, seq_len=T, clip_norm=1.0, seed=3, **more,
+    )  # fmt: skip
+
+
+def flat(model):
+    return np.concatenate([np.asarray(variable.value).ravel() for variable in model.weights])
+
+
+def steps_of(trained, count=STEPS):
+    """Take steps; the logs of each."""
+    sequences = trained.sequences(TOKENS)
+    sampler = trained.sampler(sequences)
+    return [trained.train_step(sequences, sampler) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def serial(connected):
+    """The training on one rank, done by each rank for itself: what all others must equal."""
+    alone = trainer(SerialComm())
+    logs = steps_of(alone)
+    return alone, logs, flat(alone.model), alone.validate(HELD_OUT, 100)
+
+
+@pytest.fixture(params=["mpi", "horovod"])
+def carried(request, connected):
+    """All ranks, over each backend."""
+    if request.param == "horovod":
+        pytest.importorskip("horovod", reason="Horovod is not installed: `make horovod`")
+        return launch.use_backend(connected, "horovod")
+    return connected
+
+
+@pytest.mark.parametrize("update", ["allreduce", "master"])
+def test_parallel_is_serial(carried, serial, everyone, update):
+    _, logs_serial, weights_serial, result_serial = serial
+    parallel = trainer(carried, update)
+    logs = steps_of(parallel)
+    weights = flat(parallel.model)
+    assert len(set(everyone(weights.tobytes()))) == 1, "the ranks have different weights"
+    assert max(everyone(float(np.abs(weights - weights_serial).max()))) <= 1e-5
+    assert everyone(logs) == [everyone(logs)[0]] * carried.size, "the ranks were told different things"
+    for mine, theirs in zip(logs, logs_serial, strict=True):
+        assert mine["tokens"] == theirs["tokens"]
+        assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-6)
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], abs=1e-5)
+    assert parallel.tokens == sum(log["tokens"] for log in logs)
+    result = parallel.validate(HELD_OUT, 100)
+    assert result == pytest.approx(result_serial, rel=1e-5)
+    assert set(result) == {"val_loss", "val_accuracy", "perplexity", "bits_per_byte"}
+
+
+def test_the_last_batch_of_an_epoch_is_short(connected, everyone):
+    """Padding counts nothing: an epoch has every token but the first as a target, once."""
+    parallel = trainer(connected)
+    sequences = parallel.sequences(TOKENS)
+    steps = parallel.sampler(sequences).steps_per_epoch
+    assert len(sequences) % G, "else no batch would be short"
+    logs = steps_of(parallel, steps)
+    assert sum(log["tokens"] for log in logs) == len(TOKENS) - 1
+    assert everyone(parallel.check_equal()) == [parallel.check_equal()] * connected.size
+
+
+def test_ranks_without_a_micro_batch(connected, serial, everyone):
+    """One micro-batch a step: all ranks but the first add zeros, and nobody hangs."""
+    parallel = trainer(connected, rows=G)
+    mine = list(parallel.my_micro_batches)
+    assert everyone(mine) == [[0]] + [[]] * (connected.size - 1)
+    logs = steps_of(parallel, 3)
+    assert [log["tokens"] for log in logs] == [G * T] * 3
+    assert np.isfinite([log["loss"] for log in logs]).all()
+    assert len(set(everyone(flat(parallel.model).tobytes()))) == 1
+    # The same batches: the first loss differs from that of small micro-batches by its dropout alone.
+    assert logs[0]["loss"] == pytest.approx(serial[1][0]["loss"], abs=0.05)
+
+
+def test_fit_begins_with_the_weights_of_rank_0(connected, everyone):
+    different = trainer(connected, seed=1 + connected.rank)
+    assert len(set(everyone(flat(different.model).tobytes()))) == connected.size
+    first = everyone(flat(different.model))[0]
+    different.broadcast_weights()
+    assert all(everyone(bool((flat(different.model) == first).all())))
+    different.fit(TOKENS, steps=2)
+    assert len(set(everyone(flat(different.model).tobytes()))) == 1
+
+
+def test_callbacks_hear_the_same_and_one_rank_can_stop_all(connected, everyone):
+    import keras
+
+    heard = []
+
+    class Listener(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            heard.append((batch, logs["loss"], logs["tokens"]))
+            # The last rank alone wants to stop, as if a signal had reached it.
+            if batch == 4 and connected.rank == connected.size - 1:
+                trained.request_stop()
+
+        def on_epoch_end(self, epoch, logs=None):
+            heard.append((epoch, sorted(logs.items())))
+
+    trained = trainer(connected)
+    trained.fit(TOKENS, steps=50, validation=HELD_OUT, eval_every=3, callbacks=[Listener()])
+    assert everyone(heard) == [everyone(heard)[0]] * connected.size
+    # The wish travels with the next reduction.
+    assert everyone((trained.step, trained.stopped)) == [(6, True)] * connected.size
+
+
+def test_a_replica_that_drifts_is_named(connected, everyone):
+    trained = trainer(connected)
+    steps_of(trained, 1)
+    trained.check_equal()
+    last = connected.size - 1
+    if connected.rank == last:
+        bias = trained.model.weights[-1]
+        bias.assign(bias + np.float32(1e-6))
+    try:
+        trained.check_equal()
+        outcome = "equal"
+    except LaunchError as error:
+        outcome = str(error)
+    expected = "equal" if connected.size == 1 else f"the weights of ranks [{last}] differ"
+    assert all(expected in said for said in everyone(outcome)), everyone(outcome)
+
+
+@pytest.mark.parametrize("update", ["allreduce", "master"])
+def test_not_a_number_on_one_rank_stops_all(connected, everyone, update):
+    """Every rank raises the same, at the same step, and no weight has changed."""
+    trained = trainer(connected, update)
+    before = flat(trained.model)
+    gradients = trained.replica.gradients
+
+    def poisoned(*arguments):
+        gradient, sums = gradients(*arguments)
+        if connected.rank == connected.size - 1:
+            gradient = np.full_like(gradient, np.nan)
+        return gradient, sums
+
+    trained.replica.gradients = poisoned
+    try:
+        steps_of(trained, 1)
+        outcome = "nothing"
+    except NumericError as error:
+        outcome = str(error)
+    assert everyone(outcome) == [everyone(outcome)[0]] * connected.size
+    assert "not finite" in outcome
+    assert all(everyone(bool((flat(trained.model) == before).all())))
+
+
+def test_checkpoint_of_all_ranks(connected, everyone, tmp_path_factory):
+    """Saved by rank 0, restored everywhere, the training goes on as if it had not stopped."""
+    from tf_dist.training import state
+
+    folder = tmp_path_factory.mktemp("checkpoints")
+    folder = type(folder)(everyone(str(folder))[0])
+    whole = trainer(connected, "master")
+    steps_of(whole, 4)
+    state.save(whole, folder, 2, {})
+    rest = steps_of(whole, 4)
+    resumed = trainer(connected, "master", seed=9)
+    state.restore(resumed, folder / "step-00000004")
+    assert (resumed.step, resumed.tokens) == (4, 4 * G * T)
+    assert steps_of(resumed, 4) == rest
+    assert len(set(everyone(flat(resumed.model).tobytes()))) == 1
+    assert (flat(resumed.model) == flat(whole.model)).all()
+
+
+# launch.connect ------------------------------------------------------------------------------------
+
+
+def test_connect(connected, everyone):
+    assert everyone((connected.rank, connected.size)) == [
+        (r, len(everyone(0))) for r in range(len(everyone(0)))
+    ]
+    assert isinstance(connected, SerialComm) == (connected.size == 1)
+    places = launch.places(connected)
+    assert len(places) == connected.size
+    assert everyone(repr(places)) == [repr(places)] * connected.size
+    assert [place.local_rank for place in places] == list(range(connected.size))
+    cores = {core for place in places for core in place.cores}
+    assert sum(place.threads for place in places) <= max(len(cores), connected.size)
+
+
+def test_connect_again_is_the_same_group(connected, everyone):
+    """A second call, by a library inside a user's script, does no harm."""
+    again = launch.connect(threads_per_rank=int(os.environ.get("TF_NUM_INTRAOP_THREADS", "0")))
+    assert (again.rank, again.size) == (connected.rank, connected.size)
+    array = np.ones(5)
+    again.allreduce(array)
+    assert everyone(float(array.sum())) == [5.0 * connected.size] * connected.size
