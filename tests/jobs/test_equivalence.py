@@ -22,8 +22,10 @@ def runs(launcher, small, tmp_path_factory):
         if ranks not in done:
             asked = [
                 # One thread each: how a sum is split between threads is in its last bits.
-                [*small, "--steps", STEPS, "--model", m, "--update", u, "--threads-per-rank", "1"]
-                + ["--run-dir", folder / f"{ranks}-{m}-{u}"]
+                [
+                    *(*small, "--steps", STEPS, "--model", m, "--update", u),
+                    *("--threads-per-rank", "1", "--run-dir", folder / f"{ranks}-{m}-{u}"),
+                ]
                 for m in MODELS
                 for u in UPDATES
             ]

@@ -191,7 +191,7 @@ def test_an_mpirun_of_another_mpi(start_job, small, names, one_error):
 
 
 def test_ranks_with_different_configurations(launcher, small, tmp_path, one_error):
-    """`mpirun -np 1 A : -np 1 B` is how one would do it; a forgotten `git pull` on one node is how it happens."""
+    """`mpirun -np 1 A : -np 1 B` does it here; a forgotten `git pull` on one node does it in life."""
     flags = ["train.py", *small, "--run-dir", tmp_path / "run"]
     parts = [(1, [*flags, "--seed", "1"]), (1, [*flags, "--seed", "2", "--width", "32"])]
     job = launcher.start_parts(parts, cwd=tmp_path).wait()

@@ -55,7 +55,7 @@ def with_text_that_is_here(words, corpus, folder):
     downloads = tuple(yaml.safe_load((ROOT / "data" / "datasets.yaml").read_text()))
     replaced, after_data = [], False
     for word in words:
-        after_data = not word.startswith("-") and after_data or word == "--data"
+        after_data = (not word.startswith("-") and after_data) or word == "--data"
         is_here = word == "stdlib" or any(folder.glob(word))
         missing = after_data and word != "--data" and not is_here
         replaced.append(str(corpus) if missing or word.split("/")[0] in downloads else word)

@@ -10,7 +10,8 @@ import os
 from pathlib import Path
 
 def threads():
-    names = [Path(f"/proc/self/task/{task}/comm").read_text().strip() for task in os.listdir("/proc/self/task")]
+    tasks = Path("/proc/self/task").iterdir()
+    names = [(task / "comm").read_text().strip() for task in tasks]
     return len([name for name in names if not name.startswith(("tf_", "jemalloc"))])
 
 def build(config):
