@@ -15,22 +15,28 @@ import json
 import sys
 from pathlib import Path
 
-from tf_dist.comm import launch
+from tf_dist.comm import launch, threads
+from tf_dist.flags import Parser
 
 REGISTRY = Path(__file__).resolve().parent.parent / "data" / "datasets.yaml"
 
 
 def main(argv: list[str]) -> None:
     """Read the run, prepare the text, evaluate on all ranks."""
+    if {"-h", "--help"} & set(argv):
+        launch.only_the_first_answers()
+        parse(argv)
+    comm = launch.join()
     flags = parse(argv)
-    comm = launch.connect()
+    threads.set_threads(comm)
+    threads.load_tensorflow()
 
     from tf_dist.training import optimizers
     from tf_dist.training.corpus import shared_corpus
     from tf_dist.training.load import load_run
     from tf_dist.training.trainer import Trainer
 
-    run = load_run(flags.run_dir)
+    run = load_run(flags.run_dir, print if comm.rank == 0 else lambda line: None)
     config = run.config
     if flags.data:
         tokenizer = str(Path(flags.run_dir) / "tokenizer.json")
@@ -55,9 +61,7 @@ def main(argv: list[str]) -> None:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__ or "")
     parser.add_argument("--run-dir", default="runs/latest", help="folder of the run [runs/latest]")
     parser.add_argument("--data", nargs="+", help="other text to evaluate on, all of it")
     return parser.parse_args(argv)

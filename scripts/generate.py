@@ -12,45 +12,49 @@ from __future__ import annotations
 import argparse
 import sys
 
-from tf_dist.comm import launch
+from tf_dist.comm import threads
 from tf_dist.comm.base import SerialComm
 from tf_dist.errors import TfDistError
+from tf_dist.flags import Parser
 
 
 def main(argv: list[str]) -> int:
-    """Read the run, write the text."""
-    flags = parse(argv)
-    launch.set_threads(SerialComm())
-
-    from tf_dist.training.generate import Sampling, generate
-    from tf_dist.training.load import load_run
-
+    """Flags -> text on standard output; the exit code."""
     try:
-        sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
-        run = load_run(flags.run_dir)
-        prompt = run.tokenizer.encode(flags.prompt)
-        ids = [int(i) for i in prompt]
-        shown = run.tokenizer.decode(ids)
-        print(shown, end="", flush=True)
-        for token in generate(run.model, run.config.seq_len, prompt, flags.tokens, sampling):
-            ids.append(token)
-            # A character may need several tokens: decode all, print what is new and whole.
-            text = run.tokenizer.decode(ids)
-            if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-                print(text[len(shown) :], end="", flush=True)
-                shown = text
-        print()
+        write(parse(argv))
     except TfDistError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     return 0
 
 
+def write(flags: argparse.Namespace) -> None:
+    """Print the prompt and what the model makes of it, as it comes."""
+    threads.set_threads(SerialComm())
+    threads.load_tensorflow()
+
+    from tf_dist.training.generate import Sampling, generate
+    from tf_dist.training.load import load_run
+
+    sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
+    run = load_run(flags.run_dir, lambda line: print(line, file=sys.stderr))
+    prompt = run.tokenizer.encode(flags.prompt)
+    ids = [int(i) for i in prompt]
+    shown = run.tokenizer.decode(ids)
+    print(shown, end="", flush=True)
+    for token in generate(run.model, run.config.seq_len, prompt, flags.tokens, sampling):
+        ids.append(token)
+        # A character may need several tokens: decode all, print what is new and whole.
+        text = run.tokenizer.decode(ids)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+    print()
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     """The flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__ or "")
     parser.add_argument("--run-dir", default="runs/latest", help="folder of the run [runs/latest]")
     parser.add_argument("--prompt", default="\n", help="text to go on from [a new line]")
     parser.add_argument("--tokens", type=int, default=200, help="how many tokens to write [200]")

@@ -16,13 +16,12 @@ Exit codes: 0 done, 64 usage, 65 bad data, 69 backend missing, 70 a rank failed,
 from __future__ import annotations
 
 import dataclasses
-import os
 import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from tf_dist.comm import launch
+from tf_dist.comm import launch, threads
 from tf_dist.comm.agree import agree, versions
 from tf_dist.comm.base import Comm
 from tf_dist.config import Config
@@ -44,10 +43,9 @@ def main(argv: list[str]) -> None:
     comm = launch.join()
     config, _ = from_command_line(argv, __doc__ or "")
     agree(comm, {**config.as_dict(), **versions()}, "the run")
-    launch.set_threads(comm, config.threads_per_rank)
+    threads.set_threads(comm, config.threads_per_rank)
     comm = launch.use_backend(comm, config.backend)
 
-    # Only now, with its threads set, may TensorFlow be imported.
     from tf_dist.training.corpus import shared_corpus
     from tf_dist.training.run import RunFolder, choose_folder, point_latest_to
 
@@ -63,8 +61,7 @@ def main(argv: list[str]) -> None:
 
 def answer(argv: list[str]) -> NoReturn:
     """Answer --help and --print-config, once, without MPI and TensorFlow."""
-    if launch.launched_rank(os.environ) != 0:
-        raise SystemExit(0)
+    launch.only_the_first_answers()
     try:
         print(from_command_line(argv, __doc__ or "")[0].as_yaml(), end="")
     except UsageError as error:
@@ -75,6 +72,7 @@ def answer(argv: list[str]) -> NoReturn:
 
 def train(config: Config, comm: Comm, corpus: Prepared, run: RunFolder) -> None:
     """Build what was asked for, resume, train, and leave text and a picture."""
+    threads.load_tensorflow()  # only now: a mistake in the flags or the data was said at once
     from tf_dist.models.build import build
     from tf_dist.training import callbacks, optimizers, progress
     from tf_dist.training.banner import banner

@@ -97,10 +97,20 @@ def read_config_file(path: str) -> dict[str, Any]:
     return values
 
 
-class _Parser(argparse.ArgumentParser):
-    """Raises instead of exiting, so that one rank can speak for all."""
+class Parser(argparse.ArgumentParser):
+    """Shows its description as written, takes no abbreviations, and raises instead of exiting.
+
+    Raises:
+        UsageError: from ``parse_args``, so that one rank can speak for all.
+    """
+
+    def __init__(self, description: str) -> None:
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
 
     def error(self, message: str) -> typing.NoReturn:
+        """Raise what `argparse` would print, with a hint where a flag is nearly right."""
         flags = [flag for action in self._actions for flag in action.option_strings]
         unknown = [word.rstrip(":").split("=")[0] for word in message.split() if word.startswith("--")]
         hint = did_you_mean(unknown[0], flags) if unknown and unknown[0] not in flags else ""
@@ -109,9 +119,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parser(description: str, names: Sequence[str] = ()) -> argparse.ArgumentParser:
     """Flags for the fields of `Config`: all of them, or those that are named."""
-    made = _Parser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    made = Parser(description)
     fields = [field for field in dataclasses.fields(Config) if not names or field.name in names]
     groups = dict.fromkeys(field.metadata["group"] for field in fields)
     headings = {group: made.add_argument_group(group) for group in groups}

@@ -18,7 +18,7 @@ from tf_dist.errors import DataError
 def fail():
     print(f"FAILED AT {time.time()}", flush=True)
 
-comm = launch.connect()
+comm = launch.join()
 data = np.ones(1000)
 for i in range(10**9):
     comm.allreduce(data)
@@ -133,7 +133,7 @@ def test_two_errors_are_both_said(run_job, tmp_path):
 def test_a_job_under_horovod_ends_together(run_job, tmp_path):
     pytest.importorskip("horovod", reason="Horovod is not installed: `make horovod`")
     program = at_step_20("if comm.rank == 1: fail(); raise RuntimeError('the words of rank 1')")
-    (tmp_path / "job.py").write_text(program.replace("connect()", "connect('horovod')"))
+    (tmp_path / "job.py").write_text(program.replace("join()", "connect('horovod')"))
     job = run_job(2, "job.py", timeout=120)
     assert job.code == 70, job.output
     assert seconds_from_failure(job) < TOGETHER_S

@@ -9,7 +9,7 @@ import os
 import numpy as np
 import pytest
 
-from tf_dist.comm import launch
+from tf_dist.comm import launch, threads
 from tf_dist.comm.base import SerialComm
 from tf_dist.errors import LaunchError, NumericError
 
@@ -212,7 +212,7 @@ def test_connect(connected, everyone):
         (r, len(everyone(0))) for r in range(len(everyone(0)))
     ]
     assert isinstance(connected, SerialComm) == (connected.size == 1)
-    places = launch.places(connected)
+    places = threads.places(connected)
     assert len(places) == connected.size
     assert everyone(repr(places)) == [repr(places)] * connected.size
     assert [place.local_rank for place in places] == list(range(connected.size))

@@ -203,7 +203,10 @@ class Ending:
     def _end_if_stuck(self, departed: dict[int, tuple[float, str]], waiting: tuple[str, float]) -> None:
         verb, since = waiting
         rank, (left_at, stack) = next(iter(departed.items()))
-        if time.monotonic() - max(since, left_at) < GRACE_S:
+        # When rank 0 has left, all the others know: the lowest of them speaks, and the job ends with it.
+        speaker = min(other for other in range(self._mpi.Get_size()) if other not in departed)
+        patience = GRACE_S if self.rank == speaker else GRACE_S + RENDEZVOUS_S
+        if time.monotonic() - max(since, left_at) < patience:
             return
         self._note(f"rank {rank} left the job")
         how = f"called sys.exit:\n{stack}" if stack else "has ended"

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from tf_dist.comm.base import Comm
+from tf_dist.comm.threads import load_tensorflow
 from tf_dist.errors import BackendMissing
 
 HOW_TO_GET_IT = (
@@ -72,6 +73,9 @@ def _tensor(array: np.ndarray) -> Any:
 
 def _import_horovod() -> Any:
     try:
+        import horovod  # noqa: F401 - its absence is found before TensorFlow is loaded
+
+        load_tensorflow()
         import horovod.tensorflow as hvd
     except ImportError as error:
         raise BackendMissing(f"{HOW_TO_GET_IT} (Python said: {error})") from error

@@ -1,22 +1,20 @@
 """`connect`: from "some process was started" to a `Comm` that can be trusted.
 
 In order: join the MPI world and check that it is the one the launcher started, install the hooks
-that end all ranks together, give each rank its share of the node's cores, choose the backend.
+that end all ranks together, give each rank its share of the node's cores (`threads`), load TensorFlow
+with them, choose the backend.
 """
 
 from __future__ import annotations
 
 import os
-import socket
-import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from tf_dist.comm.base import Comm, SerialComm
 from tf_dist.comm.ending import Ending
+from tf_dist.comm.threads import load_tensorflow, set_threads
 from tf_dist.errors import LaunchError, UsageError
 
 # What launchers tell a process about the number of ranks they started. The first one set counts:
@@ -37,27 +35,7 @@ RANK_VARIABLES = (
     "PALS_RANKID",
     "SLURM_PROCID",
 )
-# Every pool of threads that TensorFlow, NumPy or the tokenizers may start.
-THREAD_VARIABLES = (
-    "TF_NUM_INTRAOP_THREADS",
-    "OMP_NUM_THREADS",
-    "OPENBLAS_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "RAYON_NUM_THREADS",
-)
-
 _ending: Ending | None = None
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a rank runs: its node, the ranks beside it, and the threads it may use."""
-
-    host: str
-    local_rank: int
-    local_size: int
-    cores: tuple[int, ...]
-    threads: int
 
 
 def connect(backend: str = "mpi", threads_per_rank: int = 0) -> Comm:
@@ -77,6 +55,7 @@ def connect(backend: str = "mpi", threads_per_rank: int = 0) -> Comm:
     """
     comm = join()
     set_threads(comm, threads_per_rank)
+    load_tensorflow()
     return use_backend(comm, backend)
 
 
@@ -133,6 +112,16 @@ def was_launched(environment: Mapping[str, str]) -> bool:
     return any(name in environment for name in SIZE_VARIABLES)
 
 
+def only_the_first_answers() -> None:
+    """For questions like ``--help``, asked under mpirun: the ranks above 0 leave, without a word.
+
+    Raises:
+        SystemExit: on ranks above 0.
+    """
+    if launched_rank(os.environ) != 0:
+        raise SystemExit(0)
+
+
 def check_launcher(size: int, environment: Mapping[str, str]) -> None:
     """Refuse N copies of rank 0: the launcher started several processes, each alone in its MPI world.
 
@@ -153,66 +142,6 @@ def check_launcher(size: int, environment: Mapping[str, str]) -> None:
     )
     message = f"the launcher started {count}, but each sees an MPI world of 1 ({library}): {advice}"
     _refuse(message, rank)
-
-
-def places(comm: Comm) -> list[Place]:
-    """Where every rank runs, in rank order; a collective.
-
-    Each core is shared out among the ranks that may run on it, so ranks bound to a core each get one
-    thread, and ranks free on the whole node get an equal share of it.
-    """
-    mine = {"host": socket.gethostname(), "cores": sorted(os.sched_getaffinity(0)), "quota": cpu_quota()}
-    everyone = comm.allgather_obj(mine)
-    return [_place(everyone, rank) for rank in range(comm.size)]
-
-
-def _place(everyone: list[dict[str, Any]], rank: int) -> Place:
-    host, cores = everyone[rank]["host"], everyone[rank]["cores"]
-    beside = [other for other in range(len(everyone)) if everyone[other]["host"] == host]
-    claims = Counter(core for other in beside for core in everyone[other]["cores"])
-    share = sum(1.0 / claims[core] for core in cores)
-    share = min(share, everyone[rank]["quota"] / len(beside))
-    # The small term: three thirds of a core are a core.
-    threads = max(1, int(share + 1e-6))
-    return Place(host, beside.index(rank), len(beside), tuple(cores), threads)
-
-
-def cpu_quota() -> float:
-    """Cores that a container may use (cgroup v2 ``cpu.max``), or infinity: affinity does not show it."""
-    try:
-        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
-            quota, period = file.read().split()
-        return 1e9 if quota == "max" else max(1.0, float(quota) / float(period))
-    except (OSError, ValueError):
-        return 1e9
-
-
-def set_threads(comm: Comm, threads_per_rank: int = 0) -> Place:
-    """Give this rank its threads, by environment variables that TensorFlow reads on import.
-
-    Returns:
-        This rank's place, with the number of threads it was given.
-
-    Raises:
-        LaunchError: TensorFlow is imported already, or Keras is set to another framework.
-    """
-    place = places(comm)[comm.rank]
-    threads = threads_per_rank or place.threads
-    if "tensorflow" in sys.modules and os.environ.get("TF_NUM_INTRAOP_THREADS") != str(threads):
-        raise LaunchError(
-            "TensorFlow was imported before tf_dist.connect(): its threads can no longer be set. "
-            "Call connect() first, then import tensorflow or keras"
-        )
-    framework = os.environ.setdefault("KERAS_BACKEND", "tensorflow")
-    if framework != "tensorflow":
-        raise LaunchError(f"KERAS_BACKEND is {framework!r}: tf_dist trains with tensorflow. Unset it")
-    for name in THREAD_VARIABLES:
-        os.environ[name] = str(threads)
-    # More than one operation at a time only pays when there are threads to spare.
-    os.environ["TF_NUM_INTEROP_THREADS"] = str(min(2, threads))
-    # TensorFlow's INFO and WARNING lines, once per rank, would bury ours. Errors still show.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    return Place(place.host, place.local_rank, place.local_size, place.cores, threads)
 
 
 def _import_mpi() -> Any:

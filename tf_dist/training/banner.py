@@ -6,7 +6,7 @@ import os
 from collections import Counter
 
 from tf_dist.comm.base import Comm
-from tf_dist.comm.launch import Place, places
+from tf_dist.comm.threads import Place, places
 from tf_dist.config import Config
 from tf_dist.data.prepared import Prepared
 from tf_dist.data.sampler import share

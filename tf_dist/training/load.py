@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,11 +26,15 @@ class LoadedRun:
     step: int
 
 
-def load_run(run_dir: str) -> LoadedRun:
+def load_run(run_dir: str, say: Callable[[str], None] = print) -> LoadedRun:
     """Rebuild the model of a run and give it the weights of its newest sound checkpoint.
 
     The model is built from the run's ``config.yaml`` by our own code (or the function it names);
     nothing is unpickled and no model file is loaded.
+
+    Args:
+        run_dir: the folder that a job made.
+        say: told which checkpoints are passed over because they are damaged.
 
     Raises:
         CheckpointError: the folder holds no run, or no checkpoint that can be used.
@@ -38,7 +43,7 @@ def load_run(run_dir: str) -> LoadedRun:
     if not (folder / "config.yaml").exists():
         raise CheckpointError(f"{folder} holds no run (no config.yaml). Train one: python scripts/train.py")
     config = from_mapping(read_config_file(str(folder / "config.yaml")), str(folder / "config.yaml"))
-    path = checkpoint.newest(folder / "checkpoints")
+    path = checkpoint.newest(folder / "checkpoints", say)
     if path is None:
         raise CheckpointError(f"{folder} holds no checkpoint yet: let the run reach its first --save-every")
     tensors, _, step = checkpoint.load(path)

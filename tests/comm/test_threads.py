@@ -1,0 +1,147 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tf_dist.comm import threads
+from tf_dist.comm.base import SerialComm
+from tf_dist.errors import LaunchError
+
+# Shares of a node ---------------------------------------------------------------------------------
+
+
+def rank_on(host, cores, quota=1e9):
+    return {"host": host, "cores": list(cores), "quota": quota}
+
+
+def threads_of(everyone):
+    return [threads._place(everyone, rank).threads for rank in range(len(everyone))]
+
+
+def test_bound_ranks_have_their_own_cores():
+    assert threads_of([rank_on("a", [core]) for core in range(4)]) == [1, 1, 1, 1]
+    assert threads_of([rank_on("a", range(4)), rank_on("a", range(4, 8))]) == [4, 4]
+
+
+def test_free_ranks_share_the_node():
+    assert threads_of([rank_on("a", range(8))]) == [8]
+    assert threads_of([rank_on("a", range(8))] * 2) == [4, 4]
+    assert threads_of([rank_on("a", range(8))] * 3) == [2, 2, 2]
+    # 3 x 1/3 is 0.99... in floating point, and still a whole core.
+    assert threads_of([rank_on("a", range(3))] * 3) == [1, 1, 1]
+    assert threads_of([rank_on("a", range(9))] * 3) == [3, 3, 3]
+
+
+def test_more_ranks_than_cores_get_one_thread_each():
+    assert threads_of([rank_on("a", range(2))] * 5) == [1] * 5
+
+
+def test_masks_that_overlap():
+    assert threads_of([rank_on("a", range(4)), rank_on("a", range(2, 4))]) == [3, 1]
+
+
+def test_two_hosts_do_not_share_cores():
+    everyone = [rank_on("a", range(4)), rank_on("b", range(4)), rank_on("a", range(4))]
+    assert threads_of(everyone) == [2, 4, 2]
+    made = [threads._place(everyone, rank) for rank in range(3)]
+    assert [(place.host, place.local_rank, place.local_size) for place in made] == [
+        ("a", 0, 2), ("b", 0, 1), ("a", 1, 2),
+    ]  # fmt: skip
+    assert made[1].cores == (0, 1, 2, 3)
+
+
+def test_a_quota_is_shared_by_the_ranks_of_its_host():
+    assert threads_of([rank_on("a", range(64), quota=2.0)]) == [2]
+    assert threads_of([rank_on("a", range(64), quota=4.0)] * 2) == [2, 2]
+    assert threads_of([rank_on("a", range(64), quota=1.5)] * 2) == [1, 1]
+    assert threads_of([rank_on("a", range(2), quota=16.0)]) == [2]
+
+
+def test_this_process_has_a_place():
+    [place] = threads.places(SerialComm())
+    assert place.cores == tuple(sorted(os.sched_getaffinity(0)))
+    assert 1 <= place.threads <= len(place.cores)
+    assert threads.cpu_quota() >= 1
+
+
+# What TensorFlow is told ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """An environment of our own, in which TensorFlow was not imported yet."""
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.delitem(sys.modules, "tensorflow", raising=False)
+    return os.environ
+
+
+def test_threads_are_set_before_tensorflow_reads_them(environment):
+    place = threads.set_threads(SerialComm(), 3)
+    assert place.threads == 3
+    assert {environment[name] for name in threads.THREAD_VARIABLES} == {"3"}
+    assert environment["TF_NUM_INTEROP_THREADS"] == "2"
+    assert environment["KERAS_BACKEND"] == "tensorflow"
+
+
+def test_the_share_is_the_default(environment):
+    place = threads.set_threads(SerialComm())
+    assert environment["OMP_NUM_THREADS"] == str(place.threads)
+
+
+def test_tensorflow_came_first(environment, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow", object())
+    with pytest.raises(LaunchError, match=r"before tf_dist.connect\(\)"):
+        threads.set_threads(SerialComm(), 3)
+    environment["TF_NUM_INTRAOP_THREADS"] = "3"  # but with the threads we want
+    threads.set_threads(SerialComm(), 3)
+
+
+def test_another_keras(environment):
+    environment["KERAS_BACKEND"] = "jax"
+    with pytest.raises(LaunchError, match="KERAS_BACKEND is 'jax'"):
+        threads.set_threads(SerialComm(), 1)
+
+
+# How TensorFlow is loaded --------------------------------------------------------------------------
+
+
+def loading(program, **environment):
+    program = f"from tf_dist.comm import threads\n{program}"
+    environment = {**os.environ, **environment}
+    return subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def fake_tensorflow(folder, body):
+    (folder / "tensorflow.py").write_text("import os\n" + body)
+    return os.pathsep.join([str(folder), *sys.path])
+
+
+def test_tensorflow_is_loaded_without_its_greeting():
+    ended = loading("threads.load_tensorflow(); import sys; print('tensorflow' in sys.modules)")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "True\n", "")
+
+
+CHATS = "os.write(2, b'I0000 00:00 port.cc:153] oneDNN\\nE0000 00:00 no.cc:1] help\\n')\n"
+
+
+@pytest.mark.parametrize(
+    ("level", "said"),
+    [
+        ("2", "E0000 00:00 no.cc:1] help\n"),
+        ("0", "I0000 00:00 port.cc:153] oneDNN\nE0000 00:00 no.cc:1] help\n"),
+    ],
+)
+def test_everything_else_is_passed_on(tmp_path, level, said):
+    path = fake_tensorflow(tmp_path, CHATS)
+    ended = loading("threads.load_tensorflow()", PYTHONPATH=path, TF_CPP_MIN_LOG_LEVEL=level)
+    assert (ended.returncode, ended.stderr) == (0, said)
+
+
+def test_a_tensorflow_that_does_not_load_says_why(tmp_path):
+    path = fake_tensorflow(tmp_path, CHATS + "raise ImportError('undefined symbol')")
+    ended = loading("threads.load_tensorflow()", PYTHONPATH=path)
+    assert ended.returncode == 1
+    assert "] help" in ended.stderr and "ImportError: undefined symbol" in ended.stderr

@@ -1,0 +1,136 @@
+"""A rank's share of the node's cores, given to TensorFlow before it is imported.
+
+TensorFlow takes every core it sees, and reads how many it may use only once: when it is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from tf_dist.comm.base import Comm
+from tf_dist.errors import LaunchError
+
+# Every pool of threads that TensorFlow, NumPy or the tokenizers may start.
+THREAD_VARIABLES = (
+    "TF_NUM_INTRAOP_THREADS",
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "RAYON_NUM_THREADS",
+)
+# What TensorFlow 2.21 prints while it is loaded, whatever its log level: its log is not set up yet.
+CHATTER = re.compile(
+    rb"WARNING: All log messages before absl::InitializeLog\(\)|I\d{4} |To enable the following "
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank runs: its node, the ranks beside it, and the threads it may use."""
+
+    host: str
+    local_rank: int
+    local_size: int
+    cores: tuple[int, ...]
+    threads: int
+
+
+def places(comm: Comm) -> list[Place]:
+    """Where every rank runs, in rank order; a collective.
+
+    Each core is shared out among the ranks that may run on it, so ranks bound to a core each get one
+    thread, and ranks free on the whole node get an equal share of it.
+    """
+    mine = {"host": socket.gethostname(), "cores": sorted(os.sched_getaffinity(0)), "quota": cpu_quota()}
+    everyone = comm.allgather_obj(mine)
+    return [_place(everyone, rank) for rank in range(comm.size)]
+
+
+def _place(everyone: list[dict[str, Any]], rank: int) -> Place:
+    host, cores = everyone[rank]["host"], everyone[rank]["cores"]
+    beside = [other for other in range(len(everyone)) if everyone[other]["host"] == host]
+    claims = Counter(core for other in beside for core in everyone[other]["cores"])
+    share = sum(1.0 / claims[core] for core in cores)
+    share = min(share, everyone[rank]["quota"] / len(beside))
+    # The small term: three thirds of a core are a core.
+    threads = max(1, int(share + 1e-6))
+    return Place(host, beside.index(rank), len(beside), tuple(cores), threads)
+
+
+def cpu_quota() -> float:
+    """Cores that a container may use (cgroup v2 ``cpu.max``), or infinity: affinity does not show it."""
+    try:
+        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
+            quota, period = file.read().split()
+        return 1e9 if quota == "max" else max(1.0, float(quota) / float(period))
+    except (OSError, ValueError):
+        return 1e9
+
+
+def set_threads(comm: Comm, threads_per_rank: int = 0) -> Place:
+    """Give this rank its threads, by environment variables that TensorFlow reads on import.
+
+    Returns:
+        This rank's place, with the number of threads it was given.
+
+    Raises:
+        LaunchError: TensorFlow is imported already, or Keras is set to another framework.
+    """
+    place = places(comm)[comm.rank]
+    threads = threads_per_rank or place.threads
+    if "tensorflow" in sys.modules and os.environ.get("TF_NUM_INTRAOP_THREADS") != str(threads):
+        raise LaunchError(
+            "TensorFlow was imported before tf_dist.connect(): its threads can no longer be set. "
+            "Call connect() first, then import tensorflow or keras"
+        )
+    framework = os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+    if framework != "tensorflow":
+        raise LaunchError(f"KERAS_BACKEND is {framework!r}: tf_dist trains with tensorflow. Unset it")
+    for name in THREAD_VARIABLES:
+        os.environ[name] = str(threads)
+    # More than one operation at a time only pays when there are threads to spare.
+    os.environ["TF_NUM_INTEROP_THREADS"] = str(min(2, threads))
+    # TensorFlow's INFO and WARNING lines, once per rank, would bury ours. Errors still show.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    return Place(place.host, place.local_rank, place.local_size, place.cores, threads)
+
+
+def load_tensorflow() -> None:
+    """Import TensorFlow, without the four lines of greeting it prints on every rank.
+
+    Whatever else it says is passed on, and with ``TF_CPP_MIN_LOG_LEVEL=0`` everything is.
+    """
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL") == "0":
+        import tensorflow
+
+        return
+    with _without(CHATTER):
+        import tensorflow  # noqa: F401
+
+
+@contextmanager
+def _without(lines: re.Pattern[bytes]) -> Iterator[None]:
+    """Hold back stderr, C++'s as well, and drop the lines that begin with a pattern."""
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as heard:
+        stderr = os.dup(2)
+        os.dup2(heard.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            heard.seek(0)
+            for line in heard:
+                if not lines.match(line):
+                    os.write(2, line)
