@@ -42,7 +42,8 @@ def _ranks(config: Config, comm: Comm) -> str:
     hosts = Counter(place.host for place in everywhere)
     nodes = f"{len(hosts)} node{'s' * (len(hosts) > 1)} ({', '.join(sorted(hosts)[:4])})"
     threads = config.threads_per_rank or min(place.threads for place in everywhere)
-    text = f"{comm.size} rank{'s' * (comm.size > 1)} on {nodes}, {threads} thread{'s' * (threads > 1)} each"
+    each = " each" if comm.size > 1 else ""
+    text = f"{comm.size} rank{'s' * (comm.size > 1)} on {nodes}, {threads} thread{'s' * (threads > 1)}{each}"
     return f"{text}, backend {config.backend}" + _idle_cores(config, everywhere[0], comm.size)
 
 
