@@ -8,7 +8,9 @@ collectives, where agreement cannot be reached, ends the job after `AGREE_S`.
 
 import os
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 from mpi4py import MPI
@@ -19,6 +21,11 @@ from tf_dist.comm.base import SerialComm
 # How long a rank that failed waits for the others to come out of the test.
 AGREE_S = 60
 WORLD = MPI.COMM_WORLD.Dup()
+# Each rank has temporary folders of its own: N pytests that tidy up one folder at once trip over each other
+# (an unclosed scandir in pytest's own sweep, a warning, so an error), once in some twenty jobs.
+TEMPORARY = Path(tempfile.gettempdir(), f"tf_dist-tests-{os.getuid()}", f"rank-{WORLD.rank}")
+TEMPORARY.mkdir(parents=True, exist_ok=True)
+os.environ["PYTEST_DEBUG_TEMPROOT"] = str(TEMPORARY)
 
 
 @pytest.hookimpl(trylast=True)
