@@ -199,6 +199,17 @@ def test_ranks_with_different_configurations(launcher, small, tmp_path, one_erro
     assert not (tmp_path / "run").exists(), "something was begun"
 
 
+def test_ranks_with_different_versions(launcher, small, tmp_path, one_error):
+    """One node's environment was not upgraded: its packages are found first on rank 1."""
+    (tmp_path / "old" / "keras-3.0.0.dist-info").mkdir(parents=True)
+    (tmp_path / "old" / "keras-3.0.0.dist-info" / "METADATA").write_text("Name: keras\nVersion: 3.0.0\n")
+    flags = ["train.py", *small, "--steps", "2", "--run-dir", tmp_path / "run"]
+    old = ("-x", f"PYTHONPATH={tmp_path / 'old'}")
+    job = launcher.start_parts([(1, flags), (1, [old, *flags])], cwd=tmp_path).wait()
+    one_error(job, 78, "do not agree", "keras: 3.", " on rank 0, 3.0.0 on rank 1")
+    assert not (tmp_path / "run").exists(), "something was begun"
+
+
 def test_ranks_with_different_data(launcher, small, corpus, tmp_path, one_error):
     """Two nodes with disks of their own, one of them with an older copy of the text."""
     for name, ending in (("a", ""), ("b", "one more line\n")):
