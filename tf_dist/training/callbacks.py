@@ -47,8 +47,6 @@ class LogRun(keras.callbacks.Callback):
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Write the row of the last steps, now that no validation can belong to it."""
         self._write()
-        if (batch + 1) % self.every == 0:
-            self._learning_rate = float(self.trainer.optimizer.learning_rate)
         if self._steps == 0:  # not the time that validation or saving took
             self._begin_row()
 
@@ -58,10 +56,11 @@ class LogRun(keras.callbacks.Callback):
         self._loss_sum += logs["loss"] * logs["tokens"]
         self._tokens += logs["tokens"]
         self._steps += 1
+        self._grad_norm = logs["grad_norm"]
         if self.trainer.step % self.every == 0:
-            self._finish_row(logs["grad_norm"])
+            self._finish_row()
 
-    def _finish_row(self, grad_norm: float) -> None:
+    def _finish_row(self) -> None:
         trainer, comm = self.trainer, self.trainer.comm
         elapsed, comm_s, wait_s = (
             now - before
@@ -71,8 +70,8 @@ class LogRun(keras.callbacks.Callback):
             "step": trainer.step,
             "epoch": trainer.step / self.steps_per_epoch,
             "loss": self._loss_sum / max(self._tokens, 1.0),
-            "learning_rate": self._learning_rate,
-            "grad_norm": grad_norm,
+            "learning_rate": _learning_rate(trainer.optimizer, trainer.step - 1),
+            "grad_norm": self._grad_norm,
             "tokens": trainer.tokens,
             "tokens_per_s": self._tokens / max(elapsed, 1e-9),
             "step_s": elapsed / self._steps,
@@ -92,7 +91,11 @@ class LogRun(keras.callbacks.Callback):
         self._row = row | {key: logs[key] for key in keys if key in logs}
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        """Write the last row."""
+        """Write the last row, also where the run ended between two of them."""
+        if self._steps:
+            validation, self._row = self._row, {}
+            self._finish_row()
+            self._row |= {key: value for key, value in validation.items() if key not in self._row}
         self._write()
 
     def _write(self) -> None:
@@ -101,6 +104,14 @@ class LogRun(keras.callbacks.Callback):
             for show in self.show:
                 show(self._row)
             self._row = {}
+
+
+def _learning_rate(optimizer: keras.optimizers.Optimizer, step: int) -> float:
+    """What a step was taken with, counted from 0; `optimizer.learning_rate` is that of the next one."""
+    rate = optimizer._learning_rate
+    if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
+        return float(rate(step))
+    return float(optimizer.learning_rate)
 
 
 class SaveRun(keras.callbacks.Callback):

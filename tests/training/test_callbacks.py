@@ -1,0 +1,54 @@
+"""What `LogRun` writes, whatever the numbers of steps between rows, validations and the end."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+from tf_dist.comm.base import SerialComm
+from tf_dist.training.callbacks import LogRun
+from tf_dist.training.run import RunFolder, read_metrics
+from tf_dist.training.schedules import schedule
+from tf_dist.training.trainer import Trainer
+
+V, T, G = 11, 8, 8
+TOKENS = np.resize(np.arange(V, dtype=np.uint16), 600)
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """``rows(steps, every, eval_every)``: the metrics of a small run."""
+
+    def train(steps, every, eval_every=0):
+        run = RunFolder(tmp_path / "run", SerialComm())
+        run.open()
+        model = keras.Sequential([keras.Input((T,), dtype="int32"), layers.Embedding(V, V)])
+        optimizer = keras.optimizers.SGD(schedule("linear", 10, 1.0, 0.0, 4))
+        trainer = Trainer(model, optimizer, SerialComm(), global_batch_size=G, micro_batch_size=4)
+        log = LogRun(trainer, run, every, 10)
+        held_out = TOKENS[-99:] if eval_every else None
+        trainer.fit(TOKENS, steps=steps, validation=held_out, eval_every=eval_every, callbacks=[log])
+        return read_metrics(run.metrics)
+
+    return train
+
+
+def test_a_run_that_ends_between_two_rows(rows):
+    """The last steps count, too: `--steps 5` with rows every 10 steps once left no loss behind."""
+    first, last = rows(7, 5)
+    assert (first["step"], last["step"]) == (5, 7)
+    assert last["loss"] < first["loss"]
+    assert (first["tokens"], last["tokens"]) == (5 * G * T, 7 * G * T)
+    assert last["learning_rate"] == pytest.approx(2 / 3)  # of step 7: 4 to rise, then 6 to fall
+
+
+def test_a_short_run_with_a_validation_is_one_row(rows):
+    (row,) = rows(3, 10, eval_every=3)
+    assert row["step"] == 3
+    assert row["loss"] > 0 and row["val_loss"] > 0
+    assert row["learning_rate"] == pytest.approx(0.75)
+
+
+def test_a_validation_between_two_rows_is_a_row(rows):
+    found = [(row["step"], row["loss"] is None, row["val_loss"] is None) for row in rows(8, 4, eval_every=3)]
+    assert found == [(3, True, False), (4, False, True), (6, True, False), (8, False, False)]
