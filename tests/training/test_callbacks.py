@@ -12,7 +12,7 @@ from tf_dist.training.schedules import schedule
 from tf_dist.training.trainer import Trainer
 
 V, T, G = 11, 8, 8
-TOKENS = np.resize(np.arange(V, dtype=np.uint16), 600)
+TOKENS = np.resize(np.arange(V, dtype=np.uint16), 601)  # 75 whole sequences
 
 
 @pytest.fixture
