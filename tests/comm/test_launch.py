@@ -63,7 +63,7 @@ WRONG = {
 @pytest.mark.parametrize("environment", WRONG.values(), ids=WRONG.keys())
 def test_many_worlds_of_one_are_refused_by_the_first(monkeypatch, environment):
     monkeypatch.setattr(launch, "_ending", object())
-    with pytest.raises(LaunchError, match="started 4 processes, but each sees an MPI world of 1") as caught:
+    with pytest.raises(LaunchError, match="started 4 processes.* each sees an MPI world of 1") as caught:
         launch.check_launcher(1, environment)
     assert caught.value.exit_code == 78
     assert "Open MPI v5.0.10" in str(caught.value)
@@ -71,20 +71,49 @@ def test_many_worlds_of_one_are_refused_by_the_first(monkeypatch, environment):
     assert advice in str(caught.value)
 
 
-@pytest.mark.parametrize(("rank", "said"), [("0", "error: mpi4py cannot load an MPI library"), ("1", "")])
-def test_a_launcher_without_an_mpi_library_is_refused_once(tmp_path, rank, said):
-    (tmp_path / "mpi4py.py").write_text("raise ImportError('there is none')")
-    root = str(Path(__file__).resolve().parents[2])
+def joining(path, rank):
+    """A process that joins as one of four ranks of Open MPI's mpirun, with modules found in ``path`` first."""
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(tmp_path), root]),
+        "PYTHONPATH": os.pathsep.join([str(path), str(Path(__file__).resolve().parents[2])]),
         "OMPI_COMM_WORLD_SIZE": "4",
         "OMPI_COMM_WORLD_RANK": rank,
     }
     command = [sys.executable, "-c", "from tf_dist.comm import launch; launch.join()"]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", "error: mpi4py cannot load an MPI library"), ("1", "")])
+def test_a_launcher_without_an_mpi_library_is_refused_once(tmp_path, rank, said):
+    (tmp_path / "mpi4py.py").write_text("raise ImportError('there is none')")
+    ended = joining(tmp_path, rank)
     assert ended.returncode == 78
     assert ended.stderr.startswith(said) and "Traceback" not in ended.stderr
+    assert bool(ended.stderr) == bool(said)
+
+
+OTHER_MPI = """
+import os
+
+def Is_initialized():
+    return False
+
+def Get_library_version():
+    return "MPICH Version:      5.0.2\\nMPICH Release date: today"
+
+def Init_thread(level):
+    os._exit(16)  # as MPICH does, with words about a PMI version
+"""
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", "started 4 processes"), ("1", "")])
+def test_an_mpich_under_the_mpirun_of_open_mpi_is_refused_before_it_starts(tmp_path, rank, said):
+    (tmp_path / "mpi4py").mkdir()
+    (tmp_path / "mpi4py" / "__init__.py").write_text("class rc: pass\n")
+    (tmp_path / "mpi4py" / "MPI.py").write_text(OTHER_MPI)
+    ended = joining(tmp_path, rank)
+    assert ended.returncode == 78
+    assert said in ended.stderr and "(MPICH Version: 5.0.2)" * bool(said) in ended.stderr
     assert bool(ended.stderr) == bool(said)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
@@ -132,16 +133,22 @@ def check_launcher(size: int, environment: Mapping[str, str]) -> None:
     rank = launched_rank(environment)
     if size > 1 or (started <= 1 and rank == 0):
         return
-    library = _mpi_library()
+    if "SLURM_STEP_NUM_TASKS" in environment and "OMPI_COMM_WORLD_SIZE" not in environment:
+        _refuse(
+            f"srun started {started} processes without MPI wiring, so each sees an MPI world of 1 "
+            f"({_mpi_library()}): try `srun --mpi=pmix` (see `srun --mpi=list`), or mpirun",
+            rank,
+        )
+    _refuse(_different_mpis(started), rank)
+
+
+def _different_mpis(started: int) -> str:
     count = f"{started} processes" if started > 1 else "several processes"
-    advice = (
-        "srun gave them no MPI wiring: try `srun --mpi=pmix` (see `srun --mpi=list`), or mpirun"
-        if "SLURM_STEP_NUM_TASKS" in environment and "OMPI_COMM_WORLD_SIZE" not in environment
-        else "the launcher and mpi4py's library are different MPIs. Use the mpirun of the same installation "
-        "(`.venv/bin/mpirun`, or the site's after `module load`); see `python -m mpi4py --mpi-lib-version`"
+    return (
+        f"the launcher started {count}, but each sees an MPI world of 1 ({_mpi_library()}): the launcher and "
+        "mpi4py's library are different MPIs. Use the mpirun of the same installation (`.venv/bin/mpirun`, or "
+        "the site's after `module load`); see `python -m mpi4py --mpi-lib-version`"
     )
-    message = f"the launcher started {count}, but each sees an MPI world of 1 ({library}): {advice}"
-    _refuse(message, rank)
 
 
 def _import_mpi() -> Any:
@@ -151,6 +158,10 @@ def _import_mpi() -> Any:
         LaunchError: a launcher started this process, but MPI cannot be loaded.
     """
     try:
+        import mpi4py
+
+        # An MPICH that finds itself under Open MPI's mpirun ends the process inside MPI_Init: look first.
+        mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py without an MPI library
         if not was_launched(os.environ):
@@ -162,6 +173,12 @@ def _import_mpi() -> Any:
             "Cluster: `module load openmpi`, then `python -m mpi4py --mpi-lib-version`",
             launched_rank(os.environ),
         )
+    if not MPI.Is_initialized():
+        if "OMPI_COMM_WORLD_SIZE" in os.environ and "Open MPI" not in _mpi_library():
+            started = int(os.environ["OMPI_COMM_WORLD_SIZE"])
+            _refuse(_different_mpis(started), launched_rank(os.environ))
+        with warnings.catch_warnings(action="ignore"):  # of a suspicious launcher: `check_launcher` is certain
+            MPI.Init_thread(MPI.THREAD_MULTIPLE)
     return MPI
 
 
@@ -181,4 +198,4 @@ def _refuse(message: str, rank: int) -> NoReturn:
 def _mpi_library() -> str:
     from mpi4py import MPI
 
-    return str(MPI.Get_library_version()).split(",")[0].splitlines()[0].strip()
+    return " ".join(str(MPI.Get_library_version()).split(",")[0].splitlines()[0].split())
