@@ -63,7 +63,7 @@ WRONG = {
 @pytest.mark.parametrize("environment", WRONG.values(), ids=WRONG.keys())
 def test_many_worlds_of_one_are_refused_by_the_first(monkeypatch, environment):
     monkeypatch.setattr(launch, "_ending", object())
-    with pytest.raises(LaunchError, match="started 4 processes.* each sees an MPI world of 1") as caught:
+    with pytest.raises(LaunchError, match=r"started 4 processes.* each sees an MPI world of 1") as caught:
         launch.check_launcher(1, environment)
     assert caught.value.exit_code == 78
     assert "Open MPI v5.0.10" in str(caught.value)
@@ -72,7 +72,7 @@ def test_many_worlds_of_one_are_refused_by_the_first(monkeypatch, environment):
 
 
 def joining(path, rank):
-    """A process that joins as one of four ranks of Open MPI's mpirun, with modules found in ``path`` first."""
+    """A process that joins as one of four ranks of Open MPI's mpirun, with modules in ``path`` first."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(path), str(Path(__file__).resolve().parents[2])]),

@@ -145,8 +145,8 @@ def check_launcher(size: int, environment: Mapping[str, str]) -> None:
 def _different_mpis(started: int) -> str:
     count = f"{started} processes" if started > 1 else "several processes"
     return (
-        f"the launcher started {count}, but each sees an MPI world of 1 ({_mpi_library()}): the launcher and "
-        "mpi4py's library are different MPIs. Use the mpirun of the same installation (`.venv/bin/mpirun`, or "
+        f"the launcher started {count}, but each sees an MPI world of 1 ({_mpi_library()}): the launcher "
+        "and mpi4py's library are different MPIs. Use the mpirun of the same installation (`.venv/bin/mpirun`, or "
         "the site's after `module load`); see `python -m mpi4py --mpi-lib-version`"
     )
 
@@ -177,7 +177,9 @@ def _import_mpi() -> Any:
         if "OMPI_COMM_WORLD_SIZE" in os.environ and "Open MPI" not in _mpi_library():
             started = int(os.environ["OMPI_COMM_WORLD_SIZE"])
             _refuse(_different_mpis(started), launched_rank(os.environ))
-        with warnings.catch_warnings(action="ignore"):  # of a suspicious launcher: `check_launcher` is certain
+        with warnings.catch_warnings(
+            action="ignore"
+        ):  # of a suspicious launcher: `check_launcher` is certain
             MPI.Init_thread(MPI.THREAD_MULTIPLE)
     return MPI
 
