@@ -72,7 +72,7 @@ def test_many_worlds_of_one_are_refused_by_the_first(monkeypatch, environment):
 
 
 def joining(path, rank):
-    """A process that joins as one of four ranks of Open MPI's mpirun, with modules in ``path`` first."""
+    """A process that joins as one of 4 ranks of Open MPI's mpirun; modules in ``path`` first."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(path), str(Path(__file__).resolve().parents[2])]),

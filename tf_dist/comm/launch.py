@@ -146,8 +146,8 @@ def _different_mpis(started: int) -> str:
     count = f"{started} processes" if started > 1 else "several processes"
     return (
         f"the launcher started {count}, but each sees an MPI world of 1 ({_mpi_library()}): the launcher "
-        "and mpi4py's library are different MPIs. Use the mpirun of the same installation (`.venv/bin/mpirun`, or "
-        "the site's after `module load`); see `python -m mpi4py --mpi-lib-version`"
+        "and mpi4py's library are different MPIs. Use the mpirun of the same installation "
+        "(`.venv/bin/mpirun`, or the site's after `module load`); see `python -m mpi4py --mpi-lib-version`"
     )
 
 
