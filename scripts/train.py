@@ -74,7 +74,7 @@ def train(config: Config, comm: Comm, corpus: Prepared, run: RunFolder) -> None:
     """Build what was asked for, resume, train, and leave text and a picture."""
     threads.load_tensorflow()  # only now: a mistake in the flags or the data was said at once
     from tf_dist.models.build import build
-    from tf_dist.training import callbacks, optimizers, progress
+    from tf_dist.training import optimizers, progress, run_callbacks
     from tf_dist.training.banner import banner
     from tf_dist.training.job import Job
     from tf_dist.training.trainer import Trainer
@@ -107,8 +107,8 @@ def train(config: Config, comm: Comm, corpus: Prepared, run: RunFolder) -> None:
         validation_bytes=corpus.meta["text_bytes"]["val"],
         eval_every=config.eval_every,
         callbacks=[
-            callbacks.LogRun(trainer, run, config.log_every, steps_per_epoch, job.last.update, show),
-            callbacks.SaveRun(trainer, config.save_every, job.save),
+            run_callbacks.LogRun(trainer, run, config.log_every, steps_per_epoch, job.last.update, show),
+            run_callbacks.SaveRun(trainer, config.save_every, job.save),
         ],
     )
     show.close()

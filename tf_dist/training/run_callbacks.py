@@ -1,4 +1,4 @@
-"""What happens between steps: metrics and checkpoints, as Keras callbacks."""
+"""What a job does between steps: metrics and checkpoints, as Keras callbacks."""
 
 from __future__ import annotations
 
