@@ -7,6 +7,7 @@ trainer.fit(tokens, steps=1000)
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from tf_dist.comm.base import Comm as Comm
@@ -14,15 +15,18 @@ from tf_dist.comm.launch import connect as connect
 from tf_dist.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from tf_dist import callbacks as callbacks
     from tf_dist.training.trainer import Trainer as Trainer
 
-__all__ = ["Comm", "Trainer", "__version__", "connect"]
+__all__ = ["Comm", "Trainer", "__version__", "callbacks", "connect"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import `Trainer` when it is first asked for: it needs TensorFlow, which `connect` must precede."""
+    """Import what needs TensorFlow when it is first asked for: `connect` must precede it."""
     if name == "Trainer":
         from tf_dist.training.trainer import Trainer
 
         return Trainer
+    if name == "callbacks":
+        return importlib.import_module("tf_dist.callbacks")
     raise AttributeError(f"module 'tf_dist' has no attribute {name!r}")

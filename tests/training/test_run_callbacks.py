@@ -6,8 +6,8 @@ import pytest
 from keras import layers
 
 from tf_dist.comm.base import SerialComm
-from tf_dist.training.run_callbacks import LogRun
 from tf_dist.training.run import RunFolder, read_metrics
+from tf_dist.training.run_callbacks import LogRun
 from tf_dist.training.schedules import schedule
 from tf_dist.training.trainer import Trainer
 

@@ -21,6 +21,7 @@ from tf_dist.errors import DataError, LaunchError, UsageError
 from tf_dist.parallel.flat import aligned_empty
 from tf_dist.parallel.tree import TreeSum
 from tf_dist.parallel.updates import CORRECT, LOSS, STOP, TOKENS, UPDATES
+from tf_dist.training.callback_list import RankCallbackList
 from tf_dist.training.replica import Replica
 
 DEFAULT_SEQ_LEN = 128
@@ -132,7 +133,7 @@ class Trainer:
     ) -> dict[str, list[float]]:
         """Train until ``steps`` optimizer steps have been taken in all, counting those before a resume.
 
-        Callbacks follow Keras's protocol on every rank, with the same values everywhere. A Keras
+        Callbacks follow Keras's protocol with the same values on every rank, writers on rank 0 alone. A Keras
         "epoch" is the stretch from one validation to the next, or a pass over the data when
         ``eval_every`` is 0; a batch is an optimizer step.
 
@@ -161,13 +162,18 @@ class Trainer:
         calls = self._callback_list(callbacks, steps, stretch)
         self.broadcast_weights()
         calls.on_train_begin()
+        # Where BackupAndRestore has found an earlier run's epoch, its weights are those of that epoch's end.
+        self.step = max(self.step, (self.model._initial_epoch or 0) * stretch)
         logs: dict[str, float] = {}
         while self.step < steps and not self.stopped:
             epoch = self.step // stretch
             calls.on_epoch_begin(epoch)
             logs = self._train_until(min(steps, (epoch + 1) * stretch), sequences, sampler, calls)
             if held_out is not None and eval_every and not self.stopped:
-                logs.update(self.validate(held_out, validation_bytes))
+                calls.on_test_begin()
+                found = self.validate(held_out, validation_bytes)
+                calls.on_test_end({name.removeprefix("val_"): value for name, value in found.items()})
+                logs.update(found)
             calls.on_epoch_end(epoch, logs)
             self._agree_to_stop()
         self.check_equal()
@@ -209,10 +215,11 @@ class Trainer:
         self.model.stop_training = False
         self.model._initial_epoch = self.step // stretch
         self.stopped = False
-        return keras.callbacks.CallbackList(
+        return RankCallbackList(
             list(callbacks),
             add_history=True,
             model=self.model,
+            comm=self.comm,
             epochs=math.ceil(steps / stretch),
             steps=stretch,
             verbose=0,

@@ -1,0 +1,11 @@
+"""Keras callbacks for training on many ranks: see ``docs/callbacks.md``. Imports Keras: `connect` first."""
+
+from __future__ import annotations
+
+from tf_dist.training.callbacks import AverageMetrics as AverageMetrics
+from tf_dist.training.callbacks import BroadcastWeights as BroadcastWeights
+from tf_dist.training.callbacks import LearningRateWarmup as LearningRateWarmup
+from tf_dist.training.callbacks import SyncCheck as SyncCheck
+from tf_dist.training.callbacks import Throughput as Throughput
+
+__all__ = ["AverageMetrics", "BroadcastWeights", "LearningRateWarmup", "SyncCheck", "Throughput"]

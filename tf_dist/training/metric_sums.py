@@ -1,0 +1,117 @@
+"""Keras metrics of all ranks as one: their state is summed, then their result taken once.
+
+A Keras metric keeps sums: `Mean` a total and a count, `AUC` and `Precision` counts of cases, `MeanIoU` a
+confusion matrix. The sum of the ranks' states is the state of one process that saw all the data, so the
+result is exact: weighted by samples, or by whatever the metric weighs by, and never a mean of means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+
+from tf_dist.comm.base import Comm
+from tf_dist.errors import LaunchError
+
+
+@dataclass(frozen=True)
+class Results:
+    """What metrics say over all ranks.
+
+    Attributes:
+        exact: results of summed states, by name.
+        samples: that Keras's loss metric has counted on this rank; 0 where there is none.
+    """
+
+    exact: dict[str, float]
+    samples: float
+
+    def applied_to(self, logs: Mapping[str, Any], comm: Comm) -> dict[str, float]:
+        """These logs, the same on every rank; a collective.
+
+        A value that no metric explains (a custom ``train_step`` made it) becomes the mean of the ranks'
+        values, weighted by their samples.
+        """
+        mine = {name: float(value) for name, value in logs.items() if np.ndim(value) == 0}
+        everyone = comm.allgather_obj([self.samples, mine])
+        merged = {
+            name: self.exact[name] if name in self.exact else _weighted_mean(name, everyone)
+            for name in everyone[0][1]
+        }
+        # Equal by construction, not by trust in the arithmetic of different nodes: callbacks decide by it.
+        return dict(comm.broadcast_obj(merged))
+
+
+def over_ranks(model: keras.Model, comm: Comm) -> Results:
+    """The results of a model's metrics over all ranks; a collective. Each rank's own state stays.
+
+    Raises:
+        LaunchError: the ranks have different metrics.
+    """
+    summed, others = _metrics(model)
+    variables = [variable for metric in summed for variable in metric.variables]
+    mine = [np.array(variable.value) for variable in variables]
+    state = np.concatenate([np.zeros(1), *(array.astype(np.float64).ravel() for array in mine)])
+    lengths = comm.allgather_obj(state.size)
+    if len(set(lengths)) > 1:
+        raise LaunchError(f"the ranks have different metrics: {lengths} numbers. Compile all models alike")
+    comm.allreduce(state)
+    try:
+        _assign(variables, mine, state[1:])
+        results = model.get_metrics_result()
+    finally:
+        for variable, array in zip(variables, mine, strict=True):
+            variable.assign(array)
+    unknown = {name for metric in others for name in _names(metric)}
+    exact = {
+        name: float(value) for name, value in results.items() if np.ndim(value) == 0 and name not in unknown
+    }
+    return Results(exact, samples_seen(model))
+
+
+def samples_seen(model: keras.Model) -> float:
+    """Samples that Keras's loss metric has counted on this rank since it was reset; 0 where it has none."""
+    tracker = getattr(model, "_loss_tracker", None)
+    return float(tracker.count) if tracker is not None else 0.0
+
+
+def _metrics(model: keras.Model) -> tuple[list[Any], list[Any]]:
+    """Metrics whose states may be summed, and the others."""
+    flat: list[Any] = []
+    for metric in model.metrics:
+        flat.extend(getattr(metric, "metrics", [metric]))  # compile()'s metrics are one of several
+    summed = [metric for metric in flat if _can_be_summed(metric)]
+    return summed, [metric for metric in flat if not _can_be_summed(metric)]
+
+
+def _can_be_summed(metric: Any) -> bool:
+    """Whether it says so (`sums_over_ranks`), or is built on one of Keras's own metrics: all of them sum."""
+    says = getattr(metric, "sums_over_ranks", None)
+    if says is not None:
+        return bool(says)
+    bases = [kind for kind in type(metric).__mro__ if kind is not keras.metrics.Metric]
+    return any(kind.__module__.startswith("keras.src.metrics.") for kind in bases)
+
+
+def _assign(variables: list[Any], mine: list[np.ndarray], state: np.ndarray) -> None:
+    ends = np.cumsum([array.size for array in mine])
+    for variable, array, part in zip(variables, mine, np.split(state, ends), strict=False):
+        variable.assign(part.reshape(array.shape).astype(array.dtype))
+
+
+def _names(metric: Any) -> set[str]:
+    result = metric.result()
+    return set(result) if isinstance(result, dict) else {metric.name}
+
+
+def _weighted_mean(name: str, everyone: list[Any]) -> float:
+    there = [(weight, logs[name]) for weight, logs in everyone if name in logs]
+    values = np.array([value for _, value in there])
+    weights = np.array([weight for weight, _ in there])
+    if (values == values[0]).all():  # already global: not changed in the last bit
+        return float(values[0])
+    return float(np.average(values, weights=weights if weights.sum() > 0 else None))
