@@ -54,7 +54,7 @@ def over_ranks(model: keras.Model, comm: Comm) -> Results:
     """
     summed, others = _metrics(model)
     variables = [variable for metric in summed for variable in metric.variables]
-    mine = [np.array(variable.value) for variable in variables]
+    mine = [np.asarray(variable.value).copy() for variable in variables]
     state = np.concatenate([np.zeros(1), *(array.astype(np.float64).ravel() for array in mine)])
     lengths = comm.allgather_obj(state.size)
     if len(set(lengths)) > 1:

@@ -1,0 +1,425 @@
+"""Every stock Keras callback, and our own, over real ranks: in Keras's `fit` and in our Trainer.
+
+In `fit` each rank has data of its own, of another size; the optimizer averages gradients.
+Keras is imported inside functions: ``connected`` comes first, as in a user's script.
+"""
+
+import http.server
+import json
+import sys
+import threading
+import types
+
+import numpy as np
+import pytest
+
+from tf_dist.errors import LaunchError, NumericError, UsageError
+
+V, T, G, STRETCH = 11, 8, 8, 3
+TOKENS = np.resize(np.arange(V, dtype=np.uint16), 1201)
+EPOCHS, BATCHES = 3, 2
+
+
+@pytest.fixture
+def folder(everyone, tmp_path_factory):
+    """One folder for all ranks."""
+    path = tmp_path_factory.mktemp("callbacks")
+    return type(path)(everyone(str(path))[0])
+
+
+def rows_of(rank):
+    return np.random.default_rng(rank).normal(size=(BATCHES * (2 + rank), 3)).astype(np.float32)
+
+
+def target(x):
+    return (x.sum(axis=1, keepdims=True) > 0).astype(np.float32)
+
+
+def distributed(comm, rate=0.1, **more):
+    """A Keras model whose gradients are averaged over ranks, run eagerly: nothing is traced."""
+    import keras
+
+    from tf_dist.training.callback_list import install
+
+    class Averaged(keras.optimizers.SGD):
+        def apply(self, grads, trainable_variables=None):
+            flat = np.concatenate([np.asarray(g).ravel() for g in grads])
+            comm.allreduce(flat)
+            parts = np.split(flat / comm.size, np.cumsum([np.size(g) for g in grads])[:-1])
+            grads = [
+                keras.ops.convert_to_tensor(p.reshape(g.shape)) for p, g in zip(parts, grads, strict=True)
+            ]
+            return super().apply(grads, trainable_variables)
+
+    install()
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1, activation="sigmoid")])
+    optimizer = Averaged(rate, **more)
+    optimizer.comm = comm
+    model.compile(optimizer, "mse", metrics=["mae", keras.metrics.AUC(name="auc")], run_eagerly=True)
+    return model
+
+
+def fit_keras(comm, callbacks, epochs=EPOCHS, verbose=0, **more):
+    model = distributed(comm, **more)
+    x = rows_of(comm.rank)
+    model.fit(
+        x, target(x), batch_size=2 + comm.rank, epochs=epochs, verbose=verbose, shuffle=False,
+        validation_data=(x + 1, target(x)), validation_batch_size=99, callbacks=callbacks,
+    )  # fmt: skip
+    return model
+
+
+def fit_ours(comm, callbacks, epochs=EPOCHS, rate=0.1, **more):
+    import keras
+
+    from tf_dist.training.trainer import Trainer
+
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential([keras.Input((T,), dtype="int32"), keras.layers.Embedding(V, V)])
+    optimizer = keras.optimizers.SGD(rate, **more)
+    trainer = Trainer(model, optimizer, comm, global_batch_size=G, micro_batch_size=2, seq_len=T)
+    trainer.fit(
+        TOKENS, steps=STRETCH * epochs, validation=TOKENS[:99], eval_every=STRETCH, callbacks=callbacks
+    )
+    return model
+
+
+FITS = {"fit": fit_keras, "Trainer": fit_ours}
+
+
+@pytest.fixture(params=FITS)
+def fit(request):
+    return FITS[request.param]
+
+
+def flat(model):
+    return np.concatenate([np.asarray(variable.value).ravel() for variable in model.weights]).tolist()
+
+
+def same(everyone, value):
+    return everyone(value) == [value] * len(everyone(value))
+
+
+def files(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_stock_callbacks_that_write_leave_one_set_of_files(connected, everyone, folder, fit):
+    """Once, on rank 0, and there for every rank when training returns."""
+    import keras
+
+    k = keras.callbacks
+    (folder / "backup").mkdir(exist_ok=True)
+    seen = []
+    model = fit(
+        connected,
+        [
+            k.ModelCheckpoint(folder / "{epoch:02d}-{val_loss:.3f}.weights.h5", save_weights_only=True),
+            k.ModelCheckpoint(folder / "best.keras", save_best_only=True),
+            k.ModelCheckpoint(folder / "batch.weights.h5", save_weights_only=True, save_freq=2),
+            k.CSVLogger(folder / "log.csv"),
+            k.BackupAndRestore(folder / "backup"),
+            k.ProgbarLogger(),
+            k.LambdaCallback(on_epoch_end=lambda epoch, logs: seen.append(sorted(logs))),
+        ],
+    )
+    assert same(everyone, files(folder))
+    found = files(folder)
+    assert len([name for name in found if name.endswith(".weights.h5")]) == EPOCHS + 1, found
+    assert {"best.keras", "log.csv", "batch.weights.h5"} <= set(found)
+    lines = (folder / "log.csv").read_text().splitlines()
+    assert len(lines) == 1 + EPOCHS
+    assert same(everyone, seen) and len(seen) == EPOCHS and "val_loss" in seen[0]
+    assert same(everyone, model.history.history)
+    assert same(everyone, flat(model))
+
+
+def test_tensorboard(connected, everyone, folder, fit):
+    pytest.importorskip("tensorboard")
+    import keras
+
+    fit(connected, [keras.callbacks.TensorBoard(folder, histogram_freq=1, update_freq=1, write_graph=False)])
+    found = files(folder)
+    assert same(everyone, found)
+    assert len([name for name in found if "train" in name]) == 1, found
+    assert len([name for name in found if "validation" in name]) == 1, found
+
+
+def test_remote_monitor(connected, everyone, fit):
+    """Only rank 0 calls, and it says what all ranks know."""
+    import keras
+
+    pytest.importorskip("requests")
+    posts = []
+
+    class Server(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            posts.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *arguments):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Server)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        root = f"http://127.0.0.1:{server.server_address[1]}"
+        model = fit(connected, [keras.callbacks.RemoteMonitor(root, send_as_json=True)])
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    assert everyone(len(posts)) == [EPOCHS] + [0] * (connected.size - 1)
+    if connected.rank == 0:
+        assert [post["val_loss"] for post in posts] == model.history.history["val_loss"]
+
+
+def test_stock_callbacks_that_decide_decide_alike(connected, everyone, fit):
+    import keras
+
+    k = keras.callbacks
+    stopping = k.EarlyStopping("loss", mode="max", patience=2, restore_best_weights=True)
+    plateau = k.ReduceLROnPlateau("loss", mode="max", factor=0.5, patience=1)
+    scheduler = k.LearningRateScheduler(lambda epoch, rate: rate * (0.9 if epoch else 1.0))
+    model = fit(connected, [scheduler, plateau, stopping, k.TerminateOnNaN()], epochs=9)
+    history = model.history.history
+    assert same(everyone, history) and same(everyone, stopping.stopped_epoch) and same(everyone, flat(model))
+    assert len(history["loss"]) == 3 and stopping.stopped_epoch == 2
+    assert same(everyone, float(model.optimizer.learning_rate))
+    assert float(model.optimizer.learning_rate) == pytest.approx(0.1 * 0.9**2 * 0.5**2)
+
+
+def test_swap_ema_weights(connected, everyone, fit):
+    """Validation sees the averaged weights, training goes on with its own, on every rank."""
+    import keras
+
+    swapped = fit(connected, [keras.callbacks.SwapEMAWeights()], use_ema=True, ema_momentum=0.5)
+    plain = fit(connected, [], use_ema=True, ema_momentum=0.5)
+    mine, theirs = swapped.history.history, plain.history.history
+    assert same(everyone, mine) and same(everyone, flat(swapped))
+    # Swapping is arithmetic in place (a + b - b), so it costs last bits.
+    np.testing.assert_allclose(mine["loss"], theirs["loss"], rtol=1e-5)
+    assert abs(mine["val_loss"][0] - theirs["val_loss"][0]) > 1e-5
+
+
+def test_terminate_on_nan(connected, everyone):
+    """In `fit` one rank's NaN stops all at that batch; the Trainer raises before a callback could see it."""
+    import keras
+
+    batches = []
+    model = distributed(connected)
+    x = rows_of(connected.rank)
+    y = target(x)
+    if connected.rank == connected.size - 1:
+        y[:] = np.nan
+    count = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: batches.append(batch))
+    model.fit(
+        x, y, batch_size=2 + connected.rank, epochs=4, verbose=0,
+        callbacks=[keras.callbacks.TerminateOnNaN(), count],
+    )  # fmt: skip
+    assert everyone(batches) == [[0]] * connected.size
+    with pytest.raises(NumericError):
+        fit_ours(connected, [keras.callbacks.TerminateOnNaN()], rate=float("inf"))
+
+
+def test_backup_and_restore_goes_on_everywhere(connected, everyone, folder, fit):
+    """Rank 0 alone reads the backup; all ranks go on from its epoch, as if nothing had happened."""
+    import keras
+
+    def backup():
+        return keras.callbacks.BackupAndRestore(folder / "backup", delete_checkpoint=False)
+
+    epochs = []
+    whole = fit(connected, [], epochs=4, momentum=0.9)
+    fit(connected, [backup()], epochs=2, momentum=0.9)
+    note = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: epochs.append(epoch))
+    resumed = fit(connected, [backup(), note], epochs=4, momentum=0.9)
+    assert everyone(epochs) == [[2, 3]] * connected.size
+    assert same(everyone, flat(resumed))
+    assert int(resumed.optimizer.iterations) == int(whole.optimizer.iterations)
+
+
+def test_one_rank_wants_to_stop_and_changes_its_rate(connected, everyone, fit):
+    import keras
+
+    batches, rates = [], []
+    last = connected.size - 1
+
+    class Wish(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            self.model.optimizer.learning_rate = 0.01 * (1 + connected.rank)
+
+        def on_train_batch_end(self, batch, logs=None):
+            batches.append(batch)
+            rates.append(float(self.model.optimizer.learning_rate))
+            if len(batches) == 3 and connected.rank == last:
+                self.model.stop_training = True
+
+    model = fit(connected, [Wish()], epochs=9)
+    assert same(everyone, batches)
+    # Our Trainer's wish travels with the reduction of the next step.
+    assert len(batches) == (3 if fit is fit_keras else 4)
+    assert same(everyone, flat(model))
+    assert rates == [pytest.approx(0.01)] * len(rates)
+
+
+def test_a_wish_between_hooks_waits_for_the_end_of_the_epoch(connected, everyone):
+    """No callback looks at batches, so nothing is agreed there: a rank must not leave alone."""
+    import keras
+
+    model = distributed(connected)
+    x = rows_of(connected.rank)
+    train_step = model.train_step
+
+    def wishing(data):
+        if connected.rank == connected.size - 1:
+            model.stop_training = True
+        return train_step(data)
+
+    model.train_step = wishing
+    count = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: None)
+    history = model.fit(x, target(x), batch_size=2 + connected.rank, epochs=5, verbose=0, callbacks=[count])
+    assert everyone(len(history.epoch)) == [1] * connected.size
+    assert everyone(int(model.optimizer.iterations)) == [BATCHES] * connected.size
+
+
+def test_logs_are_those_of_all_samples(connected, everyone):
+    """Ranks bring batches of different sizes; the logs are what one process says of all rows."""
+    import keras
+
+    model = fit_keras(connected, [], epochs=1, rate=0.0)
+    found = {name: values[0] for name, values in model.history.history.items()}
+    assert same(everyone, found)
+    x = np.concatenate([rows_of(rank) for rank in range(connected.size)])
+    alone = keras.callbacks.CallbackList([])  # without a model: Keras's own, of this rank
+    trained = model.evaluate(x, target(x), 99, verbose=0, callbacks=alone, return_dict=True)
+    held_out = model.evaluate(x + 1, target(x), 99, verbose=0, callbacks=alone, return_dict=True)
+    expected = trained | {f"val_{name}": value for name, value in held_out.items()}
+    assert found == pytest.approx(expected, rel=1e-5)
+    mine = rows_of(connected.rank)
+    together = model.evaluate(mine, target(mine), verbose=0, return_dict=True)
+    assert together == pytest.approx(trained, rel=1e-5)
+
+
+def test_average_metrics_by_hand(connected, everyone):
+    """Without `distribute`: an optimizer that carries no Comm, and the callback in the list."""
+    from tf_dist import callbacks
+
+    model = distributed(connected, rate=0.0)
+    model.optimizer.comm = None
+    x = rows_of(connected.rank)
+    data = {"batch_size": 2 + connected.rank, "verbose": 0, "validation_data": (x + 1, target(x))}
+    history = model.fit(x, target(x), callbacks=[callbacks.AverageMetrics(connected)], **data).history
+    assert same(everyone, history)
+    reference = fit_keras(connected, [], epochs=1, rate=0.0).history.history
+    assert history == pytest.approx(reference, rel=1e-6)
+
+
+def test_foreign_callbacks_write_on_rank_0(connected, everyone, fit, monkeypatch):
+    """W&B's and MLflow's own, recognised by module, through subclasses, and `rank_zero_only` either way."""
+    import keras
+
+    ran = []
+
+    def callback(name, module, **attributes):
+        def on_epoch_end(self, epoch, logs=None):
+            ran.append(name)
+
+        body = {"on_epoch_end": on_epoch_end, "__module__": module, **attributes}
+        return type(name, (keras.callbacks.Callback,), body)
+
+    for name in ("wandb", "mlflow"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    wandb = sys.modules["wandb"].Wandb = callback("Wandb", "wandb.integration.keras")
+
+    class Mine(wandb):
+        pass
+
+    class Everywhere(wandb):
+        rank_zero_only = False
+
+        def on_epoch_end(self, epoch, logs=None):
+            ran.append("Everywhere")
+
+    kinds = [callback("Mlflow", "mlflow.tensorflow.callback"), Mine, Everywhere]
+    kinds.append(callback("Plain", "tests", rank_zero_only=True))
+    fit(connected, [kind() for kind in kinds], epochs=1)
+    others = [["Everywhere"]] * (connected.size - 1)
+    assert everyone(ran) == [["Mlflow", "Wandb", "Everywhere", "Plain"], *others]
+
+
+def test_our_own_callbacks(connected, everyone, fit):
+    import tf_dist
+
+    c = tf_dist.callbacks
+    warmup = c.LearningRateWarmup(connected, steps=4)
+    model = fit(
+        connected,
+        [
+            c.BroadcastWeights(connected), c.AverageMetrics(connected), warmup,
+            c.SyncCheck(connected, every=2),
+            c.Throughput(connected, tokens_per_sample=T, every=2),
+        ],
+    )  # fmt: skip
+    history = model.history.history
+    assert same(everyone, history)
+    assert all(value > 0 for value in history["samples_per_s"])
+    assert history["tokens_per_s"] == pytest.approx([T * value for value in history["samples_per_s"]])
+    assert float(model.optimizer.learning_rate) == pytest.approx(0.1 * connected.size)
+
+
+def test_warmup_refuses_a_schedule(connected, fit):
+    import keras
+
+    from tf_dist import callbacks
+
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.9)
+    with pytest.raises(UsageError, match="schedule"):
+        fit(connected, [callbacks.LearningRateWarmup(connected, steps=3)], rate=schedule)
+
+
+@pytest.mark.parametrize("where", ["weight", "momentum"])
+def test_sync_check_names_the_rank_that_drifts(connected, everyone, where):
+    import keras
+
+    from tf_dist import callbacks
+
+    last = connected.size - 1
+
+    class Drift(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            optimizer = self.model.optimizer
+            variable = self.model.weights[1] if where == "weight" else optimizer.variables[-1]
+            if connected.rank == last and int(optimizer.iterations) == 3:
+                variable.assign(variable + 1e-6)
+
+    try:
+        fit_keras(connected, [Drift(), callbacks.SyncCheck(connected, every=2)], momentum=0.9)
+        outcome = "equal"
+    except LaunchError as error:
+        outcome = str(error)
+    assert same(everyone, outcome)
+    if connected.size == 1:
+        assert outcome == "equal"
+        return
+    assert f"after batch 4 rank {last} differs from {'the others' if last > 1 else 'rank 0'}" in outcome
+    assert where in outcome or "bias" in outcome
+
+
+def test_broadcast_weights(connected, everyone):
+    from tf_dist import callbacks
+
+    model = distributed(connected, momentum=0.9)
+    model.optimizer.build(model.trainable_variables)
+    for variable in [*model.weights, *model.optimizer.variables]:
+        variable.assign(variable + connected.rank)
+    broadcast = callbacks.BroadcastWeights(connected)
+    broadcast.set_model(model)
+    broadcast.on_train_begin()
+    assert same(
+        everyone, [np.asarray(v.value).tolist() for v in [*model.weights, *model.optimizer.variables]]
+    )
+    assert int(model.optimizer.iterations) == 0
