@@ -13,12 +13,29 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 # What `allgather_obj` and `broadcast_obj` carry is small by intent: facts, paths, manifests.
 OBJECT_BYTES_LIMIT = 64 << 20
+# Elements that are added to all terms before the next ones: they stay in the cache.
+ADDED_AT_ONCE = 1 << 15
+# Slices of ranks begin at multiples of this many elements: a cache line of float32.
+ALIGNED_ELEMENTS = 16
+
+
+@dataclass(frozen=True)
+class Order:
+    """In which order terms that lie on several ranks are added: floating-point sums depend on it.
+
+    counts: how many terms each rank holds, (R,). additions: pairs (i, j) of terms, numbered through all
+    ranks; one after another, term i becomes term i + term j, and the sum ends in term 0.
+    """
+
+    counts: tuple[int, ...]
+    additions: tuple[tuple[int, int], ...]
 
 
 class Comm(ABC):
@@ -62,6 +79,26 @@ class Comm(ABC):
         with self._collective("gather"):
             return self._gather(_flat(array), root)
 
+    def allreduce_terms(self, terms: list[np.ndarray], order: Order, out: np.ndarray) -> None:
+        """Add the terms of all ranks, in the given order, into ``out``, everywhere.
+
+        Unlike `allreduce`, whose order is the transport's, this gives the same bits for every number of
+        ranks among which the terms of one tree are spread (`tf_dist.parallel.tree`). Horovod cannot: its
+        result differs in the last bits.
+
+        Args:
+            terms: this rank's, each of the length of ``out``; their content is lost.
+            order: the same on every rank.
+            out: may be one of the terms.
+        """
+        with self._collective("allreduce_terms"):
+            self._allreduce_terms([_flat(term) for term in terms], order, _flat(out))
+
+    def reduce_terms(self, terms: list[np.ndarray], order: Order, out: np.ndarray, root: int = 0) -> None:
+        """`allreduce_terms`, but only ``root`` gets the sum; ``out`` of the others is left alone."""
+        with self._collective("reduce_terms"):
+            self._reduce_terms([_flat(term) for term in terms], order, _flat(out), root)
+
     def barrier(self) -> None:
         """Return once every rank is here; the time goes to ``wait_s``."""
         with self._collective("barrier"):
@@ -86,6 +123,12 @@ class Comm(ABC):
 
     @abstractmethod
     def _gather(self, array: np.ndarray, root: int) -> np.ndarray | None: ...
+
+    @abstractmethod
+    def _allreduce_terms(self, terms: list[np.ndarray], order: Order, out: np.ndarray) -> None: ...
+
+    @abstractmethod
+    def _reduce_terms(self, terms: list[np.ndarray], order: Order, out: np.ndarray, root: int) -> None: ...
 
     @abstractmethod
     def _barrier(self) -> None: ...
@@ -123,11 +166,33 @@ class SerialComm(Comm):
     def _gather(self, array: np.ndarray, root: int) -> np.ndarray | None:
         return array.reshape(1, -1)
 
+    def _allreduce_terms(self, terms: list[np.ndarray], order: Order, out: np.ndarray) -> None:
+        np.copyto(out, add_in_order(terms, order))
+
+    def _reduce_terms(self, terms: list[np.ndarray], order: Order, out: np.ndarray, root: int) -> None:
+        self._allreduce_terms(terms, order, out)
+
     def _barrier(self) -> None:
         pass
 
     def _allgather_bytes(self, raw: bytes) -> list[bytes]:
         return [raw]
+
+
+def add_in_order(terms: list[np.ndarray], order: Order) -> np.ndarray:
+    """The sum of all terms of an `Order`, in ``terms[0]``; the others' content is lost."""
+    for start in range(0, terms[0].size, ADDED_AT_ONCE):
+        parts = [term[start : start + ADDED_AT_ONCE] for term in terms]
+        for i, j in order.additions:
+            parts[i] += parts[j]
+    return terms[0]
+
+
+def slices(length: int, ranks: int) -> list[slice]:
+    """``length`` elements cut into one slice for each rank, on cache lines, balanced to within one line."""
+    lines = -(-length // ALIGNED_ELEMENTS)
+    cuts = [min(length, lines * rank // ranks * ALIGNED_ELEMENTS) for rank in range(ranks + 1)]
+    return [slice(*cut) for cut in zip(cuts[:-1], cuts[1:], strict=True)]
 
 
 def _flat(array: np.ndarray) -> np.ndarray:

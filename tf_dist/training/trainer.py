@@ -19,8 +19,8 @@ from tf_dist.data.sampler import Sampler, share
 from tf_dist.data.tokens import Sequences
 from tf_dist.errors import DataError, LaunchError, UsageError
 from tf_dist.parallel.flat import aligned_empty
-from tf_dist.parallel.tree import TreeSum
-from tf_dist.parallel.updates import CORRECT, LOSS, STOP, TOKENS, UPDATES
+from tf_dist.parallel.tree import BlockSum, order
+from tf_dist.parallel.updates import CORRECT, LOSS, STOP, TOKENS, UPDATES, Totals
 from tf_dist.training.replica import Replica
 
 DEFAULT_SEQ_LEN = 128
@@ -82,12 +82,18 @@ class Trainer:
         self.update = UPDATES[update]
         self.global_batch_size, self.clip_norm, self.seed = global_batch_size, clip_norm, seed
         self.seq_len = seq_len or _static_seq_len(model) or DEFAULT_SEQ_LEN
-        self.my_micro_batches = share(global_batch_size // self.rows, comm.rank, comm.size)
         self.replica = Replica(model, optimizer, self.rows, self.seq_len, seed)
-        self._sum = TreeSum(self.replica.parameters)
+        self._share_micro_batches(range(global_batch_size // self.rows))
         self.step, self.tokens, self.elapsed_s = 0, 0, 0.0
         self.stopped = self._stop_requested = False
         model.stop_training = False
+
+    def _share_micro_batches(self, micro_batches: range) -> None:
+        """Deal out neighbouring micro-batches to the ranks, and fix the order in which they are summed."""
+        blocks = [share(len(micro_batches), rank, self.comm.size) for rank in range(self.comm.size)]
+        self.micro_batches, self.my_micro_batches = len(micro_batches), blocks[self.comm.rank]
+        self._order = order(micro_batches, blocks)
+        self._sum = BlockSum(self.replica.parameters, micro_batches, self.my_micro_batches)
 
     # One step ------------------------------------------------------------------------------------
 
@@ -97,24 +103,27 @@ class Trainer:
         Returns:
             loss (mean nats per token), accuracy, grad_norm and tokens: the same on every rank.
         """
-        totals = np.zeros(4)
-        totals[STOP] = self._stop_requested or self.model.stop_training
+        totals = Totals(self.micro_batches)
+        if self._stop_requested or self.model.stop_training:
+            totals.ask_to_stop()
         rows_G = sampler.batch(self.step)
         for micro_batch in self.my_micro_batches:
             x_BxT, y_BxT = sequences.rows(rows_G[micro_batch * self.rows :][: self.rows])
             gradient, sums = self.replica.gradients(x_BxT, y_BxT, (self.step, micro_batch))
             self._sum.add(gradient)
-            totals[: len(sums)] += sums
-        norm = self.update(self._sum.result(), totals, self.clip_norm, self.replica, self.comm)
+            totals.add(micro_batch, sums)
+        terms = self._sum.terms()
+        norm = self.update(terms, self._order, totals, self.clip_norm, self.replica, self.comm)
         self.step += 1
-        self.tokens += int(totals[TOKENS])
-        self.stopped = totals[STOP] > 0  # any rank's wish, agreed by the reduction itself
-        count = max(totals[TOKENS], 1.0)
+        counts = totals.sum()
+        self.tokens += int(counts[TOKENS])
+        self.stopped = bool(counts[STOP])  # any rank's wish, agreed by the reduction itself
+        count = max(counts[TOKENS], 1.0)
         return {
-            "loss": totals[LOSS] / count,
-            "accuracy": totals[CORRECT] / count,
+            "loss": counts[LOSS] / count,
+            "accuracy": counts[CORRECT] / count,
             "grad_norm": norm,
-            "tokens": totals[TOKENS],
+            "tokens": counts[TOKENS],
         }
 
     # Many steps ----------------------------------------------------------------------------------
@@ -246,12 +255,12 @@ class Trainer:
             bits_per_byte: the same on every rank.
         """
         sequences = self.sequences(held_out)
-        sums = np.zeros(3)
-        for batch in share(math.ceil(len(sequences) / self.rows), self.comm.rank, self.comm.size):
+        totals = Totals(math.ceil(len(sequences) / self.rows))
+        for batch in share(totals.micro_batches, self.comm.rank, self.comm.size):
             indices_B = np.arange(batch * self.rows, (batch + 1) * self.rows)
             indices_B[indices_B >= len(sequences)] = -1
-            sums += self.replica.evaluate(*sequences.rows(indices_B))
-        self.comm.allreduce(sums)
+            totals.add(batch, self.replica.evaluate(*sequences.rows(indices_B)))
+        sums = totals.reduce(self.comm)
         if not sums[TOKENS]:
             raise DataError("there is no validation text: raise --val-fraction, or set --eval-every 0")
         loss = float(sums[LOSS] / sums[TOKENS])
