@@ -116,7 +116,9 @@ def test_gather_to_each_root(comm, found, dtype):
 @pytest.mark.parametrize("length", [1, 17, 100_003, THREE_MB // 4 + 13])
 def test_terms_are_added_in_the_order_of_one_rank(comm, found, leaves, length):
     """Whoever has them: the bits are those of the whole tree. Horovod's are its own, the same everywhere."""
-    arrays = [np.random.default_rng(leaf).standard_normal(length).astype(np.float32) for leaf in range(leaves)]
+    arrays = [
+        np.random.default_rng(leaf).standard_normal(length).astype(np.float32) for leaf in range(leaves)
+    ]
     whole = TreeSum(length)
     for array in arrays:
         whole.add(array)

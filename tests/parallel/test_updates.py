@@ -11,7 +11,7 @@ from tf_dist.comm.base import Comm, SerialComm, add_in_order
 from tf_dist.config import Config
 from tf_dist.errors import NumericError
 from tf_dist.parallel.tree import BlockSum, order
-from tf_dist.parallel.updates import CORRECT, LOSS, STOP, TOKENS, UPDATES, Totals, allreduce, master
+from tf_dist.parallel.updates import LOSS, STOP, TOKENS, UPDATES, Totals, allreduce, master
 
 P = 6
 LIMIT_S = 30.0

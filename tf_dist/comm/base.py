@@ -8,6 +8,7 @@ Legend: R ranks.
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from abc import ABC, abstractmethod
@@ -192,7 +193,7 @@ def slices(length: int, ranks: int) -> list[slice]:
     """``length`` elements cut into one slice for each rank, on cache lines, balanced to within one line."""
     lines = -(-length // ALIGNED_ELEMENTS)
     cuts = [min(length, lines * rank // ranks * ALIGNED_ELEMENTS) for rank in range(ranks + 1)]
-    return [slice(*cut) for cut in zip(cuts[:-1], cuts[1:], strict=True)]
+    return [slice(*cut) for cut in itertools.pairwise(cuts)]
 
 
 def _flat(array: np.ndarray) -> np.ndarray:

@@ -49,8 +49,8 @@ class HorovodComm(Comm):
         rows = self._hvd.allgather(_tensor(array), name=_name("gather", array))
         return np.array(rows).reshape(self.size, -1) if self.rank == root else None
 
-    # Horovod has its own order of summation, and none to choose: with it, sums are equal within 1e-6 and not in
-    # bits. Its all-to-all could carry the terms, but each of its operations waits for the next cycle.
+    # Horovod has its own order of summation, and none to choose: with it, sums are equal within 1e-6 and not
+    # in bits. Its all-to-all could carry the terms, but each of its operations waits for the next cycle.
 
     def _allreduce_terms(self, terms: list[np.ndarray], order: Order, out: np.ndarray) -> None:
         np.copyto(out, _own_sum(terms, out))

@@ -57,7 +57,7 @@ def norm(array: np.ndarray) -> float:
     """The Euclidean norm of a float32 array, infinite or NaN where an element is.
 
     Squares are summed in blocks and the blocks in float64, by one thread in one order, so the result depends
-    on the array alone: BLAS and TensorFlow share such a sum out among threads, whose number is in its last bits.
+    on the array alone: BLAS and TensorFlow share such a sum out among threads, and their number shows in it.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         squares = _sum_of_squares(array, np.float32)

@@ -92,7 +92,7 @@ class BlockSum:
             self._term, self._added = self._term + 1, 0
 
     def terms(self) -> list[np.ndarray]:
-        """This rank's terms, once all leaves of the block were added; valid until the next `add`."""
+        """The terms of this rank, once all leaves of the block were added; valid until the next `add`."""
         assert self._term == len(self._sizes), "a leaf of the block is missing"
         self._begin()
         return [tree.result() for tree in self._sums]

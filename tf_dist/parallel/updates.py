@@ -47,7 +47,7 @@ class Totals:
         self._rows[micro_batch, :STOP] += sums
 
     def ask_to_stop(self) -> None:
-        """This rank wants to stop after the step."""
+        """Note that this rank wants to stop after the step."""
         self._rows[-1, STOP] = 1.0
 
     def reduce(self, comm: Comm) -> np.ndarray:
