@@ -83,3 +83,23 @@ def test_a_run_goes_on_with_other_ranks(launcher, runs, small, tmp_path, first, 
     assert job.output.count(f"resumed at step {HALF} from ") == len(MODELS)
     for m in MODELS:
         assert sha256(tmp_path / m) == sha256(runs(1, m, "allreduce"))
+
+
+def test_a_resume_says_what_bits_depend_on(run_job, runs, small, tmp_path):
+    """Another number of threads may change last bits: it is said, and training goes on."""
+    saved = runs(2, "transformer", "allreduce") / "checkpoints" / f"step-{HALF:08d}"
+    flags = [
+        *small,
+        "--steps",
+        STEPS,
+        "--threads-per-rank",
+        "2",
+        "--resume",
+        saved,
+        "--run-dir",
+        tmp_path / "run",
+    ]
+    job = run_job(2, "train.py", *flags, "--resume", saved, "--run-dir", tmp_path / "run")
+    assert job.code == 0, job.output
+    assert job.output.count("last bits may differ") == 1
+    assert "threads per rank: 1 -> 2" in job.output

@@ -57,7 +57,7 @@ class Totals:
 
     def sum(self) -> np.ndarray:
         """The totals so far, (4,)."""
-        return self._rows.sum(axis=0)
+        return np.asarray(self._rows.sum(axis=0))
 
 
 class Replica(Protocol):

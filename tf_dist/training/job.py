@@ -11,6 +11,7 @@ from tf_dist.config import Config
 from tf_dist.data.prepared import Prepared
 from tf_dist.errors import CheckpointError, SavedAndStopped
 from tf_dist.training import checkpoint, state
+from tf_dist.training.environment import bits_depend_on, changes
 from tf_dist.training.generate import Sampling, generate
 from tf_dist.training.plots import loss_curve
 from tf_dist.training.run import RunFolder
@@ -65,6 +66,9 @@ class Job:
         facts = checkpoint.read_manifest(path)["facts"]
         content = self.corpus.meta["content_sha256"]
         state.check_same_run(facts, self.config, content, self.run.say)
+        changed = changes(facts.get("bits_depend_on", {}), bits_depend_on())
+        if changed:
+            self.run.say("resuming where last bits may differ, for these have changed: " + "; ".join(changed))
         return {"path": str(path), "val_loss": facts["val_loss"]}
 
     def begin(self) -> None:
@@ -80,6 +84,7 @@ class Job:
             "config": self.config.as_dict(),
             "content_sha256": self.corpus.meta["content_sha256"],
             "versions": versions(),
+            "bits_depend_on": bits_depend_on(),
             "val_loss": self.last.get("val_loss"),
         }
         state.save(self.trainer, self.run.checkpoints, self.config.keep, facts)
