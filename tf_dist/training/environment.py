@@ -1,4 +1,4 @@
-"""What the last bits of a result depend on besides the configuration, so that a resume can say what changed."""
+"""What the last bits of a result depend on besides the configuration: a resume says which have changed."""
 
 from __future__ import annotations
 
