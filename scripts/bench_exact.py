@@ -1,8 +1,8 @@
 """Whether the number of ranks changes a bit of the weights, and what it costs that it does not.
 
 Trains {LSTM, Transformer} x {allreduce, master} x {plain, dropout and clipping, resumed from another
-number of ranks} on 1, 2, 3, 4 and 8 ranks and compares the SHA-256 of the final weights with those of one rank; then
-times `allreduce_terms` against MPI's own `Allreduce` of the same buffers, in turn, in one job.
+number of ranks} on 1, 2, 3, 4 and 8 ranks and compares the SHA-256 of the final weights with those of one
+rank; then times `allreduce_terms` against MPI's own `Allreduce` of the same buffers, in turn, in one job.
 
 Started by ``scripts/bench.py exact``; it starts its own ranks.
 """
