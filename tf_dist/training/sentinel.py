@@ -150,7 +150,7 @@ class Sentinel:
     def _restore(self, split: Split) -> None:
         """Give one variable of a majority rank to those that differ; a collective."""
         variable = self.variables[split.place][1]
-        array = np.array(variable.value)
+        array = np.array(np.asarray(variable.value))  # a copy: it is written to
         root = min(rank for group in split.groups for rank in group if rank not in split.astray)
         self.comm.broadcast(array.reshape(-1), root)
         if self.comm.rank in split.astray:
