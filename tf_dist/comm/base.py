@@ -12,7 +12,7 @@ import itertools
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +52,8 @@ class Comm(ABC):
         wait_s: seconds spent in `barrier`, waiting for slower ranks.
         waiting: the verb this rank is inside of and when it entered it (`time.monotonic`), or None.
         calls: collectives begun so far.
+        before: called with verb, array (or None) and root at the beginning of every collective; does
+            nothing, unless `debug.keep_order` has put its comparison there.
     """
 
     rank: int
@@ -62,22 +64,23 @@ class Comm(ABC):
         self.wait_s = 0.0
         self.waiting: tuple[str, float] | None = None
         self.calls = 0
+        self.before: Callable[[str, np.ndarray | None, int], None] = _nothing
 
     # The verbs ---------------------------------------------------------------------------------
 
     def allreduce(self, array: np.ndarray) -> None:
         """Replace ``array`` by its sum over all ranks, everywhere."""
-        with self._collective("allreduce"):
+        with self._collective("allreduce", array):
             self._allreduce(_flat(array))
 
     def broadcast(self, array: np.ndarray, root: int = 0) -> None:
         """Replace ``array`` by that of ``root``, everywhere."""
-        with self._collective("broadcast"):
+        with self._collective("broadcast", array, root):
             self._broadcast(_flat(array), root)
 
     def gather(self, array: np.ndarray, root: int = 0) -> np.ndarray | None:
         """Return the arrays of all ranks as (R, n) on ``root``, and None elsewhere."""
-        with self._collective("gather"):
+        with self._collective("gather", array, root):
             return self._gather(_flat(array), root)
 
     def allreduce_terms(self, terms: list[np.ndarray], order: Order, out: np.ndarray) -> None:
@@ -92,12 +95,12 @@ class Comm(ABC):
             order: the same on every rank.
             out: may be one of the terms.
         """
-        with self._collective("allreduce_terms"):
+        with self._collective("allreduce_terms", out):
             self._allreduce_terms([_flat(term) for term in terms], order, _flat(out))
 
     def reduce_terms(self, terms: list[np.ndarray], order: Order, out: np.ndarray, root: int = 0) -> None:
         """`allreduce_terms`, but only ``root`` gets the sum; ``out`` of the others is left alone."""
-        with self._collective("reduce_terms"):
+        with self._collective("reduce_terms", out, root):
             self._reduce_terms([_flat(term) for term in terms], order, _flat(out), root)
 
     def barrier(self) -> None:
@@ -138,10 +141,11 @@ class Comm(ABC):
     def _allgather_bytes(self, raw: bytes) -> list[bytes]: ...
 
     @contextmanager
-    def _collective(self, verb: str) -> Iterator[None]:
+    def _collective(self, verb: str, array: np.ndarray | None = None, root: int = 0) -> Iterator[None]:
         begun = time.monotonic()
         self.calls += 1
         self.waiting = (verb, begun)
+        self.before(verb, array, root)
         yield
         # Not in a `finally`: a rank that failed inside a collective has not left it.
         self.waiting = None
@@ -194,6 +198,10 @@ def slices(length: int, ranks: int) -> list[slice]:
     lines = -(-length // ALIGNED_ELEMENTS)
     cuts = [min(length, lines * rank // ranks * ALIGNED_ELEMENTS) for rank in range(ranks + 1)]
     return [slice(*cut) for cut in itertools.pairwise(cuts)]
+
+
+def _nothing(verb: str, array: np.ndarray | None, root: int) -> None:
+    pass
 
 
 def _flat(array: np.ndarray) -> np.ndarray:

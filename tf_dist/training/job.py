@@ -79,7 +79,12 @@ class Job:
         self.run.status(step=self.trainer.step, val_loss=self.last.get("val_loss"))
 
     def save(self) -> None:
-        """Write a checkpoint and say so in ``status.json``."""
+        """Write a checkpoint and say so in ``status.json``.
+
+        Raises:
+            LaunchError: the ranks differ: only what all of them hold is worth keeping.
+        """
+        self.trainer.sentinel.compare(self.trainer.step)
         facts = {
             "config": self.config.as_dict(),
             "content_sha256": self.corpus.meta["content_sha256"],

@@ -9,11 +9,13 @@ import hashlib
 import math
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
 
 from tf_dist.comm.base import Comm
+from tf_dist.comm.probe import prove
 from tf_dist.config import default_micro_batch
 from tf_dist.data.sampler import Sampler, share
 from tf_dist.data.tokens import Sequences
@@ -22,6 +24,7 @@ from tf_dist.parallel.flat import aligned_empty
 from tf_dist.parallel.tree import BlockSum, order
 from tf_dist.parallel.updates import CORRECT, LOSS, STOP, TOKENS, UPDATES, Totals
 from tf_dist.training.replica import Replica
+from tf_dist.training.sentinel import Sentinel
 
 DEFAULT_SEQ_LEN = 128
 
@@ -43,6 +46,8 @@ class Trainer:
         seq_len: T; None: what the model's input says, else 128.
         clip_norm: largest global norm of the mean gradient; 0 for no clipping.
         seed: of the order of the data and of dropout.
+        check_every: steps between comparisons of all ranks, see `Sentinel`; 0: only in the first steps.
+        on_mismatch: "stop" when a rank differs, or "restore" it from a majority of the others.
 
     Attributes:
         step: optimizer steps taken so far.
@@ -66,6 +71,8 @@ class Trainer:
         seq_len: int | None = None,
         clip_norm: float = 0.0,
         seed: int = 1,
+        check_every: int = 100,
+        on_mismatch: str = "stop",
     ) -> None:
         if update not in UPDATES:
             raise UsageError(f"unknown update {update!r}: {', '.join(UPDATES)}")
@@ -84,6 +91,7 @@ class Trainer:
         self.seq_len = seq_len or _static_seq_len(model) or DEFAULT_SEQ_LEN
         self.replica = Replica(model, optimizer, self.rows, self.seq_len, seed)
         self._share_micro_batches(range(global_batch_size // self.rows))
+        self.sentinel = Sentinel(comm, self._shared_variables(update), check_every, on_mismatch)
         self.step, self.tokens, self.elapsed_s = 0, 0, 0.0
         self.stopped = self._stop_requested = False
         model.stop_training = False
@@ -103,6 +111,7 @@ class Trainer:
         Returns:
             loss (mean nats per token), accuracy, grad_norm and tokens: the same on every rank.
         """
+        self.sentinel.watch(self.step)
         totals = Totals(self.micro_batches)
         if self._stop_requested or self.model.stop_training:
             totals.ask_to_stop()
@@ -160,7 +169,7 @@ class Trainer:
         Raises:
             DataError: fewer sequences than one global batch.
             NumericError: a gradient was not finite.
-            LaunchError: the ranks' weights differ at the end.
+            LaunchError: the ranks do not talk, or their weights or optimizers differ.
         """
         sequences = self.sequences(tokens)
         held_out = None if validation is None else self.sequences(validation)
@@ -168,6 +177,7 @@ class Trainer:
         steps = (epochs or 1) * sampler.steps_per_epoch if steps is None else steps
         stretch = eval_every or sampler.steps_per_epoch
         calls = self._callback_list(callbacks, steps, stretch)
+        prove(self.comm)
         self.broadcast_weights()
         calls.on_train_begin()
         logs: dict[str, float] = {}
@@ -179,6 +189,7 @@ class Trainer:
                 logs.update(self.validate(held_out, validation_bytes))
             calls.on_epoch_end(epoch, logs)
             self._agree_to_stop()
+        self.sentinel.compare(self.step)
         self.check_equal()
         calls.on_train_end(logs)
         self._stop_requested = False
@@ -281,6 +292,15 @@ class Trainer:
         self.replica.read_weights(weights)
         self.comm.broadcast(weights)
         self.replica.write_weights(weights)
+
+    def _shared_variables(self, update: str) -> list[tuple[str, Any]]:
+        """What must be the same on every rank, by name."""
+        weights = [(variable.path, variable) for variable in self.model.weights]
+        if update == "master":
+            return (
+                weights  # only rank 0 has an optimizer that takes steps: there is nothing to compare it with
+            )
+        return weights + [(variable.path, variable) for variable in self.optimizer.variables]
 
     def check_equal(self) -> str:
         """Compare the weights of all ranks, bit for bit.
