@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tf_dist.comm.base import Comm
+from tf_dist.comm.base import Comm, Order
 from tf_dist.errors import LaunchError
 
 LENGTH = 1000
@@ -23,7 +23,9 @@ def prove(comm: Comm) -> None:
     Raises:
         LaunchError: a result is wrong: the backend did not reduce, or not over all ranks.
     """
-    wrong = [text for text in (_allreduces(comm), _broadcasts(comm), _gathers(comm)) if text]
+    wrong = [
+        text for text in (_allreduces(comm), _adds_terms(comm), _broadcasts(comm), _gathers(comm)) if text
+    ]
     # The verdict travels by the last verb; where that one is broken, each rank still has its own.
     everyone = comm.allgather_obj([comm.rank, wrong])
     if [rank for rank, _ in everyone] != list(range(comm.size)):
@@ -50,6 +52,15 @@ def _allreduces(comm: Comm) -> str:
         if not np.array_equal(array, expected):
             return _difference(f"allreduce of {array.dtype}", array, expected)
     return ""
+
+
+def _adds_terms(comm: Comm) -> str:
+    """The reduction of gradients: a term of each rank, small whole numbers, so that any order is exact."""
+    R, ramp_N = comm.size, (np.arange(LENGTH) % 7).astype(np.float32)
+    term = ramp_N * np.float32(comm.rank + 1)
+    comm.allreduce_terms([term], Order((1,) * R, tuple((0, rank) for rank in range(1, R))), term)
+    expected = ramp_N * (R * (R + 1) // 2)
+    return "" if np.array_equal(term, expected) else _difference("allreduce_terms", term, expected)
 
 
 def _broadcasts(comm: Comm) -> str:

@@ -6,7 +6,8 @@ of every variable and the ranks compare one number. Only where it differs do the
 the variable and take a vote on who is wrong.
 
 It looks at the beginning of a step, at the weights from which the next gradients will be computed: what
-is put right there has not yet entered any sum.
+went wrong since the last update is put right before it enters a sum. What went wrong earlier, between two
+checks or while gradients were computed, has entered sums that all ranks share, and is not undone.
 
 Legend: R ranks, N variables.
 """
