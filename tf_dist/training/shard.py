@@ -10,6 +10,8 @@ Legend: G rows of a global batch, B rows of it on this rank, R ranks.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ import tensorflow as tf
 
 from tf_dist.comm.agree import agree
 from tf_dist.comm.base import Comm
+from tf_dist.data.sampler import Sampler
 from tf_dist.errors import DataError, UsageError
 
 # What Keras's fit(x, y) takes.
@@ -71,9 +74,6 @@ def _of_arrays(data: Any, comm: Comm, rows_G: int, seed: int | None, weights: bo
         raise DataError(f"shard() needs arrays with one number of examples, at least 1, not {sorted(lengths)}")
     (length,) = lengths
     agree(comm, {"examples": length, "batch_size": rows_G, "seed": seed}, "the data")
-    order = tf.data.Dataset.range(length)
-    if seed is not None:
-        order = order.shuffle(length, seed=seed, reshuffle_each_iteration=True)
     tensors = tf.nest.map_structure(tf.convert_to_tensor, data)
 
     def rows(indices_G: Any) -> Any:
@@ -81,7 +81,30 @@ def _of_arrays(data: Any, comm: Comm, rows_G: int, seed: int | None, weights: bo
         part = tf.nest.map_structure(lambda tensor: tf.gather(tensor, indices_B), tensors)
         return _weighted(part, weights_B, weights, tf.shape(indices_G)[0], comm)
 
-    return order.batch(rows_G).map(rows)
+    return _order(length, rows_G, seed).map(rows)
+
+
+def _order(length: int, rows_G: int, seed: int | None) -> tf.data.Dataset:
+    """The indices of each global batch; with a seed, another order each time it is walked through.
+
+    Not `tf.data.Dataset.shuffle`: that also depends on TensorFlow's global seed, which may be another one
+    on each rank, and then some examples would be seen twice and others never.
+    """
+    if seed is None:
+        return tf.data.Dataset.range(length).batch(rows_G)
+    sampler, epochs = Sampler(length, min(rows_G, length), seed), count()
+    steps = sampler.steps_per_epoch
+
+    def batches() -> Iterator[np.ndarray]:
+        first = next(epochs) * steps
+        for step in range(first, first + steps):
+            indices_G = sampler.batch(step)
+            yield indices_G[indices_G >= 0].astype(np.int64)
+
+    spec = tf.TensorSpec((None,), tf.int64)
+    return tf.data.Dataset.from_generator(batches, output_signature=spec).apply(
+        tf.data.experimental.assert_cardinality(steps)
+    )
 
 
 def _my_part(batch: Any, comm: Comm, weights: bool | None) -> Any:
@@ -98,10 +121,10 @@ def _my_rows(indices_G: Any, comm: Comm) -> tuple[Any, Any]:
     rows = tf.shape(indices_G)[0]
     base, extra = rows // comm.size, rows % comm.size
     start = comm.rank * base + tf.minimum(comm.rank, extra)
-    count = base + tf.cast(comm.rank < extra, tf.int32)
+    mine = base + tf.cast(comm.rank < extra, tf.int32)
     # A rank without a row takes the first one, and gives it no weight.
-    start, taken = tf.where(count > 0, start, 0), tf.maximum(count, 1)
-    weight = tf.cast(comm.size * count, tf.float32) / tf.cast(rows, tf.float32)
+    start, taken = tf.where(mine > 0, start, 0), tf.maximum(mine, 1)
+    weight = tf.cast(comm.size * mine, tf.float32) / tf.cast(rows, tf.float32)
     return indices_G[start : start + taken], tf.fill([taken], weight)
 
 
