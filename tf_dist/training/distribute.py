@@ -2,7 +2,8 @@
 
 The optimizer stays what it is and only its class changes, to a subclass that reduces gradients before
 anything else is done with them. Keras then clips, accumulates, decays and averages as always, with
-numbers that are the same on every rank. Saved files name the plain class: `__class__` says so.
+numbers that are the same on every rank. Gradients of embeddings become dense on the way: Adam then updates
+every row in every step, where Keras by itself would leave alone the rows that a batch does not name. Saved files name the plain class: `__class__` says so.
 """
 
 from __future__ import annotations
@@ -43,9 +44,13 @@ def distribute(optimizer: keras.optimizers.Optimizer, comm: Comm) -> keras.optim
         LaunchError: this version of Keras does not call us, or the ranks do not agree on versions or model.
     """
     if not isinstance(optimizer, keras.optimizers.Optimizer):
-        raise UsageError(f"distribute() takes a Keras optimizer, such as keras.optimizers.Adam(), not {optimizer!r}")
+        raise UsageError(
+            f"distribute() takes a Keras optimizer, such as keras.optimizers.Adam(), not {optimizer!r}"
+        )
     if keras_hooks.reduction_of(optimizer) is not None:
-        raise UsageError("this optimizer is distributed already: call distribute() once, on the outermost one")
+        raise UsageError(
+            "this optimizer is distributed already: call distribute() once, on the outermost one"
+        )
     keras_hooks.install()
     agree(comm, versions(), "the versions of what they run")
     self_test.run(_changed)
@@ -89,7 +94,7 @@ class Distributed:
     def build(self: Any, variables: Sequence[Any]) -> None:
         """Make the optimizer's state, and begin with that of rank 0."""
         was_built = self.built
-        super().build(variables)
+        super().build(variables)  # type: ignore[misc]
         if not was_built:
             self.start()
 
@@ -106,7 +111,7 @@ class Distributed:
             variables = [*self._trainable_variables, *([] if tracing else self.variables)]
             if not all(_has_value(variable) for variable in variables):
                 raise UsageError(
-                    "the model's weights would be made inside tf.function, where they cannot be those of rank 0. "
+                    "the model's weights would be made inside tf.function, so they cannot be those of rank 0. "
                     "Build it before the first step: call the model on a batch, then "
                     "optimizer.build(model.trainable_variables)"
                 )
@@ -126,18 +131,18 @@ class Distributed:
             self._build_late(trainable_variables)
         if not self.gradient_accumulation_steps:
             grads = self.reduction.mean(grads)
-        return super().apply(grads, trainable_variables)
+        return super().apply(grads, trainable_variables)  # type: ignore[misc]
 
     def _clip_gradients(self: Any, grads: Sequence[Any]) -> Any:
         """Keras calls this with each finished gradient: after accumulation, before anything else."""
         if self.gradient_accumulation_steps:
             grads = self.reduction.mean(grads)
-        return super()._clip_gradients(grads)
+        return super()._clip_gradients(grads)  # type: ignore[misc]
 
     def finalize_variable_values(self: Any, var_list: Sequence[Any]) -> None:
         """Keras calls this when `fit` ends: it must end on all ranks."""
         self.reduction.end()
-        super().finalize_variable_values(var_list)
+        super().finalize_variable_values(var_list)  # type: ignore[misc]
 
     def _build_late(self: Any, trainable_variables: Sequence[Any]) -> None:
         """Build in the first step. In a loop without `tf.function`, its gradients are there already."""

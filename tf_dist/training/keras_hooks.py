@@ -35,7 +35,7 @@ def install() -> None:
 
 
 def reduction_of(optimizer: Any) -> Any:
-    """The `Reduction` of a distributed optimizer, or of one that a `LossScaleOptimizer` is around; or None."""
+    """The `Reduction` of a distributed optimizer, also inside a `LossScaleOptimizer`; or None."""
     inner = getattr(optimizer, "inner_optimizer", None)
     return getattr(optimizer, "reduction", None) or getattr(inner, "reduction", None)
 

@@ -111,7 +111,9 @@ def broadcast(variables: Sequence[Any], comm: Comm) -> bool:
         Whether a value of this rank was another one before.
     """
     arrays = [np.asarray(variable.numpy()) for variable in variables]
-    raw = np.concatenate([np.frombuffer(array.tobytes(), np.uint8) for array in arrays] or [np.empty(0, np.uint8)])
+    raw = np.concatenate(
+        [np.frombuffer(array.tobytes(), np.uint8) for array in arrays] or [np.empty(0, np.uint8)]
+    )
     mine = raw.copy()
     comm.broadcast(raw)
     start = 0

@@ -67,7 +67,7 @@ def run(change: Callable[[Any, Any], Any]) -> None:
     moved, expected = float(model.w.numpy()[0]), -(OF_THE_OTHER - 1.0) / 2
     if abs(moved - expected) > 1e-5:
         raise LaunchError(
-            f"self-test of distribute(): a step of model.fit led to {moved:g} instead of {expected:g}. {NOT_CALLED}"
+            f"self-test of distribute(): a step of model.fit led to {moved:g}, not {expected:g}. {NOT_CALLED}"
         )
     _passed.add(keras.__version__)
 

@@ -71,7 +71,9 @@ def _of_arrays(data: Any, comm: Comm, rows_G: int, seed: int | None, weights: bo
     data = tuple(data) if isinstance(data, list) else data
     lengths = {len(array) for array in tf.nest.flatten(data)}
     if len(lengths) != 1 or not min(lengths):
-        raise DataError(f"shard() needs arrays with one number of examples, at least 1, not {sorted(lengths)}")
+        raise DataError(
+            f"shard() needs arrays with one number of examples, at least 1, not {sorted(lengths)}"
+        )
     (length,) = lengths
     agree(comm, {"examples": length, "batch_size": rows_G, "seed": seed}, "the data")
     tensors = tf.nest.map_structure(tf.convert_to_tensor, data)
@@ -108,7 +110,7 @@ def _order(length: int, rows_G: int, seed: int | None) -> tf.data.Dataset:
 
 
 def _my_part(batch: Any, comm: Comm, weights: bool | None) -> Any:
-    """This rank's rows of a global batch."""
+    """Take the rows of this rank out of a global batch."""
     first = tf.nest.flatten(batch)[0]
     rows_G = tf.shape(first)[0]
     indices_B, weights_B = _my_rows(tf.range(rows_G), comm)
@@ -117,7 +119,7 @@ def _my_part(batch: Any, comm: Comm, weights: bool | None) -> Any:
 
 
 def _my_rows(indices_G: Any, comm: Comm) -> tuple[Any, Any]:
-    """This rank's block of a batch's rows, and a weight for each: R B / G makes a mean of means exact."""
+    """Indices of the rows of this rank, and a weight for each: R B / G makes a mean of means exact."""
     rows = tf.shape(indices_G)[0]
     base, extra = rows // comm.size, rows % comm.size
     start = comm.rank * base + tf.minimum(comm.rank, extra)
@@ -156,7 +158,9 @@ def _check_first(batches: tf.data.Dataset, comm: Comm) -> None:
     """Every example is seen once only if all ranks read the same batches: compare the first ones."""
     first = next(iter(batches), None)
     digest = "nothing" if first is None else _digest(first)
-    agree(comm, {"first batch": digest}, "the data (an order of one's own on each rank? give shuffle() a seed)")
+    agree(
+        comm, {"first batch": digest}, "the data (an order of one's own on each rank? give shuffle() a seed)"
+    )
     if first is None:
         raise DataError("the dataset is empty")
 
