@@ -111,7 +111,7 @@ class Distributed:
             variables = [*self._trainable_variables, *([] if tracing else self.variables)]
             if not all(_has_value(variable) for variable in variables):
                 raise UsageError(
-                    "the model's weights would be made inside tf.function, so they cannot be those of rank 0. "
+                    "the model's weights would be made inside tf.function: they cannot be those of rank 0. "
                     "Build it before the first step: call the model on a batch, then "
                     "optimizer.build(model.trainable_variables)"
                 )
