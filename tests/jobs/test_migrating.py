@@ -16,7 +16,7 @@ def test_there_is_a_pair_for_each():
     assert ["tf_dist" in script for script in SCRIPTS] == [False, True] * 3
 
 
-@pytest.mark.parametrize(("name", "script"), zip(NAMES, SCRIPTS, strict=True), ids=NAMES)
+@pytest.mark.parametrize(("name", "script"), list(zip(NAMES, SCRIPTS, strict=True)), ids=NAMES)
 def test_script(run_job, tmp_path, name, script):
     if name == "horovod" and importlib.util.find_spec("horovod") is None:
         pytest.skip("Horovod is not installed: `make horovod`")

@@ -304,9 +304,8 @@ def test_every_example_once(connected, everyone, kind, extra):
             tf_dist.shard(data, connected, batch_size=None if kind == "batches" else 4).as_numpy_iterator()
         )
         assert len(set(everyone(len(found)))) == 1
-        seen = sum(
-            everyone([float(v) for x, _, w in found for v, weight in zip(x, w, strict=True) if weight]), []
-        )
+        mine = [float(value) for x, _, w in found for value, weight in zip(x, w, strict=True) if weight]
+        seen = [value for part in everyone(mine) for value in part]
         assert sorted(seen) == x.tolist()
         total = sum(everyone(sum(float(w.sum() / len(w)) for _, _, w in found)))
         assert total == pytest.approx(connected.size * len(found))

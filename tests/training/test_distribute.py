@@ -21,7 +21,7 @@ def test_a_keras_that_does_not_call_us_is_found_at_once(monkeypatch):
 
     monkeypatch.setattr(self_test, "_passed", set())
     monkeypatch.setattr(keras.optimizers.Optimizer, "apply_gradients", elsewhere)
-    with pytest.raises(LaunchError, match="self-test.*does not call") as caught:
+    with pytest.raises(LaunchError, match=r"self-test.*does not call") as caught:
         distribute(keras.optimizers.Adam(), SerialComm())
     assert caught.value.exit_code == 78
 
@@ -38,7 +38,8 @@ def test_inside_xla():
     variable = keras.Variable([1.0])
     optimizer = distribute(keras.optimizers.SGD(), SerialComm())
     optimizer.build([variable])
-    with pytest.raises(UsageError, match="jit_compile=True"):
+    # AutoGraph may put our error into one of its own; the message stays.
+    with pytest.raises(Exception, match="cannot be called inside jit_compile=True"):
         tf.function(lambda: optimizer.apply([tf.ones(1)], [variable]), jit_compile=True)()
 
 

@@ -2,8 +2,10 @@
 
 The optimizer stays what it is and only its class changes, to a subclass that reduces gradients before
 anything else is done with them. Keras then clips, accumulates, decays and averages as always, with
-numbers that are the same on every rank. Gradients of embeddings become dense on the way: Adam then updates
-every row in every step, where Keras by itself would leave alone the rows that a batch does not name. Saved files name the plain class: `__class__` says so.
+numbers that are the same on every rank. Saved files name the plain class: `__class__` says so.
+
+Gradients of embeddings become dense on the way: Adam then updates every row in every step, where Keras by
+itself would leave alone the rows that a batch does not name.
 """
 
 from __future__ import annotations
