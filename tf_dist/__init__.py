@@ -7,6 +7,7 @@ trainer.fit(tokens, steps=1000)
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from tf_dist.comm.base import Comm as Comm
@@ -14,15 +15,16 @@ from tf_dist.comm.launch import connect as connect
 from tf_dist.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from tf_dist.training.distribute import distribute as distribute
+    from tf_dist.training.shard import shard as shard
     from tf_dist.training.trainer import Trainer as Trainer
 
-__all__ = ["Comm", "Trainer", "__version__", "connect"]
+__all__ = ["Comm", "Trainer", "__version__", "connect", "distribute", "shard"]
+_HOME = {"Trainer": "trainer", "distribute": "distribute", "shard": "shard"}
 
 
 def __getattr__(name: str) -> Any:
-    """Import `Trainer` when it is first asked for: it needs TensorFlow, which `connect` must precede."""
-    if name == "Trainer":
-        from tf_dist.training.trainer import Trainer
-
-        return Trainer
-    raise AttributeError(f"module 'tf_dist' has no attribute {name!r}")
+    """Import what needs TensorFlow when it is first asked for: `connect` must come before."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'tf_dist' has no attribute {name!r}")
+    return getattr(import_module(f"tf_dist.training.{_HOME[name]}"), name)
