@@ -19,7 +19,7 @@ TEST_TIMEOUT ?= 900
 # into .venv/bin/activate (scripts/mpi_environment.sh), so that plain mpirun lines work as well.
 RUN := source scripts/mpi_environment.sh &&
 
-.PHONY: help install train test test-pure test-jobs lint horovod check-peers clean
+.PHONY: help install train test test-pure test-jobs lint horovod bench check-peers clean
 
 help: ## this list
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z%-]+):.*## /  make \1|/' | column -t -s '|'
@@ -53,6 +53,12 @@ lint: install ## ruff and mypy
 
 horovod: install ## build Horovod 0.28.1 into .venv, for --backend horovod
 	$(RUN) $(PY) scripts/build_horovod.py
+
+bench: install ## all benchmarks
+	$(RUN) $(PY) scripts/bench.py
+
+bench-%: install ## one benchmark: bench-exact
+	$(RUN) $(PY) scripts/bench.py $*
 
 check-peers: install ## see for yourself what Horovod and tf.distribute do under Keras 3
 	$(RUN) $(PY) scripts/check_peers.py

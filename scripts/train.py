@@ -92,7 +92,10 @@ def train(config: Config, comm: Comm, corpus: Prepared, run: RunFolder) -> None:
         seq_len=config.seq_len,
         clip_norm=config.clip_norm,
         seed=config.seed,
+        check_every=config.check_every,
+        on_mismatch=config.on_mismatch,
     )
+    trainer.sentinel.say = run.say
     job = Job(config, comm, corpus, run, trainer)
     job.resume()
     steps_per_epoch = trainer.sampler(trainer.sequences(corpus.train)).steps_per_epoch

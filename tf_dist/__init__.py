@@ -7,7 +7,7 @@ trainer.fit(tokens, steps=1000)
 
 from __future__ import annotations
 
-import importlib
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from tf_dist.comm.base import Comm as Comm
@@ -16,17 +16,18 @@ from tf_dist.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from tf_dist import callbacks as callbacks
+    from tf_dist.training.distribute import distribute as distribute
+    from tf_dist.training.shard import shard as shard
     from tf_dist.training.trainer import Trainer as Trainer
 
-__all__ = ["Comm", "Trainer", "__version__", "callbacks", "connect"]
+__all__ = ["Comm", "Trainer", "__version__", "callbacks", "connect", "distribute", "shard"]
+_HOME = {"Trainer": "trainer", "distribute": "distribute", "shard": "shard"}
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs TensorFlow when it is first asked for: `connect` must precede it."""
-    if name == "Trainer":
-        from tf_dist.training.trainer import Trainer
-
-        return Trainer
+    """Import what needs TensorFlow when it is first asked for: `connect` must come before."""
     if name == "callbacks":
-        return importlib.import_module("tf_dist.callbacks")
-    raise AttributeError(f"module 'tf_dist' has no attribute {name!r}")
+        return import_module("tf_dist.callbacks")
+    if name not in _HOME:
+        raise AttributeError(f"module 'tf_dist' has no attribute {name!r}")
+    return getattr(import_module(f"tf_dist.training.{_HOME[name]}"), name)

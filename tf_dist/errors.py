@@ -13,6 +13,12 @@ class TfDistError(Exception):
     exit_code = 70
 
 
+class OrderError(TfDistError, RuntimeError):
+    """The ranks do not call the same collectives in the same order, or one of them does not come."""
+
+    exit_code = 70
+
+
 class UsageError(TfDistError, ValueError):
     """A flag, configuration key or argument that cannot be right."""
 

@@ -10,7 +10,9 @@ import pytest
 
 from tf_dist.comm.agree import agree, on_root
 from tf_dist.comm.base import SerialComm
+from tf_dist.data.sampler import share
 from tf_dist.errors import DataError, LaunchError
+from tf_dist.parallel.tree import BlockSum, TreeSum, order
 
 THREE_MB = 3 << 20  # more than a chunk of MPIComm, and, with a few elements more, no multiple of it
 DTYPES = [np.float32, np.float64]
@@ -107,6 +109,49 @@ def test_gather_to_each_root(comm, found, dtype):
                 right = rows.dtype == dtype and np.array_equal(rows, expected)
             if not right or not np.array_equal(mine, ramp(length, dtype) + comm.rank):
                 wrong.append((root, length, rows))
+    found(wrong)
+
+
+@pytest.mark.parametrize("leaves", [1, 2, 3, 4, 7, 8])
+@pytest.mark.parametrize("length", [1, 17, 100_003, THREE_MB // 4 + 13])
+def test_terms_are_added_in_the_order_of_one_rank(comm, found, leaves, length):
+    """Whoever has them: the bits are those of the whole tree. Horovod's are its own, the same everywhere."""
+    arrays = [
+        np.random.default_rng(leaf).standard_normal(length).astype(np.float32) for leaf in range(leaves)
+    ]
+    whole = TreeSum(length)
+    for array in arrays:
+        whole.add(array)
+    blocks = [share(leaves, rank, comm.size) for rank in range(comm.size)]
+    made, expected, wrong = order(range(leaves), blocks), whole.result(), []
+    for verb in ("allreduce_terms", "reduce_terms"):
+        mine = BlockSum(length, range(leaves), blocks[comm.rank])
+        for leaf in blocks[comm.rank]:
+            mine.add(arrays[leaf])
+        out = np.full(length, -1.0, np.float32)
+        getattr(comm, verb)(mine.terms(), made, out)
+        if verb == "reduce_terms" and comm.rank:
+            right = bool((out == -1).all())
+        elif type(comm).__name__ == "HorovodComm":
+            right = np.allclose(out, expected, rtol=0, atol=1e-5)
+        else:
+            right = out.tobytes() == expected.tobytes()
+        if not right:
+            wrong.append((verb, out[:3], expected[:3]))
+    found(wrong)
+
+
+def test_terms_go_to_any_root_and_into_a_term(comm, found):
+    """The sum may lie over the first term, as the updates ask; and terms of the last step do not linger."""
+    wrong = []
+    for root in range(comm.size):
+        for factor in (1.0, 2.0):
+            blocks = [range(rank, rank + 1) for rank in range(comm.size)]
+            term = ramp(1000, np.float32) * np.float32(factor * (comm.rank + 1))
+            comm.reduce_terms([term], order(range(comm.size), blocks), term, root)
+            expected = ramp(1000, np.float32) * np.float32(factor * comm.size * (comm.size + 1) / 2)
+            if comm.rank == root and not np.array_equal(term, expected):
+                wrong.append((root, factor, term[:5]))
     found(wrong)
 
 

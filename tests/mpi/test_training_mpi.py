@@ -71,21 +71,23 @@ def carried(request, connected):
 
 
 @pytest.mark.parametrize("update", ["allreduce", "master"])
-def test_parallel_is_serial(carried, serial, everyone, update):
+def test_parallel_is_serial(connected, carried, serial, everyone, update):
     _, logs_serial, weights_serial, result_serial = serial
     parallel = trainer(carried, update)
     logs = steps_of(parallel)
     weights = flat(parallel.model)
     assert len(set(everyone(weights.tobytes()))) == 1, "the ranks have different weights"
-    assert max(everyone(float(np.abs(weights - weights_serial).max()))) <= 1e-5
+    by_mpi = carried is connected  # Horovod adds in an order of its own
+    assert max(everyone(float(np.abs(weights - weights_serial).max()))) <= (0.0 if by_mpi else 1e-5)
     assert everyone(logs) == [everyone(logs)[0]] * carried.size, "the ranks were told different things"
     for mine, theirs in zip(logs, logs_serial, strict=True):
         assert mine["tokens"] == theirs["tokens"]
+        assert mine == theirs or not by_mpi
         assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-6)
         assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], abs=1e-5)
     assert parallel.tokens == sum(log["tokens"] for log in logs)
     result = parallel.validate(HELD_OUT, 100)
-    assert result == pytest.approx(result_serial, rel=1e-5)
+    assert result == result_serial if by_mpi else result == pytest.approx(result_serial, rel=1e-5)
     assert set(result) == {"val_loss", "val_accuracy", "perplexity", "bits_per_byte"}
 
 

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tf_dist.parallel.flat import ALIGNMENT_BYTES, FlatLayout, aligned_empty
+from tf_dist.parallel.flat import ALIGNMENT_BYTES, FlatLayout, aligned_empty, norm
 
 shapes = st.lists(st.lists(st.integers(0, 4), max_size=3), max_size=6)
 
@@ -53,3 +53,19 @@ def test_aligned(length, dtype):
     assert array.flags.writeable
     array.fill(3)
     assert (array == 3).all()
+
+
+@pytest.mark.parametrize("length", [0, 1, 4095, 4096, 4097, 100_000])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_norm(length, scale):
+    """Also where squares are beyond float32: 1e-30 squared is 0 in it, and 1e30 squared infinite."""
+    array = (np.random.default_rng(length).standard_normal(length) * scale).astype(np.float32)
+    assert norm(array) == pytest.approx(float(np.linalg.norm(array.astype(np.float64))), rel=1e-6)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [0, 5000, -1])
+def test_a_bad_number_shows_in_the_norm(bad, place):
+    array = np.ones(10_000, np.float32)
+    array[place] = bad
+    assert not np.isfinite(norm(array))

@@ -3,8 +3,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tf_dist.comm.base import add_in_order
 from tf_dist.parallel import tree as tree_module
-from tf_dist.parallel.tree import TreeSum
+from tf_dist.parallel.tree import BlockSum, TreeSum, order, subtrees
 
 LENGTH = 5
 
@@ -108,3 +109,69 @@ def test_a_result_is_aligned_for_tensorflow():
     tree = TreeSum(LENGTH)
     tree.add(arrays(1)[0])
     assert tree.result().ctypes.data % 64 == 0
+
+
+# Across ranks -------------------------------------------------------------------------------------
+
+
+@st.composite
+def blocks_of(draw):
+    """Blocks of neighbouring leaves for some ranks, uneven, and some of them empty."""
+    leaves = draw(st.integers(1, 40))
+    cuts = sorted(draw(st.lists(st.integers(0, leaves), min_size=0, max_size=7)))
+    return [range(*cut) for cut in zip([0, *cuts], [*cuts, leaves], strict=True)]
+
+
+@given(blocks_of(), st.integers(0, 2**32))
+def test_any_ranks_make_the_additions_of_one(blocks, seed):
+    leaves = range(sum(map(len, blocks)))
+    terms_of_leaves = arrays(len(leaves), seed)
+    terms = []
+    for block in blocks:
+        mine = BlockSum(LENGTH, leaves, block)
+        for leaf in block:
+            mine.add(terms_of_leaves[leaf])
+        terms.append([term.copy() for term in mine.terms()])
+    made = order(leaves, blocks)
+    assert made.counts == tuple(map(len, terms))
+    everyone = [term for theirs in terms for term in theirs]
+    assert len(made.additions) == len(everyone) - 1
+    assert bits(add_in_order(everyone, made)) == bits(pairwise(terms_of_leaves))
+
+
+@given(blocks_of())
+def test_subtrees_are_the_block_and_few(blocks):
+    leaves = range(sum(map(len, blocks)))
+    for block in blocks:
+        found = subtrees(leaves, block)
+        assert [leaf for term in found for leaf in term] == list(block)
+        assert len(found) <= 2 * max(1, np.ceil(np.log2(len(leaves))))
+
+
+@pytest.mark.parametrize(
+    ("leaves", "ranks", "expected"),
+    [
+        (8, 2, [["0123"], ["4567"]]),
+        (8, 3, [["01", "2"], ["3", "45"], ["67"]]),
+        (6, 3, [["01"], ["23"], ["45"]]),
+        (7, 2, [["0123"], ["456"]]),  # the right side, smaller than the left, is a subtree as well
+        (2, 4, [["0"], ["1"], [], []]),
+    ],
+)
+def test_who_has_which_subtrees(leaves, ranks, expected):
+    whole = range(leaves)
+    per_rank = [[] for _ in range(ranks)]
+    start = 0
+    for rank in range(ranks):
+        length = leaves // ranks + (rank < leaves % ranks)
+        for term in subtrees(whole, range(start, start + length)):
+            per_rank[rank].append("".join(map(str, term)))
+        start += length
+    assert per_rank == expected
+
+
+def test_a_block_that_lacks_a_leaf_is_our_mistake():
+    mine = BlockSum(LENGTH, range(4), range(2, 4))
+    mine.add(arrays(1)[0])
+    with pytest.raises(AssertionError, match="a leaf of the block is missing"):
+        mine.terms()

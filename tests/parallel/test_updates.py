@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tf_dist.comm.base import Comm, SerialComm
+from tf_dist.comm.base import Comm, SerialComm, add_in_order
 from tf_dist.config import Config
 from tf_dist.errors import NumericError
-from tf_dist.parallel.tree import TreeSum
-from tf_dist.parallel.updates import CORRECT, LOSS, STOP, TOKENS, UPDATES, allreduce, master
+from tf_dist.parallel.tree import BlockSum, order
+from tf_dist.parallel.updates import LOSS, STOP, TOKENS, UPDATES, Totals, allreduce, master
 
 P = 6
 LIMIT_S = 30.0
@@ -20,7 +20,7 @@ sizes = pytest.mark.parametrize("size", [1, 2, 3, 4])
 
 
 class ThreadComm(Comm):
-    """One of several ranks that are threads of this process; sums in tree order."""
+    """One of several ranks that are threads of this process."""
 
     def __init__(self, rank, size, board, meeting):
         super().__init__()
@@ -35,14 +35,18 @@ class ThreadComm(Comm):
         return everyone
 
     def _allreduce(self, array):
-        tree = TreeSum(array.size)
-        rows = self._everyone(array.copy())
-        if array.dtype == np.float32:
-            for row in rows:
-                tree.add(row)
-            array[:] = tree.result()
-        else:
-            array[:] = sum(rows)
+        array[:] = sum(self._everyone(array.copy()))
+
+    def _allreduce_terms(self, terms, order, out):
+        everyone = self._everyone([term.copy() for term in terms])
+        assert tuple(len(theirs) for theirs in everyone) == order.counts
+        out[:] = add_in_order([term.copy() for theirs in everyone for term in theirs], order)
+
+    def _reduce_terms(self, terms, order, out, root):
+        total = np.empty_like(out)
+        self._allreduce_terms(terms, order, total)
+        if self.rank == root:
+            out[:] = total
 
     def _broadcast(self, array, root):
         array[:] = self._everyone(array.copy())[root]
@@ -89,9 +93,6 @@ class Momentum:
         self.velocity = np.zeros(P, np.float32)
         self.steps = self.applied = 0
 
-    def norm(self, gradient):
-        return float(np.linalg.norm(gradient.astype(np.float64)))
-
     def apply(self, gradient, scale):
         self.velocity = np.float32(0.5) * self.velocity + gradient * np.float32(scale)
         self.weights -= self.velocity
@@ -108,23 +109,35 @@ class Momentum:
         self.weights[:] = weights
 
 
-def totals_of(tokens, loss=1.0, correct=0.0, stop=0.0):
-    totals = np.zeros(4)
-    totals[[LOSS, TOKENS, CORRECT, STOP]] = loss, tokens, correct, stop
-    return totals
+def one_each(size):
+    """A micro-batch for each rank: its leaf of the tree."""
+    return [range(rank, rank + 1) for rank in range(size)]
 
 
-def run(update, gradients, tokens, clip_norm=0.0, rounds=1):
+def take_step(update, blocks, gradients, tokens, clip_norm, replica, comm):
+    """One step in which rank r has the micro-batches ``blocks[r]``; the totals and the norm."""
+    leaves = range(len(gradients))
+    mine, totals = BlockSum(P, leaves, blocks[comm.rank]), Totals(len(gradients))
+    for leaf in blocks[comm.rank]:
+        mine.add(gradients[leaf])
+        totals.add(leaf, np.array([leaf + 1.0, tokens[leaf], 0.0]))
+    if comm.rank == 1:
+        totals.ask_to_stop()
+    norm = update(mine.terms(), order(leaves, blocks), totals, clip_norm, replica, comm)
+    return totals.sum(), norm
+
+
+def run(update, gradients, tokens, clip_norm=0.0, rounds=1, blocks=None):
     """Take ``rounds`` steps; a (replica, totals, norm) for each rank."""
+    blocks = blocks or one_each(len(gradients))
 
     def work(comm):
         replica = Momentum()
         for _ in range(rounds):
-            totals = totals_of(tokens[comm.rank], loss=comm.rank + 1, stop=comm.rank == 1)
-            norm = update(gradients[comm.rank].copy(), totals, clip_norm, replica, comm)
+            totals, norm = take_step(update, blocks, gradients, tokens, clip_norm, replica, comm)
         return replica, totals, norm
 
-    outcomes = on_ranks(len(gradients), work)
+    outcomes = on_ranks(len(blocks), work)
     for outcome in outcomes:
         if isinstance(outcome, Exception):
             raise outcome
@@ -187,9 +200,9 @@ def test_a_bad_number_on_one_rank_stops_all_and_changes_none(update, size, bad):
     replicas = [Momentum() for _ in range(size)]
 
     def work(comm):
-        gradient = np.ones(P, np.float32)
-        gradient[2] = bad if comm.rank == size - 1 else 1.0
-        update(gradient, totals_of(3.0), 1.0, replicas[comm.rank], comm)
+        gradients = [np.ones(P, np.float32) for _ in range(size)]
+        gradients[-1][2] = bad
+        take_step(update, one_each(size), gradients, [3.0] * size, 1.0, replicas[comm.rank], comm)
 
     for outcome in on_ranks(size, work):
         assert isinstance(outcome, NumericError)
@@ -222,8 +235,35 @@ def test_with_master_one_rank_computes_and_all_count():
 
 @updates
 def test_one_process(update):
-    replica, totals = Momentum(), totals_of(2.0)
-    assert update(np.full(P, 4, np.float32), totals, 0.0, replica, SerialComm()) == pytest.approx(
-        2 * np.sqrt(P)
-    )
+    replica = Momentum()
+    gradient = np.full(P, 4, np.float32)
+    _, norm = take_step(update, one_each(1), [gradient], [2.0], 0.0, replica, SerialComm())
+    assert norm == pytest.approx(2 * np.sqrt(P))
     assert replica.weights.tolist() == (np.arange(P) - 2).tolist()
+
+
+@st.composite
+def blocks_of(draw):
+    """Blocks of neighbouring micro-batches for some ranks, uneven, and some of them empty."""
+    leaves = draw(st.integers(1, 12))
+    cuts = sorted(draw(st.lists(st.integers(0, leaves), min_size=0, max_size=5)))
+    return [range(*cut) for cut in zip([0, *cuts], [*cuts, leaves], strict=True)]
+
+
+@settings(max_examples=40)
+@given(blocks_of(), st.integers(0, 2**32), st.sampled_from([0.0, 0.5]))
+def test_ranks_never_change_a_bit(blocks, seed, clip_norm):
+    """The signature: whoever has which micro-batches, weights, norm and totals are those of one rank."""
+    random = np.random.default_rng(seed)
+    leaves = sum(map(len, blocks))
+    scales = 10.0 ** random.integers(-4, 5, (leaves, P))
+    gradients = list((random.standard_normal((leaves, P)) * scales).astype(np.float32))
+    tokens = (random.integers(0, 50, leaves) + random.random(leaves)).tolist()  # not exact when added
+    for update in (allreduce, master):
+        [(alone, serial, norm_alone)] = run(
+            update, gradients, tokens, clip_norm, rounds=3, blocks=[range(leaves)]
+        )
+        for replica, totals, norm in run(update, gradients, tokens, clip_norm, rounds=3, blocks=blocks):
+            assert replica.weights.tobytes() == alone.weights.tobytes()
+            assert norm == norm_alone
+            assert totals[:STOP].tobytes() == serial[:STOP].tobytes()

@@ -8,17 +8,35 @@ Legend: R ranks.
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 # What `allgather_obj` and `broadcast_obj` carry is small by intent: facts, paths, manifests.
 OBJECT_BYTES_LIMIT = 64 << 20
+# Elements that are added to all terms before the next ones: they stay in the cache.
+ADDED_AT_ONCE = 1 << 15
+# Slices of ranks begin at multiples of this many elements: a cache line of float32.
+ALIGNED_ELEMENTS = 16
+
+
+@dataclass(frozen=True)
+class Order:
+    """In which order terms that lie on several ranks are added: floating-point sums depend on it.
+
+    counts: how many terms each rank holds, (R,). additions: pairs (i, j) of terms, numbered through all
+    ranks; one after another, term i becomes term i + term j, and the sum ends in term 0.
+    """
+
+    counts: tuple[int, ...]
+    additions: tuple[tuple[int, int], ...]
 
 
 class Comm(ABC):
@@ -34,6 +52,8 @@ class Comm(ABC):
         wait_s: seconds spent in `barrier`, waiting for slower ranks.
         waiting: the verb this rank is inside of and when it entered it (`time.monotonic`), or None.
         calls: collectives begun so far.
+        before: called with verb, array (or None) and root at the beginning of every collective; does
+            nothing, unless `debug.keep_order` has put its comparison there.
     """
 
     rank: int
@@ -44,23 +64,44 @@ class Comm(ABC):
         self.wait_s = 0.0
         self.waiting: tuple[str, float] | None = None
         self.calls = 0
+        self.before: Callable[[str, np.ndarray | None, int], None] = _nothing
 
     # The verbs ---------------------------------------------------------------------------------
 
     def allreduce(self, array: np.ndarray) -> None:
         """Replace ``array`` by its sum over all ranks, everywhere."""
-        with self._collective("allreduce"):
+        with self._collective("allreduce", array):
             self._allreduce(_flat(array))
 
     def broadcast(self, array: np.ndarray, root: int = 0) -> None:
         """Replace ``array`` by that of ``root``, everywhere."""
-        with self._collective("broadcast"):
+        with self._collective("broadcast", array, root):
             self._broadcast(_flat(array), root)
 
     def gather(self, array: np.ndarray, root: int = 0) -> np.ndarray | None:
         """Return the arrays of all ranks as (R, n) on ``root``, and None elsewhere."""
-        with self._collective("gather"):
+        with self._collective("gather", array, root):
             return self._gather(_flat(array), root)
+
+    def allreduce_terms(self, terms: list[np.ndarray], order: Order, out: np.ndarray) -> None:
+        """Add the terms of all ranks, in the given order, into ``out``, everywhere.
+
+        Unlike `allreduce`, whose order is the transport's, this gives the same bits for every number of
+        ranks among which the terms of one tree are spread (`tf_dist.parallel.tree`). Horovod cannot: its
+        result differs in the last bits.
+
+        Args:
+            terms: this rank's, each of the length of ``out``; their content is lost.
+            order: the same on every rank.
+            out: may be one of the terms.
+        """
+        with self._collective("allreduce_terms", out):
+            self._allreduce_terms([_flat(term) for term in terms], order, _flat(out))
+
+    def reduce_terms(self, terms: list[np.ndarray], order: Order, out: np.ndarray, root: int = 0) -> None:
+        """`allreduce_terms`, but only ``root`` gets the sum; ``out`` of the others is left alone."""
+        with self._collective("reduce_terms", out, root):
+            self._reduce_terms([_flat(term) for term in terms], order, _flat(out), root)
 
     def barrier(self) -> None:
         """Return once every rank is here; the time goes to ``wait_s``."""
@@ -88,16 +129,23 @@ class Comm(ABC):
     def _gather(self, array: np.ndarray, root: int) -> np.ndarray | None: ...
 
     @abstractmethod
+    def _allreduce_terms(self, terms: list[np.ndarray], order: Order, out: np.ndarray) -> None: ...
+
+    @abstractmethod
+    def _reduce_terms(self, terms: list[np.ndarray], order: Order, out: np.ndarray, root: int) -> None: ...
+
+    @abstractmethod
     def _barrier(self) -> None: ...
 
     @abstractmethod
     def _allgather_bytes(self, raw: bytes) -> list[bytes]: ...
 
     @contextmanager
-    def _collective(self, verb: str) -> Iterator[None]:
+    def _collective(self, verb: str, array: np.ndarray | None = None, root: int = 0) -> Iterator[None]:
         begun = time.monotonic()
         self.calls += 1
         self.waiting = (verb, begun)
+        self.before(verb, array, root)
         yield
         # Not in a `finally`: a rank that failed inside a collective has not left it.
         self.waiting = None
@@ -123,11 +171,37 @@ class SerialComm(Comm):
     def _gather(self, array: np.ndarray, root: int) -> np.ndarray | None:
         return array.reshape(1, -1)
 
+    def _allreduce_terms(self, terms: list[np.ndarray], order: Order, out: np.ndarray) -> None:
+        np.copyto(out, add_in_order(terms, order))
+
+    def _reduce_terms(self, terms: list[np.ndarray], order: Order, out: np.ndarray, root: int) -> None:
+        self._allreduce_terms(terms, order, out)
+
     def _barrier(self) -> None:
         pass
 
     def _allgather_bytes(self, raw: bytes) -> list[bytes]:
         return [raw]
+
+
+def add_in_order(terms: list[np.ndarray], order: Order) -> np.ndarray:
+    """The sum of all terms of an `Order`, in ``terms[0]``; the others' content is lost."""
+    for start in range(0, terms[0].size, ADDED_AT_ONCE):
+        parts = [term[start : start + ADDED_AT_ONCE] for term in terms]
+        for i, j in order.additions:
+            parts[i] += parts[j]
+    return terms[0]
+
+
+def slices(length: int, ranks: int) -> list[slice]:
+    """``length`` elements cut into one slice for each rank, on cache lines, balanced to within one line."""
+    lines = -(-length // ALIGNED_ELEMENTS)
+    cuts = [min(length, lines * rank // ranks * ALIGNED_ELEMENTS) for rank in range(ranks + 1)]
+    return [slice(*cut) for cut in itertools.pairwise(cuts)]
+
+
+def _nothing(verb: str, array: np.ndarray | None, root: int) -> None:
+    pass
 
 
 def _flat(array: np.ndarray) -> np.ndarray:

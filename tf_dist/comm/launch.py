@@ -2,7 +2,7 @@
 
 In order: join the MPI world and check that it is the one the launcher started, install the hooks
 that end all ranks together, give each rank its share of the node's cores (`threads`), load TensorFlow
-with them, choose the backend.
+with them, choose the backend. Where ``TF_DIST_DEBUG`` asks for it, every collective is compared (`debug`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from tf_dist.comm.base import Comm, SerialComm
+from tf_dist.comm.debug import keep_order
 from tf_dist.comm.ending import Ending
 from tf_dist.comm.threads import load_tensorflow, set_threads
 from tf_dist.errors import LaunchError, UsageError
@@ -75,7 +76,7 @@ def join() -> Comm:
         comm = MPIComm()
         _ending.join(mpi.COMM_WORLD.Dup(), can_watch=mpi.Query_thread() == mpi.THREAD_MULTIPLE)
     _ending.watch(comm)
-    return comm
+    return keep_order(comm, os.environ, lambda: mpi.COMM_WORLD.Dup())
 
 
 def use_backend(comm: Comm, backend: str) -> Comm:
@@ -94,7 +95,7 @@ def use_backend(comm: Comm, backend: str) -> Comm:
         )
     if _ending is not None:
         _ending.watch(carried)
-    return carried
+    return keep_order(carried, os.environ, lambda: _import_mpi().COMM_WORLD.Dup())
 
 
 def on_failure(note: Callable[[int, str], None]) -> None:
@@ -124,15 +125,21 @@ def only_the_first_answers() -> None:
 
 
 def check_launcher(size: int, environment: Mapping[str, str]) -> None:
-    """Refuse N copies of rank 0: the launcher started several processes, each alone in its MPI world.
+    """Refuse a world of fewer ranks than the launcher started, above all N copies of rank 0.
 
     Raises:
         LaunchError: on the first of these processes; the others exit silently with the same code.
     """
     started = next((int(environment[name]) for name in SIZE_VARIABLES if name in environment), 1)
     rank = launched_rank(environment)
-    if size > 1 or (started <= 1 and rank == 0):
+    if size >= started and (size > 1 or rank == 0):
         return
+    if size > 1:
+        _refuse(
+            f"the launcher started {started} processes, but the MPI world has {size} ({_mpi_library()}): "
+            "the others would train without these. Was mpirun started inside another mpirun?",
+            rank,
+        )
     if "SLURM_STEP_NUM_TASKS" in environment and "OMPI_COMM_WORLD_SIZE" not in environment:
         _refuse(
             f"srun started {started} processes without MPI wiring, so each sees an MPI world of 1 "

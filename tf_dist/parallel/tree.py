@@ -1,21 +1,101 @@
-r"""Sums in the order of a binary tree over micro-batches, whoever computed them.
+r"""Sums in the order of one binary tree over micro-batches, whoever computed them.
 
 Floating-point addition is not associative: ((a + b) + c) + d and (a + b) + (c + d) differ in the last
-bits. Summing neighbours, then neighbours of neighbours, gives an order in which the share of a rank
-is a whole subtree when ranks divide the micro-batches into equal powers of two.
+bits. So the order is fixed, by a tree over the micro-batches of a global batch that knows nothing of
+ranks: its left side holds the largest power of two of them that leaves something for the right.
 
          s07
       /       \
-    s03       s47        rank 0 of 2 has s03, rank 1 has s47; their sum is s07,
-   /   \     /   \       the very additions that one rank would have made.
+    s03       s47        2 ranks: rank 0 has s03, rank 1 has s47
+   /   \     /   \       3 ranks: rank 0 has s01 and s2, rank 1 has s3 and s45, rank 2 has s67
   s01  s23 s45  s67
+
+A rank has a block of neighbouring micro-batches. What it can add alone are the largest subtrees inside
+its block (`BlockSum`); the additions that are left are made across ranks (`order`). They are the very
+additions that one rank would have made, so the result has the same bits. ``docs/exactness.md`` has the proof.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
+from tf_dist.comm.base import Order
 from tf_dist.parallel.flat import aligned_empty
+
+
+def subtrees(leaves: range, block: range) -> list[range]:
+    """The largest subtrees of the tree over ``leaves`` whose leaves all lie in ``block``, left to right.
+
+    There are at most 2 log2(n) of them for n leaves, and one where equal powers of two divide the leaves.
+    """
+    first, last = max(leaves.start, block.start), min(leaves.stop, block.stop)
+    if first >= last:
+        return []
+    if (first, last) == (leaves.start, leaves.stop):
+        return [leaves]
+    left, right = _halves(leaves)
+    return subtrees(left, block) + subtrees(right, block)
+
+
+def order(leaves: range, blocks: Sequence[range]) -> Order:
+    """The additions across ranks that complete the tree over ``leaves``.
+
+    Args:
+        leaves: of the tree.
+        blocks: the leaves of each rank, (R,), which together are all, in order; a rank may have none.
+    """
+    shares = [subtrees(leaves, block) for block in blocks]
+    terms = [term for share in shares for term in share]
+    additions: list[tuple[int, int]] = []
+    _complete(leaves, {term: number for number, term in enumerate(terms)}, additions)
+    return Order(tuple(len(share) for share in shares), tuple(additions))
+
+
+def _complete(node: range, terms: dict[range, int], additions: list[tuple[int, int]]) -> int:
+    """Note the additions that make ``node`` out of ``terms``; the number of the term it ends in."""
+    if node in terms:
+        return terms[node]
+    left, right = (_complete(half, terms, additions) for half in _halves(node))
+    additions.append((left, right))
+    return left
+
+
+def _halves(node: range) -> tuple[range, range]:
+    middle = node.start + (1 << ((len(node) - 1).bit_length() - 1))
+    return range(node.start, middle), range(middle, node.stop)
+
+
+class BlockSum:
+    """Adds the arrays of one rank's block of leaves into the terms of an `Order`.
+
+    Args:
+        length: elements of each float32 array.
+        leaves: of the whole tree.
+        block: those of this rank; may be empty.
+    """
+
+    def __init__(self, length: int, leaves: range, block: range) -> None:
+        self._sizes = [len(term) for term in subtrees(leaves, block)]
+        self._sums = [TreeSum(length) for _ in self._sizes]
+        self._begin()
+
+    def _begin(self) -> None:
+        self._term, self._added = 0, 0
+
+    def add(self, array: np.ndarray) -> None:
+        """Add the array of the next leaf, of shape (length,); it is read, not kept."""
+        self._sums[self._term].add(array)
+        self._added += 1
+        if self._added == self._sizes[self._term]:
+            self._term, self._added = self._term + 1, 0
+
+    def terms(self) -> list[np.ndarray]:
+        """The terms of this rank, once all leaves of the block were added; valid until the next `add`."""
+        assert self._term == len(self._sizes), "a leaf of the block is missing"
+        self._begin()
+        return [tree.result() for tree in self._sums]
 
 
 class TreeSum:

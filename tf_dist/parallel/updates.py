@@ -2,10 +2,11 @@
 
 This is where the ranks talk. One step of synchronous data-parallel gradient descent is
 
-    w  <-  optimizer(w, g),    g = (1 / n) * sum over ranks r of g_r
+    w  <-  optimizer(w, g),    g = (1 / n) * sum over micro-batches m of g_m
 
-where g_r is the gradient of the *sum* of the losses of rank r's tokens, and n the number of tokens of
-all ranks. Sums are divided once, at the end: a mean of means would weigh short batches too much.
+where g_m is the gradient of the *sum* of the losses of its tokens, and n the number of tokens of
+all of them. Sums are divided once, at the end: a mean of means would weigh short batches too much. And they
+are added in one order, whoever computed them (`tree`), so the number of ranks never changes the weights.
 
 A new algorithm is a new function of this signature; it touches neither the trainer nor the model.
 """
@@ -17,22 +18,52 @@ from typing import Protocol
 
 import numpy as np
 
-from tf_dist.comm.base import Comm
+from tf_dist.comm.base import Comm, Order
 from tf_dist.errors import NumericError
-from tf_dist.parallel.flat import aligned_empty
-from tf_dist.parallel.tree import TreeSum
+from tf_dist.parallel.flat import aligned_empty, norm
 
-# What `totals` holds, summed over this rank's micro-batches, then over all ranks.
+# The columns of `Totals`: of each micro-batch, the summed loss, the number of targets and of right guesses;
+# and whether a rank wants to stop.
 LOSS, TOKENS, CORRECT, STOP = range(4)
+
+
+class Totals:
+    """Sums over the M micro-batches of a step, in an order that does not depend on ranks.
+
+    Every micro-batch has a row of its own, which one rank fills and the others leave at zero. Adding zeros is
+    exact, so the reduction over ranks is as well, in whatever order it adds; the rows are then summed alike
+    everywhere.
+
+    Args:
+        micro_batches: M.
+    """
+
+    def __init__(self, micro_batches: int) -> None:
+        self.micro_batches = micro_batches
+        self._rows = np.zeros((micro_batches + 1, 4))
+
+    def add(self, micro_batch: int, sums: np.ndarray) -> None:
+        """Note the loss, targets and right guesses, (3,), of one micro-batch."""
+        self._rows[micro_batch, :STOP] += sums
+
+    def ask_to_stop(self) -> None:
+        """Note that this rank wants to stop after the step."""
+        self._rows[-1, STOP] = 1.0
+
+    def reduce(self, comm: Comm) -> np.ndarray:
+        """Sum over all ranks, in place; the totals, (4,). A collective."""
+        comm.allreduce(self._rows.reshape(-1))
+        return self.sum()
+
+    def sum(self) -> np.ndarray:
+        """The totals so far, (4,)."""
+        return np.asarray(self._rows.sum(axis=0))
 
 
 class Replica(Protocol):
     """A copy of the model and its optimizer, as flat float32 arrays of P parameters."""
 
     parameters: int
-
-    def norm(self, gradient: np.ndarray) -> float:
-        """The Euclidean norm of a flat gradient."""
 
     def apply(self, gradient: np.ndarray, scale: float) -> None:
         """Take one optimizer step with ``scale * gradient``."""
@@ -47,17 +78,18 @@ class Replica(Protocol):
         """Take over these weights."""
 
 
-Update = Callable[[np.ndarray, np.ndarray, float, Replica, Comm], float]
+Update = Callable[[list[np.ndarray], Order, Totals, float, Replica, Comm], float]
 
 
 def allreduce(
-    gradient: np.ndarray, totals: np.ndarray, clip_norm: float, replica: Replica, comm: Comm
+    terms: list[np.ndarray], order: Order, totals: Totals, clip_norm: float, replica: Replica, comm: Comm
 ) -> float:
     """Sum the gradients everywhere; every rank takes the same optimizer step.
 
     Args:
-        gradient: (P,) float32, of the summed loss of this rank's tokens; changed in place.
-        totals: (4,) float64, see `LOSS`, `TOKENS`, `CORRECT`, `STOP`; summed over ranks in place.
+        terms: sums of the gradients of this rank's micro-batches, (P,) float32 each; they are used up.
+        order: in which the terms of all ranks are added.
+        totals: of this rank; summed over ranks in place.
         clip_norm: largest global norm of the mean gradient; 0 for no clipping.
         replica: this rank's model and optimizer.
         comm: all ranks.
@@ -69,14 +101,19 @@ def allreduce(
         NumericError: the gradient is not finite; no weight has changed.
     """
     comm.barrier()  # waiting for slower ranks is counted apart from moving bytes
-    comm.allreduce(totals)
-    comm.allreduce(gradient)
-    norm = float(replica.norm(gradient) / max(totals[TOKENS], 1.0))
-    replica.apply(gradient, _scale(norm, totals, clip_norm))
-    return norm
+    counts = totals.reduce(comm)
+    gradient = _sum_buffer(terms, replica)
+    comm.allreduce_terms(terms, order, gradient)
+    # Rank 0's norm for all: on a node with another processor it could differ in its last bit.
+    length = np.array([norm(gradient) / max(counts[TOKENS], 1.0)])
+    comm.broadcast(length)
+    replica.apply(gradient, _scale(float(length[0]), counts, clip_norm))
+    return float(length[0])
 
 
-def master(gradient: np.ndarray, totals: np.ndarray, clip_norm: float, replica: Replica, comm: Comm) -> float:
+def master(
+    terms: list[np.ndarray], order: Order, totals: Totals, clip_norm: float, replica: Replica, comm: Comm
+) -> float:
     """Gather the gradients on rank 0, which alone takes the optimizer step and sends the weights.
 
     The parameter server of Li et al. (2014), in its synchronous form. Rank 0 holds R gradients and
@@ -84,44 +121,41 @@ def master(gradient: np.ndarray, totals: np.ndarray, clip_norm: float, replica: 
     result and errors are those of `allreduce`.
     """
     comm.barrier()
-    comm.allreduce(totals)
-    rows_RxP = comm.gather(gradient)
-    norm = np.zeros(1)
-    if rows_RxP is not None:
-        gradient = _tree_sum(rows_RxP)
-        norm[0] = replica.norm(gradient) / max(totals[TOKENS], 1.0)
-    comm.broadcast(norm)
-    scale = _scale(float(norm[0]), totals, clip_norm)
-    if rows_RxP is not None:
-        replica.apply(gradient, scale)
-    else:
-        replica.skip()
+    counts = totals.reduce(comm)
+    gradient = _sum_buffer(terms, replica)
+    comm.reduce_terms(terms, order, gradient)
+    length = np.zeros(1)
+    if comm.rank == 0:
+        length[0] = norm(gradient) / max(counts[TOKENS], 1.0)
+    comm.broadcast(length)
+    scale = _scale(float(length[0]), counts, clip_norm)
     weights = aligned_empty(replica.parameters)
     if comm.rank == 0:
+        replica.apply(gradient, scale)
         replica.read_weights(weights)
+    else:
+        replica.skip()
     comm.broadcast(weights)
     if comm.rank != 0:
         replica.write_weights(weights)
-    return float(norm[0])
+    return float(length[0])
 
 
 UPDATES: dict[str, Update] = {"allreduce": allreduce, "master": master}
 
 
-def _tree_sum(rows_RxP: np.ndarray) -> np.ndarray:
-    tree = TreeSum(rows_RxP.shape[1])
-    for row in rows_RxP:
-        tree.add(row)
-    return tree.result()
+def _sum_buffer(terms: list[np.ndarray], replica: Replica) -> np.ndarray:
+    """Where the sum goes: over the first term, which is used up, or on a rank without one, new memory."""
+    return terms[0] if terms else aligned_empty(replica.parameters)
 
 
-def _scale(norm: float, totals: np.ndarray, clip_norm: float) -> float:
+def _scale(norm: float, counts: np.ndarray, clip_norm: float) -> float:
     """What turns the summed gradient into the mean gradient, clipped to ``clip_norm``."""
     if not np.isfinite(norm):
-        loss = totals[LOSS] / max(totals[TOKENS], 1.0)
+        loss = counts[LOSS] / max(counts[TOKENS], 1.0)
         raise NumericError(
             f"the gradient is not finite (norm {norm}, mean loss {loss:.4g}), and no weight has changed. "
             "Try a lower --learning-rate, a longer --warmup-steps or --clip-norm 1"
         )
     clipped = min(1.0, clip_norm / norm) if clip_norm and norm > 0 else 1.0
-    return clipped / max(float(totals[TOKENS]), 1.0)
+    return clipped / max(float(counts[TOKENS]), 1.0)

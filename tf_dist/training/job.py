@@ -11,6 +11,7 @@ from tf_dist.config import Config
 from tf_dist.data.prepared import Prepared
 from tf_dist.errors import CheckpointError, SavedAndStopped
 from tf_dist.training import checkpoint, state
+from tf_dist.training.environment import bits_depend_on, changes
 from tf_dist.training.generate import Sampling, generate
 from tf_dist.training.plots import loss_curve
 from tf_dist.training.run import RunFolder
@@ -65,6 +66,9 @@ class Job:
         facts = checkpoint.read_manifest(path)["facts"]
         content = self.corpus.meta["content_sha256"]
         state.check_same_run(facts, self.config, content, self.run.say)
+        changed = changes(facts.get("bits_depend_on", {}), bits_depend_on())
+        if changed:
+            self.run.say("resuming where last bits may differ, for these have changed: " + "; ".join(changed))
         return {"path": str(path), "val_loss": facts["val_loss"]}
 
     def begin(self) -> None:
@@ -75,11 +79,17 @@ class Job:
         self.run.status(step=self.trainer.step, val_loss=self.last.get("val_loss"))
 
     def save(self) -> None:
-        """Write a checkpoint and say so in ``status.json``."""
+        """Write a checkpoint and say so in ``status.json``.
+
+        Raises:
+            LaunchError: the ranks differ: only what all of them hold is worth keeping.
+        """
+        self.trainer.sentinel.compare(self.trainer.step)
         facts = {
             "config": self.config.as_dict(),
             "content_sha256": self.corpus.meta["content_sha256"],
             "versions": versions(),
+            "bits_depend_on": bits_depend_on(),
             "val_loss": self.last.get("val_loss"),
         }
         state.save(self.trainer, self.run.checkpoints, self.config.keep, facts)

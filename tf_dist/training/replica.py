@@ -68,7 +68,6 @@ class Replica:
         self._gradients = tf.function(self._gradients_graph, input_signature=[batch_BxT, batch_BxT, states])
         self._evaluate = tf.function(self._evaluate_graph, input_signature=[batch_BxT, batch_BxT])
         self._apply = tf.function(self._apply_graph, input_signature=[flat_P, tf.TensorSpec((), tf.float32)])
-        self._norm = tf.function(tf.norm, input_signature=[flat_P])
         self._read = tf.function(lambda: _concat(self._trainable_values()), input_signature=[])
         self._write = tf.function(self._write_graph, input_signature=[flat_P])
 
@@ -112,10 +111,6 @@ class Replica:
         return _loss_and_sums(self.model(x_BxT, training=False), y_BxT)[1]
 
     # Weights -------------------------------------------------------------------------------------
-
-    def norm(self, gradient: np.ndarray) -> float:
-        """The Euclidean norm of a flat gradient, (P,) float32."""
-        return float(self._norm(_as_tensor(gradient)))
 
     def apply(self, gradient: np.ndarray, scale: float) -> None:
         """Take one optimizer step with ``scale * gradient``, (P,) float32."""

@@ -34,6 +34,8 @@ FREE = (
     "progress",
     "prepared_dir",
     "threads_per_rank",
+    "check_every",
+    "on_mismatch",
 )
 
 

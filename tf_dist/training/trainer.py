@@ -9,20 +9,23 @@ import hashlib
 import math
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
 
 from tf_dist.comm.base import Comm
+from tf_dist.comm.probe import prove
 from tf_dist.config import default_micro_batch
 from tf_dist.data.sampler import Sampler, share
 from tf_dist.data.tokens import Sequences
 from tf_dist.errors import DataError, LaunchError, UsageError
 from tf_dist.parallel.flat import aligned_empty
-from tf_dist.parallel.tree import TreeSum
-from tf_dist.parallel.updates import CORRECT, LOSS, STOP, TOKENS, UPDATES
+from tf_dist.parallel.tree import BlockSum, order
+from tf_dist.parallel.updates import CORRECT, LOSS, STOP, TOKENS, UPDATES, Totals
 from tf_dist.training.callback_list import RankCallbackList
 from tf_dist.training.replica import Replica
+from tf_dist.training.sentinel import Sentinel
 
 DEFAULT_SEQ_LEN = 128
 
@@ -44,6 +47,8 @@ class Trainer:
         seq_len: T; None: what the model's input says, else 128.
         clip_norm: largest global norm of the mean gradient; 0 for no clipping.
         seed: of the order of the data and of dropout.
+        check_every: steps between comparisons of all ranks, see `Sentinel`; 0: only in the first steps.
+        on_mismatch: "stop" when a rank differs, or "restore" it from a majority of the others.
 
     Attributes:
         step: optimizer steps taken so far.
@@ -67,6 +72,8 @@ class Trainer:
         seq_len: int | None = None,
         clip_norm: float = 0.0,
         seed: int = 1,
+        check_every: int = 100,
+        on_mismatch: str = "stop",
     ) -> None:
         if update not in UPDATES:
             raise UsageError(f"unknown update {update!r}: {', '.join(UPDATES)}")
@@ -83,12 +90,19 @@ class Trainer:
         self.update = UPDATES[update]
         self.global_batch_size, self.clip_norm, self.seed = global_batch_size, clip_norm, seed
         self.seq_len = seq_len or _static_seq_len(model) or DEFAULT_SEQ_LEN
-        self.my_micro_batches = share(global_batch_size // self.rows, comm.rank, comm.size)
         self.replica = Replica(model, optimizer, self.rows, self.seq_len, seed)
-        self._sum = TreeSum(self.replica.parameters)
+        self._share_micro_batches(range(global_batch_size // self.rows))
+        self.sentinel = Sentinel(comm, self._shared_variables(update), check_every, on_mismatch)
         self.step, self.tokens, self.elapsed_s = 0, 0, 0.0
         self.stopped = self._stop_requested = False
         model.stop_training = False
+
+    def _share_micro_batches(self, micro_batches: range) -> None:
+        """Deal out neighbouring micro-batches to the ranks, and fix the order in which they are summed."""
+        blocks = [share(len(micro_batches), rank, self.comm.size) for rank in range(self.comm.size)]
+        self.micro_batches, self.my_micro_batches = len(micro_batches), blocks[self.comm.rank]
+        self._order = order(micro_batches, blocks)
+        self._sum = BlockSum(self.replica.parameters, micro_batches, self.my_micro_batches)
 
     # One step ------------------------------------------------------------------------------------
 
@@ -98,24 +112,28 @@ class Trainer:
         Returns:
             loss (mean nats per token), accuracy, grad_norm and tokens: the same on every rank.
         """
-        totals = np.zeros(4)
-        totals[STOP] = self._stop_requested or self.model.stop_training
+        self.sentinel.watch(self.step)
+        totals = Totals(self.micro_batches)
+        if self._stop_requested or self.model.stop_training:
+            totals.ask_to_stop()
         rows_G = sampler.batch(self.step)
         for micro_batch in self.my_micro_batches:
             x_BxT, y_BxT = sequences.rows(rows_G[micro_batch * self.rows :][: self.rows])
             gradient, sums = self.replica.gradients(x_BxT, y_BxT, (self.step, micro_batch))
             self._sum.add(gradient)
-            totals[: len(sums)] += sums
-        norm = self.update(self._sum.result(), totals, self.clip_norm, self.replica, self.comm)
+            totals.add(micro_batch, sums)
+        terms = self._sum.terms()
+        norm = self.update(terms, self._order, totals, self.clip_norm, self.replica, self.comm)
         self.step += 1
-        self.tokens += int(totals[TOKENS])
-        self.stopped = totals[STOP] > 0  # any rank's wish, agreed by the reduction itself
-        count = max(totals[TOKENS], 1.0)
+        counts = totals.sum()
+        self.tokens += int(counts[TOKENS])
+        self.stopped = bool(counts[STOP])  # any rank's wish, agreed by the reduction itself
+        count = max(counts[TOKENS], 1.0)
         return {
-            "loss": totals[LOSS] / count,
-            "accuracy": totals[CORRECT] / count,
+            "loss": counts[LOSS] / count,
+            "accuracy": counts[CORRECT] / count,
             "grad_norm": norm,
-            "tokens": totals[TOKENS],
+            "tokens": counts[TOKENS],
         }
 
     # Many steps ----------------------------------------------------------------------------------
@@ -152,7 +170,7 @@ class Trainer:
         Raises:
             DataError: fewer sequences than one global batch.
             NumericError: a gradient was not finite.
-            LaunchError: the ranks' weights differ at the end.
+            LaunchError: the ranks do not talk, or their weights or optimizers differ.
         """
         sequences = self.sequences(tokens)
         held_out = None if validation is None else self.sequences(validation)
@@ -160,6 +178,7 @@ class Trainer:
         steps = (epochs or 1) * sampler.steps_per_epoch if steps is None else steps
         stretch = eval_every or sampler.steps_per_epoch
         calls = self._callback_list(callbacks, steps, stretch)
+        prove(self.comm)
         self.broadcast_weights()
         calls.on_train_begin()
         # Where BackupAndRestore has found an earlier run's epoch, its weights are those of that epoch's end.
@@ -176,6 +195,7 @@ class Trainer:
                 logs.update(found)
             calls.on_epoch_end(epoch, logs)
             self._agree_to_stop()
+        self.sentinel.compare(self.step)
         self.check_equal()
         calls.on_train_end(logs)
         self._stop_requested = False
@@ -253,12 +273,12 @@ class Trainer:
             bits_per_byte: the same on every rank.
         """
         sequences = self.sequences(held_out)
-        sums = np.zeros(3)
-        for batch in share(math.ceil(len(sequences) / self.rows), self.comm.rank, self.comm.size):
+        totals = Totals(math.ceil(len(sequences) / self.rows))
+        for batch in share(totals.micro_batches, self.comm.rank, self.comm.size):
             indices_B = np.arange(batch * self.rows, (batch + 1) * self.rows)
             indices_B[indices_B >= len(sequences)] = -1
-            sums += self.replica.evaluate(*sequences.rows(indices_B))
-        self.comm.allreduce(sums)
+            totals.add(batch, self.replica.evaluate(*sequences.rows(indices_B)))
+        sums = totals.reduce(self.comm)
         if not sums[TOKENS]:
             raise DataError("there is no validation text: raise --val-fraction, or set --eval-every 0")
         loss = float(sums[LOSS] / sums[TOKENS])
@@ -279,6 +299,15 @@ class Trainer:
         self.replica.read_weights(weights)
         self.comm.broadcast(weights)
         self.replica.write_weights(weights)
+
+    def _shared_variables(self, update: str) -> list[tuple[str, Any]]:
+        """What must be the same on every rank, by name."""
+        weights = [(variable.path, variable) for variable in self.model.weights]
+        if update == "master":
+            return (
+                weights  # only rank 0 has an optimizer that takes steps: there is nothing to compare it with
+            )
+        return weights + [(variable.path, variable) for variable in self.optimizer.variables]
 
     def check_equal(self) -> str:
         """Compare the weights of all ranks, bit for bit.

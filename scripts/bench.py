@@ -1,0 +1,31 @@
+"""Benchmarks: each prints one table and leaves one JSON file under runs/bench/.
+
+    python scripts/bench.py exact        # does the number of ranks change a bit? and what does that cost?
+
+`make bench` runs all of them, `make bench-NAME` one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import bench_exact
+
+BENCHMARKS = {"exact": bench_exact.main}
+
+
+def main(argv: list[str]) -> int:
+    """Run the benchmarks that are named, or all; the exit code is 1 where one shows what must not be."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "names", nargs="*", choices=[*BENCHMARKS, []], metavar="NAME", help="which; none: all"
+    )
+    names = parser.parse_args(argv).names or list(BENCHMARKS)
+    return max(BENCHMARKS[name]() for name in names)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,221 @@
+"""Whether the number of ranks changes a bit of the weights, and what it costs that it does not.
+
+Trains {LSTM, Transformer} x {allreduce, master} x {plain, dropout and clipping, resumed from another
+number of ranks} on 1, 2, 3, 4 and 8 ranks and compares the SHA-256 of the final weights with those of one
+rank; then times `allreduce_terms` against MPI's own `Allreduce` of the same buffers, in turn, in one job.
+
+Started by ``scripts/bench.py exact``; it starts its own ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve()
+FOLDER = Path("runs/bench/exact")
+RANKS = (1, 2, 3, 4, 8)
+STEPS, HALF = 24, 12
+MODELS = ("lstm", "transformer")
+UPDATES = ("allreduce", "master")
+REGIMES: dict[str, list[str]] = {
+    "plain": ["--clip-norm", "0", "--dropout", "0"],
+    "dropout, clipping": ["--clip-norm", "0.5", "--dropout", "0.2"],
+}
+RESUMED = "resumed elsewhere"
+# 20 micro-batches of 3 rows: no number of ranks but 1, 2 and 4 has equal shares. Epochs are short, so that
+# last batches are padded.
+SIZES = [
+    *("--data", "stdlib", "--max-bytes", "150000", "--tokenizer", "byte", "--seq-len", "32", "--layers", "2"),
+    *("--width", "32", "--heads", "4", "--global-batch-size", "60", "--micro-batch-size", "3"),
+    *("--steps", str(STEPS), "--save-every", str(HALF), "--eval-every", "0", "--progress", "none"),
+    *("--threads-per-rank", "1", "--weight-decay", "0.1", "--warmup-steps", "5"),
+]
+# Parameters of nanoGPT's recipe, of a small and of a middling model.
+LENGTHS = (809_856, 4_200_000, 10_700_000)
+TIMED, DROPPED = 33, 3
+
+
+def main() -> int:
+    """Run everything; print the tables. 0 where all hashes are equal."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for ranks in RANKS:
+        launch(ranks, "train", stamp)
+    launch(RANKS[0], "resume", stamp, str(RANKS[-1]))
+    hashes = {
+        run: {ranks: sha256(stamp, ranks, *run) for ranks in RANKS}
+        for run in [(m, u, r) for m in MODELS for u in UPDATES for r in [*REGIMES, RESUMED]]
+    }
+    costs = [cost for ranks in (2, 4) for cost in measured_costs(ranks, stamp)]
+    equal = print_hashes(hashes)
+    print_costs(costs)
+    report = {
+        "machine": {"processor": processor(), "cores": os.cpu_count(), "python": platform.python_version()},
+        "hashes": {" / ".join(run): by_ranks for run, by_ranks in hashes.items()},
+        "costs": costs,
+    }
+    path = FOLDER / f"{stamp}.json"
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"\nin {path}")
+    return 0 if equal else 1
+
+
+def launch(ranks: int, *words: str) -> None:
+    """Start this file on some ranks; its output goes to a log."""
+    mpirun = str(Path(sys.executable).with_name("mpirun"))
+    log = FOLDER / f"log-{ranks}-{words[0]}.txt"
+    print(f"{words[0]} on {ranks} rank{'s' * (ranks > 1)} ...", flush=True)
+    with open(log, "wb") as file:
+        ended = subprocess.run(
+            [mpirun, "-np", str(ranks), sys.executable, str(HERE), *words],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            timeout=1800,
+        )
+    if ended.returncode:
+        print(log.read_text(errors="replace")[-3000:], file=sys.stderr)
+        raise SystemExit(f"error: {words[0]} on {ranks} ranks ended with {ended.returncode}; see {log}")
+
+
+def run_folder(stamp: str, ranks: int, model: str, update: str, regime: str) -> Path:
+    """Where a run of the table is kept."""
+    return FOLDER / stamp / f"{ranks}-{model}-{update}-{regime.replace(', ', '-').replace(' ', '-')}"
+
+
+def sha256(stamp: str, ranks: int, *run: str) -> str:
+    """The hash of a run's final weights, from its status."""
+    status = json.loads((run_folder(stamp, ranks, *run) / "status.json").read_text())
+    assert status["state"] == "done"
+    return str(status["weights_sha256"])
+
+
+# On the ranks ------------------------------------------------------------------------------------
+
+
+def train_all(ranks: int, stamp: str) -> None:
+    """All runs of one number of ranks, in one job: TensorFlow loads once."""
+    for model in MODELS:
+        for update in UPDATES:
+            for regime, flags in REGIMES.items():
+                train(stamp, ranks, model, update, regime, [*flags], "never")
+    earlier = [other for other in RANKS if other < ranks]
+    if earlier:
+        resume_all(ranks, stamp, earlier[-1])
+
+
+def resume_all(ranks: int, stamp: str, earlier: int) -> None:
+    """Finish on these ranks what others had half done."""
+    for model in MODELS:
+        for update in UPDATES:
+            regime = "dropout, clipping"
+            half = run_folder(stamp, earlier, model, update, regime) / "checkpoints" / f"step-{HALF:08d}"
+            train(stamp, ranks, model, update, RESUMED, REGIMES[regime], str(half))
+
+
+def train(
+    stamp: str, ranks: int, model: str, update: str, regime: str, flags: list[str], resume: str
+) -> None:
+    """One run of ``scripts/train.py``."""
+    import train as script
+
+    folder = run_folder(stamp, ranks, model, update, regime)
+    options = ["--model", model, "--update", update, "--resume", resume, "--run-dir", str(folder)]
+    script.main([*SIZES, *options, *flags])
+
+
+def time_sums(stamp: str) -> None:
+    """Time both reductions in turn; rank 0 leaves the medians in a file."""
+    from tf_dist.comm.mpi import MPIComm
+
+    comm = MPIComm()
+    costs = [{"ranks": comm.size, "parameters": length, **medians(comm, length)} for length in LENGTHS]
+    if comm.rank == 0:
+        (FOLDER / stamp / f"costs-{comm.size}.json").write_text(json.dumps(costs))
+
+
+def medians(comm: Any, length: int) -> dict[str, float]:
+    """Median milliseconds of each reduction of ``length`` float32, the slowest rank counting."""
+    from tf_dist.parallel.flat import aligned_empty
+    from tf_dist.parallel.tree import order
+
+    made = order(range(comm.size), [range(rank, rank + 1) for rank in range(comm.size)])
+    array = aligned_empty(length)
+    taken: dict[str, list[float]] = {"plain": [], "tree": []}
+    for _ in range(TIMED):
+        for name in taken:
+            array.fill(1.0)
+            comm.barrier()
+            begun = time.perf_counter()
+            if name == "plain":
+                comm.allreduce(array)
+            else:
+                comm.allreduce_terms([array], made, array)
+            slowest = max(comm.allgather_obj(time.perf_counter() - begun))
+            taken[name].append(1e3 * slowest)
+    return {f"{name}_ms": statistics.median(times[DROPPED:]) for name, times in taken.items()}
+
+
+# What is shown -----------------------------------------------------------------------------------
+
+
+def measured_costs(ranks: int, stamp: str) -> Iterator[dict[str, float]]:
+    """The medians of one job of `time_sums`."""
+    launch(ranks, "time", stamp)
+    yield from json.loads((FOLDER / stamp / f"costs-{ranks}.json").read_text())
+
+
+def print_hashes(hashes: dict[tuple[str, str, str], dict[int, str]]) -> bool:
+    """The table of hashes, each compared with one rank's; whether all are equal."""
+    print(f"\n{'model':12} {'update':10} {'regime':18}" + "".join(f" {f'np {ranks}':>9}" for ranks in RANKS))
+    wanted = {(m, r): hashes[(m, "allreduce", r)][1] for m in MODELS for r in REGIMES}
+    wanted |= {(m, RESUMED): wanted[(m, "dropout, clipping")] for m in MODELS}
+    all_equal = True
+    for (model, update, regime), by_ranks in hashes.items():
+        cells = ""
+        for found in by_ranks.values():
+            equal = found == wanted[(model, regime)]
+            all_equal = all_equal and equal
+            cells += f" {found[:8]}{' ' if equal else '!'}"
+        print(f"{model:12} {update:10} {regime:18}{cells}")
+    print("all equal to one rank's" if all_equal else "DIFFERENT from one rank's where marked !")
+    return all_equal
+
+
+def print_costs(costs: list[dict[str, float]]) -> None:
+    """The table of times."""
+    print(f"\n{'ranks':>5} {'MB':>6} {'Allreduce ms':>13} {'tree ms':>8} {'ratio':>6}")
+    for cost in costs:
+        ratio = cost["tree_ms"] / cost["plain_ms"]
+        print(
+            f"{cost['ranks']:>5} {4e-6 * cost['parameters']:>6.1f} {cost['plain_ms']:>13.2f} "
+            f"{cost['tree_ms']:>8.2f} {ratio:>6.2f}"
+        )
+
+
+def processor() -> str:
+    """The processor's name, where Linux tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "unknown")
+
+
+if __name__ == "__main__":
+    work, *rest = sys.argv[1:]
+    size = int(os.environ["OMPI_COMM_WORLD_SIZE"])
+    if work == "train":
+        train_all(size, *rest)
+    elif work == "resume":
+        resume_all(size, rest[0], int(rest[1]))
+    else:
+        time_sums(*rest)

@@ -1,0 +1,130 @@
+"""Debug mode: the first collective in which a rank leaves the common order ends the job, and is said once.
+
+Without TensorFlow: what is compared is how ranks call collectives, whatever they train.
+"""
+
+import pytest
+
+LIMIT_S = 3
+# From the injection to the end of mpirun.
+TOGETHER_S = LIMIT_S + 5
+
+PROGRAM = """
+import os, sys, time
+import numpy as np
+from tf_dist.comm import launch
+
+comm = launch.join()
+small, large = np.ones(10), np.ones(1000)
+
+def sums():
+    comm.allreduce(small)  # SUM
+
+def sends():
+    comm.broadcast(large)  # SEND
+
+def gathers(array):
+    comm.gather(array)  # GATHER
+
+for i in range(40):
+    astray = i == 20 and comm.rank == 1
+    if i == 20 and comm.rank == 1:
+        open("injected.txt", "w").write(str(time.time()))
+    {body}
+print("DONE")
+"""
+
+ORDERLY = "sums(); sends(); gathers(small)"
+
+# name: (what a loop does, words that are said once, the lines of both call sites)
+INJECTED = {
+    "one skipped": (
+        "astray or sums(); sends(); gathers(small)",
+        ["rank 1 left the common order of collectives at number 61", "ranks 0, 2: allreduce of 10 float64",
+         "rank 1: broadcast of 1,000 float64 with root 0"],
+        ["SUM", "SEND"],
+    ),
+    "two swapped": (
+        "(sends(), sums()) if astray else (sums(), sends()); gathers(small)",
+        ["rank 1 left the common order", "ranks 0, 2: allreduce of 10", "rank 1: broadcast of 1,000 float64"],
+        ["SUM", "SEND"],
+    ),
+    "another type": (
+        "sums(); sends(); gathers(small.astype(np.float32) if astray else small)",
+        ["rank 1 left the common order", "ranks 0, 2: gather of 10 float64", "rank 1: gather of 10 float32"],
+        ["GATHER"],
+    ),
+    "another count": (
+        "sums(); sends(); gathers(large if astray else small)",
+        ["rank 1 left the common order", "ranks 0, 2: gather of 10 float64", "rank 1: gather of 1,000 "],
+        ["GATHER"],
+    ),
+    "a rank that sleeps": (
+        "sums(); astray and time.sleep(60); sends(); gathers(small)",
+        [f"rank 1 did not come to collective number 62 within {LIMIT_S} s",
+         "ranks 0, 2: waiting in broadcast of 1,000 float64", "rank 1: last seen in allreduce of 10 float64"],
+        ["SEND", "SUM"],
+    ),
+    "rank 1 never comes again": (
+        "sums(); astray and launch._import_mpi().COMM_WORLD.recv(source=0); sends()",
+        ["rank 1 did not come to collective number 42", "ranks 0, 2: waiting in broadcast"],
+        ["SEND", "SUM"],
+    ),
+}  # fmt: skip
+
+
+def line_of(program, mark):
+    return next(n for n, line in enumerate(program.splitlines(), 1) if line.endswith(f"# {mark}"))
+
+
+def debugging(**more):
+    return {"TF_DIST_DEBUG": "1", "TF_DIST_DEBUG_LIMIT_S": str(LIMIT_S), **more}
+
+
+@pytest.mark.parametrize("name", INJECTED)
+def test_a_rank_that_leaves_the_order_is_named(run_job, tmp_path, one_error, name):
+    body, words, marks = INJECTED[name]
+    program = PROGRAM.replace("{body}", body)
+    (tmp_path / "job.py").write_text(program)
+    job = run_job(3, "job.py", timeout=60, env=debugging())
+    one_error(job, 70, *words)
+    for word in words:
+        assert job.output.count(word) == 1, job.output
+    for mark in marks:
+        assert f"job.py:{line_of(program, mark)}" in job.output, job.output
+    assert "DONE" not in job.output
+    assert job.ended_at - float((tmp_path / "injected.txt").read_text()) < TOGETHER_S
+
+
+@pytest.mark.parametrize(
+    "body",
+    [ORDERLY, f"i == 20 and comm.rank == 1 and time.sleep({LIMIT_S} / 3); {ORDERLY}"],
+    ids=["orderly", "a slow rank"],
+)
+def test_ranks_in_order_are_left_alone(run_job, tmp_path, body):
+    (tmp_path / "job.py").write_text(PROGRAM.replace("{body}", body))
+    job = run_job(3, "job.py", timeout=60, env=debugging())
+    assert job.code == 0, job.output
+    assert job.output.count("DONE") == 3
+
+
+def test_one_rank_that_asks_is_enough(launcher, tmp_path, one_error):
+    """Launchers do not hand on every variable to every node."""
+    (tmp_path / "job.py").write_text(PROGRAM.replace("{body}", INJECTED["another count"][0]))
+    only = [("-x", "TF_DIST_DEBUG=1"), "job.py"]
+    job = launcher.start_parts([(1, ["job.py"]), (1, only), (1, ["job.py"])], cwd=tmp_path).wait(60)
+    one_error(job, 70, "rank 1 left the common order")
+
+
+def test_a_limit_that_is_no_number(run_job, tmp_path, one_error):
+    (tmp_path / "job.py").write_text(PROGRAM.replace("{body}", ORDERLY))
+    job = run_job(2, "job.py", timeout=60, env=debugging(TF_DIST_DEBUG_LIMIT_S="soon"))
+    one_error(job, 64, "TF_DIST_DEBUG_LIMIT_S is 'soon'")
+
+
+def test_a_collective_of_one_rank_under_horovod(run_job, tmp_path, one_error):
+    pytest.importorskip("horovod", reason="Horovod is not installed: `make horovod`")
+    program = PROGRAM.replace("join()", "connect('horovod')").replace("{body}", INJECTED["two swapped"][0])
+    (tmp_path / "job.py").write_text(program)
+    job = run_job(3, "job.py", timeout=120, env=debugging())
+    one_error(job, 70, *INJECTED["two swapped"][1])

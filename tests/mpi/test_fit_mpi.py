@@ -1,0 +1,326 @@
+"""`model.fit` over real ranks equals `model.fit` on one rank with the global batch.
+
+Each rank computes the serial training for itself, with a plain optimizer. Keras is imported inside
+functions: ``connected`` comes first, as in a user's script.
+"""
+
+import zipfile
+
+import numpy as np
+import pytest
+
+from tf_dist.comm import launch
+from tf_dist.comm.base import SerialComm
+from tf_dist.errors import LaunchError, UsageError
+
+N, F, G, EPOCHS = 35, 4, 12, 2  # examples, features, global rows; the last batch has 11 rows
+RNG = np.random.default_rng(5)
+X = RNG.normal(size=(N, F)).astype(np.float32)
+Y = np.tanh(X @ RNG.normal(size=(F, 2))).astype(np.float32)
+
+
+def functional(seed=1):
+    import keras
+
+    keras.utils.set_random_seed(seed)
+    x = keras.Input((F,))
+    return keras.Model(x, keras.layers.Dense(2)(keras.layers.Dense(5, activation="tanh")(x)))
+
+
+def subclassed(seed=1):
+    import keras
+
+    class Net(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.hidden = keras.layers.Dense(5, activation="tanh")
+            self.out = keras.layers.Dense(2)
+
+        def call(self, x):
+            return self.out(self.hidden(x))
+
+    keras.utils.set_random_seed(seed)
+    return Net()
+
+
+def own_step(seed=1):
+    import keras
+    import tensorflow as tf
+
+    class Stepper(keras.Model):
+        def train_step(self, data):
+            x, y, weight = keras.utils.unpack_x_y_sample_weight(data)
+            with tf.GradientTape() as tape:
+                loss = self.compute_loss(x, y, self(x, training=True), weight)
+            variables = self.trainable_variables
+            self.optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
+            return {"loss": loss}
+
+    keras.utils.set_random_seed(seed)
+    x = keras.Input((F,))
+    return Stepper(x, keras.layers.Dense(2)(keras.layers.Dense(5, activation="tanh")(x)))
+
+
+def embedding(seed=1):
+    import keras
+
+    keras.utils.set_random_seed(seed)
+    x = keras.Input((F,))
+    ids = keras.ops.cast(keras.ops.clip(x * 2 + 4, 0, 7), "int32")
+    return keras.Model(x, keras.layers.Dense(2)(keras.layers.Flatten()(keras.layers.Embedding(8, 3)(ids))))
+
+
+MODELS = {"functional": functional, "subclassed": subclassed, "train_step": own_step, "embedding": embedding}
+
+
+def adam(**more):
+    import keras
+
+    return keras.optimizers.Adam(1e-2, **more)
+
+
+def scheduled(**more):
+    import keras
+
+    return keras.optimizers.SGD(keras.optimizers.schedules.CosineDecay(0.3, 5), momentum=0.9, **more)
+
+
+OPTIMIZERS = {
+    "sgd": lambda: scheduled(),
+    "clipnorm": lambda: scheduled(clipnorm=0.1),
+    "global_clipnorm": lambda: scheduled(global_clipnorm=0.1),
+    "ema": lambda: adam(use_ema=True, ema_momentum=0.7, ema_overwrite_frequency=2),
+    "accumulation": lambda: adam(gradient_accumulation_steps=2, global_clipnorm=0.1),
+    "loss_scale_factor": lambda: adam(loss_scale_factor=128.0, weight_decay=0.1),
+}
+
+
+def weights(model):
+    return np.concatenate([np.asarray(variable.value).ravel() for variable in model.weights])
+
+
+def fit(model, optimizer, data, **more):
+    model.compile(optimizer, loss="mse", **more)
+    return model.fit(data, epochs=EPOCHS, verbose=0, shuffle=False)
+
+
+def serial(build, optimizer):
+    from tf_dist.training.shard import shard
+
+    model = build()
+    fit(model, optimizer, shard((X, Y), SerialComm(), batch_size=G))
+    return weights(model)
+
+
+def parallel(build, optimizer, comm, **more):
+    import tf_dist
+
+    model = build(1 + comm.rank)  # every rank begins elsewhere
+    fit(model, tf_dist.distribute(optimizer, comm), tf_dist.shard((X, Y), comm, batch_size=G), **more)
+    return model
+
+
+def check(found, expected, everyone, limit=1e-5):
+    assert len(set(everyone(found.tobytes()))) == 1, "the ranks have different weights"
+    assert max(everyone(float(np.abs(found - expected).max()))) <= limit
+
+
+@pytest.fixture(params=["mpi", "horovod"])
+def carried(request, connected):
+    if request.param == "horovod":
+        pytest.importorskip("horovod", reason="Horovod is not installed: `make horovod`")
+        return launch.use_backend(connected, "horovod")
+    return connected
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models(connected, everyone, name):
+    found = weights(parallel(MODELS[name], adam(), connected))
+    alone = adam()
+    if name == "embedding":  # distributed, its gradients are dense, on one rank as well
+        import tf_dist
+
+        alone = tf_dist.distribute(alone, SerialComm())
+    check(found, serial(MODELS[name], alone), everyone)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers(connected, everyone, name):
+    found = weights(parallel(functional, OPTIMIZERS[name](), connected))
+    check(found, serial(functional, OPTIMIZERS[name]()), everyone, 1e-5 if "adam" in name else 1e-6)
+
+
+def test_backends(carried, everyone):
+    check(
+        weights(parallel(functional, scheduled(), carried)), serial(functional, scheduled()), everyone, 1e-6
+    )
+
+
+def test_the_ranks_talk_once_for_an_accumulated_gradient(connected):
+    steps = EPOCHS * -(-N // G)
+    calls = []
+    for optimizer in (adam(), adam(gradient_accumulation_steps=3)):
+        before = connected.calls
+        parallel(functional, optimizer, connected)
+        calls.append(connected.calls - before)
+    assert calls[0] - calls[1] == 2 * (steps - steps // 3)  # a roll call and a gradient
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_a_loop_of_ones_own(connected, everyone, graph):
+    import keras
+    import tensorflow as tf
+
+    import tf_dist
+
+    loss_of = keras.losses.MeanSquaredError()
+
+    def train(model, optimizer, comm, seed):
+        def step(x, y, weight):
+            with tf.GradientTape() as tape:
+                loss = loss_of(y, model(x, training=True), weight)
+            optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
+
+        step = tf.function(step) if graph else step
+        for batch in tf_dist.shard((X, Y), comm, batch_size=G, seed=seed):
+            step(*batch)
+        return weights(model)
+
+    expected = train(functional(), scheduled(), SerialComm(), 7)
+    model = functional(1 + connected.rank)
+    optimizer = tf_dist.distribute(scheduled(), connected)
+    optimizer.build(model.trainable_variables)
+    check(train(model, optimizer, connected, 7), expected, everyone, 1e-6)
+
+
+def test_first_gradients_of_other_weights_are_refused(connected, everyone):
+    import tensorflow as tf
+
+    import tf_dist
+
+    model = functional(1 + connected.rank)
+    optimizer = tf_dist.distribute(scheduled(), connected)
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_mean(model(X))
+    gradients = tape.gradient(loss, model.trainable_variables)
+    try:
+        optimizer.apply(gradients, model.trainable_variables)
+        said = "nothing"
+    except UsageError as error:
+        said = str(error)
+    expected = "nothing" if connected.size == 1 else "Call optimizer.build"
+    assert all(expected in word for word in everyone(said))
+
+
+@pytest.mark.parametrize("outer", [False, True], ids=["keras_scales", "we_scale"])
+def test_mixed_float16_and_an_overflow_on_one_rank(connected, everyone, outer):
+    """The step is skipped by all ranks, and all halve their scale; then training goes on."""
+    import keras
+
+    import tf_dist
+
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        model = functional(1 + connected.rank)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    optimizer = scheduled()
+    if outer:
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+    model.compile(tf_dist.distribute(optimizer, connected), loss="mse")
+    assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+    x = np.ones((4, F), np.float32)
+    model.fit(x, x[:, :2], verbose=0, batch_size=4)
+    before, scale = weights(model), float(model.optimizer.dynamic_scale.numpy())
+    # A loss of float32 is still finite here, and its gradient in float16 is not.
+    bad = x * 1e15 if connected.rank == connected.size - 1 else x
+    model.fit(x, bad[:, :2], verbose=0, batch_size=4)
+    assert all(everyone(bool((weights(model) == before).all())))
+    assert everyone(float(model.optimizer.dynamic_scale.numpy())) == [scale / 2] * connected.size
+    model.fit(x, x[:, :2], verbose=0, batch_size=4)
+    assert len(set(everyone(weights(model).tobytes()))) == 1
+    assert (weights(model) != before).any()
+
+
+def test_jit_compile(connected, everyone, capsys):
+    found = weights(parallel(functional, scheduled(), connected, jit_compile=True))
+    check(found, serial(functional, scheduled()), everyone, 1e-6)
+    assert ("without XLA" in capsys.readouterr().out) == (connected.rank == 0)
+
+
+def test_a_file_knows_nothing_of_us(connected, everyone, tmp_path):
+    import keras
+
+    import tf_dist
+
+    model = parallel(functional, adam(), connected)
+    path = tmp_path / "model.keras"
+    model.save(path)
+    with zipfile.ZipFile(path) as file:
+        text = file.read("config.json").decode()
+    assert "tf_dist" not in text and "Distributed" not in text
+    loaded = keras.saving.load_model(path)
+    assert type(loaded.optimizer) is keras.optimizers.Adam
+    assert (weights(loaded) == weights(model)).all()
+    # Distributed again, it goes on as the first one does, with Adam's moments.
+    loaded.compile(tf_dist.distribute(loaded.optimizer, connected), loss="mse")
+    data = tf_dist.shard((X, Y), connected, batch_size=G, seed=3)
+    loaded.fit(data, verbose=0, shuffle=False)
+    model.fit(tf_dist.shard((X, Y), connected, batch_size=G, seed=3), verbose=0, shuffle=False)
+    check(weights(loaded), weights(model), everyone, 0)
+
+
+def test_different_numbers_of_steps_end_with_a_message(connected, everyone):
+    import tf_dist
+
+    model = functional()
+    model.compile(tf_dist.distribute(adam(), connected), loss="mse")
+    rows = 4 * (3 + (connected.rank == connected.size - 1))
+    try:
+        model.fit(X[:rows], Y[:rows], batch_size=4, verbose=0)
+        said = "nothing"
+    except LaunchError as error:
+        said = str(error)
+    expected = "nothing" if connected.size == 1 else "different numbers of steps"
+    assert all(expected in word for word in everyone(said))
+
+
+@pytest.mark.parametrize("kind", ["arrays", "examples", "batches"])
+@pytest.mark.parametrize("extra", [-2, -1, 0, 1, 2])
+def test_every_example_once(connected, everyone, kind, extra):
+    """Of N examples over R ranks, whatever N: by weight, and with equally many steps on all."""
+    import tensorflow as tf
+
+    import tf_dist
+
+    for count in (max(1, connected.size + extra), 3 * connected.size + extra):
+        x = np.arange(count, dtype=np.float32)
+        data = (x, x)
+        if kind != "arrays":
+            data = tf.data.Dataset.from_tensor_slices(data)
+        if kind == "batches":
+            data = data.batch(4)
+        found = list(
+            tf_dist.shard(data, connected, batch_size=None if kind == "batches" else 4).as_numpy_iterator()
+        )
+        assert len(set(everyone(len(found)))) == 1
+        mine = [float(value) for x, _, w in found for value, weight in zip(x, w, strict=True) if weight]
+        seen = [value for part in everyone(mine) for value in part]
+        assert sorted(seen) == x.tolist()
+        total = sum(everyone(sum(float(w.sum() / len(w)) for _, _, w in found)))
+        assert total == pytest.approx(connected.size * len(found))
+
+
+def test_datasets_in_different_orders_are_refused(connected, everyone):
+    import tensorflow as tf
+
+    import tf_dist
+
+    data = tf.data.Dataset.range(50).shuffle(50, seed=connected.rank).batch(10)
+    try:
+        tf_dist.shard(data, connected)
+        said = "nothing"
+    except LaunchError as error:
+        said = str(error)
+    expected = "nothing" if connected.size == 1 else "give shuffle() a seed"
+    assert all(expected in word for word in everyone(said))

@@ -1,0 +1,203 @@
+"""The sentinel, the probe and debug mode on real ranks: what is injected into one of them is named by all."""
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+from tf_dist.comm import debug, launch
+from tf_dist.comm.mpi import MPIComm
+from tf_dist.comm.probe import prove
+from tf_dist.errors import LaunchError, OrderError
+
+V, T = 13, 4
+TOKENS = np.random.default_rng(1).integers(0, V, 600).astype(np.uint16)
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def ranks(connected):
+    return connected
+
+
+def trainer(comm, update="allreduce", on_mismatch="stop"):
+    import keras
+
+    from tf_dist.training.trainer import Trainer
+
+    keras.utils.set_random_seed(1)
+    model = keras.Sequential([keras.Input((T,), dtype="int32"), keras.layers.Embedding(V, 8, name="table")])
+    model.add(keras.layers.Dense(V, name="logits"))
+    return Trainer(
+        model, keras.optimizers.Adam(1e-2), comm, update,
+        global_batch_size=8, seq_len=T, check_every=1, on_mismatch=on_mismatch,
+    )  # fmt: skip
+
+
+def train(trained, inject=None):
+    """Take steps, with an accident on the last rank after the fourth; what was raised, or nothing."""
+    sequences = trained.sequences(TOKENS)
+    sampler = trained.sampler(sequences)
+    try:
+        for step in range(STEPS):
+            if inject and step == 4 and trained.comm.rank == trained.comm.size - 1:
+                inject(trained)
+            trained.train_step(sequences, sampler)
+    except LaunchError as error:
+        return str(error)
+    return None
+
+
+def flip(variable):
+    array = np.array(np.asarray(variable.value))
+    array.reshape(-1).view(np.uint8)[5] ^= 1
+    variable.assign(array)
+
+
+def unsynchronised(trained):
+    bias = trained.model.get_layer("logits").bias
+    bias.assign(bias + 0.5)
+
+
+def moment(trained):
+    return next(v for v in trained.optimizer.variables if v.path.endswith("embeddings_velocity"))
+
+
+INJECTED = {
+    "one unsynchronised weight": (unsynchronised, "logits/bias"),
+    "one bit of a weight": (lambda trained: flip(trained.model.weights[0]), "table/embeddings"),
+    "one bit of a moment": (lambda trained: flip(moment(trained)), "embeddings_velocity"),
+}
+
+
+def state(trained):
+    variables = [variable for _, variable in trained.sentinel.variables]
+    return b"".join(np.asarray(variable.value).tobytes() for variable in variables)
+
+
+@pytest.mark.parametrize("update", ["allreduce", "master"])
+@pytest.mark.parametrize("name", INJECTED)
+def test_what_differs_is_named(ranks, everyone, update, name):
+    inject, variable = INJECTED[name]
+    trained = trainer(ranks, update)
+    said = train(trained, inject)
+    R = ranks.size
+    assert everyone(said) == [said] * R
+    if R == 1 or (update == "master" and "moment" in name):
+        # A worker's moments are never used; those of rank 0 have nothing to be compared with.
+        assert said is None
+        return
+    who = "rank 0 and rank 1 differ" if R == 2 else f"rank {R - 1} differs from ranks 0, 1"
+    assert who in said
+    assert f"before step 5 the ranks no longer hold the same model: {who}" in said
+    assert said.split(" in ")[1].split(". ")[0].endswith(variable)
+    assert trained.step == 4
+
+
+@pytest.mark.parametrize("update", ["allreduce", "master"])
+@pytest.mark.parametrize("name", INJECTED)
+def test_a_restored_run_has_the_bits_of_an_undisturbed_one(ranks, everyone, update, name):
+    undisturbed, disturbed = trainer(ranks, update), trainer(ranks, update, "restore")
+    lines = []
+    disturbed.sentinel.say = lines.append
+    assert train(undisturbed) is None
+    said = train(disturbed, INJECTED[name][0])
+    R = ranks.size
+    assert everyone(said) == [said] * R
+    if R == 2 and not (update == "master" and "moment" in name):
+        assert "Nothing was restored: no majority" in said
+        return
+    if R > 2 and not (update == "master" and "moment" in name):
+        assert len(lines) == 1
+        assert f"rank {R - 1} differs" in lines[0]
+    if R > 1:
+        assert everyone(state(disturbed)) == [state(undisturbed)] * R
+        disturbed.check_equal()
+
+
+def test_a_collective_of_rank_0_alone_is_counted(ranks, everyone):
+    """A small broadcast is sent and forgotten: nothing hangs, all later ones are off by one."""
+    comm = MPIComm()
+    said = train(trainer(comm), None)
+    assert said is None
+    trained = trainer(comm)
+    if comm.rank == comm.size - 1 and comm.size > 1:
+        comm.calls += 1  # what a stray call leaves; the call itself would leave a message to a later test
+    said = train(trained)
+    assert everyone(said) == [said] * comm.size
+    if comm.size > 1:
+        assert "different numbers of collectives" in said
+        assert "TF_DIST_DEBUG=1 finds the line" in said
+
+
+def test_the_probe(comm, everyone):
+    assert everyone(prove(comm)) == [None] * len(everyone(None))
+
+
+class NoReduction(MPIComm):
+    def _allreduce(self, array):
+        pass
+
+
+def test_a_backend_that_does_not_reduce_trains_nothing(ranks, everyone):
+    trained = trainer(NoReduction())
+    try:
+        trained.fit(TOKENS, steps=2)
+        said = None
+    except LaunchError as error:
+        said = str(error)
+    assert everyone((said, trained.step)) == [(said, trained.step)] * ranks.size
+    if ranks.size > 1:
+        assert "allreduce of float32 returned 1, not" in said
+        assert trained.step == 0
+
+
+# Debug mode ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["mpi", "horovod"])
+def ordered(request, ranks):
+    if request.param == "horovod":
+        pytest.importorskip("horovod", reason="Horovod is not installed: `make horovod`")
+        if ranks.size == 1:
+            pytest.skip("one rank has no order")
+    made = MPIComm() if request.param == "mpi" else launch.use_backend(ranks, "horovod")
+    return debug.keep_order(made, {"TF_DIST_DEBUG": "1"}, MPI.COMM_WORLD.Dup)
+
+
+def test_in_debug_mode_a_training_is_the_same(ordered, ranks, everyone):
+    plain, watched = trainer(ranks), trainer(ordered)
+    assert train(plain) is None
+    assert train(watched) is None
+    watched.check_equal()
+    assert everyone(
+        bool(np.allclose(plain.model.get_weights()[0], watched.model.get_weights()[0], atol=1e-5))
+    )
+
+
+def test_in_debug_mode_other_types_are_refused_and_the_ranks_still_talk(ordered, everyone):
+    last = ordered.rank == ordered.size - 1
+    try:
+        ordered.allreduce(np.ones(7, np.float64 if last else np.float32))
+        said = None
+    except OrderError as error:
+        said = str(error)
+    assert everyone(said) == [said] * ordered.size
+    if ordered.size > 1:
+        assert "7 float32" in said
+        assert "7 float64" in said
+        assert said.count("mpi/test_sentinel_mpi.py:") >= 2
+    assert ordered.allgather_obj(ordered.rank) == list(range(ordered.size))
+
+
+def test_swapped_collectives_of_one_form_are_told_by_their_lines(ordered, everyone):
+    array = np.ones(3)
+    try:
+        if ordered.rank == 0:
+            ordered.allreduce(array)
+        else:
+            ordered.allreduce(array)
+        said = None
+    except OrderError as error:
+        said = str(error)
+    assert everyone(said) == [said] * ordered.size
+    assert ordered.size == 1 or "they differ in the line alone" in said

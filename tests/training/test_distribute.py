@@ -1,0 +1,58 @@
+"""What `distribute` refuses, in one process; what it does over ranks is in tests/mpi/test_fit_mpi.py."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tf_dist.comm.base import SerialComm
+from tf_dist.errors import DataError, LaunchError, UsageError
+from tf_dist.training import self_test
+from tf_dist.training.distribute import distribute
+from tf_dist.training.shard import shard
+
+
+def test_a_keras_that_does_not_call_us_is_found_at_once(monkeypatch):
+    """As Horovod's hook under Keras 3: another method is called in its stead."""
+
+    def elsewhere(self, grads_and_vars):
+        grads, variables = zip(*grads_and_vars, strict=True)
+        return keras.optimizers.SGD.apply(self, grads, variables)
+
+    monkeypatch.setattr(self_test, "_passed", set())
+    monkeypatch.setattr(keras.optimizers.Optimizer, "apply_gradients", elsewhere)
+    with pytest.raises(LaunchError, match=r"self-test.*does not call") as caught:
+        distribute(keras.optimizers.Adam(), SerialComm())
+    assert caught.value.exit_code == 78
+
+
+def test_twice_or_nothing():
+    optimizer = distribute(keras.optimizers.Adam(), SerialComm())
+    with pytest.raises(UsageError, match="already"):
+        distribute(optimizer, SerialComm())
+    with pytest.raises(UsageError, match="takes a Keras optimizer"):
+        distribute("adam", SerialComm())
+
+
+def test_inside_xla():
+    variable = keras.Variable([1.0])
+    optimizer = distribute(keras.optimizers.SGD(), SerialComm())
+    optimizer.build([variable])
+    # AutoGraph may put our error into one of its own; the message stays.
+    with pytest.raises(Exception, match="cannot be called inside jit_compile=True"):
+        tf.function(lambda: optimizer.apply([tf.ones(1)], [variable]), jit_compile=True)()
+
+
+def test_shard_of_nothing():
+    for nothing in (np.zeros((0, 3)), tf.data.Dataset.range(0).batch(4)):
+        with pytest.raises(DataError):
+            shard(nothing, SerialComm())
+
+
+def test_shard_keeps_the_form_of_the_data():
+    x = {"a": np.arange(6.0), "b": np.arange(6)}
+    (batch,) = shard(x, SerialComm(), shuffle=False)
+    assert batch["a"].numpy().tolist() == x["a"].tolist()
+    given = np.full((6, 2), 0.5, np.float32)
+    ((_, _, weight),) = shard((x, x["a"], given), SerialComm())
+    assert weight.numpy().tolist() == given.tolist()

@@ -1,0 +1,76 @@
+"""Does this Keras call us? Asked once in each process, with a model of one weight, before it matters.
+
+Horovod's optimizer shows what happens otherwise: under Keras 3 its hook is never called, and training
+runs unsynchronised without an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+
+from tf_dist.comm.base import SerialComm
+from tf_dist.errors import LaunchError
+from tf_dist.training.keras_hooks import NOT_CALLED
+
+# What the other rank of the self-test adds to every gradient.
+OF_THE_OTHER = 6.0
+_passed: set[str] = set()
+
+
+class _TwoRanks(SerialComm):
+    """A rank 0 of two, whose partner is made up."""
+
+    size = 2
+
+    def _allreduce(self, array: np.ndarray) -> None:
+        if array.dtype == np.float64:  # a roll call, which the other answers as we do
+            array *= 2
+        else:
+            array += OF_THE_OTHER
+
+
+class _OneWeight(keras.Model):
+    """y = w x, with w = 0: the gradient of (y - 1)^2 / 2 at x = 1 is -1."""
+
+    def __init__(self) -> None:
+        super().__init__(name="tf_dist_self_test")
+        self.w = self.add_weight(shape=(1,), initializer="zeros", name="w")
+        self.built = True
+
+    def call(self, x: Any) -> Any:
+        return x * self.w
+
+
+def run(change: Callable[[Any, Any], Any]) -> None:
+    """Fit a model of one weight for one step and look where it goes.
+
+    Args:
+        change: makes an optimizer distributed over a Comm.
+
+    Raises:
+        LaunchError: it did not go where the mean over the ranks leads.
+    """
+    if keras.__version__ in _passed:
+        return
+    optimizer = change(keras.optimizers.SGD(1.0, name="tf_dist_self_test"), _TwoRanks())
+    model = _OneWeight()
+    model.compile(optimizer, loss=_half_square, jit_compile=False)
+    one = np.ones((1, 1), np.float32)
+    try:
+        model.fit(one, one, verbose=0, shuffle=False)
+    except LaunchError as error:
+        raise LaunchError(f"self-test of distribute(): {error}") from None
+    moved, expected = float(model.w.numpy()[0]), -(OF_THE_OTHER - 1.0) / 2
+    if abs(moved - expected) > 1e-5:
+        raise LaunchError(
+            f"self-test of distribute(): a step of model.fit led to {moved:g}, not {expected:g}. {NOT_CALLED}"
+        )
+    _passed.add(keras.__version__)
+
+
+def _half_square(y: Any, prediction: Any) -> Any:
+    return keras.ops.square(y - prediction) / 2
