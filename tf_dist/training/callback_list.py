@@ -21,6 +21,7 @@ import numpy as np
 from tf_dist.comm.base import Comm
 from tf_dist.errors import LaunchError
 from tf_dist.training.callbacks import AverageMetrics
+from tf_dist.training.keras_hooks import reduction_of
 from tf_dist.training.replicated import adjustable, broadcast_state
 
 STOCK = "keras.src.callbacks."
@@ -193,7 +194,14 @@ class FitCallbackList(RankCallbackList):
         super().on_test_end(logs)
 
     def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
-        """Make the logs those of all ranks, in the caller's dictionary."""
+        """Make the logs those of all ranks, in the caller's dictionary.
+
+        Raises:
+            LaunchError: other ranks are still inside the epoch: they have more steps.
+        """
+        reduction = reduction_of(self.model.optimizer)
+        if reduction is not None:
+            reduction.end()  # before any other collective, which would meet their next gradient
         self._averages.on_epoch_end(epoch, logs)
         super().on_epoch_end(epoch, logs)
 

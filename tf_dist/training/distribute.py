@@ -20,7 +20,7 @@ import tensorflow as tf
 from tf_dist.comm.agree import agree, versions
 from tf_dist.comm.base import Comm
 from tf_dist.errors import UsageError
-from tf_dist.training import keras_hooks, self_test
+from tf_dist.training import callback_list, keras_hooks, self_test
 from tf_dist.training.reduction import Reduction, broadcast
 
 
@@ -54,6 +54,7 @@ def distribute(optimizer: keras.optimizers.Optimizer, comm: Comm) -> keras.optim
             "this optimizer is distributed already: call distribute() once, on the outermost one"
         )
     keras_hooks.install()
+    callback_list.install()
     agree(comm, versions(), "the versions of what they run")
     self_test.run(_changed)
     _changed(optimizer, comm)

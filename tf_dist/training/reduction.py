@@ -55,7 +55,7 @@ class Reduction:
         return tf.ensure_shape(tf.numpy_function(self._all_finite, [finite], tf.bool, stateful=True), ())
 
     def end(self) -> None:
-        """Say that this rank's training has ended; a collective.
+        """Say that this rank's training, or its epoch, has ended; a collective.
 
         Raises:
             LaunchError: other ranks go on.

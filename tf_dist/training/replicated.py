@@ -32,7 +32,8 @@ def broadcast_state(model: keras.Model, comm: Comm) -> None:
         LaunchError: the ranks have different models or optimizers.
     """
     optimizer = getattr(model, "optimizer", None)
-    if optimizer is not None and not optimizer.built:
+    complete = all(layer.built for layer in model._flatten_layers())  # else the first step makes weights
+    if optimizer is not None and not optimizer.built and complete:
         optimizer.build(model.trainable_variables)  # rank 0 may have built it to restore it
     variables = state_variables(model)
     arrays = [np.ascontiguousarray(variable.value) for variable in variables]
