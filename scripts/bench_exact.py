@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import runpy
 import statistics
 import subprocess
 import sys
@@ -125,11 +126,9 @@ def train(
     stamp: str, ranks: int, model: str, update: str, regime: str, flags: list[str], resume: str
 ) -> None:
     """One run of ``scripts/train.py``."""
-    import train as script
-
     folder = run_folder(stamp, ranks, model, update, regime)
     options = ["--model", model, "--update", update, "--resume", resume, "--run-dir", str(folder)]
-    script.main([*SIZES, *options, *flags])
+    runpy.run_path(str(HERE.with_name("train.py")))["main"]([*SIZES, *options, *flags])
 
 
 def time_sums(stamp: str) -> None:
@@ -210,12 +209,18 @@ def processor() -> str:
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "unknown")
 
 
-if __name__ == "__main__":
-    work, *rest = sys.argv[1:]
-    size = int(os.environ["OMPI_COMM_WORLD_SIZE"])
+def main_on_ranks(work: str, *words: str) -> None:
+    """What `launch` starts on every rank."""
+    ranks = int(os.environ["OMPI_COMM_WORLD_SIZE"])
     if work == "train":
-        train_all(size, *rest)
+        train_all(ranks, *words)
     elif work == "resume":
-        resume_all(size, rest[0], int(rest[1]))
+        resume_all(ranks, words[0], int(words[1]))
     else:
-        time_sums(*rest)
+        time_sums(*words)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        sys.exit(main())
+    main_on_ranks(*sys.argv[1:])

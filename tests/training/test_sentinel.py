@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 
-from tf_dist.comm.base import Comm, SerialComm
+from tf_dist.comm.base import Comm, SerialComm, add_in_order
 from tf_dist.comm.probe import prove
 from tf_dist.errors import LaunchError, UsageError
 from tf_dist.training.sentinel import Sentinel
@@ -36,6 +36,13 @@ class ThreadComm(Comm):
     def _gather(self, array, root):
         rows = np.stack(self._everyone(array.copy()))
         return rows if self.rank == root else None
+
+    def _allreduce_terms(self, terms, order, out):
+        everyone = self._everyone([term.copy() for term in terms])
+        out[:] = add_in_order([term.copy() for theirs in everyone for term in theirs], order)
+
+    def _reduce_terms(self, terms, order, out, root):
+        raise NotImplementedError
 
     def _barrier(self):
         self._everyone(None)
@@ -247,6 +254,7 @@ def test_ranks_that_are_alone_without_knowing():
     """Every rank its own world: the values of the others never come."""
     alone = SerialComm()
     alone.size = 2
+    alone._allreduce_terms = lambda terms, order, out: None
     with pytest.raises(LaunchError, match="on rank 0 allreduce of float32 returned 1, not 5; "):
         prove(alone)
 
@@ -257,6 +265,7 @@ def test_fit_proves_before_it_trains():
     model = keras.Sequential([keras.Input((4,), dtype="int32"), keras.layers.Embedding(5, 5)])
     trainer = Trainer(model, keras.optimizers.SGD(), SerialComm(), global_batch_size=2)
     trainer.comm = SimpleNamespace(rank=0, size=2, allreduce=lambda array: None,
+                                   allreduce_terms=lambda terms, order, out: None,
                                    broadcast=lambda array, root=0: None, gather=lambda array: array,
                                    allgather_obj=lambda value: [value, value])  # fmt: skip
     with pytest.raises(LaunchError, match="the ranks do not talk"):

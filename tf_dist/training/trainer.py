@@ -189,10 +189,7 @@ class Trainer:
             calls.on_epoch_begin(epoch)
             logs = self._train_until(min(steps, (epoch + 1) * stretch), sequences, sampler, calls)
             if held_out is not None and eval_every and not self.stopped:
-                calls.on_test_begin()
-                found = self.validate(held_out, validation_bytes)
-                calls.on_test_end({name.removeprefix("val_"): value for name, value in found.items()})
-                logs.update(found)
+                logs.update(self._validate_between(held_out, validation_bytes, calls))
             calls.on_epoch_end(epoch, logs)
             self._agree_to_stop()
         self.sentinel.compare(self.step)
@@ -200,6 +197,15 @@ class Trainer:
         calls.on_train_end(logs)
         self._stop_requested = False
         return dict(self.model.history.history)
+
+    def _validate_between(
+        self, held_out: Sequences, text_bytes: int, calls: keras.callbacks.CallbackList
+    ) -> dict[str, float]:
+        """Validate as Keras's fit does, with callbacks told."""
+        calls.on_test_begin()
+        found = self.validate(held_out, text_bytes)
+        calls.on_test_end({name.removeprefix("val_"): value for name, value in found.items()})
+        return found
 
     def request_stop(self) -> None:
         """Ask all ranks to stop after the next step; may be called on any rank, even by a signal."""
