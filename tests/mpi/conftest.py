@@ -93,3 +93,12 @@ def comm(request, connected):
     from tf_dist.comm.mpi import MPIComm
 
     return MPIComm()
+
+
+@pytest.fixture(params=["mpi", "horovod"])
+def carried(request, connected):
+    """All ranks, over each backend."""
+    if request.param == "horovod":
+        pytest.importorskip("horovod", reason="Horovod is not installed: `make horovod`")
+        return launch.use_backend(connected, "horovod")
+    return connected

@@ -9,7 +9,6 @@ import zipfile
 import numpy as np
 import pytest
 
-from tf_dist.comm import launch
 from tf_dist.comm.base import SerialComm
 from tf_dist.errors import LaunchError, UsageError
 
@@ -123,14 +122,6 @@ def parallel(build, optimizer, comm, **more):
 def check(found, expected, everyone, limit=1e-5):
     assert len(set(everyone(found.tobytes()))) == 1, "the ranks have different weights"
     assert max(everyone(float(np.abs(found - expected).max()))) <= limit
-
-
-@pytest.fixture(params=["mpi", "horovod"])
-def carried(request, connected):
-    if request.param == "horovod":
-        pytest.importorskip("horovod", reason="Horovod is not installed: `make horovod`")
-        return launch.use_backend(connected, "horovod")
-    return connected
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -61,15 +61,6 @@ def serial(connected):
     return alone, logs, flat(alone.model), alone.validate(HELD_OUT, 100)
 
 
-@pytest.fixture(params=["mpi", "horovod"])
-def carried(request, connected):
-    """All ranks, over each backend."""
-    if request.param == "horovod":
-        pytest.importorskip("horovod", reason="Horovod is not installed: `make horovod`")
-        return launch.use_backend(connected, "horovod")
-    return connected
-
-
 @pytest.mark.parametrize("update", ["allreduce", "master"])
 def test_parallel_is_serial(connected, carried, serial, everyone, update):
     _, logs_serial, weights_serial, result_serial = serial
