@@ -1,6 +1,7 @@
 """Benchmarks: each prints one table and leaves one JSON file under runs/bench/.
 
-    python scripts/bench.py exact        # does the number of ranks change a bit? and what does that cost?
+    python scripts/bench.py exact        # does the number of ranks change a bit?
+    python scripts/bench.py exact-cost   # and what does it cost that it does not?
 
 `make bench` runs all of them, `make bench-NAME` one.
 """
@@ -12,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-BENCHMARKS = {"exact": "bench_exact.py"}
+BENCHMARKS = {"exact": "bench_exact.py", "exact-cost": "bench_exact_cost.py"}
 
 
 def main(argv: list[str]) -> int:

@@ -1,8 +1,8 @@
-"""Whether the number of ranks changes a bit of the weights, and what it costs that it does not.
+"""Whether the number of ranks changes a bit of the weights.
 
 Trains {LSTM, Transformer} x {allreduce, master} x {plain, dropout and clipping, resumed from another
 number of ranks} on 1, 2, 3, 4 and 8 ranks and compares the SHA-256 of the final weights with those of one
-rank; then times `allreduce_terms` against MPI's own `Allreduce` of the same buffers, in turn, in one job.
+rank.
 
 Started by ``scripts/bench.py exact``; it starts its own ranks.
 """
@@ -13,13 +13,10 @@ import json
 import os
 import platform
 import runpy
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 HERE = Path(__file__).resolve()
 FOLDER = Path("runs/bench/exact")
@@ -40,9 +37,6 @@ SIZES = [
     *("--steps", str(STEPS), "--save-every", str(HALF), "--eval-every", "0", "--progress", "none"),
     *("--threads-per-rank", "1", "--weight-decay", "0.1", "--warmup-steps", "5"),
 ]
-# Parameters of nanoGPT's recipe, of a small and of a middling model.
-LENGTHS = (809_856, 4_200_000, 10_700_000)
-TIMED, DROPPED = 33, 3
 
 
 def main() -> int:
@@ -56,13 +50,10 @@ def main() -> int:
         run: {ranks: sha256(stamp, ranks, *run) for ranks in RANKS}
         for run in [(m, u, r) for m in MODELS for u in UPDATES for r in [*REGIMES, RESUMED]]
     }
-    costs = [cost for ranks in (2, 4) for cost in measured_costs(ranks, stamp)]
     equal = print_hashes(hashes)
-    print_costs(costs)
     report = {
         "machine": {"processor": processor(), "cores": os.cpu_count(), "python": platform.python_version()},
         "hashes": {" / ".join(run): by_ranks for run, by_ranks in hashes.items()},
-        "costs": costs,
     }
     path = FOLDER / f"{stamp}.json"
     path.write_text(json.dumps(report, indent=1) + "\n")
@@ -131,45 +122,7 @@ def train(
     runpy.run_path(str(HERE.with_name("train.py")))["main"]([*SIZES, *options, *flags])
 
 
-def time_sums(stamp: str) -> None:
-    """Time both reductions in turn; rank 0 leaves the medians in a file."""
-    from tf_dist.comm.mpi import MPIComm
-
-    comm = MPIComm()
-    costs = [{"ranks": comm.size, "parameters": length, **medians(comm, length)} for length in LENGTHS]
-    if comm.rank == 0:
-        (FOLDER / stamp / f"costs-{comm.size}.json").write_text(json.dumps(costs))
-
-
-def medians(comm: Any, length: int) -> dict[str, float]:
-    """Median milliseconds of each reduction of ``length`` float32, the slowest rank counting."""
-    from tf_dist.parallel.flat import aligned_empty
-    from tf_dist.parallel.tree import order
-
-    made = order(range(comm.size), [range(rank, rank + 1) for rank in range(comm.size)])
-    array = aligned_empty(length)
-    taken: dict[str, list[float]] = {"plain": [], "tree": []}
-    for _ in range(TIMED):
-        for name in taken:
-            array.fill(1.0)
-            comm.barrier()
-            begun = time.perf_counter()
-            if name == "plain":
-                comm.allreduce(array)
-            else:
-                comm.allreduce_terms([array], made, array)
-            slowest = max(comm.allgather_obj(time.perf_counter() - begun))
-            taken[name].append(1e3 * slowest)
-    return {f"{name}_ms": statistics.median(times[DROPPED:]) for name, times in taken.items()}
-
-
 # What is shown -----------------------------------------------------------------------------------
-
-
-def measured_costs(ranks: int, stamp: str) -> Iterator[dict[str, float]]:
-    """The medians of one job of `time_sums`."""
-    launch(ranks, "time", stamp)
-    yield from json.loads((FOLDER / stamp / f"costs-{ranks}.json").read_text())
 
 
 def print_hashes(hashes: dict[tuple[str, str, str], dict[int, str]]) -> bool:
@@ -189,17 +142,6 @@ def print_hashes(hashes: dict[tuple[str, str, str], dict[int, str]]) -> bool:
     return all_equal
 
 
-def print_costs(costs: list[dict[str, float]]) -> None:
-    """The table of times."""
-    print(f"\n{'ranks':>5} {'MB':>6} {'Allreduce ms':>13} {'tree ms':>8} {'ratio':>6}")
-    for cost in costs:
-        ratio = cost["tree_ms"] / cost["plain_ms"]
-        print(
-            f"{cost['ranks']:>5} {4e-6 * cost['parameters']:>6.1f} {cost['plain_ms']:>13.2f} "
-            f"{cost['tree_ms']:>8.2f} {ratio:>6.2f}"
-        )
-
-
 def processor() -> str:
     """The processor's name, where Linux tells."""
     try:
@@ -214,10 +156,8 @@ def main_on_ranks(work: str, *words: str) -> None:
     ranks = int(os.environ["OMPI_COMM_WORLD_SIZE"])
     if work == "train":
         train_all(ranks, *words)
-    elif work == "resume":
-        resume_all(ranks, words[0], int(words[1]))
     else:
-        time_sums(*words)
+        resume_all(ranks, words[0], int(words[1]))
 
 
 if __name__ == "__main__":

@@ -127,12 +127,80 @@ def check(found, expected, everyone, limit=1e-5):
 @pytest.mark.parametrize("name", MODELS)
 def test_models(connected, everyone, name):
     found = weights(parallel(MODELS[name], adam(), connected))
-    alone = adam()
-    if name == "embedding":  # distributed, its gradients are dense, on one rank as well
-        import tf_dist
-
-        alone = tf_dist.distribute(alone, SerialComm())
+    # Keras's Adam squares the gradients of an id that a batch repeats one by one, not their sum.
+    alone = with_dense_gradients() if name == "embedding" else adam()
     check(found, serial(MODELS[name], alone), everyone)
+
+
+def with_dense_gradients():
+    import keras
+    import tensorflow as tf
+
+    class Dense(keras.optimizers.Adam):
+        def apply(self, grads, trainable_variables=None):
+            return super().apply([tf.convert_to_tensor(grad) for grad in grads], trainable_variables)
+
+    return Dense(1e-2)
+
+
+@pytest.mark.parametrize("steps_per_execution", [1, 2])
+def test_fit_of_plain_arrays(connected, everyone, steps_per_execution):
+    """The oracle is what a user has today: `fit(x, y)` in one process, without anything of ours."""
+    import tf_dist
+
+    alone = functional()
+    alone.compile(scheduled(), loss="mse")
+    alone.fit(X, Y, batch_size=G, epochs=EPOCHS, shuffle=False, verbose=0)
+    model = functional(1 + connected.rank)
+    data = tf_dist.shard((X, Y), connected, batch_size=G, shuffle=False)
+    fit(model, tf_dist.distribute(scheduled(), connected), data, steps_per_execution=steps_per_execution)
+    check(weights(model), weights(alone), everyone, 1e-6)
+
+
+def test_train_on_batch(connected, everyone):
+    import tf_dist
+
+    alone, model = functional(), functional(1 + connected.rank)
+    alone.compile(scheduled(), loss="mse")
+    model.compile(tf_dist.distribute(scheduled(), connected), loss="mse")
+    for batch in tf_dist.shard((X, Y), SerialComm(), batch_size=G):
+        alone.train_on_batch(*batch)
+    for batch in tf_dist.shard((X, Y), connected, batch_size=G):
+        model.train_on_batch(*batch)
+    check(weights(model), weights(alone), everyone, 1e-6)
+
+
+def test_a_multi_optimizer(connected, everyone):
+    import keras
+
+    if not hasattr(keras.optimizers, "MultiOptimizer"):
+        pytest.skip("this Keras has no MultiOptimizer")
+
+    def several():
+        kinds = {".*kernel": keras.optimizers.SGD(0.1), ".*bias": keras.optimizers.Adam(0.01)}
+        default = keras.optimizers.SGD(0.1)
+        return keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(default, kinds))
+
+    check(weights(parallel(functional, several(), connected)), serial(functional, several()), everyone)
+
+
+def test_a_step_that_does_not_call_us_is_refused(connected):
+    """A ``train_step`` that updates the weights by itself."""
+    import keras
+
+    import tf_dist
+
+    class Own(keras.Model):
+        def train_step(self, data):
+            for variable in self.trainable_variables:
+                variable.assign(variable * 0.9)
+            return {"loss": keras.ops.zeros(())}
+
+    x = keras.Input((F,))
+    model = Own(x, keras.layers.Dense(2)(x))
+    model.compile(tf_dist.distribute(adam(), connected), loss="mse")
+    with pytest.raises(LaunchError, match="did not call the distributed optimizer"):
+        model.fit(tf_dist.shard((X, Y), connected, batch_size=G), verbose=0, shuffle=False)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -300,6 +368,26 @@ def test_every_example_once(connected, everyone, kind, extra):
         assert sorted(seen) == x.tolist()
         total = sum(everyone(sum(float(w.sum() / len(w)) for _, _, w in found)))
         assert total == pytest.approx(connected.size * len(found))
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")  # Keras's, of a dataset of unknown length
+@pytest.mark.parametrize("kind", ["arrays", "examples", "batches"])
+def test_an_evaluation_is_that_of_one_process(connected, everyone, kind):
+    """Batches of 7 divide by no number of ranks; the last one has 3 rows, so that rank 3 has none of it."""
+    import keras
+    import tensorflow as tf
+
+    import tf_dist
+
+    x, y = X[:31], Y[:31]
+    model = functional()
+    model.compile(tf_dist.distribute(scheduled(), connected), loss="mse", metrics=["mae"])
+    alone = keras.callbacks.CallbackList([])  # without a model: Keras's own, of this rank
+    expected = model.evaluate(x, y, batch_size=7, verbose=0, return_dict=True, callbacks=alone)
+    data = (x, y) if kind == "arrays" else tf.data.Dataset.from_tensor_slices((x, y))
+    data = data.batch(7) if kind == "batches" else data
+    data = tf_dist.shard(data, connected, batch_size=None if kind == "batches" else 7, training=False)
+    assert model.evaluate(data, verbose=0, return_dict=True) == pytest.approx(expected, rel=1e-6)
 
 
 def test_datasets_in_different_orders_are_refused(connected, everyone):

@@ -49,6 +49,15 @@ def test_shard_of_nothing():
             shard(nothing, SerialComm())
 
 
+def test_shard_of_too_few_rows_for_an_evaluation():
+    comm = SerialComm()
+    comm.size, comm.allgather_obj = 3, lambda value: [value] * 3
+    for rows, batch in ((2, 8), (9, 2)):
+        for data in (np.zeros((rows, 1)), tf.data.Dataset.range(rows)):
+            with pytest.raises(DataError, match="too few for 3 ranks"):
+                shard(data, comm, batch_size=batch, training=False)
+
+
 def test_shard_keeps_the_form_of_the_data():
     x = {"a": np.arange(6.0), "b": np.arange(6)}
     (batch,) = shard(x, SerialComm(), shuffle=False)

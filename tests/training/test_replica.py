@@ -10,7 +10,8 @@ from tf_dist.config import Config
 from tf_dist.errors import UsageError
 from tf_dist.models.build import build
 from tf_dist.parallel.flat import aligned_empty
-from tf_dist.training.replica import Replica, random_states
+from tf_dist.training.randomness import random_states
+from tf_dist.training.replica import Replica
 
 B, T, V = 2, 8, 11
 TINY = {"vocab_size": V, "seq_len": T, "width": 16, "layers": 1, "heads": 2}
@@ -126,6 +127,74 @@ def test_dropout_depends_on_seed_step_and_micro_batch_alone():
     assert fresh.gradients(x, y, (3, 2))[0].tobytes() == drawn[0]
     drawn.append(other_seed.gradients(x, y, (3, 2))[0].tobytes())
     assert len(set(drawn)) == len(places) + 1
+
+
+class Jitter(layers.Layer):
+    """Noise without a seed or generator of its own: Keras draws from its global one."""
+
+    def call(self, x, training=False):
+        return x + keras.random.normal(keras.ops.shape(x)) if training else x
+
+
+class Attention(layers.Layer):
+    def __init__(self):
+        super().__init__()
+        self.attention = layers.MultiHeadAttention(2, 4, dropout=0.5)
+
+    def call(self, x, training=False):
+        return self.attention(x, x, training=training)
+
+
+RANDOM_LAYERS = {
+    "Dropout": lambda: layers.Dropout(0.5),
+    "AlphaDropout": lambda: layers.AlphaDropout(0.5),
+    "GaussianDropout": lambda: layers.GaussianDropout(0.5),
+    "GaussianNoise": lambda: layers.GaussianNoise(1.0),
+    "SpatialDropout1D": lambda: layers.SpatialDropout1D(0.5),
+    "MultiHeadAttention": Attention,
+    "LSTM": lambda: layers.LSTM(6, return_sequences=True, dropout=0.3),
+    "LSTM, recurrent": lambda: layers.LSTM(6, return_sequences=True, recurrent_dropout=0.3),
+    "GRU": lambda: layers.GRU(6, return_sequences=True, dropout=0.3, recurrent_dropout=0.3),
+    "SimpleRNN": lambda: layers.SimpleRNN(6, return_sequences=True, dropout=0.3),
+    "Bidirectional": lambda: layers.Bidirectional(layers.LSTM(4, return_sequences=True, dropout=0.5)),
+    "StackedRNNCells": lambda: layers.RNN(
+        [layers.LSTMCell(4, dropout=0.5), layers.GRUCell(4, recurrent_dropout=0.5)], return_sequences=True
+    ),
+    "TimeDistributed": lambda: layers.TimeDistributed(layers.Dropout(0.5)),
+    "a seed given": lambda: layers.Dropout(0.5, seed=3),
+    "no generator": Jitter,
+    "keras.random in a Lambda": lambda: layers.Lambda(lambda x: x + keras.random.uniform((B, T, 6))),
+}
+
+
+@pytest.mark.parametrize("name", RANDOM_LAYERS)
+def test_every_random_layer_depends_on_seed_step_and_micro_batch_alone(name):
+    """Whatever was drawn before: in another order, or by another process with another global seed."""
+
+    def made(global_seed):
+        keras.utils.set_random_seed(1)
+        model = keras.Sequential(
+            [keras.Input((T,), dtype="int32"), layers.Embedding(V, 6), RANDOM_LAYERS[name](), layers.Dense(V)]
+        )
+        keras.utils.set_random_seed(global_seed)
+        return replica_of(model)
+
+    x, y = batch()
+    used, fresh = made(2), made(3)
+    places = [(3, 1), (2, 2), (3, 2), (3, 3)]
+    drawn = {place: used.gradients(x, y, place)[0].tobytes() for place in places}
+    assert len(set(drawn.values())) == len(places)
+    assert fresh.gradients(x, y, (3, 2))[0].tobytes() == drawn[3, 2]
+    assert used.gradients(x, y, (3, 1))[0].tobytes() == drawn[3, 1]
+
+
+def test_random_numbers_that_are_not_keras_own_are_found():
+    def model(layer):
+        return keras.Sequential([keras.Input((T,), dtype="int32"), layers.Embedding(V, V), layer])
+
+    noisy = layers.Lambda(lambda x: tf.map_fn(lambda row: row + tf.random.normal((T, V)), x))
+    assert replica_of(model(noisy)).foreign_draws() == ["RandomStandardNormal"]
+    assert replica_of(model(layers.LSTM(V, return_sequences=True, dropout=0.5))).foreign_draws() == []
 
 
 def test_without_dropout_the_place_does_not_matter():

@@ -7,6 +7,7 @@ import math
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras import layers
 
 from tf_dist.comm.base import SerialComm
@@ -341,3 +342,10 @@ def test_the_sha256_of_weights_is_canonical():
     model = bigram()
     expected = hashlib.sha256(model.weights[0].numpy().astype("<f4").tobytes()).hexdigest()
     assert weights_sha256(model) == expected
+
+
+def test_a_model_with_random_numbers_of_its_own_is_warned_of():
+    model = bigram()
+    model.add(layers.Lambda(lambda x: x + tf.random.uniform((2, T, V))))
+    with pytest.warns(UserWarning, match=r"RandomUniform.*Use keras.random"):
+        trainer_of(model, micro_batch_size=2).fit(text(200), steps=1)

@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from tf_dist.errors import UsageError
 from tf_dist.parallel.flat import ALIGNMENT_BYTES, FlatLayout
+from tf_dist.training.randomness import foreign_draws, generator_states, random_states
 
 # Targets of padding: they have no loss and are not counted.
 IGNORED = -1
@@ -43,7 +44,7 @@ class Replica:
             optimizer.build(model.trainable_variables)
         self.layout = FlatLayout([variable.shape for variable in model.trainable_variables])
         self.parameters = self.layout.total
-        self._random_states = [v for v in model.variables if v.path.endswith("seed_generator_state")]
+        self._generators = len(generator_states(model))
         self._compile(rows, seq_len)
 
     def _check_model(self, seq_len: int) -> None:
@@ -64,7 +65,7 @@ class Replica:
     def _compile(self, rows: int, seq_len: int) -> None:
         batch_BxT = tf.TensorSpec((rows, seq_len), tf.int32)
         flat_P = tf.TensorSpec((self.parameters,), tf.float32)
-        states = tf.TensorSpec((len(self._random_states), 2), tf.int64)
+        states = tf.TensorSpec((self._generators, 2), tf.int64)
         self._gradients = tf.function(self._gradients_graph, input_signature=[batch_BxT, batch_BxT, states])
         self._evaluate = tf.function(self._evaluate_graph, input_signature=[batch_BxT, batch_BxT])
         self._apply = tf.function(self._apply_graph, input_signature=[flat_P, tf.TensorSpec((), tf.float32)])
@@ -87,16 +88,20 @@ class Replica:
             The gradient, (P,) float32, which must only be read; and (3,) float64: the summed loss in
             nats, the number of targets, and how many of them had the highest logit.
         """
-        states = random_states(self.seed, draw, len(self._random_states))
+        states = random_states(self.seed, draw, self._generators)
         gradient, sums = self._gradients(x_BxT, y_BxT, states)
         return np.asarray(gradient), np.asarray(sums, np.float64)
+
+    def foreign_draws(self) -> list[str]:
+        """TensorFlow's random operations in the model that `gradients` cannot make repeatable."""
+        return foreign_draws(self._gradients.get_concrete_function())
 
     def evaluate(self, x_BxT: np.ndarray, y_BxT: np.ndarray) -> np.ndarray:
         """The sums of `gradients`, without dropout and without a gradient."""
         return np.asarray(self._evaluate(x_BxT, y_BxT), np.float64)
 
     def _gradients_graph(self, x_BxT: Any, y_BxT: Any, states: Any) -> tuple[Any, Any]:
-        for i, variable in enumerate(self._random_states):
+        for i, variable in enumerate(generator_states(self.model)):
             variable.assign(tf.cast(states[i], variable.dtype))
         variables = [variable.value for variable in self.model.trainable_variables]
         with tf.GradientTape() as tape:
@@ -144,17 +149,6 @@ class Replica:
 
     def _trainable_values(self) -> list[Any]:
         return [variable.value for variable in self.model.trainable_variables]
-
-
-def random_states(seed: int, draw: tuple[int, int], count: int) -> np.ndarray:
-    """States for ``count`` Keras seed generators, (count, 2) int64, from (seed, step, micro-batch) alone.
-
-    `numpy.random.SeedSequence` mixes its words so that neighbouring steps share nothing, by an
-    algorithm that NumPy promises not to change.
-    """
-    words = np.random.SeedSequence([seed, *draw]).generate_state(2 * count, np.uint32)
-    # Keras counts up from the state and casts it to 32 bits: stay inside them.
-    return (words.astype(np.int64) >> 1).reshape(count, 2)
 
 
 def _loss_and_sums(logits_BxTxV: Any, y_BxT: Any) -> tuple[Any, Any]:

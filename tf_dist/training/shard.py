@@ -2,7 +2,8 @@
 
 The number of ranks changes neither the batches nor the number of steps: each rank walks through the same
 global batches and takes a contiguous block of the rows of each. Where rows do not divide, sample weights
-make the mean over ranks the mean over rows; a rank without a row takes one of weight zero.
+make the mean over ranks the mean over rows; a rank without a row takes one of weight zero. An evaluation
+has no mean over ranks: metrics sum over rows, so it needs no weights, and a rank may lack a batch.
 
 Legend: G rows of a global batch, B rows of it on this rank, R ranks.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -34,6 +36,7 @@ def shard(
     shuffle: bool = True,
     seed: int = 1,
     weights: bool | None = None,
+    training: bool = True,
 ) -> tf.data.Dataset:
     """Share out examples among the ranks, for `model.fit`, `evaluate` or a loop; a collective.
 
@@ -47,43 +50,46 @@ def shard(
         seed: of that order, which is the same for any number of ranks.
         weights: whether elements are ``(x, y, sample_weight)``. None: where there is a ``y``. Without
             weights, the rows of every batch must divide by the number of ranks.
+        training: False: for ``evaluate`` and ``validation_data``. Rows are in their order and as they are,
+            and results are those of one process, also where batches do not divide.
 
     Returns:
-        A dataset of this rank's batches. All ranks get equally many.
+        A dataset of this rank's batches. In training all ranks get equally many.
 
     Raises:
-        DataError: no examples, or arrays of different lengths.
+        DataError: no examples, arrays of different lengths, or an evaluation of fewer rows than ranks.
         LaunchError: the ranks' datasets do not begin with the same batch.
         UsageError: a batch size below one, or weights for something of more than three parts.
     """
     if batch_size is not None and batch_size < 1:
         raise UsageError(f"batch_size {batch_size}: at least 1")
+    share = partial(_share, comm=comm, weights=weights) if training else partial(_block, comm=comm)
+    rows_G, length = batch_size or DEFAULT_BATCH_SIZE, None
     if isinstance(data, tf.data.Dataset):
-        batches = data if batch_size is None else data.batch(batch_size)
+        batches = data if batch_size is None else data.batch(rows_G)
         _check_first(batches, comm)
-        mine = batches.map(lambda *parts: _my_part(_element(parts), comm, weights))
+        mine = batches.map(lambda *parts: share(_element(parts), tf.range(_rows(parts))))
+        if batch_size is not None and data.cardinality() >= 0:
+            length = int(data.cardinality())
     else:
-        mine = _of_arrays(data, comm, batch_size or DEFAULT_BATCH_SIZE, seed if shuffle else None, weights)
+        tensors, length = _tensors(data)
+        order = seed if shuffle and training else None
+        agree(comm, {"examples": length, "batch_size": rows_G, "seed": order}, "the data")
+        mine = _order(length, rows_G, order).map(lambda indices_G: share(tensors, indices_G))
+    if not training:
+        mine = _without_empty(mine, length, rows_G, comm)
     return mine.prefetch(tf.data.AUTOTUNE)
 
 
-def _of_arrays(data: Any, comm: Comm, rows_G: int, seed: int | None, weights: bool | None) -> tf.data.Dataset:
+def _tensors(data: Any) -> tuple[Any, int]:
+    """Arrays as tensors, and how many examples they hold."""
     data = tuple(data) if isinstance(data, list) else data
     lengths = {len(array) for array in tf.nest.flatten(data)}
     if len(lengths) != 1 or not min(lengths):
         raise DataError(
             f"shard() needs arrays with one number of examples, at least 1, not {sorted(lengths)}"
         )
-    (length,) = lengths
-    agree(comm, {"examples": length, "batch_size": rows_G, "seed": seed}, "the data")
-    tensors = tf.nest.map_structure(tf.convert_to_tensor, data)
-
-    def rows(indices_G: Any) -> Any:
-        indices_B, weights_B = _my_rows(indices_G, comm)
-        part = tf.nest.map_structure(lambda tensor: tf.gather(tensor, indices_B), tensors)
-        return _weighted(part, weights_B, weights, tf.shape(indices_G)[0], comm)
-
-    return _order(length, rows_G, seed).map(rows)
+    return tf.nest.map_structure(tf.convert_to_tensor, data), lengths.pop()
 
 
 def _order(length: int, rows_G: int, seed: int | None) -> tf.data.Dataset:
@@ -109,25 +115,49 @@ def _order(length: int, rows_G: int, seed: int | None) -> tf.data.Dataset:
     )
 
 
-def _my_part(batch: Any, comm: Comm, weights: bool | None) -> Any:
-    """Take the rows of this rank out of a global batch."""
-    first = tf.nest.flatten(batch)[0]
-    rows_G = tf.shape(first)[0]
-    indices_B, weights_B = _my_rows(tf.range(rows_G), comm)
-    part = tf.nest.map_structure(lambda tensor: tf.gather(tensor, indices_B), batch)
-    return _weighted(part, weights_B, weights, rows_G, comm)
-
-
-def _my_rows(indices_G: Any, comm: Comm) -> tuple[Any, Any]:
-    """Indices of the rows of this rank, and a weight for each: R B / G makes a mean of means exact."""
-    rows = tf.shape(indices_G)[0]
-    base, extra = rows // comm.size, rows % comm.size
-    start = comm.rank * base + tf.minimum(comm.rank, extra)
-    mine = base + tf.cast(comm.rank < extra, tf.int32)
+def _share(data: Any, indices_G: Any, comm: Comm, weights: bool | None) -> Any:
+    """The rows of this rank, with weights R B / G: then the mean of the ranks' means is that of the rows."""
+    rows_G = tf.size(indices_G)
+    start, rows = _my_block(rows_G, comm)
     # A rank without a row takes the first one, and gives it no weight.
-    start, taken = tf.where(mine > 0, start, 0), tf.maximum(mine, 1)
-    weight = tf.cast(comm.size * mine, tf.float32) / tf.cast(rows, tf.float32)
-    return indices_G[start : start + taken], tf.fill([taken], weight)
+    start, taken = tf.where(rows > 0, start, 0), tf.maximum(rows, 1)
+    weight = tf.cast(comm.size * rows, tf.float32) / tf.cast(rows_G, tf.float32)
+    part = _gather(data, indices_G[start : start + taken])
+    return _weighted(part, tf.fill([taken], weight), weights, rows_G, comm)
+
+
+def _block(data: Any, indices_G: Any, comm: Comm) -> Any:
+    """The rows of this rank, perhaps none, as they are."""
+    start, rows = _my_block(tf.size(indices_G), comm)
+    return _gather(data, indices_G[start : start + rows])
+
+
+def _without_empty(mine: Any, length: int | None, rows_G: int, comm: Comm) -> Any:
+    """Leave out batches of which this rank has no row; Keras likes to know how many remain."""
+    mine = mine.filter(lambda *parts: _rows(parts) > 0)
+    if length is None:
+        return mine
+    if min(length, rows_G) < comm.size:
+        raise DataError(
+            f"{length} examples in batches of {rows_G} are too few for {comm.size} ranks: some would have "
+            "none. Use larger batches, or evaluate on one rank"
+        )
+    batches = length // rows_G + (length % rows_G > comm.rank)
+    return mine.apply(tf.data.experimental.assert_cardinality(batches))
+
+
+def _my_block(rows_G: Any, comm: Comm) -> tuple[Any, Any]:
+    """Where this rank's rows begin, and how many they are."""
+    base, extra = rows_G // comm.size, rows_G % comm.size
+    return comm.rank * base + tf.minimum(comm.rank, extra), base + tf.cast(comm.rank < extra, tf.int32)
+
+
+def _gather(data: Any, indices_B: Any) -> Any:
+    return tf.nest.map_structure(lambda tensor: tf.gather(tensor, indices_B), data)
+
+
+def _rows(parts: Any) -> Any:
+    return tf.shape(tf.nest.flatten(parts)[0])[0]
 
 
 def _weighted(part: Any, weights_B: Any, weights: bool | None, rows_G: Any, comm: Comm) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -178,6 +179,7 @@ class Trainer:
         steps = (epochs or 1) * sampler.steps_per_epoch if steps is None else steps
         stretch = eval_every or sampler.steps_per_epoch
         calls = self._callback_list(callbacks, steps, stretch)
+        self._warn_of_foreign_draws()
         prove(self.comm)
         self.broadcast_weights()
         calls.on_train_begin()
@@ -197,6 +199,15 @@ class Trainer:
         calls.on_train_end(logs)
         self._stop_requested = False
         return dict(self.model.history.history)
+
+    def _warn_of_foreign_draws(self) -> None:
+        kinds = self.replica.foreign_draws()
+        if kinds and self.comm.rank == 0:
+            warnings.warn(
+                f"the model draws random numbers by {', '.join(kinds)}, whose state is in each process: "
+                "results depend on the number of ranks, and differ after a resume. Use keras.random instead",
+                stacklevel=3,
+            )
 
     def _validate_between(
         self, held_out: Sequences, text_bytes: int, calls: keras.callbacks.CallbackList
