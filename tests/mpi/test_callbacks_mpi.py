@@ -35,29 +35,21 @@ def target(x):
     return (x.sum(axis=1, keepdims=True) > 0).astype(np.float32)
 
 
-def distributed(comm, rate=0.1, **more):
-    """A Keras model whose gradients are averaged over ranks, run eagerly: nothing is traced."""
+def compiled(wrap=lambda optimizer: optimizer, rate=0.1, **more):
+    """A small Keras model, run eagerly: nothing is traced."""
     import keras
 
-    from tf_dist.training.callback_list import install
-
-    class Averaged(keras.optimizers.SGD):
-        def apply(self, grads, trainable_variables=None):
-            flat = np.concatenate([np.asarray(g).ravel() for g in grads])
-            comm.allreduce(flat)
-            parts = np.split(flat / comm.size, np.cumsum([np.size(g) for g in grads])[:-1])
-            grads = [
-                keras.ops.convert_to_tensor(p.reshape(g.shape)) for p, g in zip(parts, grads, strict=True)
-            ]
-            return super().apply(grads, trainable_variables)
-
-    install()
     keras.utils.set_random_seed(1)
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1, activation="sigmoid")])
-    optimizer = Averaged(rate, **more)
-    optimizer.comm = comm
+    optimizer = wrap(keras.optimizers.SGD(rate, **more))
     model.compile(optimizer, "mse", metrics=["mae", keras.metrics.AUC(name="auc")], run_eagerly=True)
     return model
+
+
+def distributed(comm, **more):
+    import tf_dist
+
+    return compiled(lambda optimizer: tf_dist.distribute(optimizer, comm), **more)
 
 
 def fit_keras(comm, callbacks, epochs=EPOCHS, verbose=0, **more):
@@ -305,11 +297,10 @@ def test_logs_are_those_of_all_samples(connected, everyone):
 
 
 def test_average_metrics_by_hand(connected, everyone):
-    """Without `distribute`: an optimizer that carries no Comm, and the callback in the list."""
+    """Without `distribute`, and the callback in the list."""
     from tf_dist import callbacks
 
-    model = distributed(connected, rate=0.0)
-    model.optimizer.comm = None
+    model = compiled(rate=0.0)
     x = rows_of(connected.rank)
     data = {"batch_size": 2 + connected.rank, "verbose": 0, "validation_data": (x + 1, target(x))}
     history = model.fit(x, target(x), callbacks=[callbacks.AverageMetrics(connected)], **data).history
