@@ -62,7 +62,7 @@ def fit_keras(comm, callbacks, epochs=EPOCHS, verbose=0, **more):
     return model
 
 
-def fit_ours(comm, callbacks, epochs=EPOCHS, rate=0.1, **more):
+def fit_ours(comm, callbacks, epochs=EPOCHS, rate=0.1, update="allreduce", **more):
     import keras
 
     from tf_dist.training.trainer import Trainer
@@ -70,7 +70,7 @@ def fit_ours(comm, callbacks, epochs=EPOCHS, rate=0.1, **more):
     keras.utils.set_random_seed(1)
     model = keras.Sequential([keras.Input((T,), dtype="int32"), keras.layers.Embedding(V, V)])
     optimizer = keras.optimizers.SGD(rate, **more)
-    trainer = Trainer(model, optimizer, comm, global_batch_size=G, micro_batch_size=2, seq_len=T)
+    trainer = Trainer(model, optimizer, comm, update, global_batch_size=G, micro_batch_size=2, seq_len=T)
     trainer.fit(
         TOKENS, steps=STRETCH * epochs, validation=TOKENS[:99], eval_every=STRETCH, callbacks=callbacks
     )
@@ -195,6 +195,20 @@ def test_swap_ema_weights(connected, everyone, fit):
     # Swapping is arithmetic in place (a + b - b), so it costs last bits.
     np.testing.assert_allclose(mine["loss"], theirs["loss"], rtol=1e-5)
     assert abs(mine["val_loss"][0] - theirs["val_loss"][0]) > 1e-5
+
+
+@pytest.mark.parametrize("swap_on_epoch", [False, True])
+def test_swap_ema_weights_that_only_rank_0_has(connected, everyone, swap_on_epoch):
+    import keras
+
+    histories, found = [], []
+    for update in ("allreduce", "master"):
+        swap = keras.callbacks.SwapEMAWeights(swap_on_epoch=swap_on_epoch)
+        model = fit_ours(connected, [swap], update=update, use_ema=True, ema_momentum=0.5)
+        histories.append(model.history.history)
+        found.append(flat(model))
+    assert same(everyone, histories) and same(everyone, found)
+    assert histories[0] == histories[1] and found[0] == found[1]
 
 
 def test_terminate_on_nan(connected, everyone):

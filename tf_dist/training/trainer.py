@@ -246,6 +246,7 @@ class Trainer:
             add_history=True,
             model=self.model,
             comm=self.comm,
+            lone_optimizer=self.update is UPDATES["master"],
             epochs=math.ceil(steps / stretch),
             steps=stretch,
             verbose=0,
