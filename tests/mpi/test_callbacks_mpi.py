@@ -6,6 +6,7 @@ Keras is imported inside functions: ``connected`` comes first, as in a user's sc
 
 import http.server
 import json
+import os
 import sys
 import threading
 import types
@@ -127,15 +128,44 @@ def test_stock_callbacks_that_write_leave_one_set_of_files(connected, everyone, 
     assert same(everyone, flat(model))
 
 
+def events(path):
+    """What TensorBoard finds in the one event file of a folder: arrays by tag and step."""
+    import tensorflow as tf
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    reader = EventAccumulator(str(path))
+    reader.Reload()
+    return {
+        tag: {event.step: tf.make_ndarray(event.tensor_proto) for event in reader.Tensors(tag)}
+        for tag in reader.Tags()["tensors"]
+    }
+
+
 def test_tensorboard(connected, everyone, folder, fit):
-    pytest.importorskip("tensorboard")
+    """One file of events for each kind, by rank 0, and in them the logs of all ranks."""
     import keras
 
-    fit(connected, [keras.callbacks.TensorBoard(folder, histogram_freq=1, update_freq=1, write_graph=False)])
+    board = keras.callbacks.TensorBoard(folder, histogram_freq=1, update_freq=1, write_steps_per_second=True)
+    model = fit(connected, [board])
     found = files(folder)
     assert same(everyone, found)
-    assert len([name for name in found if "train" in name]) == 1, found
-    assert len([name for name in found if "validation" in name]) == 1, found
+    assert [name.split("/")[0] for name in found] == ["train", "validation"], found
+    assert all(f".{os.getpid()}." in name for name in found) == (connected.rank == 0)
+    history = model.history.history
+    train, validation = events(folder / "train"), events(folder / "validation")
+    assert [float(v) for v in train["epoch_loss"].values()] == pytest.approx(history["loss"], rel=1e-6)
+    assert [float(v) for v in validation["epoch_loss"].values()] == pytest.approx(
+        history["val_loss"], rel=1e-6
+    )
+    steps = int(model.optimizer.iterations)
+    assert len(train["batch_loss"]) == len(train["batch_steps_per_second"]) == steps
+    assert len(validation["evaluation_loss_vs_iterations"]) == EPOCHS
+    (graph,) = train["keras"].values()
+    assert json.loads(graph.item())["class_name"] == "Sequential"
+    for weight in model.weights:
+        histograms = train[f"{weight.path}/histogram"]
+        assert sorted(histograms) == list(range(EPOCHS))
+        assert histograms[EPOCHS - 1][:, 2].sum() == np.size(weight)
 
 
 def test_remote_monitor(connected, everyone, fit):
