@@ -98,13 +98,14 @@ def files(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def test_stock_callbacks_that_write_leave_one_set_of_files(connected, everyone, folder, fit):
+def test_stock_callbacks_that_write_leave_one_set_of_files(connected, everyone, folder, fit, capsys):
     """Once, on rank 0, and there for every rank when training returns."""
     import keras
 
     k = keras.callbacks
     (folder / "backup").mkdir(exist_ok=True)
     seen = []
+    capsys.readouterr()
     model = fit(
         connected,
         [
@@ -117,6 +118,9 @@ def test_stock_callbacks_that_write_leave_one_set_of_files(connected, everyone, 
             k.LambdaCallback(on_epoch_end=lambda epoch, logs: seen.append(sorted(logs))),
         ],
     )
+    # `fit_keras` is told not to be verbose, and Keras's bar obeys.
+    drawn = connected.rank == 0 and fit is fit_ours
+    assert capsys.readouterr().out.count(f"Epoch {EPOCHS}/{EPOCHS}\n") == drawn
     assert same(everyone, files(folder))
     found = files(folder)
     assert len([name for name in found if name.endswith(".weights.h5")]) == EPOCHS + 1, found
