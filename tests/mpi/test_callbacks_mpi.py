@@ -6,6 +6,7 @@ Keras is imported inside functions: ``connected`` comes first, as in a user's sc
 
 import http.server
 import json
+import os
 import sys
 import threading
 import types
@@ -35,29 +36,21 @@ def target(x):
     return (x.sum(axis=1, keepdims=True) > 0).astype(np.float32)
 
 
-def distributed(comm, rate=0.1, **more):
-    """A Keras model whose gradients are averaged over ranks, run eagerly: nothing is traced."""
+def compiled(wrap=lambda optimizer: optimizer, rate=0.1, **more):
+    """A small Keras model, run eagerly: nothing is traced."""
     import keras
 
-    from tf_dist.training.callback_list import install
-
-    class Averaged(keras.optimizers.SGD):
-        def apply(self, grads, trainable_variables=None):
-            flat = np.concatenate([np.asarray(g).ravel() for g in grads])
-            comm.allreduce(flat)
-            parts = np.split(flat / comm.size, np.cumsum([np.size(g) for g in grads])[:-1])
-            grads = [
-                keras.ops.convert_to_tensor(p.reshape(g.shape)) for p, g in zip(parts, grads, strict=True)
-            ]
-            return super().apply(grads, trainable_variables)
-
-    install()
     keras.utils.set_random_seed(1)
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1, activation="sigmoid")])
-    optimizer = Averaged(rate, **more)
-    optimizer.comm = comm
+    optimizer = wrap(keras.optimizers.SGD(rate, **more))
     model.compile(optimizer, "mse", metrics=["mae", keras.metrics.AUC(name="auc")], run_eagerly=True)
     return model
+
+
+def distributed(comm, **more):
+    import tf_dist
+
+    return compiled(lambda optimizer: tf_dist.distribute(optimizer, comm), **more)
 
 
 def fit_keras(comm, callbacks, epochs=EPOCHS, verbose=0, **more):
@@ -70,7 +63,7 @@ def fit_keras(comm, callbacks, epochs=EPOCHS, verbose=0, **more):
     return model
 
 
-def fit_ours(comm, callbacks, epochs=EPOCHS, rate=0.1, **more):
+def fit_ours(comm, callbacks, epochs=EPOCHS, rate=0.1, update="allreduce", **more):
     import keras
 
     from tf_dist.training.trainer import Trainer
@@ -78,7 +71,7 @@ def fit_ours(comm, callbacks, epochs=EPOCHS, rate=0.1, **more):
     keras.utils.set_random_seed(1)
     model = keras.Sequential([keras.Input((T,), dtype="int32"), keras.layers.Embedding(V, V)])
     optimizer = keras.optimizers.SGD(rate, **more)
-    trainer = Trainer(model, optimizer, comm, global_batch_size=G, micro_batch_size=2, seq_len=T)
+    trainer = Trainer(model, optimizer, comm, update, global_batch_size=G, micro_batch_size=2, seq_len=T)
     trainer.fit(
         TOKENS, steps=STRETCH * epochs, validation=TOKENS[:99], eval_every=STRETCH, callbacks=callbacks
     )
@@ -105,13 +98,14 @@ def files(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def test_stock_callbacks_that_write_leave_one_set_of_files(connected, everyone, folder, fit):
+def test_stock_callbacks_that_write_leave_one_set_of_files(connected, everyone, folder, fit, capsys):
     """Once, on rank 0, and there for every rank when training returns."""
     import keras
 
     k = keras.callbacks
     (folder / "backup").mkdir(exist_ok=True)
     seen = []
+    capsys.readouterr()
     model = fit(
         connected,
         [
@@ -124,6 +118,9 @@ def test_stock_callbacks_that_write_leave_one_set_of_files(connected, everyone, 
             k.LambdaCallback(on_epoch_end=lambda epoch, logs: seen.append(sorted(logs))),
         ],
     )
+    # `fit_keras` is told not to be verbose, and Keras's bar obeys.
+    drawn = connected.rank == 0 and fit is fit_ours
+    assert capsys.readouterr().out.count(f"Epoch {EPOCHS}/{EPOCHS}\n") == drawn
     assert same(everyone, files(folder))
     found = files(folder)
     assert len([name for name in found if name.endswith(".weights.h5")]) == EPOCHS + 1, found
@@ -135,15 +132,76 @@ def test_stock_callbacks_that_write_leave_one_set_of_files(connected, everyone, 
     assert same(everyone, flat(model))
 
 
-def test_tensorboard(connected, everyone, folder, fit):
-    pytest.importorskip("tensorboard")
+def test_checkpoints_of_whole_models_are_plain_keras(connected, everyone, folder, fit):
+    """They load where nobody has heard of us, with the weights of their time, and the optimizer's state."""
     import keras
 
-    fit(connected, [keras.callbacks.TensorBoard(folder, histogram_freq=1, update_freq=1, write_graph=False)])
+    kept, checkpoint = [], keras.callbacks.ModelCheckpoint
+
+    class Keep(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            kept.append(flat(self.model))
+
+    model = fit(
+        connected,
+        [
+            checkpoint(folder / "best.keras", save_best_only=True, save_freq="epoch"),
+            checkpoint(folder / "worst.keras", "loss", save_best_only=True, mode="max"),
+            checkpoint(folder / "batch.keras", save_freq=2),
+            Keep(),
+        ],
+        momentum=0.9,
+    )
+    assert same(everyone, files(folder))
+    history, epoch = model.history.history, len(kept) // EPOCHS
+    best, worst = np.argmin(history["val_loss"]) + 1, np.argmax(history["loss"]) + 1
+    after = {"best": best * epoch, "worst": worst * epoch, "batch": len(kept) // 2 * 2}
+    for name, step in after.items():
+        loaded = keras.saving.load_model(folder / f"{name}.keras")
+        assert flat(loaded) == kept[step - 1], name
+        if fit is fit_keras:  # the Trainer's models are not compiled: their files hold no optimizer
+            assert type(loaded.optimizer) is keras.optimizers.SGD
+            assert int(loaded.optimizer.iterations) == step
+
+
+def events(path):
+    """What TensorBoard finds in the one event file of a folder: arrays by tag and step."""
+    import tensorflow as tf
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    reader = EventAccumulator(str(path))
+    reader.Reload()
+    return {
+        tag: {event.step: tf.make_ndarray(event.tensor_proto) for event in reader.Tensors(tag)}
+        for tag in reader.Tags()["tensors"]
+    }
+
+
+def test_tensorboard(connected, everyone, folder, fit):
+    """One file of events for each kind, by rank 0, and in them the logs of all ranks."""
+    import keras
+
+    board = keras.callbacks.TensorBoard(folder, histogram_freq=1, update_freq=1, write_steps_per_second=True)
+    model = fit(connected, [board])
     found = files(folder)
     assert same(everyone, found)
-    assert len([name for name in found if "train" in name]) == 1, found
-    assert len([name for name in found if "validation" in name]) == 1, found
+    assert [name.split("/")[0] for name in found] == ["train", "validation"], found
+    assert all(f".{os.getpid()}." in name for name in found) == (connected.rank == 0)
+    history = model.history.history
+    train, validation = events(folder / "train"), events(folder / "validation")
+    assert [float(v) for v in train["epoch_loss"].values()] == pytest.approx(history["loss"], rel=1e-6)
+    assert [float(v) for v in validation["epoch_loss"].values()] == pytest.approx(
+        history["val_loss"], rel=1e-6
+    )
+    steps = int(model.optimizer.iterations)
+    assert len(train["batch_loss"]) == len(train["batch_steps_per_second"]) == steps
+    assert len(validation["evaluation_loss_vs_iterations"]) == EPOCHS
+    (graph,) = train["keras"].values()
+    assert json.loads(graph.item())["class_name"] == "Sequential"
+    for weight in model.weights:
+        histograms = train[f"{weight.path}/histogram"]
+        assert sorted(histograms) == list(range(EPOCHS))
+        assert histograms[EPOCHS - 1][:, 2].sum() == np.size(weight)
 
 
 def test_remote_monitor(connected, everyone, fit):
@@ -205,6 +263,20 @@ def test_swap_ema_weights(connected, everyone, fit):
     assert abs(mine["val_loss"][0] - theirs["val_loss"][0]) > 1e-5
 
 
+@pytest.mark.parametrize("swap_on_epoch", [False, True])
+def test_swap_ema_weights_that_only_rank_0_has(connected, everyone, swap_on_epoch):
+    import keras
+
+    histories, found = [], []
+    for update in ("allreduce", "master"):
+        swap = keras.callbacks.SwapEMAWeights(swap_on_epoch=swap_on_epoch)
+        model = fit_ours(connected, [swap], update=update, use_ema=True, ema_momentum=0.5)
+        histories.append(model.history.history)
+        found.append(flat(model))
+    assert same(everyone, histories) and same(everyone, found)
+    assert histories[0] == histories[1] and found[0] == found[1]
+
+
 def test_terminate_on_nan(connected, everyone):
     """In `fit` one rank's NaN stops all at that batch; the Trainer raises before a callback could see it."""
     import keras
@@ -239,7 +311,10 @@ def test_backup_and_restore_goes_on_everywhere(connected, everyone, folder, fit)
     resumed = fit(connected, [backup(), note], epochs=4, momentum=0.9)
     assert everyone(epochs) == [[2, 3]] * connected.size
     assert same(everyone, flat(resumed))
-    assert int(resumed.optimizer.iterations) == int(whole.optimizer.iterations)
+    assert flat(resumed) == flat(whole)
+    assert [v.numpy().tolist() for v in resumed.optimizer.variables] == [
+        v.numpy().tolist() for v in whole.optimizer.variables
+    ]
 
 
 def test_one_rank_wants_to_stop_and_changes_its_rate(connected, everyone, fit):
@@ -305,11 +380,10 @@ def test_logs_are_those_of_all_samples(connected, everyone):
 
 
 def test_average_metrics_by_hand(connected, everyone):
-    """Without `distribute`: an optimizer that carries no Comm, and the callback in the list."""
+    """Without `distribute`, and the callback in the list."""
     from tf_dist import callbacks
 
-    model = distributed(connected, rate=0.0)
-    model.optimizer.comm = None
+    model = compiled(rate=0.0)
     x = rows_of(connected.rank)
     data = {"batch_size": 2 + connected.rank, "verbose": 0, "validation_data": (x + 1, target(x))}
     history = model.fit(x, target(x), callbacks=[callbacks.AverageMetrics(connected)], **data).history

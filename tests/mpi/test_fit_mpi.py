@@ -403,3 +403,79 @@ def test_datasets_in_different_orders_are_refused(connected, everyone):
         said = str(error)
     expected = "nothing" if connected.size == 1 else "give shuffle() a seed"
     assert all(expected in word for word in everyone(said))
+
+
+def test_class_weight(connected, everyone):
+    """Keras takes class weights or sample weights, and `shard` gives the latter unless it is told not to."""
+    import tf_dist
+
+    classes = np.eye(2, dtype=np.float32)[(X[:24].sum(1) > 0).astype(int)]
+
+    def train(optimizer, comm, seed):
+        model = functional(seed)
+        model.compile(optimizer, loss="mse", run_eagerly=True)
+        data = tf_dist.shard((X[:24], classes), comm, batch_size=G, weights=False)
+        model.fit(data, epochs=EPOCHS, verbose=0, shuffle=False, class_weight={0: 0.25, 1: 3.0})
+        return weights(model)
+
+    found = train(tf_dist.distribute(scheduled(), connected), connected, 1 + connected.rank)
+    check(found, train(scheduled(), SerialComm(), 1), everyone, 1e-6)
+
+
+def test_validation_split_and_initial_epoch(connected, everyone):
+    """Of each rank's own arrays Keras splits off the end; the results are those of all these rows."""
+    import keras
+
+    import tf_dist
+
+    model = functional(1 + connected.rank)
+    model.compile(tf_dist.distribute(scheduled(), connected), loss="mse", run_eagerly=True)
+    rows = slice(8 * connected.rank, 8 * connected.rank + 8)
+    history = model.fit(
+        X[rows], Y[rows], batch_size=3, epochs=4, initial_epoch=2, validation_split=0.25, verbose=0,
+        shuffle=False,
+    )  # fmt: skip
+    assert history.epoch == [2, 3]
+    assert everyone(history.history) == [history.history] * connected.size
+    held_out = [8 * rank + row for rank in range(connected.size) for row in (6, 7)]
+    alone = keras.callbacks.CallbackList([])
+    expected = model.evaluate(X[held_out], Y[held_out], verbose=0, callbacks=alone)
+    assert history.history["val_loss"][-1] == pytest.approx(expected, rel=1e-5)
+
+
+def test_evaluate_is_for_all_and_predict_for_one(connected, everyone, capsys):
+    """Results are those of all rows; a prediction is this rank's own, and one bar is drawn, by rank 0."""
+    import keras
+
+    import tf_dist
+
+    model = functional(1)
+    model.compile(tf_dist.distribute(scheduled(), connected), loss="mse", metrics=["mae"], run_eagerly=True)
+    x, y = X[:24], Y[:24]  # rows that divide by the ranks: else weights of `shard` are in the loss, too
+    data = tf_dist.shard((x, y), connected, batch_size=G, shuffle=False)
+    bars = []
+    capsys.readouterr()
+    loss = model.fit(data, verbose=1, shuffle=False).history["loss"][0]
+    bars.append(capsys.readouterr().out)
+    found = model.evaluate(data, verbose=1, return_dict=True)
+    bars.append(capsys.readouterr().out)
+    assert everyone(found) == [found] * connected.size
+    alone = keras.callbacks.CallbackList([])
+    expected = model.evaluate(x, y, verbose=0, callbacks=alone, return_dict=True)
+    assert found == pytest.approx(expected, rel=1e-5)
+    calls, noted = connected.calls, []
+    if connected.rank == 0:  # as nobody else does
+        note = keras.callbacks.LambdaCallback(on_predict_end=lambda logs: noted.append(True))
+        np.testing.assert_array_equal(
+            model.predict(X, verbose=0, callbacks=[note]), model.predict_on_batch(X)
+        )
+    capsys.readouterr()
+    model.predict(X[: 1 + connected.rank], verbose=1)
+    bars.append(capsys.readouterr().out)
+    assert connected.calls == calls and len(noted) == (connected.rank == 0)
+    if connected.rank == 0:  # the last numbers are those of all ranks
+        assert (
+            f"loss: {loss:.4f}" in bars[0] and f"loss: {found['loss']:.4f}" in bars[1] and "step" in bars[2]
+        )
+    else:
+        assert bars == ["", "", ""]

@@ -245,9 +245,25 @@ def test_callbacks_see_keras_protocol(made):
     assert log.seen == [
         ("begin", 2, 2),
         ("epoch", 0), ("batch", 0), ("batch", 1), ("end", 0, True),
-        ("epoch", 1), ("batch", 2), ("end", 1, True),
+        ("epoch", 1), ("batch", 0), ("end", 1, True),
         ("done", True),
     ]  # fmt: skip
+
+
+def test_stock_callbacks_count_the_batches_of_an_epoch(tmp_path, capsys, monkeypatch):
+    trainer, saved = trainer_of(), []
+    monkeypatch.setattr(trainer.model, "save_weights", lambda filepath, **_: saved.append(trainer.step))
+    k = keras.callbacks
+    checkpoint = k.ModelCheckpoint(tmp_path / "{epoch}-{batch}.keras", save_freq=2)
+    backup = k.BackupAndRestore(tmp_path / "backup", save_freq=2)
+    callbacks = [checkpoint, backup, k.ProgbarLogger()]
+    trainer.fit(text(20 * T), steps=9, validation=text(50), eval_every=3, callbacks=callbacks)
+    assert saved == [2, 4, 6, 8]
+    assert {path.name for path in tmp_path.glob("*.keras")} == {
+        f"{n}.keras" for n in ("1-2", "2-1", "2-3", "3-2")
+    }
+    bar = capsys.readouterr().out
+    assert "Epoch 3/3" in bar and "3/3" in bar.rsplit("Epoch", 1)[1] and "4/3" not in bar
 
 
 def test_the_loss_of_an_epoch_is_weighed_by_tokens(made):

@@ -22,6 +22,7 @@ from tf_dist.comm.base import Comm
 from tf_dist.errors import LaunchError
 from tf_dist.training.callbacks import AverageMetrics
 from tf_dist.training.keras_hooks import reduction_of
+from tf_dist.training.reduction import broadcast
 from tf_dist.training.replicated import adjustable, broadcast_state
 
 STOCK = "keras.src.callbacks."
@@ -63,6 +64,7 @@ class RankCallbackList(keras.callbacks.CallbackList):
         add_progbar: as in Keras; on rank 0.
         model: being trained.
         comm: all ranks.
+        lone_optimizer: only rank 0's takes steps, and so only it has moving averages of the weights.
         **params: as in Keras.
     """
 
@@ -74,6 +76,7 @@ class RankCallbackList(keras.callbacks.CallbackList):
         model: keras.Model | None = None,
         *,
         comm: Comm,
+        lone_optimizer: bool = False,
         **params: Any,
     ) -> None:
         self.comm = comm
@@ -81,6 +84,8 @@ class RankCallbackList(keras.callbacks.CallbackList):
         # What a callback that is not kept here may do to rank 0 concerns this rank as well.
         self._may_change = [_may_change(everything, hooks) for hooks in (BEGIN, END)]
         self._may_restore = any(isinstance(one, keras.callbacks.BackupAndRestore) for one in everything)
+        swaps = any(isinstance(one, keras.callbacks.SwapEMAWeights) for one in everything)
+        self._lends_averages = lone_optimizer and swaps
         self._stop_agreed = self._held_back = False
         kept = [one for one in everything if comm.rank == 0 or not is_writer(one)]
         if comm.rank:
@@ -119,8 +124,14 @@ class RankCallbackList(keras.callbacks.CallbackList):
         if self._agree_at_end:
             self._agree()
 
+    def on_test_begin(self, logs: Logs = None) -> None:
+        """Call the callbacks; one may swap in the moving averages."""
+        self._lend_averages()
+        super().on_test_begin(logs)
+
     def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
-        """Call the callbacks, then agree."""
+        """Call the callbacks, then agree; one may swap in the moving averages."""
+        self._lend_averages()
         super().on_epoch_end(epoch, logs)
         self._agree()
 
@@ -145,6 +156,11 @@ class RankCallbackList(keras.callbacks.CallbackList):
             for optimizer, rate in zip(optimizers, shared[1:].tolist(), strict=True):
                 if float(optimizer.learning_rate) != rate:
                     optimizer.learning_rate = rate
+
+    def _lend_averages(self) -> None:
+        """Rank 0's moving averages, where no other rank has kept any and `SwapEMAWeights` wants them."""
+        if self._lends_averages:
+            broadcast(self.model.optimizer.variables, self.comm)
 
     def _share_state(self) -> None:
         """Weights, optimizer and first epoch of rank 0, where `BackupAndRestore` has restored them."""

@@ -201,7 +201,8 @@ class Throughput(keras.callbacks.Callback):
     Args:
         comm: all ranks.
         tokens_per_sample: tokens of one sample; 0 for no ``tokens_per_s``.
-        batch_size: samples of a batch on this rank; 0: as many as Keras's loss metric counts.
+        batch_size: samples of a batch on this rank; 0: as many as Keras's loss metric counts, which
+            ``train_on_batch`` resets: give it in a loop of those.
         every: batches between additions over all ranks; in between, logs repeat the last value.
         smoothing: how much of what was measured before still counts, from 0 to below 1.
     """

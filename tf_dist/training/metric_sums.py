@@ -3,6 +3,8 @@
 A Keras metric keeps sums: `Mean` a total and a count, `AUC` and `Precision` counts of cases, `MeanIoU` a
 confusion matrix. The sum of the ranks' states is the state of one process that saw all the data, so the
 result is exact: weighted by samples, or by whatever the metric weighs by, and never a mean of means.
+
+Sample weights are part of a loss. Those that `shard` adds where rows do not divide by the ranks are so, too.
 """
 
 from __future__ import annotations

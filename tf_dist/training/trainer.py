@@ -154,7 +154,7 @@ class Trainer:
 
         Callbacks follow Keras's protocol with the same values on every rank, writers on rank 0 alone. A Keras
         "epoch" is the stretch from one validation to the next, or a pass over the data when
-        ``eval_every`` is 0; a batch is an optimizer step.
+        ``eval_every`` is 0; a batch is an optimizer step, counted from the beginning of its epoch.
 
         Args:
             tokens: 1-D token ids, or `Sequences` of them.
@@ -189,7 +189,8 @@ class Trainer:
         while self.step < steps and not self.stopped:
             epoch = self.step // stretch
             calls.on_epoch_begin(epoch)
-            logs = self._train_until(min(steps, (epoch + 1) * stretch), sequences, sampler, calls)
+            part = range(epoch * stretch, min(steps, (epoch + 1) * stretch))
+            logs = self._train_until_end_of(part, sequences, sampler, calls)
             if held_out is not None and eval_every and not self.stopped:
                 logs.update(self._validate_between(held_out, validation_bytes, calls))
             calls.on_epoch_end(epoch, logs)
@@ -222,20 +223,21 @@ class Trainer:
         """Ask all ranks to stop after the next step; may be called on any rank, even by a signal."""
         self._stop_requested = True
 
-    def _train_until(
-        self, until: int, sequences: Sequences, sampler: Sampler, calls: keras.callbacks.CallbackList
+    def _train_until_end_of(
+        self, epoch: range, sequences: Sequences, sampler: Sampler, calls: keras.callbacks.CallbackList
     ) -> dict[str, float]:
-        """Train up to a step; returns the means over these steps, weighted by tokens."""
+        """Train what is left of an epoch's steps; returns the means over these, weighted by tokens."""
         sums, tokens = {"loss": 0.0, "accuracy": 0.0}, 0.0
-        while self.step < until and not self.stopped:
-            calls.on_train_batch_begin(self.step)
+        while self.step < epoch.stop and not self.stopped:
+            batch = self.step - epoch.start
+            calls.on_train_batch_begin(batch)
             begun = time.monotonic()
             logs = self.train_step(sequences, sampler)
             self.elapsed_s += time.monotonic() - begun
             tokens += logs["tokens"]
             for name in sums:
                 sums[name] += logs[name] * logs["tokens"]
-            calls.on_train_batch_end(self.step - 1, logs)
+            calls.on_train_batch_end(batch, logs)
         return {name: value / max(tokens, 1.0) for name, value in sums.items()}
 
     def _agree_to_stop(self) -> None:
@@ -257,9 +259,10 @@ class Trainer:
             add_history=True,
             model=self.model,
             comm=self.comm,
+            lone_optimizer=self.update is UPDATES["master"],
             epochs=math.ceil(steps / stretch),
             steps=stretch,
-            verbose=0,
+            verbose=1,  # for a ProgbarLogger among the callbacks; none is added
         )
 
     # Data ----------------------------------------------------------------------------------------
