@@ -8,7 +8,7 @@ import pytest
 from tf_dist.training import checkpoint
 
 STEPS, HALF = 30, 15
-RANKS = (1, 2, 3, 4)
+RANKS = (1, 2, 3, 4, 8)
 MODELS = ("transformer", "lstm")
 UPDATES = ("allreduce", "master")
 
