@@ -1,19 +1,18 @@
-"""Benchmarks: each prints one table and leaves one JSON file under runs/bench/.
+"""Benchmarks: each prints its tables and leaves one JSON file under runs/bench/.
 
     python scripts/bench.py exact        # does the number of ranks change a bit?
     python scripts/bench.py exact-cost   # and what does it cost that it does not?
 
-`make bench` runs all of them, `make bench-NAME` one.
+`make bench` runs all of them, `make bench-NAME` one. They start their own ranks.
 """
 
 from __future__ import annotations
 
 import argparse
-import subprocess
+import importlib
 import sys
-from pathlib import Path
 
-BENCHMARKS = {"exact": "bench_exact.py", "exact-cost": "bench_exact_cost.py"}
+NAMES = ("exact", "exact-cost")
 
 
 def main(argv: list[str]) -> int:
@@ -21,12 +20,10 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "names", nargs="*", choices=[*BENCHMARKS, []], metavar="NAME", help="which; none: all"
-    )
-    names = parser.parse_args(argv).names or list(BENCHMARKS)
-    files = [Path(__file__).with_name(BENCHMARKS[name]) for name in names]
-    return max(subprocess.run([sys.executable, file]).returncode for file in files)
+    parser.add_argument("names", nargs="*", choices=[*NAMES, []], metavar="NAME", help="which; none: all")
+    names = parser.parse_args(argv).names or NAMES
+    modules = [importlib.import_module(f"tf_dist.bench.{name.replace('-', '_')}") for name in names]
+    return max(int(module.main()) for module in modules)
 
 
 if __name__ == "__main__":

@@ -59,3 +59,17 @@ class LaunchError(TfDistError, RuntimeError):
     """The job was started in a way that cannot work, or its ranks do not agree."""
 
     exit_code = 78
+
+
+_hidden: list[TfDistError] = []
+
+
+def hide(error: TfDistError) -> TfDistError:
+    """Remember an error that is raised inside TensorFlow's graph, which raises one of its own instead."""
+    _hidden.append(error)
+    return error
+
+
+def behind(error: BaseException) -> BaseException:
+    """The hidden error that TensorFlow's one quotes; any other error is returned itself."""
+    return next((ours for ours in reversed(_hidden) if str(ours) in str(error)), error)

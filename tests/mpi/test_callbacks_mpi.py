@@ -479,7 +479,8 @@ def test_sync_check_names_the_rank_that_drifts(connected, everyone, where):
     if connected.size == 1:
         assert outcome == "equal"
         return
-    assert f"after batch 4 rank {last} differs from {'the others' if last > 1 else 'rank 0'}" in outcome
+    who = f"rank {last} differs from ranks 0, 1" if last > 1 else "rank 0 and rank 1 differ"
+    assert f"after batch 4 {who}" in outcome
     assert where in outcome or "bias" in outcome
 
 

@@ -1,72 +1,23 @@
 """The sentinel and the probe, with ranks as threads: who is named, who is restored, what is refused."""
 
-import threading
 from types import SimpleNamespace
 
 import keras
 import numpy as np
 import pytest
+import thread_comm
+from thread_comm import ThreadComm
 
-from tf_dist.comm.base import Comm, SerialComm, add_in_order
+from tf_dist.comm.base import SerialComm
 from tf_dist.comm.probe import prove
 from tf_dist.errors import LaunchError, UsageError
 from tf_dist.training.sentinel import Sentinel
 
 
-class ThreadComm(Comm):
-    """One of several ranks that are threads of this process."""
-
-    def __init__(self, rank, size, board, meeting):
-        super().__init__()
-        self.rank, self.size, self._board, self._meeting = rank, size, board, meeting
-
-    def _everyone(self, value):
-        self._board[self.rank] = value
-        self._meeting.wait(20)
-        everyone = list(self._board)
-        self._meeting.wait(20)
-        return everyone
-
-    def _allreduce(self, array):
-        array[:] = sum(self._everyone(array.copy()))
-
-    def _broadcast(self, array, root):
-        array[:] = self._everyone(array.copy())[root]
-
-    def _gather(self, array, root):
-        rows = np.stack(self._everyone(array.copy()))
-        return rows if self.rank == root else None
-
-    def _allreduce_terms(self, terms, order, out):
-        everyone = self._everyone([term.copy() for term in terms])
-        out[:] = add_in_order([term.copy() for theirs in everyone for term in theirs], order)
-
-    def _reduce_terms(self, terms, order, out, root):
-        raise NotImplementedError
-
-    def _barrier(self):
-        self._everyone(None)
-
-    def _allgather_bytes(self, raw):
-        return self._everyone(raw)
-
-
 def on_ranks(size, function, kind=ThreadComm):
     """What ``function(comm)`` returns on each of ``size`` ranks, or the text of what it raises."""
-    board, meeting, outcomes = [None] * size, threading.Barrier(size), [None] * size
-
-    def work(rank):
-        try:
-            outcomes[rank] = function(kind(rank, size, board, meeting))
-        except LaunchError as error:
-            outcomes[rank] = str(error)
-
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    return outcomes
+    outcomes = thread_comm.on_ranks(size, function, kind)
+    return [str(outcome) if isinstance(outcome, LaunchError) else outcome for outcome in outcomes]
 
 
 class Value:

@@ -22,8 +22,7 @@ from tf_dist.comm.base import Comm
 from tf_dist.errors import LaunchError
 from tf_dist.training.callbacks import AverageMetrics
 from tf_dist.training.keras_hooks import reduction_of
-from tf_dist.training.reduction import broadcast
-from tf_dist.training.replicated import adjustable, broadcast_state
+from tf_dist.training.replicated import adjustable, broadcast, broadcast_state
 
 STOCK = "keras.src.callbacks."
 # By name: Orbax's is not in every Keras that we support.

@@ -21,7 +21,8 @@ from tf_dist.comm.agree import agree, versions
 from tf_dist.comm.base import Comm
 from tf_dist.errors import UsageError
 from tf_dist.training import callback_list, keras_hooks, self_test
-from tf_dist.training.reduction import Reduction, broadcast
+from tf_dist.training.reduction import Reduction
+from tf_dist.training.replicated import broadcast
 
 
 def distribute(optimizer: keras.optimizers.Optimizer, comm: Comm) -> keras.optimizers.Optimizer:

@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_dist.comm.base import Comm
-from tf_dist.errors import LaunchError
+from tf_dist.errors import LaunchError, hide
 from tf_dist.parallel.flat import aligned_empty
 
 # What a roll call sums over the ranks.
@@ -101,27 +101,7 @@ class Reduction:
 
     def _fail(self, message: str) -> NoReturn:
         self.failure = LaunchError(message)
-        raise self.failure
-
-
-def broadcast(variables: Sequence[Any], comm: Comm) -> bool:
-    """Give every rank rank 0's values, of any dtypes, in one message.
-
-    Returns:
-        Whether a value of this rank was another one before.
-    """
-    arrays = [np.asarray(variable.numpy()) for variable in variables]
-    raw = np.concatenate(
-        [np.frombuffer(array.tobytes(), np.uint8) for array in arrays] or [np.empty(0, np.uint8)]
-    )
-    mine = raw.copy()
-    comm.broadcast(raw)
-    start = 0
-    for variable, array in zip(variables, arrays, strict=True):
-        part = raw[start : start + array.nbytes]
-        variable.assign(part.copy().view(array.dtype).reshape(array.shape))
-        start += array.nbytes
-    return not np.array_equal(mine, raw)
+        raise hide(self.failure)
 
 
 def _size(tensor: Any) -> Any:

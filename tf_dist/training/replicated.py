@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -11,6 +11,7 @@ import numpy as np
 
 from tf_dist.comm.base import Comm
 from tf_dist.errors import LaunchError
+from tf_dist.training.compare import splits
 
 
 def state_variables(model: keras.Model, with_optimizer: bool = True) -> list[Any]:
@@ -36,25 +37,28 @@ def broadcast_state(model: keras.Model, comm: Comm) -> None:
     if optimizer is not None and not optimizer.built and complete:
         optimizer.build(model.trainable_variables)  # rank 0 may have built it to restore it
     variables = state_variables(model)
-    arrays = [np.ascontiguousarray(variable.value) for variable in variables]
-    layouts = comm.allgather_obj([zlib.crc32(repr([(a.shape, str(a.dtype)) for a in arrays]).encode())])
-    if layouts != [layouts[0]] * comm.size:
+    layout = repr([(tuple(variable.shape), str(variable.dtype)) for variable in variables]).encode()
+    layouts = comm.allgather_obj(zlib.crc32(layout))
+    if len(set(layouts)) > 1:
         raise LaunchError("the ranks have models or optimizers of different shapes: build all alike")
-    state = np.concatenate([_bytes(array) for array in arrays])
-    comm.broadcast(state)
-    if comm.rank == 0:
-        return
+    broadcast(variables, comm)
+
+
+def broadcast(variables: Sequence[Any], comm: Comm) -> bool:
+    """Give every rank rank 0's values, of any dtypes, in one message; a collective.
+
+    Returns:
+        Whether a value of this rank was another one before.
+    """
+    arrays = [np.asarray(variable.numpy()) for variable in variables]
+    mine = [np.frombuffer(array.tobytes(), np.uint8) for array in arrays]
+    raw = np.concatenate(mine or [np.empty(0, np.uint8)])
+    before = raw.copy()
+    comm.broadcast(raw)
     ends = np.cumsum([array.nbytes for array in arrays])
-    for variable, array, raw in zip(variables, arrays, np.split(state, ends[:-1]), strict=True):
-        variable.assign(raw.copy().view(array.dtype).reshape(variable.shape))
-
-
-def digests(model: keras.Model, with_optimizer: bool = True) -> list[int]:
-    """CRC-32 of the bytes of each of `state_variables`."""
-    return [
-        zlib.crc32(_bytes(np.ascontiguousarray(variable.value)).data)
-        for variable in state_variables(model, with_optimizer)
-    ]
+    for variable, array, part in zip(variables, arrays, np.split(raw, ends), strict=False):
+        variable.assign(part.copy().view(array.dtype).reshape(array.shape))
+    return not np.array_equal(before, raw)
 
 
 def check_same(model: keras.Model, comm: Comm, when: str, with_optimizer: bool = True) -> None:
@@ -69,18 +73,14 @@ def check_same(model: keras.Model, comm: Comm, when: str, with_optimizer: bool =
     Raises:
         LaunchError: on every rank, with the same message: who differs, and in which variable first.
     """
-    mine = digests(model, with_optimizer)
-    total = zlib.crc32(repr(mine).encode())
-    if len(set(comm.allgather_obj(total))) == 1:
+    variables = state_variables(model, with_optimizer)
+    found = splits(variables, comm)
+    if not found:
         return
-    everyone = comm.allgather_obj(mine)
-    if len({len(theirs) for theirs in everyone}) > 1:
-        raise LaunchError(f"{when} the ranks have different numbers of variables: not one model")
-    index = next(i for i, column in enumerate(zip(*everyone, strict=True)) if len(set(column)) > 1)
-    name = comm.broadcast_obj(state_variables(model, with_optimizer)[index].path)
+    name = comm.broadcast_obj(variables[found[0].place].path)
     raise LaunchError(
-        f"{when} {_who_differs([theirs[index] for theirs in everyone])} in variable {name!r}: they stopped "
-        "training one model. Are the gradients reduced on every step, and are all nodes of one kind?"
+        f"{when} {found[0].who} in variable {name!r}: they stopped training one model. "
+        "Are the gradients reduced on every step, and are all nodes of one kind?"
     )
 
 
@@ -91,18 +91,3 @@ def adjustable(model: keras.Model) -> list[Any]:
         optimizer = optimizer.inner_optimizer
     several = getattr(optimizer, "optimizers", [optimizer])
     return [one for one in several if isinstance(getattr(one, "_learning_rate", None), keras.Variable)]
-
-
-def _who_differs(column: list[int]) -> str:
-    """``rank 2 differs from the others``: most ranks are right, and among two nobody knows."""
-    right, count = Counter(column).most_common(1)[0]
-    if 2 * count <= len(column):
-        right = column[0]
-    wrong = [rank for rank, digest in enumerate(column) if digest != right]
-    others = "the others" if 2 * count > len(column) else "rank 0"
-    names = " ".join(map(str, wrong))
-    return f"rank {names} differs from {others}" if len(wrong) == 1 else f"ranks {names} differ from {others}"
-
-
-def _bytes(array: np.ndarray) -> np.ndarray:
-    return array.reshape(-1).view(np.uint8)

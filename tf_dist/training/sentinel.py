@@ -8,21 +8,18 @@ the variable and take a vote on who is wrong.
 It looks at the beginning of a step, at the weights from which the next gradients will be computed: what
 went wrong since the last update is put right before it enters a sum. What went wrong earlier, between two
 checks or while gradients were computed, has entered sums that all ranks share, and is not undone.
-
-Legend: R ranks, N variables.
 """
 
 from __future__ import annotations
 
-import zlib
-from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from tf_dist.comm.base import Comm
 from tf_dist.errors import LaunchError, UsageError
+from tf_dist.training.compare import Split, named, split, splits
 
 # What the first steps start from: the weights given out, and the results of steps 1, 2 and 3.
 FIRST_CHECKS = 4
@@ -31,14 +28,6 @@ ADVICE = (
     "Is all memory sound, are all nodes of one kind, does a callback change weights on one rank only? "
     "The same command goes on from the newest checkpoint"
 )
-
-
-class Split(NamedTuple):
-    """A variable that is not the same everywhere; ``astray`` is empty where no majority can tell."""
-
-    place: int
-    groups: list[list[int]]
-    astray: list[int]
 
 
 class Sentinel:
@@ -87,93 +76,61 @@ class Sentinel:
         Raises:
             LaunchError: on every rank, with the same message, naming ranks and variable: ranks differ.
         """
-        splits = self._splits(step)
-        if splits and self.on_mismatch == "restore" and all(split.astray for split in splits):
-            said = self._described(step, splits)
-            for split in splits:
-                self._restore(split)
+        found = self._splits(step)
+        if found and self.on_mismatch == "restore" and all(one.astray for one in found):
+            said = self._described(step, found)
+            for one in found:
+                self._restore(one)
             self.say(f"{said}. Restored from the others")
-            splits = self._splits(step)
-        if splits:
-            raise LaunchError(f"{self._described(step, splits)}{self._why_not_restored(splits)}. {ADVICE}")
+            found = self._splits(step)
+        if found:
+            raise LaunchError(f"{self._described(step, found)}{self._why_not_restored(found)}. {ADVICE}")
 
     # Comparing -----------------------------------------------------------------------------------
 
     def _splits(self, step: int) -> list[Split]:
         """The variables that are not equal everywhere."""
-        calls = self.comm.calls
-        digests_N = [_digest(variable) for _, variable in self.variables]
-        together = zlib.crc32(np.array(digests_N, "<u4").data)
-        everyone = self.comm.allgather_obj([together, calls])
-        self._check_calls(step, [calls for _, calls in everyone])
-        if len({digest for digest, _ in everyone}) == 1:
-            return []
-        digests_RxN = self.comm.allgather_obj(digests_N)
-        return [
-            _split(place, [digests[place] for digests in digests_RxN])
-            for place in range(len(self.variables))
-            if len({digests[place] for digests in digests_RxN}) > 1
-        ]
+        self._check_calls(step)
+        return splits([variable for _, variable in self.variables], self.comm)
 
-    def _check_calls(self, step: int, calls_R: list[int]) -> None:
+    def _check_calls(self, step: int) -> None:
+        calls_R = self.comm.allgather_obj(self.comm.calls)
         if len(set(calls_R)) == 1:
             return
-        split = _split(0, calls_R)
-        counts = ", ".join(f"{calls_R[ranks[0]]} on {_ranks(ranks)}" for ranks in split.groups)
-        who = _ranks(split.astray) if split.astray else "some ranks"
+        found = split(0, calls_R)
+        counts = ", ".join(f"{calls_R[ranks[0]]} on {named(ranks)}" for ranks in found.groups)
+        who = named(found.astray) if found.astray else "some ranks"
         raise LaunchError(
             f"before step {step + 1} the ranks have called different numbers of collectives: {counts}. "
             f"{who[0].upper()}{who[1:]} left one out or called one more, perhaps inside `if comm.rank == 0`, "
             "so results may have gone to the wrong call. TF_DIST_DEBUG=1 finds the line"
         )
 
-    def _described(self, step: int, splits: list[Split]) -> str:
-        first = splits[0]
-        name = self.variables[first.place][0]
-        many = f" (and {len(splits) - 1} more of {len(self.variables)} variables)" if len(splits) > 1 else ""
-        if first.astray:
-            others = _ranks([rank for group in first.groups for rank in group if rank not in first.astray])
-            verb = "differs" if len(first.astray) == 1 else "differ"
-            who = f"{_ranks(first.astray)} {verb} from {others}"
-        else:
-            who = " and ".join(_ranks(group) for group in first.groups) + " differ"
-        return f"before step {step + 1} the ranks no longer hold the same model: {who} in {name}{many}"
+    def _described(self, step: int, found: list[Split]) -> str:
+        name = self.variables[found[0].place][0]
+        many = f" (and {len(found) - 1} more of {len(self.variables)} variables)" if len(found) > 1 else ""
+        return (
+            f"before step {step + 1} the ranks no longer hold the same model: {found[0].who} in {name}{many}"
+        )
 
-    def _why_not_restored(self, splits: list[Split]) -> str:
+    def _why_not_restored(self, found: list[Split]) -> str:
         if self.on_mismatch == "stop":
             return ""
-        if all(split.astray for split in splits):
+        if all(one.astray for one in found):
             return ", and still do after they were restored"
         return ". Nothing was restored: no majority of ranks can tell which of them is right"
 
     # Restoring -----------------------------------------------------------------------------------
 
-    def _restore(self, split: Split) -> None:
+    def _restore(self, found: Split) -> None:
         """Give one variable of a majority rank to those that differ; a collective."""
-        variable = self.variables[split.place][1]
+        variable = self.variables[found.place][1]
         array = np.array(np.asarray(variable.value))  # a copy: it is written to
-        root = min(rank for group in split.groups for rank in group if rank not in split.astray)
+        root = min(rank for group in found.groups for rank in group if rank not in found.astray)
         self.comm.broadcast(array.reshape(-1), root)
-        if self.comm.rank in split.astray:
+        if self.comm.rank in found.astray:
             variable.assign(array)
 
     def _print(self, text: str) -> None:
         if self.comm.rank == 0:
             print(text, flush=True)
-
-
-def _digest(variable: Any) -> int:
-    """CRC-32 of a variable's bytes: one flipped bit, or any within 32 neighbours, never goes unseen."""
-    return zlib.crc32(np.ascontiguousarray(np.asarray(variable.value)).reshape(-1).view(np.uint8).data)
-
-
-def _split(place: int, values_R: Sequence[int]) -> Split:
-    """Ranks by value, the largest group first, and those outvoted by more than half of all ranks."""
-    counts = Counter(values_R).most_common()
-    groups = [[rank for rank, value in enumerate(values_R) if value == wanted] for wanted, _ in counts]
-    outvoted = 2 * counts[0][1] > len(values_R)
-    return Split(place, groups, sorted(rank for group in groups[1:] for rank in group) if outvoted else [])
-
-
-def _ranks(ranks: list[int]) -> str:
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, sorted(ranks)))

@@ -196,7 +196,6 @@ class Trainer:
             calls.on_epoch_end(epoch, logs)
             self._agree_to_stop()
         self.sentinel.compare(self.step)
-        self.check_equal()
         calls.on_train_end(logs)
         self._stop_requested = False
         return dict(self.model.history.history)
@@ -324,9 +323,7 @@ class Trainer:
         """What must be the same on every rank, by name."""
         weights = [(variable.path, variable) for variable in self.model.weights]
         if update == "master":
-            return (
-                weights  # only rank 0 has an optimizer that takes steps: there is nothing to compare it with
-            )
+            return weights  # only rank 0 has an optimizer that takes steps: nothing to compare it with
         return weights + [(variable.path, variable) for variable in self.optimizer.variables]
 
     def check_equal(self) -> str:

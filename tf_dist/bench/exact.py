@@ -2,24 +2,23 @@
 
 Trains {LSTM, Transformer} x {allreduce, master} x {plain, dropout and clipping, resumed from another
 number of ranks} on 1, 2, 3, 4 and 8 ranks and compares the SHA-256 of the final weights with those of one
-rank.
-
-Started by ``scripts/bench.py exact``; it starts its own ranks.
+rank. Runs are those of ``scripts/train.py``, so a checkout is needed.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import platform
 import runpy
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-HERE = Path(__file__).resolve()
-FOLDER = Path("runs/bench/exact")
+from tf_dist.bench import running
+
+MODULE = "tf_dist.bench.exact"
+TRAIN = Path("scripts/train.py")
+FOLDER = running.FOLDER / "exact"
 RANKS = (1, 2, 3, 4, 8)
 STEPS, HALF = 24, 12
 MODELS = ("lstm", "transformer")
@@ -40,42 +39,25 @@ SIZES = [
 
 
 def main() -> int:
-    """Run everything; print the tables. 0 where all hashes are equal."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
+    """Run everything; print the table. 0 where all hashes are equal."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     for ranks in RANKS:
-        launch(ranks, "train", stamp)
-    launch(RANKS[0], "resume", stamp, str(RANKS[-1]))
+        start(ranks, "train", stamp)
+    start(RANKS[0], "resume", stamp, str(RANKS[-1]))
     hashes = {
         run: {ranks: sha256(stamp, ranks, *run) for ranks in RANKS}
         for run in [(m, u, r) for m in MODELS for u in UPDATES for r in [*REGIMES, RESUMED]]
     }
     equal = print_hashes(hashes)
-    report = {
-        "machine": {"processor": processor(), "cores": os.cpu_count(), "python": platform.python_version()},
-        "hashes": {" / ".join(run): by_ranks for run, by_ranks in hashes.items()},
-    }
-    path = FOLDER / f"{stamp}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"\nin {path}")
+    named = {" / ".join(run): by_ranks for run, by_ranks in hashes.items()}
+    print(f"\nin {running.save('exact', {'hashes': named})}")
     return 0 if equal else 1
 
 
-def launch(ranks: int, *words: str) -> None:
-    """Start this file on some ranks; its output goes to a log."""
-    mpirun = str(Path(sys.executable).with_name("mpirun"))
-    log = FOLDER / f"log-{ranks}-{words[0]}.txt"
+def start(ranks: int, *words: str) -> None:
+    """One job of this module."""
     print(f"{words[0]} on {ranks} rank{'s' * (ranks > 1)} ...", flush=True)
-    with open(log, "wb") as file:
-        ended = subprocess.run(
-            [mpirun, "-np", str(ranks), sys.executable, str(HERE), *words],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            timeout=1800,
-        )
-    if ended.returncode:
-        print(log.read_text(errors="replace")[-3000:], file=sys.stderr)
-        raise SystemExit(f"error: {words[0]} on {ranks} ranks ended with {ended.returncode}; see {log}")
+    running.launch(ranks, MODULE, *words, log=FOLDER / f"log-{ranks}-{words[0]}.txt")
 
 
 def run_folder(stamp: str, ranks: int, model: str, update: str, regime: str) -> Path:
@@ -119,7 +101,7 @@ def train(
     """One run of ``scripts/train.py``."""
     folder = run_folder(stamp, ranks, model, update, regime)
     options = ["--model", model, "--update", update, "--resume", resume, "--run-dir", str(folder)]
-    runpy.run_path(str(HERE.with_name("train.py")))["main"]([*SIZES, *options, *flags])
+    runpy.run_path(str(TRAIN))["main"]([*SIZES, *options, *flags])
 
 
 # What is shown -----------------------------------------------------------------------------------
@@ -127,28 +109,17 @@ def train(
 
 def print_hashes(hashes: dict[tuple[str, str, str], dict[int, str]]) -> bool:
     """The table of hashes, each compared with one rank's; whether all are equal."""
-    print(f"\n{'model':12} {'update':10} {'regime':18}" + "".join(f" {f'np {ranks}':>9}" for ranks in RANKS))
     wanted = {(m, r): hashes[(m, "allreduce", r)][1] for m in MODELS for r in REGIMES}
     wanted |= {(m, RESUMED): wanted[(m, "dropout, clipping")] for m in MODELS}
-    all_equal = True
+    rows, all_equal = [], True
     for (model, update, regime), by_ranks in hashes.items():
-        cells = ""
-        for found in by_ranks.values():
-            equal = found == wanted[(model, regime)]
-            all_equal = all_equal and equal
-            cells += f" {found[:8]}{' ' if equal else '!'}"
-        print(f"{model:12} {update:10} {regime:18}{cells}")
+        equal = [found == wanted[(model, regime)] for found in by_ranks.values()]
+        cells = [f"{sha[:8]}{' ' if ok else '!'}" for sha, ok in zip(by_ranks.values(), equal, strict=True)]
+        rows.append([f"{model}, {update}, {regime}", *cells])
+        all_equal = all_equal and all(equal)
+    print("\n" + running.table(["SHA-256 of the weights", *(f"np {ranks} " for ranks in RANKS)], rows))
     print("all equal to one rank's" if all_equal else "DIFFERENT from one rank's where marked !")
     return all_equal
-
-
-def processor() -> str:
-    """The processor's name, where Linux tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "unknown")
 
 
 def main_on_ranks(work: str, *words: str) -> None:
@@ -161,6 +132,4 @@ def main_on_ranks(work: str, *words: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 1:
-        sys.exit(main())
     main_on_ranks(*sys.argv[1:])

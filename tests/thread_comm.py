@@ -1,0 +1,74 @@
+"""Ranks as threads of one process: real collectives between them, without MPI."""
+
+import threading
+
+import numpy as np
+
+from tf_dist.comm.base import Comm, add_in_order
+from tf_dist.errors import TfDistError
+
+LIMIT_S = 30.0
+
+
+class ThreadComm(Comm):
+    """One of several ranks that are threads of this process."""
+
+    def __init__(self, rank, size, board, meeting):
+        super().__init__()
+        self.rank, self.size = rank, size
+        self._board, self._meeting = board, meeting
+
+    def _everyone(self, value):
+        self._board[self.rank] = value
+        self._meeting.wait(LIMIT_S)
+        everyone = list(self._board)
+        self._meeting.wait(LIMIT_S)
+        return everyone
+
+    def _allreduce(self, array):
+        array[:] = sum(self._everyone(array.copy()))
+
+    def _allreduce_terms(self, terms, order, out):
+        everyone = self._everyone([term.copy() for term in terms])
+        assert tuple(len(theirs) for theirs in everyone) == order.counts
+        out[:] = add_in_order([term.copy() for theirs in everyone for term in theirs], order)
+
+    def _reduce_terms(self, terms, order, out, root):
+        total = np.empty_like(out)
+        self._allreduce_terms(terms, order, total)
+        if self.rank == root:
+            out[:] = total
+
+    def _broadcast(self, array, root):
+        array[:] = self._everyone(array.copy())[root]
+
+    def _gather(self, array, root):
+        rows = np.stack(self._everyone(array.copy()))
+        return rows if self.rank == root else None
+
+    def _barrier(self):
+        self._everyone(None)
+
+    def _allgather_bytes(self, raw):
+        return self._everyone(raw)
+
+
+def on_ranks(size, function, kind=ThreadComm):
+    """What ``function(comm)`` returns or raises on each of ``size`` ranks."""
+    board, meeting, outcomes = [None] * size, threading.Barrier(size), [None] * size
+
+    def work(rank):
+        try:
+            outcomes[rank] = function(kind(rank, size, board, meeting))
+        except Exception as error:
+            outcomes[rank] = error
+            if not isinstance(error, TfDistError):  # those are raised by all ranks alike
+                meeting.abort()
+
+    threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LIMIT_S)
+    assert not any(thread.is_alive() for thread in threads), "ranks wait for each other"
+    return outcomes

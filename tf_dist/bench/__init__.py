@@ -1,0 +1,1 @@
+"""What is promised, measured: each module is one benchmark, started by ``scripts/bench.py``."""

@@ -1,0 +1,168 @@
+"""What it costs that the number of ranks changes no bit, and that the ranks keep watch over each other.
+
+Trains three models, in turn a step whose gradients are summed in the order of the tree and one with MPI's
+own `Allreduce`, in one job; then times the sentinel's comparison, and both sums alone, on buffers.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tf_dist.bench import running
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from tf_dist.comm.base import Comm, Order
+    from tf_dist.training.trainer import Trainer
+
+MODULE = "tf_dist.bench.exact_cost"
+FOLDER = running.FOLDER / "exact-cost"
+RANKS = (2, 4)
+DROPPED = 3
+# Model, rows of a rank, and steps of each kind. Each rank computes two micro-batches.
+STEPS: dict[str, tuple[dict[str, Any], int, int]] = {
+    "GPT 0.81 M": ({"model": "transformer", "layers": 4, "width": 128, "heads": 4, "seq_len": 64}, 6, 40),
+    "LSTM 1.08 M": ({"model": "lstm", "layers": 2, "width": 256, "heads": 4, "seq_len": 64}, 32, 20),
+    "GPT 10.7 M": ({"model": "transformer", "layers": 6, "width": 384, "heads": 6, "seq_len": 256}, 4, 10),
+}
+VOCABULARY = 65
+# Parameters of nanoGPT's recipe, of a small and of a middling model.
+LENGTHS = (809_856, 4_200_000, 10_700_000)
+SUMS = 30
+
+
+def main() -> int:
+    """Start the ranks and print what they measured."""
+    jobs = []
+    for ranks in RANKS:
+        print(f"{ranks} ranks ...", flush=True)
+        jobs.append(running.measured(ranks, MODULE, folder=FOLDER))
+    print(f"\n{steps_table(jobs)}\n\n{sums_table(jobs)}\n\nin {running.save('exact-cost', {'jobs': jobs})}")
+    return 0
+
+
+def steps_table(jobs: list[dict[str, Any]]) -> str:
+    """Whole training steps, and the sentinel."""
+    head = ["a training step", "ranks", "Allreduce ms", "tree ms", "ratio", "sentinel ms", "per step, %"]
+    rows = [
+        [
+            *(name, running.ranks_named(job["ranks"]), f"{found['plain']:.1f}", f"{found['tree']:.1f}"),
+            *(f"{found['tree'] / found['plain']:.3f}", f"{found['sentinel']:.2f}"),
+            f"{100 * found['sentinel_share']:.2f}",
+        ]
+        for job in jobs
+        for name, found in job["steps"].items()
+    ]
+    return running.table(head, rows)
+
+
+def sums_table(jobs: list[dict[str, Any]]) -> str:
+    """The sums alone."""
+    head = ["a sum of MB", "ranks", "Allreduce ms", "tree ms", "ratio"]
+    rows = [
+        [
+            *(f"{4e-6 * found['parameters']:.1f}", running.ranks_named(job["ranks"])),
+            *(f"{found['plain']:.2f}", f"{found['tree']:.2f}", f"{found['tree'] / found['plain']:.2f}"),
+        ]
+        for job in jobs
+        for found in job["sums"]
+    ]
+    return running.table(head, rows)
+
+
+# On the ranks ------------------------------------------------------------------------------------
+
+
+def main_on_ranks(out: Path) -> None:
+    """Measure everything; rank 0 leaves the medians in a file."""
+    from tf_dist.comm import launch, threads
+
+    comm = launch.connect()
+    threads.load_tensorflow()
+    job = {
+        "ranks": comm.size,
+        "steps": {name: step_medians(comm, *sizes) for name, sizes in STEPS.items()},
+        "sums": [sum_medians(comm, length) for length in LENGTHS],
+    }
+    if comm.rank == 0:
+        out.write_text(json.dumps(job))
+
+
+def plain_sum(comm: Comm) -> Any:
+    """As `Comm.allreduce_terms`, but each rank adds its own terms, and MPI those of the ranks as it likes."""
+
+    def add(terms: list[np.ndarray], order: Order, out: np.ndarray) -> None:
+        for term in terms[1:]:
+            terms[0] += term
+        if out is not terms[0]:
+            out[:] = terms[0]
+        comm.allreduce(out)
+
+    return add
+
+
+def step_medians(comm: Comm, sizes: dict[str, Any], rows: int, steps: int) -> dict[str, float]:
+    """Median milliseconds of a step with each sum and of the sentinel, and its share at the default."""
+    trainer, tokens = trainer_of(comm, sizes, rows)
+    sequences = trainer.sequences(tokens)
+    sampler = trainer.sampler(sequences)
+    tree, plain = comm.allreduce_terms, plain_sum(comm)
+
+    def step(add: Any) -> None:
+        comm.allreduce_terms = add  # type: ignore[method-assign]
+        trainer.train_step(sequences, sampler)
+
+    works = {
+        "plain": lambda: step(plain),
+        "tree": lambda: step(tree),
+        "sentinel": lambda: trainer.sentinel.compare(trainer.step),
+    }
+    found = running.interleaved(comm, works, DROPPED + steps, DROPPED)
+    comm.allreduce_terms = tree  # type: ignore[method-assign]
+    return found | {"sentinel_share": found["sentinel"] / trainer.sentinel.every / found["tree"]}
+
+
+def trainer_of(comm: Comm, sizes: dict[str, Any], rows: int) -> tuple[Trainer, Any]:
+    """A trainer with two micro-batches for each rank, and tokens for one epoch of a few steps."""
+    import keras
+    import numpy as np
+
+    from tf_dist.config import Config
+    from tf_dist.models.build import build
+    from tf_dist.training.trainer import Trainer
+
+    keras.utils.set_random_seed(1)
+    model = build(Config(vocab_size=VOCABULARY, **sizes))
+    batch = rows * comm.size
+    trainer = Trainer(
+        model,
+        keras.optimizers.AdamW(1e-4),
+        comm,
+        global_batch_size=batch,
+        micro_batch_size=rows // 2,
+        seq_len=sizes["seq_len"],
+        clip_norm=1.0,
+    )
+    tokens = np.random.default_rng(1).integers(0, VOCABULARY, 4 * batch * sizes["seq_len"] + 1)
+    return trainer, tokens.astype(np.uint16)
+
+
+def sum_medians(comm: Comm, length: int) -> dict[str, float]:
+    """Median milliseconds of each sum of ``length`` float32, one term a rank."""
+    from tf_dist.parallel.flat import aligned_empty
+    from tf_dist.parallel.tree import order
+
+    made = order(range(comm.size), [range(rank, rank + 1) for rank in range(comm.size)])
+    array = aligned_empty(length)
+    array.fill(0.0)
+    sums = {"plain": plain_sum(comm), "tree": comm.allreduce_terms}
+    works = {name: (lambda add=add: add([array], made, array)) for name, add in sums.items()}
+    return {"parameters": length, **running.interleaved(comm, works, DROPPED + SUMS, DROPPED)}
+
+
+if __name__ == "__main__":
+    main_on_ranks(Path(sys.argv[1]))
