@@ -2,6 +2,7 @@
 
     python scripts/bench.py exact        # does the number of ranks change a bit?
     python scripts/bench.py exact-cost   # and what does it cost that it does not?
+    python scripts/bench.py comm         # sums over ranks: ours, MPI's, Horovod's, and the memory limit
 
 `make bench` runs all of them, `make bench-NAME` one. They start their own ranks.
 """
@@ -12,7 +13,7 @@ import argparse
 import importlib
 import sys
 
-NAMES = ("exact", "exact-cost")
+NAMES = ("exact", "exact-cost", "comm")
 
 
 def main(argv: list[str]) -> int:

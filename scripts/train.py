@@ -94,6 +94,7 @@ def train(config: Config, comm: Comm, corpus: Prepared, run: RunFolder) -> None:
         seed=config.seed,
         check_every=config.check_every,
         on_mismatch=config.on_mismatch,
+        allreduce=config.allreduce,
     )
     trainer.sentinel.say = run.say
     job = Job(config, comm, corpus, run, trainer)

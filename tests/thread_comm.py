@@ -4,7 +4,7 @@ import threading
 
 import numpy as np
 
-from tf_dist.comm.base import Comm, add_in_order
+from tf_dist.comm.base import Comm, Sum, add_in_order
 from tf_dist.errors import TfDistError
 
 LIMIT_S = 30.0
@@ -32,12 +32,15 @@ class ThreadComm(Comm):
         everyone = self._everyone([term.copy() for term in terms])
         assert tuple(len(theirs) for theirs in everyone) == order.counts
         out[:] = add_in_order([term.copy() for theirs in everyone for term in theirs], order)
+        return Sum(out)
 
     def _reduce_terms(self, terms, order, out, root):
         total = np.empty_like(out)
         self._allreduce_terms(terms, order, total)
         if self.rank == root:
             out[:] = total
+            return Sum(out)
+        return None
 
     def _broadcast(self, array, root):
         array[:] = self._everyone(array.copy())[root]

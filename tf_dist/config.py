@@ -72,6 +72,7 @@ class Config:
 
     update: str = option("allreduce", "ranks", "how gradients become the same new weights everywhere", choices=("allreduce", "master"))  # noqa: E501
     backend: str = option("mpi", "ranks", "who carries the bytes", choices=("mpi", "horovod"))
+    allreduce: str = option("auto", "ranks", "what carries the sums of gradients: a shared window, messages, or what is faster", choices=("auto", "window", "messages"))  # noqa: E501
     check_every: int = option(100, "ranks", "steps between comparisons of all ranks' weights and optimizers, bit for bit; 0: only in the first steps", least=0)  # noqa: E501
     on_mismatch: str = option("stop", "ranks", "when a rank differs: stop, or restore it from a majority of the others", choices=("stop", "restore"))  # noqa: E501
     threads_per_rank: int = option(0, "ranks", "TensorFlow threads in each rank; 0: this rank's share of the node's cores", least=0)  # noqa: E501

@@ -16,7 +16,7 @@ from tf_dist.bench import running
 if TYPE_CHECKING:
     import numpy as np
 
-    from tf_dist.comm.base import Comm, Order
+    from tf_dist.comm.base import Comm, Order, Sum
     from tf_dist.training.trainer import Trainer
 
 MODULE = "tf_dist.bench.exact_cost"
@@ -94,13 +94,15 @@ def main_on_ranks(out: Path) -> None:
 
 def plain_sum(comm: Comm) -> Any:
     """As `Comm.allreduce_terms`, but each rank adds its own terms, and MPI those of the ranks as it likes."""
+    from tf_dist.comm.base import Sum
 
-    def add(terms: list[np.ndarray], order: Order, out: np.ndarray) -> None:
+    def add(terms: list[np.ndarray], order: Order, out: np.ndarray) -> Sum:
         for term in terms[1:]:
             terms[0] += term
         if out is not terms[0]:
             out[:] = terms[0]
         comm.allreduce(out)
+        return Sum(out)
 
     return add
 

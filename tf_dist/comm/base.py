@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,6 +25,8 @@ OBJECT_BYTES_LIMIT = 64 << 20
 ADDED_AT_ONCE = 1 << 15
 # Slices of ranks begin at multiples of this many elements: a cache line of float32.
 ALIGNED_ELEMENTS = 16
+# Elements whose squares are summed before the sums are: fixed, so that no thread and no rank changes a bit.
+SQUARES_BLOCK = 4096
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,16 @@ class Order:
 
     counts: tuple[int, ...]
     additions: tuple[tuple[int, int], ...]
+
+
+class Sum(NamedTuple):
+    """A sum over all ranks; with it, where they came for free, the sums of squares of its blocks.
+
+    array: the sum, of the shape of one term. squares: of each whole `SQUARES_BLOCK` elements, float32.
+    """
+
+    array: np.ndarray
+    squares: np.ndarray | None = None
 
 
 class Comm(ABC):
@@ -52,6 +64,8 @@ class Comm(ABC):
         wait_s: seconds spent in `barrier`, waiting for slower ranks.
         waiting: the verb this rank is inside of and when it entered it (`time.monotonic`), or None.
         calls: collectives begun so far.
+        carried_by: how terms are summed since the last `term_buffers`: "a shared window", or "messages" and
+            why.
         before: called with verb, array (or None) and root at the beginning of every collective; does
             nothing, unless `debug.keep_order` has put its comparison there.
     """
@@ -64,6 +78,7 @@ class Comm(ABC):
         self.wait_s = 0.0
         self.waiting: tuple[str, float] | None = None
         self.calls = 0
+        self.carried_by = "messages"
         self.before: Callable[[str, np.ndarray | None, int], None] = _nothing
 
     # The verbs ---------------------------------------------------------------------------------
@@ -83,8 +98,24 @@ class Comm(ABC):
         with self._collective("gather", array, root):
             return self._gather(_flat(array), root)
 
-    def allreduce_terms(self, terms: list[np.ndarray], order: Order, out: np.ndarray) -> None:
-        """Add the terms of all ranks, in the given order, into ``out``, everywhere.
+    def term_buffers(self, length: int, order: Order) -> Callable[[], list[np.ndarray]] | None:
+        """Memory from which `allreduce_terms` sums without moving it first; a collective.
+
+        Args:
+            length: float32 elements of each term.
+            order: of the sums to come.
+
+        Returns:
+            A function that says where this rank's terms of the next sum belong; None: any array is as good.
+        """
+        return None
+
+    def forget_buffers(self, length: int, order: Order) -> None:
+        """Sum such terms as if `term_buffers` had never been called; on all ranks."""
+        self.carried_by = "messages"
+
+    def allreduce_terms(self, terms: list[np.ndarray], order: Order, out: np.ndarray) -> Sum:
+        """Add the terms of all ranks, in the given order, everywhere.
 
         Unlike `allreduce`, whose order is the transport's, this gives the same bits for every number of
         ranks among which the terms of one tree are spread (`tf_dist.parallel.tree`). Horovod cannot: its
@@ -93,15 +124,21 @@ class Comm(ABC):
         Args:
             terms: this rank's, each of the length of ``out``; their content is lost.
             order: the same on every rank.
-            out: may be one of the terms.
+            out: where the sum goes; may be one of the terms.
+
+        Returns:
+            The sum, in ``out``; in memory of the Comm's own, to be read before the next sum, where the
+            terms were its `term_buffers`.
         """
         with self._collective("allreduce_terms", out):
-            self._allreduce_terms([_flat(term) for term in terms], order, _flat(out))
+            return self._allreduce_terms([_flat(term) for term in terms], order, _flat(out))
 
-    def reduce_terms(self, terms: list[np.ndarray], order: Order, out: np.ndarray, root: int = 0) -> None:
+    def reduce_terms(
+        self, terms: list[np.ndarray], order: Order, out: np.ndarray, root: int = 0
+    ) -> Sum | None:
         """`allreduce_terms`, but only ``root`` gets the sum; ``out`` of the others is left alone."""
         with self._collective("reduce_terms", out, root):
-            self._reduce_terms([_flat(term) for term in terms], order, _flat(out), root)
+            return self._reduce_terms([_flat(term) for term in terms], order, _flat(out), root)
 
     def barrier(self) -> None:
         """Return once every rank is here; the time goes to ``wait_s``."""
@@ -129,10 +166,12 @@ class Comm(ABC):
     def _gather(self, array: np.ndarray, root: int) -> np.ndarray | None: ...
 
     @abstractmethod
-    def _allreduce_terms(self, terms: list[np.ndarray], order: Order, out: np.ndarray) -> None: ...
+    def _allreduce_terms(self, terms: list[np.ndarray], order: Order, out: np.ndarray) -> Sum: ...
 
     @abstractmethod
-    def _reduce_terms(self, terms: list[np.ndarray], order: Order, out: np.ndarray, root: int) -> None: ...
+    def _reduce_terms(
+        self, terms: list[np.ndarray], order: Order, out: np.ndarray, root: int
+    ) -> Sum | None: ...
 
     @abstractmethod
     def _barrier(self) -> None: ...
@@ -171,11 +210,14 @@ class SerialComm(Comm):
     def _gather(self, array: np.ndarray, root: int) -> np.ndarray | None:
         return array.reshape(1, -1)
 
-    def _allreduce_terms(self, terms: list[np.ndarray], order: Order, out: np.ndarray) -> None:
-        np.copyto(out, add_in_order(terms, order))
+    def _allreduce_terms(self, terms: list[np.ndarray], order: Order, out: np.ndarray) -> Sum:
+        total = add_in_order(terms, order)
+        if total is not out:
+            np.copyto(out, total)
+        return Sum(out)
 
-    def _reduce_terms(self, terms: list[np.ndarray], order: Order, out: np.ndarray, root: int) -> None:
-        self._allreduce_terms(terms, order, out)
+    def _reduce_terms(self, terms: list[np.ndarray], order: Order, out: np.ndarray, root: int) -> Sum | None:
+        return self._allreduce_terms(terms, order, out)
 
     def _barrier(self) -> None:
         pass
@@ -191,6 +233,13 @@ def add_in_order(terms: list[np.ndarray], order: Order) -> np.ndarray:
         for i, j in order.additions:
             parts[i] += parts[j]
     return terms[0]
+
+
+def block_squares(array: np.ndarray, out: np.ndarray) -> None:
+    """Sums of squares of each whole `SQUARES_BLOCK` elements of a float32 array, by one thread."""
+    whole = array[: array.size - array.size % SQUARES_BLOCK].reshape(-1, SQUARES_BLOCK)
+    with np.errstate(over="ignore", invalid="ignore"):
+        np.einsum("ij,ij->i", whole, whole, out=out)
 
 
 def slices(length: int, ranks: int) -> list[slice]:

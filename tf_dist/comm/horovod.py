@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tf_dist.comm.base import Comm, Order
+from tf_dist.comm.base import Comm, Order, Sum
 from tf_dist.comm.threads import load_tensorflow
 from tf_dist.errors import BackendMissing
 
@@ -52,14 +52,17 @@ class HorovodComm(Comm):
     # Horovod has its own order of summation, and none to choose: with it, sums are equal within 1e-6 and not
     # in bits. Its all-to-all could carry the terms, but each of its operations waits for the next cycle.
 
-    def _allreduce_terms(self, terms: list[np.ndarray], order: Order, out: np.ndarray) -> None:
+    def _allreduce_terms(self, terms: list[np.ndarray], order: Order, out: np.ndarray) -> Sum:
         np.copyto(out, _own_sum(terms, out))
         self._allreduce(out)
+        return Sum(out)
 
-    def _reduce_terms(self, terms: list[np.ndarray], order: Order, out: np.ndarray, root: int) -> None:
+    def _reduce_terms(self, terms: list[np.ndarray], order: Order, out: np.ndarray, root: int) -> Sum | None:
         rows = self._gather(_own_sum(terms, out), root)
-        if rows is not None:
-            np.copyto(out, rows.sum(axis=0))
+        if rows is None:
+            return None
+        np.copyto(out, rows.sum(axis=0))
+        return Sum(out)
 
     def _barrier(self) -> None:
         self._hvd.allreduce(_tensor(np.zeros(1, np.float32)), op=self._hvd.Sum, name="tf_dist.barrier")

@@ -184,6 +184,8 @@ def _import_mpi() -> Any:
         if "OMPI_COMM_WORLD_SIZE" in os.environ and "Open MPI" not in _mpi_library():
             started = int(os.environ["OMPI_COMM_WORLD_SIZE"])
             _refuse(_different_mpis(started), launched_rank(os.environ))
+        # Open MPI's window over UCX cannot be had on one node, and says so in a line for each window.
+        os.environ.setdefault("OMPI_MCA_osc", "^ucx")
         with warnings.catch_warnings(
             action="ignore"
         ):  # of a suspicious launcher: `check_launcher` is certain

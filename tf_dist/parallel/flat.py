@@ -10,8 +10,8 @@ from math import prod
 
 import numpy as np
 
-# Elements whose squares are summed before the sums are: fixed, so that no thread and no rank changes a bit.
-NORM_BLOCK = 4096
+from tf_dist.comm.base import SQUARES_BLOCK, block_squares
+
 # Below this, a sum of squares may have lost terms that float32 cannot hold.
 TINY = 1e-25
 # A cache line, and what TensorFlow needs to use a buffer without copying it.
@@ -53,21 +53,22 @@ def aligned_empty(length: int, dtype: np.dtype | type = np.float32) -> np.ndarra
     return raw[start : start + length * itemsize].view(dtype)
 
 
-def norm(array: np.ndarray) -> float:
+def norm(array: np.ndarray, squares: np.ndarray | None = None) -> float:
     """The Euclidean norm of a float32 array, infinite or NaN where an element is.
 
     Squares are summed in blocks and the blocks in float64, by one thread in one order, so the result depends
     on the array alone: BLAS and TensorFlow share such a sum out among threads, and their number shows in it.
+
+    Args:
+        array: of any length.
+        squares: the sums of squares of its whole blocks, where a `Comm` has them already.
     """
     with np.errstate(over="ignore", invalid="ignore"):
-        squares = _sum_of_squares(array, np.float32)
-        if not TINY < squares < np.inf:  # out of the range of float32 squares, or really not finite
-            squares = _sum_of_squares(array, np.float64)
-        return float(np.sqrt(squares))
-
-
-def _sum_of_squares(array: np.ndarray, dtype: type) -> float:
-    whole = array.size - array.size % NORM_BLOCK
-    blocks, rest = array[:whole].reshape(-1, NORM_BLOCK), array[whole:]
-    sums = np.einsum("ij,ij->i", blocks, blocks, dtype=dtype)
-    return float(sums.sum(dtype=np.float64)) + float(np.einsum("i,i->", rest, rest, dtype=dtype))
+        if squares is None:
+            squares = np.empty(array.size // SQUARES_BLOCK, np.float32)
+            block_squares(array, squares)
+        rest = array[squares.size * SQUARES_BLOCK :]
+        total = float(squares.sum(dtype=np.float64)) + float(np.einsum("i,i->", rest, rest))
+        if not TINY < total < np.inf:  # out of the range of float32 squares, or really not finite
+            total = float(np.einsum("i,i->", array, array, dtype=np.float64))
+        return float(np.sqrt(total))

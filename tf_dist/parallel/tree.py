@@ -17,7 +17,7 @@ additions that one rank would have made, so the result has the same bits. ``docs
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -74,9 +74,17 @@ class BlockSum:
         length: elements of each float32 array.
         leaves: of the whole tree.
         block: those of this rank; may be empty.
+        buffers: says where the terms of the next sum belong (`Comm.term_buffers`); None: anywhere.
     """
 
-    def __init__(self, length: int, leaves: range, block: range) -> None:
+    def __init__(
+        self,
+        length: int,
+        leaves: range,
+        block: range,
+        buffers: Callable[[], list[np.ndarray]] | None = None,
+    ) -> None:
+        self._buffers = buffers
         self._sizes = [len(term) for term in subtrees(leaves, block)]
         self._sums = [TreeSum(length) for _ in self._sizes]
         self._begin()
@@ -86,6 +94,9 @@ class BlockSum:
 
     def add(self, array: np.ndarray) -> None:
         """Add the array of the next leaf, of shape (length,); it is read, not kept."""
+        if self._buffers and not self._term and not self._added:
+            for tree, home in zip(self._sums, self._buffers(), strict=True):
+                tree.home = home
         self._sums[self._term].add(array)
         self._added += 1
         if self._added == self._sizes[self._term]:
@@ -106,10 +117,14 @@ class TreeSum:
 
     Args:
         length: elements of each float32 array.
+
+    Attributes:
+        home: where the result belongs; None: anywhere. To be set before the first `add` of a sum.
     """
 
     def __init__(self, length: int) -> None:
         self.length = length
+        self.home: np.ndarray | None = None
         self._slots: list[np.ndarray | None] = []
         self._free: list[np.ndarray] = []
 
@@ -149,8 +164,12 @@ class TreeSum:
             self._free.append(total)
             total = left
         self._slots = []
-        self._free.append(total)
+        if total is not self.home:
+            self._free.append(total)
         return total
 
     def _take(self) -> np.ndarray:
+        # Sums are made in the left of two, so the first array's place becomes that of the result.
+        if self.home is not None and not any(slot is not None for slot in self._slots):
+            return self.home
         return self._free.pop(0) if self._free else aligned_empty(self.length)

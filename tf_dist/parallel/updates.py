@@ -102,10 +102,9 @@ def allreduce(
     """
     comm.barrier()  # waiting for slower ranks is counted apart from moving bytes
     counts = totals.reduce(comm)
-    gradient = _sum_buffer(terms, replica)
-    comm.allreduce_terms(terms, order, gradient)
+    gradient, squares = comm.allreduce_terms(terms, order, _sum_buffer(terms, replica))
     # Rank 0's norm for all: on a node with another processor it could differ in its last bit.
-    length = np.array([norm(gradient) / max(counts[TOKENS], 1.0)])
+    length = np.array([norm(gradient, squares) / max(counts[TOKENS], 1.0)])
     comm.broadcast(length)
     replica.apply(gradient, _scale(float(length[0]), counts, clip_norm))
     return float(length[0])
@@ -122,16 +121,15 @@ def master(
     """
     comm.barrier()
     counts = totals.reduce(comm)
-    gradient = _sum_buffer(terms, replica)
-    comm.reduce_terms(terms, order, gradient)
+    total = comm.reduce_terms(terms, order, _sum_buffer(terms, replica))
     length = np.zeros(1)
-    if comm.rank == 0:
-        length[0] = norm(gradient) / max(counts[TOKENS], 1.0)
+    if total is not None:
+        length[0] = norm(*total) / max(counts[TOKENS], 1.0)
     comm.broadcast(length)
     scale = _scale(float(length[0]), counts, clip_norm)
     weights = aligned_empty(replica.parameters)
-    if comm.rank == 0:
-        replica.apply(gradient, scale)
+    if total is not None:
+        replica.apply(total.array, scale)
         replica.read_weights(weights)
     else:
         replica.skip()

@@ -21,6 +21,7 @@ from tf_dist.config import default_micro_batch
 from tf_dist.data.sampler import Sampler, share
 from tf_dist.data.tokens import Sequences
 from tf_dist.errors import DataError, LaunchError, UsageError
+from tf_dist.parallel.carrier import choose
 from tf_dist.parallel.flat import aligned_empty
 from tf_dist.parallel.tree import BlockSum, order
 from tf_dist.parallel.updates import CORRECT, LOSS, STOP, TOKENS, UPDATES, Totals
@@ -50,6 +51,7 @@ class Trainer:
         seed: of the order of the data and of dropout.
         check_every: steps between comparisons of all ranks, see `Sentinel`; 0: only in the first steps.
         on_mismatch: "stop" when a rank differs, or "restore" it from a majority of the others.
+        allreduce: what carries the sums of gradients: "window", "messages", or "auto", what is faster.
 
     Attributes:
         step: optimizer steps taken so far.
@@ -75,6 +77,7 @@ class Trainer:
         seed: int = 1,
         check_every: int = 100,
         on_mismatch: str = "stop",
+        allreduce: str = "auto",
     ) -> None:
         if update not in UPDATES:
             raise UsageError(f"unknown update {update!r}: {', '.join(UPDATES)}")
@@ -92,18 +95,20 @@ class Trainer:
         self.global_batch_size, self.clip_norm, self.seed = global_batch_size, clip_norm, seed
         self.seq_len = seq_len or _static_seq_len(model) or DEFAULT_SEQ_LEN
         self.replica = Replica(model, optimizer, self.rows, self.seq_len, seed)
-        self._share_micro_batches(range(global_batch_size // self.rows))
+        self._share_micro_batches(range(global_batch_size // self.rows), allreduce)
         self.sentinel = Sentinel(comm, self._shared_variables(update), check_every, on_mismatch)
         self.step, self.tokens, self.elapsed_s = 0, 0, 0.0
         self.stopped = self._stop_requested = False
         model.stop_training = False
 
-    def _share_micro_batches(self, micro_batches: range) -> None:
+    def _share_micro_batches(self, micro_batches: range, allreduce: str) -> None:
         """Deal out neighbouring micro-batches to the ranks, and fix the order in which they are summed."""
         blocks = [share(len(micro_batches), rank, self.comm.size) for rank in range(self.comm.size)]
         self.micro_batches, self.my_micro_batches = len(micro_batches), blocks[self.comm.rank]
         self._order = order(micro_batches, blocks)
-        self._sum = BlockSum(self.replica.parameters, micro_batches, self.my_micro_batches)
+        length = self.replica.parameters
+        self.carrier = choose(self.comm, length, self._order, allreduce)
+        self._sum = BlockSum(length, micro_batches, self.my_micro_batches, self.carrier.buffers)
 
     # One step ------------------------------------------------------------------------------------
 

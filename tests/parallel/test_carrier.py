@@ -1,0 +1,62 @@
+import time
+
+import numpy as np
+import pytest
+from thread_comm import ThreadComm, on_ranks
+
+from tf_dist.comm.base import SerialComm
+from tf_dist.errors import LaunchError, UsageError
+from tf_dist.parallel.carrier import choose
+from tf_dist.parallel.tree import order
+
+ORDER = order(range(2), [range(1), range(1, 2)])
+
+
+class Windowed(ThreadComm):
+    """A Comm with a window, whose sums take as long as they are told to."""
+
+    seconds_in_window, opened = 0.0, False
+
+    def term_buffers(self, length, order):
+        self.opened, self.carried_by = True, "a shared window"
+        return lambda: [np.zeros(length, np.float32)]
+
+    def forget_buffers(self, length, order):
+        self.opened = False
+
+    def _allreduce_terms(self, terms, order, out):
+        time.sleep(self.seconds_in_window if self.opened else 0.02)
+        return super()._allreduce_terms(terms, order, out)
+
+
+def test_one_rank_has_nothing_to_choose():
+    assert choose(SerialComm(), 5, order(range(1), [range(1)])).buffers is None
+
+
+def test_unknown():
+    with pytest.raises(UsageError, match="auto, window, messages"):
+        choose(SerialComm(), 5, ORDER, "pigeons")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "window", "opened"),
+    [("auto", 0.0, True), ("auto", 0.05, False), ("window", 0.05, True), ("messages", 0.0, False)],
+)
+def test_what_is_faster_or_was_wanted(wanted, window, opened):
+    class Here(Windowed):
+        seconds_in_window = window
+
+    def work(comm):
+        chosen = choose(comm, 5, ORDER, wanted)
+        return comm.opened, chosen.buffers is not None, chosen.said
+
+    (first, second) = on_ranks(2, work, Here)
+    assert first == second
+    assert first[:2] == (opened, opened)
+    assert ("in a shared window, " if opened else "by messages, ") in first[2]
+
+
+def test_no_window():
+    assert all("by messages, " in said.said for said in on_ranks(2, lambda comm: choose(comm, 5, ORDER)))
+    outcomes = on_ranks(2, lambda comm: choose(comm, 5, ORDER, "window"))
+    assert all(isinstance(outcome, LaunchError) and "there is none" in str(outcome) for outcome in outcomes)
