@@ -25,7 +25,7 @@ LIMIT_S = 1800
 
 
 def launch(ranks: int, module: str, *words: str, log: Path) -> None:
-    """Run ``python -m module words`` on some ranks; what they print goes to a log.
+    """Run ``python -m module words`` on some ranks, 0 without mpirun; what they print goes to a log.
 
     Raises:
         SystemExit: the job failed; the end of its log is printed.
@@ -33,7 +33,9 @@ def launch(ranks: int, module: str, *words: str, log: Path) -> None:
     mpirun = str(Path(sys.executable).with_name("mpirun"))
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "wb") as file:
-        command = [mpirun, "-np", str(ranks), sys.executable, "-m", module, *words]
+        command = [sys.executable, "-m", module, *words]
+        if ranks:
+            command = [mpirun, "-np", str(ranks), *command]
         ended = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=LIMIT_S)
     if ended.returncode:
         print(log.read_text(errors="replace")[-3000:], file=sys.stderr)

@@ -1,0 +1,118 @@
+"""Training steps: ours against other ways to train the same Keras model on the same cores.
+
+On N ranks, in one job and in turn: our Trainer; compute alone (each rank trains by itself, nothing is
+exchanged: the ceiling); Keras with a plain mpi4py `Allreduce`; Horovod inside the step. And Keras's own
+``fit`` in one process with all cores, with and without XLA, in jobs of its own between those.
+
+Every way has the same model, optimizer (AdamW), and rows in a step. One table: tokens per second of all
+ranks, and where the time of our step goes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tf_dist.bench import running
+
+MODULE = "tf_dist.bench.step"
+FOLDER = running.FOLDER / "step"
+RANKS = (1, 2)
+DROPPED = 3
+VOCABULARY = 65
+# Model, rows of a rank, and steps of each kind that count.
+MODELS: dict[str, tuple[dict[str, Any], int, int]] = {
+    "gpt-10.7M": ({"model": "transformer", "layers": 6, "width": 384, "heads": 6, "seq_len": 256}, 4, 12),
+    "gpt-0.81M": ({"model": "transformer", "layers": 4, "width": 128, "heads": 4, "seq_len": 64}, 12, 40),
+    "lstm-1.08M": ({"model": "lstm", "layers": 2, "width": 256, "heads": 4, "seq_len": 64}, 32, 20),
+}
+WAYS = {"ours": "tf_dist", "compute": "compute alone", "mpi4py": "mpi4py", "horovod": "Horovod"}
+PARTS = ("input", "forward+backward", "pack", "wait", "reduce", "update")
+
+
+def main() -> int:
+    """Start the jobs, model by model; print a table for each."""
+    found = {}
+    for name in MODELS:
+        jobs = {}
+        for ranks in RANKS:
+            print(f"{name} on {ranks} rank{'s' * (ranks > 1)} ...", flush=True)
+            jobs[f"np {ranks}"] = running.measured(ranks, MODULE, "ranks", name, folder=FOLDER)
+        for xla in ("plain", "xla"):
+            print(f"{name} in one process with Keras's fit, {xla} ...", flush=True)
+            jobs[f"keras {xla}"] = running.measured(0, MODULE, "fit", name, xla, folder=FOLDER)
+        found[name] = jobs
+        print(f"\n{tables(name, jobs)}\n", flush=True)
+    print(f"in {running.save('step', {'models': found})}")
+    return 0
+
+
+def tables(name: str, jobs: dict[str, Any]) -> str:
+    """Tokens per second of every way, ours last as a ratio; and the parts of our step."""
+    most = f"np {RANKS[-1]}"
+    ours = jobs[most]["tokens_per_s"]["ours"]
+    rows = []
+    for job, found in jobs.items():
+        for way, speed in found["tokens_per_s"].items():
+            rows.append([f"{job}, {WAYS.get(way, way)}", f"{speed:,.0f}", f"{ours / speed:.2f}"])
+    speeds = running.table([name, "tokens/s", f"ours at {most} / it"], rows)
+    parts = jobs[most]["parts_ms"]
+    cells = [[f"our step at {most}, ms", *(f"{parts[part]:.2f}" for part in PARTS), f"{parts['step']:.2f}"]]
+    return f"{speeds}\n\n{running.table(['', *PARTS, 'step'], cells)}"
+
+
+# On the ranks ------------------------------------------------------------------------------------
+
+
+def main_on_ranks(name: str, out: Path) -> None:
+    """All ways that need ranks, in turn."""
+    from tf_dist.bench import ways
+    from tf_dist.comm import launch, threads
+    from tf_dist.errors import BackendMissing
+
+    comm = launch.connect()
+    threads.load_tensorflow()
+    sizes, rows, steps = MODELS[name]
+    ours = ways.Ours(comm, sizes, rows, VOCABULARY)
+    works: dict[str, Callable[[], Any]] = {
+        "ours": ours.step,
+        "compute": ways.compute_alone(sizes, rows, VOCABULARY),
+        "mpi4py": ways.plain_mpi4py(comm, sizes, rows, VOCABULARY),
+    }
+    try:
+        works["horovod"] = ways.horovod(launch.use_backend(comm, "horovod"), sizes, rows, VOCABULARY)
+    except BackendMissing:
+        pass
+    medians_ms = running.interleaved(comm, works, DROPPED + steps, DROPPED)
+    tokens = rows * comm.size * sizes["seq_len"]
+    if comm.rank == 0:
+        speeds = {way: 1e3 * tokens / median for way, median in medians_ms.items()}
+        parts = ours.parts_ms(DROPPED)
+        out.write_text(json.dumps({"ranks": comm.size, "tokens_per_s": speeds, "parts_ms": parts}))
+
+
+def fit(name: str, xla: str, out: Path) -> None:
+    """Keras's own ``fit`` in one process, with a global batch of all ranks and all cores."""
+    cores = len(os.sched_getaffinity(0))
+    os.environ["TF_NUM_INTRAOP_THREADS"] = str(cores)
+    from tf_dist.comm import threads
+
+    threads.load_tensorflow()
+    from tf_dist.bench import ways
+
+    sizes, rows, steps = MODELS[name]
+    rows *= RANKS[-1]
+    median_s = ways.keras_fit_step_s(sizes, rows, VOCABULARY, DROPPED + steps, DROPPED, xla == "xla")
+    found = {f"fit on {cores} cores, {xla}": rows * sizes["seq_len"] / median_s}
+    out.write_text(json.dumps({"ranks": 0, "tokens_per_s": found}))
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "ranks":
+        main_on_ranks(sys.argv[2], Path(sys.argv[3]))
+    else:
+        fit(sys.argv[2], sys.argv[3], Path(sys.argv[4]))

@@ -1,0 +1,191 @@
+"""Ways to train one Keras model, each as a function that takes one step: ours, and what users do today.
+
+Legend: B rows of a rank, T tokens, P parameters.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tf_dist.config import Config
+from tf_dist.models.build import build
+from tf_dist.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from tf_dist.comm.base import Comm
+
+LEARNING_RATE = 1e-4
+
+
+def model_and_batches(sizes: dict[str, Any], rows: int, vocabulary: int) -> tuple[keras.Model, Any]:
+    """A new model, and some batches (B, T) of ids with their next ones."""
+    keras.utils.set_random_seed(1)
+    model = build(Config(vocab_size=vocabulary, **sizes))
+    ids = np.random.default_rng(1).integers(0, vocabulary, (8, rows, sizes["seq_len"] + 1)).astype(np.int32)
+    return model, [(tf.constant(batch[:, :-1]), tf.constant(batch[:, 1:])) for batch in ids]
+
+
+def stock_model(sizes: dict[str, Any], rows: int, vocabulary: int) -> tuple[keras.Model, Any]:
+    """The same, as a user has it who knows nothing of us: with Keras's own layers."""
+    return model_and_batches(sizes, rows, vocabulary)
+
+
+class Ours:
+    """Our Trainer, with a clock at each part of its step."""
+
+    def __init__(self, comm: Comm, sizes: dict[str, Any], rows: int, vocabulary: int) -> None:
+        keras.utils.set_random_seed(1)
+        model = build(Config(vocab_size=vocabulary, **sizes))
+        self.trainer = Trainer(
+            model,
+            keras.optimizers.AdamW(LEARNING_RATE),
+            comm,
+            global_batch_size=rows * comm.size,
+            micro_batch_size=rows,
+            seq_len=sizes["seq_len"],
+            clip_norm=1.0,
+        )
+        tokens = np.random.default_rng(1).integers(0, vocabulary, 8 * rows * comm.size * sizes["seq_len"] + 1)
+        self.sequences = self.trainer.sequences(tokens.astype(np.uint16))
+        self.sampler = self.trainer.sampler(self.sequences)
+        self._taken: list[dict[str, float]] = []
+        self._now: dict[str, float] = {}
+        trainer = self.trainer
+        for owner, verb, part in (
+            (self.sampler, "batch", "input"),
+            (self.sequences, "rows", "input"),
+            (trainer.replica, "gradients", "forward+backward"),
+            (trainer._sum, "add", "pack"),
+            (trainer._sum, "terms", "pack"),
+            (comm, "barrier", "wait"),
+            (comm, "allreduce", "reduce"),
+            (comm, "allreduce_terms", "reduce"),
+            (comm, "broadcast", "reduce"),
+            (trainer.replica, "apply", "update"),
+        ):
+            setattr(owner, verb, self._clocked(getattr(owner, verb), part))
+
+    def _clocked(self, verb: Callable[..., Any], part: str) -> Callable[..., Any]:
+        def clocked(*arguments: Any, **words: Any) -> Any:
+            begun = time.perf_counter()
+            result = verb(*arguments, **words)
+            self._now[part] = self._now.get(part, 0.0) + time.perf_counter() - begun
+            return result
+
+        return clocked
+
+    def step(self) -> None:
+        """One step of the Trainer."""
+        self._now = {}
+        begun = time.perf_counter()
+        self.trainer.train_step(self.sequences, self.sampler)
+        self._taken.append({**self._now, "step": time.perf_counter() - begun})
+
+    def parts_ms(self, dropped: int) -> dict[str, float]:
+        """Median milliseconds of each part on this rank."""
+        counted = self._taken[dropped:]
+        return {part: 1e3 * statistics.median(step[part] for step in counted) for part in counted[0]}
+
+
+def _loss(model: keras.Model, x: Any, y: Any) -> Any:
+    logits = model(x, training=True)
+    return tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(y, logits))
+
+
+def compute_alone(sizes: dict[str, Any], rows: int, vocabulary: int) -> Callable[[], Any]:
+    """Each rank trains by itself: what a step costs without any exchange."""
+    model, batches = stock_model(sizes, rows, vocabulary)
+    optimizer = keras.optimizers.AdamW(LEARNING_RATE, global_clipnorm=1.0)
+    optimizer.build(model.trainable_variables)
+
+    def step(x: Any, y: Any) -> Any:
+        with tf.GradientTape() as tape:
+            loss = _loss(model, x, y)
+        optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
+        return loss
+
+    return _in_turn(tf.function(step), batches)
+
+
+def plain_mpi4py(comm: Comm, sizes: dict[str, Any], rows: int, vocabulary: int) -> Callable[[], Any]:
+    """What a careful user writes: one flat buffer, one `Allreduce`, then the optimizer."""
+    model, batches = stock_model(sizes, rows, vocabulary)
+    optimizer = keras.optimizers.AdamW(LEARNING_RATE, global_clipnorm=1.0)
+    optimizer.build(model.trainable_variables)
+    shapes = [tuple(variable.shape) for variable in model.trainable_variables]
+    lengths = [int(np.prod(shape)) for shape in shapes]
+
+    def gradient(x: Any, y: Any) -> Any:
+        with tf.GradientTape() as tape:
+            loss = _loss(model, x, y)
+        parts = tape.gradient(loss, model.trainable_variables)
+        return tf.concat([tf.reshape(tf.convert_to_tensor(part), (-1,)) for part in parts], 0)
+
+    def update(flat_P: Any) -> None:
+        parts = tf.split(flat_P, lengths)
+        gradients = [tf.reshape(part, shape) for part, shape in zip(parts, shapes, strict=True)]
+        optimizer.apply(gradients, model.trainable_variables)
+
+    compute, apply = tf.function(gradient), tf.function(update)
+
+    def step(x: Any, y: Any) -> None:
+        flat_P = compute(x, y).numpy()
+        comm.allreduce(flat_P)
+        flat_P /= comm.size
+        apply(tf.convert_to_tensor(flat_P))
+
+    return _in_turn(step, batches)
+
+
+def horovod(comm: Comm, sizes: dict[str, Any], rows: int, vocabulary: int) -> Callable[[], Any]:
+    """Horovod's grouped allreduce inside the compiled step, as its documentation has it."""
+    hvd = comm._hvd  # type: ignore[attr-defined]
+    model, batches = stock_model(sizes, rows, vocabulary)
+    optimizer = keras.optimizers.AdamW(LEARNING_RATE, global_clipnorm=1.0)
+    optimizer.build(model.trainable_variables)
+
+    def step(x: Any, y: Any) -> Any:
+        with tf.GradientTape() as tape:
+            loss = _loss(model, x, y)
+        parts = [tf.convert_to_tensor(part) for part in tape.gradient(loss, model.trainable_variables)]
+        optimizer.apply(hvd.grouped_allreduce(parts), model.trainable_variables)
+        return loss
+
+    return _in_turn(tf.function(step), batches)
+
+
+def keras_fit_step_s(
+    sizes: dict[str, Any], rows: int, vocabulary: int, times: int, dropped: int, xla: bool
+) -> float:
+    """Median seconds of a step of Keras's ``fit`` in this process."""
+    model, batches = stock_model(sizes, rows, vocabulary)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    optimizer = keras.optimizers.AdamW(LEARNING_RATE, global_clipnorm=1.0)
+    model.compile(optimizer, loss, jit_compile=xla)
+    moments: list[float] = []
+    clock = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: moments.append(time.perf_counter())
+    )
+    data = tf.data.Dataset.from_tensor_slices(
+        tuple(tf.stack(part) for part in zip(*batches, strict=True))
+    ).repeat()
+    model.fit(data, steps_per_epoch=times + 1, verbose=0, callbacks=[clock])
+    return float(statistics.median(np.diff(moments)[dropped:].tolist()))
+
+
+def _in_turn(step: Callable[[Any, Any], Any], batches: Any) -> Callable[[], Any]:
+    place = 0
+
+    def work() -> None:
+        nonlocal place
+        step(*batches[place % len(batches)])
+        place += 1
+
+    return work
