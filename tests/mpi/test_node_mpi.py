@@ -2,9 +2,11 @@
 
 import os
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
+from mpi4py import MPI
 
 from tf_dist.comm import node
 from tf_dist.comm.base import SQUARES_BLOCK, block_squares
@@ -17,9 +19,23 @@ TURNS = 3
 LENGTHS = [1, 17, SQUARES_BLOCK, 3 * SQUARES_BLOCK + 5, 300_007]
 
 
-@pytest.fixture(scope="module")
-def ranks(connected):
-    return MPIComm()
+# The node of each rank: this machine; one for each; two, rank by rank or in halves.
+NODES = {
+    "one node": lambda rank, size: 0,
+    "nodes of one rank": lambda rank, size: rank,
+    "by turns": lambda rank, size: rank % 2,
+    "halves": lambda rank, size: 2 * rank // size,
+}
+
+
+@pytest.fixture(scope="module", params=NODES)
+def ranks(request, connected):
+    """All ranks, on nodes that are made up: only who shares memory with whom is different."""
+    world = MPI.COMM_WORLD
+    nodes = [NODES[request.param](rank, world.size) for rank in range(world.size)]
+    if len(set(Counter(nodes).values())) > 1:
+        pytest.skip("nodes would have different numbers of ranks")
+    return MPIComm(node=world.Split(nodes[world.rank]))
 
 
 def leaf(number, turn, length):
@@ -104,3 +120,12 @@ def test_no_window_if_none_is_wanted(connected, everyone):
     comm = MPIComm(window=False)
     right = summed(comm, 4, 1001, comm.term_buffers)(0).array.tobytes() == whole(4, 0, 1001).tobytes()
     assert all(everyone(right and comm.carried_by == "messages: no window was wanted"))
+
+
+def test_nodes_of_different_sizes_use_messages(connected, everyone):
+    world = MPI.COMM_WORLD
+    if world.size < 3:
+        pytest.skip("needs three ranks")
+    comm = MPIComm(node=world.Split(int(world.rank == 0)))
+    right = summed(comm, 4, 1001, comm.term_buffers)(0).array.tobytes() == whole(4, 0, 1001).tobytes()
+    assert all(everyone(right and comm.carried_by == "messages: nodes have different numbers of ranks"))

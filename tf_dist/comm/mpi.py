@@ -13,7 +13,7 @@ import numpy as np
 from mpi4py import MPI
 
 from tf_dist.comm.base import Comm, Order, Sum, add_in_order, slices
-from tf_dist.comm.node import Window, why_not
+from tf_dist.comm.node import Between, Window, by_node, too_little_room
 
 # Large messages in pieces stay in the cache between the ranks of a node: 64 MiB takes 31 ms as one
 # Allreduce of Open MPI 5 and 7 ms in pieces of 2 MiB. Also keeps counts far below MPI's int limit.
@@ -26,19 +26,26 @@ class MPIComm(Comm):
     Args:
         communicator: duplicated, so that our messages never meet anyone else's; COMM_WORLD if None.
         window: whether ranks of one node sum in shared memory; False: always by messages.
+        node: the ranks that share memory, where that is not to be asked of MPI.
     """
 
-    def __init__(self, communicator: MPI.Intracomm | None = None, window: bool = True) -> None:
+    def __init__(
+        self,
+        communicator: MPI.Intracomm | None = None,
+        window: bool = True,
+        node: MPI.Intracomm | None = None,
+    ) -> None:
         super().__init__()
         self._mpi = (communicator or MPI.COMM_WORLD).Dup()
         self.rank = self._mpi.Get_rank()
         self.size = self._mpi.Get_size()
         self._received: list[np.ndarray] = []
-        self._node: Any = self._mpi.Split_type(MPI.COMM_TYPE_SHARED) if window else None
+        self._node: Any = node or (self._mpi.Split_type(MPI.COMM_TYPE_SHARED) if window else None)
         self._windows: dict[tuple[int, Order], Window] = {}
+        self._across: MPIComm | None = None
 
     def term_buffers(self, length: int, order: Order) -> Callable[[], list[np.ndarray]] | None:
-        """In shared memory where all ranks are on one node and it has enough; a collective."""
+        """In memory that the ranks of a node share, where it has enough; a collective."""
         reason = "" if (length, order) in self._windows else self._open_window(length, order)
         self.carried_by = f"messages: {reason}" if reason else "a shared window"
         return None if reason else self._windows[length, order].buffers
@@ -52,19 +59,42 @@ class MPIComm(Comm):
         """Make the window; the reason if there is none, the same on all ranks."""
         if self._node is None:
             return "no window was wanted"
-        if min(self.allgather_obj(self._node.Get_size())) < self.size:
-            return "ranks are on several nodes"
-        reason = why_not(self._node, length, order)
-        if reason:
-            return reason
-        try:
-            window = Window(self._node, length, order)
-        except MPI.Exception as error:
-            reason = str(error)
-        reason = max(self.allgather_obj(reason))
+        places = self._places()
+        if len({len(ranks) for ranks in places}) > 1:
+            return "nodes have different numbers of ranks"
+        if len(places) > 1 and not order.counts[0]:
+            return "rank 0 has nothing to add"
+        shares, rest = by_node(order, places)
+        share = shares[next(number for number, ranks in enumerate(places) if self.rank in ranks)]
+        window, reason = None, max(self.allgather_obj(too_little_room(length, share)))
         if not reason:
+            try:
+                window = Window(self._node, length, share, self._between(rest) if len(places) > 1 else None)
+            except MPI.Exception as error:
+                reason = str(error)
+            reason = max(self.allgather_obj(reason))
+        if window is not None and not reason:
             self._windows[length, order] = window
         return str(reason)
+
+    def _places(self) -> list[list[int]]:
+        """The ranks of each node, ascending; nodes by their first ranks."""
+        leaders = self.allgather_obj(self._first_of_node())
+        nodes = sorted(set(leaders))
+        return [[rank for rank, leader in enumerate(leaders) if leader == node] for node in nodes]
+
+    def _between(self, rest: Order) -> Between:
+        """Sums over the ranks that have the same slice on other nodes; to them, a node is a rank."""
+        if self._across is None:
+            same_slice: Any = self._mpi.Split(self._node.rank, self._first_of_node())
+            self._across = MPIComm(same_slice, window=False)
+        across = self._across
+        return lambda terms, out: across._allreduce_by_messages(terms, rest, out)
+
+    def _first_of_node(self) -> int:
+        first = np.array([self.rank], np.int64)
+        self._node.Bcast(first)
+        return int(first[0])
 
     def _allreduce(self, array: np.ndarray) -> None:
         for part in _chunks(array):

@@ -1,17 +1,23 @@
 """`Window`: memory that the ranks of a node share, in which gradients lie and are summed where they are.
 
 An MPI-3 shared-memory window (Hoefler et al. 2013). Each rank has its terms in it, so nothing is sent. A sum
-is two barriers and one pass: every rank adds its slice of all terms into the first term, in order, and takes
-the sum of its squares while it is in the cache. R ranks with a term each of S bytes read R S and write S.
+is two barriers and one pass: every rank adds its slice of all terms in order, in place, and takes the sum of
+its squares while it is in the cache. R ranks with a term each of S bytes read R S and write S.
 
-The first term lies in two places by turns. Ranks read the sum there while its owner is already writing the
-first term of the next step, and nobody writes the same place before all have come to that step's barrier.
+Between nodes each rank exchanges its slice of what its node could not add alone with the ranks that have the
+same slice elsewhere: all ranks of a node use the network at once, and no byte crosses it twice.
+
+The term in which the sum ends lies in two places by turns. Ranks read the sum there while its owner already
+writes the first term of the next step, and nobody writes the same place before all have come to that step's
+barrier.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import accumulate, chain
+from typing import NamedTuple
 
 import numpy as np
 from mpi4py import MPI
@@ -24,35 +30,91 @@ PAGE_BYTES = 4096
 # Where MPI libraries have shared memory on Linux. A container may have little; writing beyond it kills.
 SHARED_MEMORY = "/dev/shm"  # noqa: S108 - looked at, not written to
 
+Between = Callable[[list[np.ndarray], np.ndarray], None]
+
+
+class Share(NamedTuple):
+    """A node's part of an `Order`. Terms are numbered within the node, in the order of its ranks.
+
+    counts: terms of each of its ranks. additions: that it makes alone. left: terms that remain after them.
+    """
+
+    counts: tuple[int, ...]
+    additions: tuple[tuple[int, int], ...]
+    left: tuple[int, ...]
+
+
+def by_node(order: Order, nodes: Sequence[Sequence[int]]) -> tuple[list[Share], Order]:
+    """Divide the additions of an order into those within nodes, which come first, and those between them.
+
+    An addition is one of a node where both of its sides hold nothing but terms of that node.
+
+    Args:
+        order: over all ranks.
+        nodes: the ranks of each node, ascending; the first one has rank 0.
+
+    Returns:
+        The share of each node; and the order of what is left, a "rank" of it being a node.
+    """
+    starts = [0, *accumulate(order.counts)]
+    terms = [[term for rank in ranks for term in range(starts[rank], starts[rank + 1])] for ranks in nodes]
+    holds = {term: {node} for node, mine in enumerate(terms) for term in mine}
+    inner: list[list[tuple[int, int]]] = [[] for _ in nodes]
+    outer: list[tuple[int, int]] = []
+    for i, j in order.additions:
+        together = holds[i] | holds[j]
+        (inner[min(together)] if len(together) == 1 else outer).append((i, j))
+        holds[i] = together
+    added = {j for additions in inner for _, j in additions}
+    left = [[term for term in mine if term not in added] for mine in terms]
+    place = {term: number for number, term in enumerate(chain.from_iterable(left))}
+    shares = []
+    for ranks, mine, additions, remaining in zip(nodes, terms, inner, left, strict=True):
+        local = {term: number for number, term in enumerate(mine)}
+        shares.append(
+            Share(
+                tuple(order.counts[rank] for rank in ranks),
+                tuple((local[i], local[j]) for i, j in additions),
+                tuple(local[term] for term in remaining),
+            )
+        )
+    return shares, Order(tuple(map(len, left)), tuple((place[i], place[j]) for i, j in outer))
+
 
 class Window:
-    """The terms of one `Order` in shared memory, and their sum.
+    """The terms of a node in shared memory, and their sum.
 
     Args:
         node: the ranks that share it; a collective.
         length: float32 elements of a term.
-        order: of the sum; its ranks are those of ``node``.
+        share: this node's.
+        between: adds the terms of all nodes, given slices of this node's, and the place for their sum;
+            None where there is one node.
 
     Raises:
-        MPI.Exception: there is no shared memory to be had, on every rank.
+        MPI.Exception: there is no shared memory to be had.
     """
 
-    def __init__(self, node: MPI.Intracomm, length: int, order: Order) -> None:
-        self._node, self.length, self.order = node, length, order
+    def __init__(
+        self, node: MPI.Intracomm, length: int, share: Share, between: Between | None = None
+    ) -> None:
+        self._node, self._share, self._between = node, share, between
         self._turn = 0
-        places = bytes_needed(length, order)
-        window = MPI.Win.Allocate_shared(places if node.rank == 0 else 0, 1, comm=node)
+        size = bytes_needed(length, share)
+        window = MPI.Win.Allocate_shared(size if node.rank == 0 else 0, 1, comm=node)
         self._keep = window  # never freed while arrays may look into it
         memory = np.asarray(window.Shared_query(0)[0])
         start = -memory.ctypes.data % PAGE_BYTES
-        everything = memory[start : start + places - PAGE_BYTES].view(np.float32)
-        step = _rounded(length)
-        buffers = [everything[at * step : at * step + length] for at in range(sum(order.counts) + 1)]
-        # Terms by turn: they differ in the first one.
-        self._terms = (buffers[:-1], [buffers[-1], *buffers[1:-1]])
+        everything = memory[start : start + size - PAGE_BYTES].view(np.float32)
+        step, count = _rounded(length), sum(share.counts)
+        buffers = [everything[at * step : at * step + length] for at in range(max(count, 1) + 1)]
+        self._result = share.left[0] if share.left else 0
+        other = list(buffers[:-1])
+        other[self._result] = buffers[-1]
+        self._terms = (buffers[:-1], other)  # by turns: they differ in the place of the result
         self._squares = everything[len(buffers) * step :][: length // SQUARES_BLOCK]
-        first = sum(order.counts[: node.rank])
-        self._mine = slice(first, first + order.counts[node.rank])
+        first = sum(share.counts[: node.rank])
+        self._mine = slice(first, first + share.counts[node.rank])
         for terms in self._terms:  # a page lies where it is first written to: near this rank's core
             for term in terms[self._mine]:
                 term.fill(0.0)
@@ -76,49 +138,57 @@ class Window:
             terms: this rank's; copied unless they are `buffers`.
 
         Returns:
-            The sum, which all ranks look at in one place: valid until the next sum, and never written to.
+            The sum, which all ranks of the node look at in one place: valid until the next sum, and never
+            written to.
         """
         if not self.holds(terms):
             for place, term in zip(self.buffers(), terms, strict=True):
                 np.copyto(place, term)
-        everyones = self._terms[self._turn]
+        places = self._terms[self._turn]
         self._node.Barrier()
-        self._add(everyones)
+        self._add([place[self._slice] for place in places])
         self._node.Barrier()
         self._turn = 1 - self._turn
-        return Sum(everyones[0], self._squares)
+        return Sum(places[self._result], self._squares)
 
-    def _add(self, terms: Sequence[np.ndarray]) -> None:
-        for start in range(self._slice.start, self._slice.stop, AT_ONCE):
-            stop = min(start + AT_ONCE, self._slice.stop)
-            parts = [term[start:stop] for term in terms]
-            for i, j in self.order.additions:
-                parts[i] += parts[j]
-            block_squares(parts[0], self._squares[start // SQUARES_BLOCK : stop // SQUARES_BLOCK])
+    def _add(self, mine: Sequence[np.ndarray]) -> None:
+        """Add this rank's slice of all terms."""
+        result, first = mine[self._result], self._slice.start // SQUARES_BLOCK
+        if self._between is not None:
+            add_pieces(mine, self._share.additions)
+            self._between([mine[term] for term in self._share.left], result)
+        for start in range(0, result.size, AT_ONCE):
+            parts = [term[start : start + AT_ONCE] for term in mine]
+            if self._between is None:
+                add_pieces(parts, self._share.additions)
+            part, at = parts[self._result], first + start // SQUARES_BLOCK
+            block_squares(part, self._squares[at : at + part.size // SQUARES_BLOCK])
 
 
-def bytes_needed(length: int, order: Order) -> int:
-    """Shared memory for all terms, once more the first one, and squares."""
+def add_pieces(parts: Sequence[np.ndarray], additions: Sequence[tuple[int, int]]) -> None:
+    """Make additions in place, some elements at a time."""
+    for start in range(0, parts[0].size, AT_ONCE):
+        pieces = [part[start : start + AT_ONCE] for part in parts]
+        for i, j in additions:
+            pieces[i] += pieces[j]
+
+
+def bytes_needed(length: int, share: Share) -> int:
+    """Shared memory for all terms of a node, once more the result, and squares."""
     squares = _rounded(length // SQUARES_BLOCK)
-    return 4 * ((sum(order.counts) + 1) * _rounded(length) + squares) + PAGE_BYTES
+    return 4 * ((max(sum(share.counts), 1) + 1) * _rounded(length) + squares) + PAGE_BYTES
 
 
-def why_not(node: MPI.Intracomm, length: int, order: Order) -> str:
-    """Why a window of this size cannot be had, the same on all ranks; nothing if it can. A collective."""
-    reason = ""
-    if node.rank == 0:
-        try:
-            found = os.statvfs(SHARED_MEMORY)
-            free, needed = found.f_bavail * found.f_frsize, bytes_needed(length, order)
-            if free < needed * 1.1:
-                reason = f"{SHARED_MEMORY} has {free >> 20} MB left, {needed >> 20} MB are needed"
-        except OSError:
-            pass  # elsewhere than on Linux
-    size = np.array([len(reason.encode())], np.int64)
-    node.Bcast(size)
-    raw = np.frombuffer(reason.encode(), np.uint8).copy() if node.rank == 0 else np.empty(size[0], np.uint8)
-    node.Bcast(raw)
-    return raw.tobytes().decode()
+def too_little_room(length: int, share: Share) -> str:
+    """What is wrong with this node's shared memory for a window of this size; nothing if it suffices."""
+    try:
+        found = os.statvfs(SHARED_MEMORY)
+    except OSError:
+        return ""  # elsewhere than on Linux
+    free, needed = found.f_bavail * found.f_frsize, bytes_needed(length, share)
+    if free >= needed * 1.1:
+        return ""
+    return f"{SHARED_MEMORY} has {free >> 20} MB left, {needed >> 20} MB are needed"
 
 
 def _slice_of(length: int, rank: int, size: int) -> slice:
