@@ -17,6 +17,11 @@ from tf_dist.training.randomness import foreign_draws, generator_states, random_
 
 # Targets of padding: they have no loss and are not counted.
 IGNORED = -1
+# From this many parameters on, the optimizer step is compiled by XLA: one pass over each weight and its state,
+# where TensorFlow alone makes a pass, and a new array, for each operation of the optimizer. Compiling takes some
+# seconds, so that small models gain nothing. By size, not by a clock: XLA rounds otherwise, and every number of
+# ranks must do the same.
+FUSED_FROM = 8_000_000
 
 
 class Replica:
@@ -68,7 +73,11 @@ class Replica:
         states = tf.TensorSpec((self._generators, 2), tf.int64)
         self._gradients = tf.function(self._gradients_graph, input_signature=[batch_BxT, batch_BxT, states])
         self._evaluate = tf.function(self._evaluate_graph, input_signature=[batch_BxT, batch_BxT])
-        self._apply = tf.function(self._apply_graph, input_signature=[flat_P, tf.TensorSpec((), tf.float32)])
+        self._apply = tf.function(
+            self._apply_graph,
+            input_signature=[flat_P, tf.TensorSpec((), tf.float32)],
+            jit_compile=self.parameters >= FUSED_FROM,
+        )
         self._read = tf.function(lambda: _concat(self._trainable_values()), input_signature=[])
         self._write = tf.function(self._write_graph, input_signature=[flat_P])
 
