@@ -45,6 +45,8 @@ UNITS = {"kbit": 10**3, "mbit": 10**6, "gbit": 10**9}
 # Open MPI starts this many hosts from the first one; more would be started from each other.
 MOST_HOSTS = 64
 OWN = "/dev/shm"  # noqa: S108 - each host's own, in a namespace of its own
+# How long mpirun may take to end its ranks; it kills those that are deaf to SIGTERM after a second.
+GRACE_S = 5.0
 SUBNET = "10.0.0"
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 # What a host is: it takes its name, a /dev/shm and a /etc/hosts (in $1) of its own, says so, and stays.
@@ -281,8 +283,18 @@ def inside(options: argparse.Namespace, command: Sequence[str], mpirun: str) -> 
     line = [*launch_line(mpirun, options, hosts), *command]
     print(describe(options, hosts), file=sys.stderr, flush=True)
     job = subprocess.Popen(hosts[0].command(*line), stdin=subprocess.DEVNULL)
-    pass_on_signals(job.send_signal)
+    pass_on_signals(lambda number: signal_job(job, number))
     return exit_code(job.wait())
+
+
+def signal_job(job: subprocess.Popen[bytes], number: int) -> None:
+    """Pass a signal on to mpirun, and end without it where it does not end on one that says so."""
+    job.send_signal(number)
+    if number != signal.SIGUSR1:
+        # Open MPI 5.0 hangs when the signal comes while it starts its daemons.
+        timer = threading.Timer(GRACE_S, os._exit, [128 + number])
+        timer.daemon = True
+        timer.start()
 
 
 def describe(options: argparse.Namespace, hosts: Sequence[Host]) -> str:

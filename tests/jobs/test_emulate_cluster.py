@@ -21,6 +21,7 @@ SPEC.loader.exec_module(emulate_cluster)
 
 REMOVED_S = 10
 ALLREDUCE_BYTES = 16_000_000
+STAR_BYTES = 2_000_000
 WHO = """
 import json, os, socket, sys
 from pathlib import Path
@@ -52,6 +53,30 @@ for _ in range(4):
     comm.Allreduce(ones, total)
     times.append(comm.allreduce(time.perf_counter() - begun, MPI.MAX))
     assert (total == comm.size).all()
+if comm.rank == 0:
+    Path(sys.argv[1]).write_text(json.dumps(times))
+"""
+# Rank 0 takes an array from each other rank at once, or sends one to each.
+STAR = f"""
+import json, sys, time
+import numpy as np
+from pathlib import Path
+from mpi4py import MPI
+
+comm = MPI.COMM_WORLD
+array = np.ones({STAR_BYTES}, np.uint8)
+times = []
+comm.allgather(0)  # so that all are connected
+for inwards in (True, False):
+    comm.Barrier()
+    begun = time.perf_counter()
+    if comm.rank:
+        comm.Send(array, 0) if inwards else comm.Recv(array, 0)
+    else:
+        arrays = [np.empty_like(array) for _ in range(1, comm.size)]
+        verb = comm.Irecv if inwards else comm.Isend
+        MPI.Request.Waitall([verb(given, rank) for rank, given in enumerate(arrays, 1)])
+    times.append(comm.allreduce(time.perf_counter() - begun, MPI.MAX))
 if comm.rank == 0:
     Path(sys.argv[1]).write_text(json.dumps(times))
 """
@@ -148,6 +173,18 @@ def test_links_have_the_rate(start, tmp_path):
     assert fastest["10gbit"] < fastest["1gbit"]
 
 
+def test_a_host_has_one_link_in_each_direction(start, tmp_path):
+    """Two hosts that send to a third share its link, and so do two that it sends to."""
+    (tmp_path / "star.py").write_text(STAR)
+    ended = start(
+        ["--hosts", "3", "--rate", "100mbit"], sys.executable, "star.py", tmp_path / "star.json"
+    ).wait()
+    assert ended.code == 0, ended.output
+    inwards, outwards = json.loads((tmp_path / "star.json").read_text())
+    assert inwards > 0.9 * 2 * STAR_BYTES * 8 / 1e8
+    assert outwards > 0.9 * 2 * STAR_BYTES * 8 / 1e8
+
+
 def test_training_over_hosts_is_training_on_one(start, launcher, small, tmp_path):
     flags = [*small, "--steps", "10", "--threads-per-rank", "1", "--run-dir"]
     one = launcher.start(2, "train.py", *flags, tmp_path / "one", cwd=tmp_path).wait()
@@ -201,6 +238,19 @@ def test_a_signal_while_hosts_are_built(start, number):
         os.kill(job.pid, number)
         assert wait_for(lambda job=job: not job.running()), job.output()
         assert wait_for(lambda marker=marker: not processes_with(marker))
+
+
+def test_an_mpirun_that_does_not_end_is_not_waited_for(monkeypatch):
+    codes = []
+    monkeypatch.setattr(emulate_cluster, "GRACE_S", 0.05)
+    monkeypatch.setattr(os, "_exit", codes.append)
+    with subprocess.Popen(["sh", "-c", "trap '' TERM USR1; echo; read line"], stdin=-1, stdout=-1) as deaf:
+        assert deaf.stdout.readline()
+        emulate_cluster.signal_job(deaf, signal.SIGUSR1)
+        assert not wait_for(lambda: codes, 0.3)  # a signal to save is no reason to end
+        emulate_cluster.signal_job(deaf, signal.SIGTERM)
+        assert wait_for(lambda: codes) == [143]
+        deaf.stdin.close()
 
 
 def test_a_signal_to_save_reaches_the_ranks(start, tmp_path):
