@@ -17,10 +17,10 @@ from tf_dist.training.randomness import foreign_draws, generator_states, random_
 
 # Targets of padding: they have no loss and are not counted.
 IGNORED = -1
-# From this many parameters on, the optimizer step is compiled by XLA: one pass over each weight and its state,
-# where TensorFlow alone makes a pass, and a new array, for each operation of the optimizer. Compiling takes some
-# seconds, so that small models gain nothing. By size, not by a clock: XLA rounds otherwise, and every number of
-# ranks must do the same.
+# From this many parameters on, the optimizer step is compiled by XLA: one pass over each weight and its
+# state, where TensorFlow alone makes a pass, and a new array, for each operation of the optimizer. Compiling
+# takes some seconds, so that small models gain nothing. By size, not by a clock: XLA rounds otherwise, and
+# every number of ranks must do the same.
 FUSED_FROM = 8_000_000
 
 
