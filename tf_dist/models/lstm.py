@@ -8,6 +8,8 @@ from __future__ import annotations
 import keras
 from keras import layers
 
+from tf_dist.models import fast_lstm
+
 
 def build(
     vocab_size: int,
@@ -16,11 +18,13 @@ def build(
     width: int,
     dropout: float = 0.0,
     tie_embeddings: bool = True,
+    recurrent_layer: type[keras.layers.LSTM] = fast_lstm.LSTM,
 ) -> keras.Model:
     """An LSTM language model, (B, T) token ids -> (B, T, V) logits.
 
     Dropout stands before, between and after the layers, never inside the recurrence. With tied
-    embeddings the output layer is the embedding matrix again (Press & Wolf 2017).
+    embeddings the output layer is the embedding matrix again (Press & Wolf 2017). With
+    ``recurrent_layer=keras.layers.LSTM`` the model has the same variables, and is slower on a CPU.
     """
     tokens_BxT = keras.Input((seq_len,), dtype="int32", name="tokens")
     embedding = layers.ReversibleEmbedding(
@@ -32,7 +36,7 @@ def build(
     )
     x_BxTxH = layers.Dropout(dropout, name="embedding_dropout")(embedding(tokens_BxT))
     for i in range(layer_count):
-        x_BxTxH = layers.LSTM(width, return_sequences=True, name=f"layer_{i}")(x_BxTxH)
+        x_BxTxH = recurrent_layer(width, return_sequences=True, name=f"layer_{i}")(x_BxTxH)
         x_BxTxH = layers.Dropout(dropout, name=f"layer_{i}_dropout")(x_BxTxH)
     return keras.Model(tokens_BxT, embedding(x_BxTxH, reverse=True), name="lstm")
 
