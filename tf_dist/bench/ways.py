@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_dist.config import Config
+from tf_dist.models import lstm
 from tf_dist.models.build import build
 from tf_dist.training.trainer import Trainer
 
@@ -24,17 +25,17 @@ if TYPE_CHECKING:
 LEARNING_RATE = 1e-4
 
 
-def model_and_batches(sizes: dict[str, Any], rows: int, vocabulary: int) -> tuple[keras.Model, Any]:
-    """A new model, and some batches (B, T) of ids with their next ones."""
+def stock_model(sizes: dict[str, Any], rows: int, vocabulary: int) -> tuple[keras.Model, Any]:
+    """The model with Keras's own layers, and some batches (B, T) of ids with their next ones."""
     keras.utils.set_random_seed(1)
-    model = build(Config(vocab_size=vocabulary, **sizes))
+    config = Config(vocab_size=vocabulary, **sizes)
+    if config.model == "lstm":
+        shape = (vocabulary, config.seq_len, config.layers, config.width)
+        model = lstm.build(*shape, recurrent_layer=keras.layers.LSTM)
+    else:
+        model = build(config)
     ids = np.random.default_rng(1).integers(0, vocabulary, (8, rows, sizes["seq_len"] + 1)).astype(np.int32)
     return model, [(tf.constant(batch[:, :-1]), tf.constant(batch[:, 1:])) for batch in ids]
-
-
-def stock_model(sizes: dict[str, Any], rows: int, vocabulary: int) -> tuple[keras.Model, Any]:
-    """The same, as a user has it who knows nothing of us: with Keras's own layers."""
-    return model_and_batches(sizes, rows, vocabulary)
 
 
 class Ours:
