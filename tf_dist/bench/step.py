@@ -70,12 +70,12 @@ def tables(name: str, jobs: dict[str, Any]) -> str:
 
 def main_on_ranks(name: str, out: Path) -> None:
     """All ways that need ranks, in turn."""
-    from tf_dist.bench import ways
-    from tf_dist.comm import launch, threads
+    from tf_dist.comm import launch
     from tf_dist.errors import BackendMissing
 
-    comm = launch.connect()
-    threads.load_tensorflow()
+    comm = launch.connect()  # sets threads, so before anything that imports Keras
+    from tf_dist.bench import ways
+
     sizes, rows, steps = MODELS[name]
     ours = ways.Ours(comm, sizes, rows, VOCABULARY)
     works: dict[str, Callable[[], Any]] = {
