@@ -65,11 +65,25 @@ _hidden: list[TfDistError] = []
 
 
 def hide(error: TfDistError) -> TfDistError:
-    """Remember an error that is raised inside TensorFlow's graph, which raises one of its own instead."""
+    """Remember an error that is raised in a running graph: TensorFlow's own knows nothing but its text."""
     _hidden.append(error)
     return error
 
 
 def behind(error: BaseException) -> BaseException:
-    """The hidden error that TensorFlow's one quotes; any other error is returned itself."""
-    return next((ours for ours in reversed(_hidden) if str(ours) in str(error)), error)
+    """The error of ours that one of TensorFlow quotes; any other error is returned itself.
+
+    It was hidden, or raised while a function was traced: then it is among what was being handled.
+    """
+    if not type(error).__module__.startswith("tensorflow."):
+        return error
+    candidates, handled = list(_hidden), error.__context__
+    while handled is not None:
+        candidates += [handled] if isinstance(handled, TfDistError) else []
+        handled = handled.__context__
+    return next((ours for ours in reversed(candidates) if _words(ours) in _words(error)), error)
+
+
+def _words(error: BaseException) -> str:
+    """An error's text on one line: TensorFlow indents what it quotes."""
+    return " ".join(str(error).split())

@@ -71,6 +71,20 @@ def test_many_worlds_of_one_are_refused_by_the_first(monkeypatch, environment):
     assert advice in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "environment",
+    [{"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "0"}, {"PMI_SIZE": "4", "PMI_RANK": "0"}],
+)
+def test_a_world_that_lacks_some_of_the_launched_is_refused(environment):
+    """Two worlds of two, say: each would train a model of its own."""
+    with pytest.raises(LaunchError, match=r"started 4 processes, but the MPI world has 2 \(") as caught:
+        launch.check_launcher(2, environment)
+    assert caught.value.exit_code == 78
+    others = {name: "3" if name.endswith("RANK") else value for name, value in environment.items()}
+    with pytest.raises(Exited, match="78"):
+        launch.check_launcher(2, others)
+
+
 def joining(path, rank):
     """A process that joins as one of 4 ranks of Open MPI's mpirun; modules in ``path`` first."""
     environment = {

@@ -17,6 +17,7 @@ from mpi4py import MPI
 
 from tf_dist.comm import launch
 from tf_dist.comm.base import SerialComm
+from tf_dist.comm.debug import keep_order
 
 # How long a rank that failed waits for the others to come out of the test.
 AGREE_S = 60
@@ -82,20 +83,39 @@ def everyone():
     return WORLD.allgather
 
 
-@pytest.fixture(params=["serial", "mpi", "horovod"])
+BACKENDS = ["mpi", "horovod"]
+DEBUGGING = " in debug mode"
+
+
+def made(kind, connected):
+    """A Comm of all ranks that nobody else uses, by the name of its backend."""
+    if kind.startswith("horovod"):
+        pytest.importorskip("horovod", reason="Horovod is not installed: `make horovod`")
+        new = launch.use_backend(connected, "horovod")
+    else:
+        from tf_dist.comm.mpi import MPIComm
+
+        new = MPIComm()
+    return keep_order(new, {"TF_DIST_DEBUG": "1"}, WORLD.Dup) if kind.endswith(DEBUGGING) else new
+
+
+# One rank has no order to keep.
+IN_DEBUG_MODE = [name + DEBUGGING for name in BACKENDS if WORLD.size > 1]
+
+
+@pytest.fixture(params=["serial", *BACKENDS, *IN_DEBUG_MODE])
 def comm(request, connected):
     """Each kind of Comm. With ``serial`` every rank is alone."""
-    if request.param == "serial":
-        return SerialComm()
-    if request.param == "horovod":
-        pytest.importorskip("horovod", reason="Horovod is not installed: `make horovod`")
-        return launch.use_backend(connected, "horovod")
-    from tf_dist.comm.mpi import MPIComm
-
-    return MPIComm()
+    return SerialComm() if request.param == "serial" else made(request.param, connected)
 
 
-@pytest.fixture(params=["mpi", "horovod"])
+@pytest.fixture(params=BACKENDS)
+def ordered(request, connected):
+    """All ranks, over each backend, with every collective compared before it begins."""
+    return made(request.param + DEBUGGING, connected)
+
+
+@pytest.fixture(params=BACKENDS)
 def carried(request, connected):
     """All ranks, over each backend."""
     if request.param == "horovod":

@@ -1,12 +1,14 @@
 """The sentinel, the probe and debug mode on real ranks: what is injected into one of them is named by all."""
 
+from pathlib import Path
+from typing import ClassVar
+
 import numpy as np
 import pytest
-from mpi4py import MPI
 
-from tf_dist.comm import debug, launch
 from tf_dist.comm.mpi import MPIComm
 from tf_dist.comm.probe import prove
+from tf_dist.config import Config
 from tf_dist.errors import LaunchError, OrderError
 
 V, T = 13, 4
@@ -114,6 +116,45 @@ def test_a_restored_run_has_the_bits_of_an_undisturbed_one(ranks, everyone, upda
         disturbed.check_equal()
 
 
+class Corpus:
+    """What a job needs of its corpus to save a checkpoint."""
+
+    meta: ClassVar = {"content_sha256": "of some text"}
+
+
+@pytest.mark.parametrize("on_mismatch", ["stop", "restore"])
+def test_no_checkpoint_holds_what_ranks_do_not_share(ranks, everyone, tmp_path, on_mismatch):
+    """A weight changes between two checks: the ranks are compared before a byte is written."""
+    from tf_dist.training import checkpoint
+    from tf_dist.training.job import Job
+    from tf_dist.training.run import RunFolder
+
+    trained = trainer(ranks, on_mismatch=on_mismatch)
+    assert train(trained) is None
+    run = RunFolder(Path(everyone(str(tmp_path))[0]), ranks)
+    job = Job(Config(), ranks, Corpus(), run, trained)
+    right = state(trained)
+    if ranks.rank == 0:  # the one that writes
+        flip(trained.model.weights[0])
+    try:
+        job.save()
+        said = None
+    except LaunchError as error:
+        said = str(error)
+    saved = [path.name for path in checkpoint.listing(run.checkpoints)]
+    assert everyone((said, saved)) == [(said, saved)] * ranks.size
+    if ranks.size == 1:
+        assert (said, saved) == (None, [f"step-{STEPS:08d}"])
+    elif on_mismatch == "stop" or ranks.size == 2:
+        assert saved == []
+        assert "rank 0" in said and "table/embeddings" in said
+        assert not (run.path / "status.json").exists()
+    else:
+        assert (said, saved) == (None, [f"step-{STEPS:08d}"])
+        tensors, _, _ = checkpoint.load(run.checkpoints / saved[0])
+        assert b"".join(tensor.tobytes() for tensor in tensors.values()) == right
+
+
 def test_a_collective_of_rank_0_alone_is_counted(ranks, everyone):
     """A small broadcast is sent and forgotten: nothing hangs, all later ones are off by one."""
     comm = MPIComm()
@@ -152,16 +193,6 @@ def test_a_backend_that_does_not_reduce_trains_nothing(ranks, everyone):
 
 
 # Debug mode ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture(params=["mpi", "horovod"])
-def ordered(request, ranks):
-    if request.param == "horovod":
-        pytest.importorskip("horovod", reason="Horovod is not installed: `make horovod`")
-        if ranks.size == 1:
-            pytest.skip("one rank has no order")
-    made = MPIComm() if request.param == "mpi" else launch.use_backend(ranks, "horovod")
-    return debug.keep_order(made, {"TF_DIST_DEBUG": "1"}, MPI.COMM_WORLD.Dup)
 
 
 def test_in_debug_mode_a_training_is_the_same(ordered, ranks, everyone):

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 from tf_dist.comm.base import SerialComm
-from tf_dist.errors import DataError, LaunchError, UsageError
+from tf_dist.errors import DataError, LaunchError, UsageError, behind, hide
 from tf_dist.training import self_test
 from tf_dist.training.distribute import distribute
 from tf_dist.training.shard import shard
@@ -38,9 +38,47 @@ def test_inside_xla():
     variable = keras.Variable([1.0])
     optimizer = distribute(keras.optimizers.SGD(), SerialComm())
     optimizer.build([variable])
-    # AutoGraph may put our error into one of its own; the message stays.
-    with pytest.raises(Exception, match="cannot be called inside jit_compile=True"):
+    with pytest.raises(Exception, match="cannot be called inside jit_compile=True") as caught:
         tf.function(lambda: optimizer.apply([tf.ones(1)], [variable]), jit_compile=True)()
+    assert type(behind(caught.value)) is UsageError
+
+
+def raising(error):
+    raise error
+
+
+OURS = LaunchError("the ranks do not agree:\n  on two lines\n  or three")
+
+
+def test_our_error_is_found_behind_one_of_autograph():
+    @tf.function
+    def traced():
+        raising(OURS)
+
+    with pytest.raises(Exception, match="the ranks do not agree") as caught:
+        traced()
+    assert caught.value is not OURS, "AutoGraph lets our errors through: behind() has less to do"
+    assert behind(caught.value) is OURS
+
+
+def test_our_error_is_found_behind_one_of_a_running_graph():
+    @tf.function
+    def running():
+        return tf.numpy_function(lambda: raising(hide(OURS)), [], tf.float32)
+
+    with pytest.raises(tf.errors.OpError) as caught:
+        running()
+    assert behind(caught.value) is OURS
+
+
+def test_errors_of_others_stay_theirs():
+    """Also where one of ours was hidden before, or was being handled meanwhile."""
+    hide(OURS)
+    of_tensorflow, of_a_user = tf.errors.InternalError(None, None, "out of luck"), ValueError(str(OURS))
+    of_tensorflow.__context__ = OURS
+    assert behind(of_tensorflow) is of_tensorflow
+    assert behind(of_a_user) is of_a_user
+    assert behind(OURS) is OURS
 
 
 def test_shard_of_nothing():

@@ -349,8 +349,16 @@ def test_learning_that_explodes_is_a_numeric_error():
 
 def test_replicas_that_drifted_are_named(made, monkeypatch):
     assert made.check_equal() == weights_sha256(made.model)
-    monkeypatch.setattr(made.comm, "allgather_obj", lambda mine: [mine, mine, "0" * 64])
-    with pytest.raises(LaunchError, match=r"after step 0 the weights of ranks \[2\] differ"):
+
+    def with_two_others(mine):
+        """Rank 1 holds what we hold, rank 2 another first weight."""
+        return [mine, mine, [mine[0] + 1, *mine[1:]] if isinstance(mine, list) else 0]
+
+    monkeypatch.setattr(made.comm, "allgather_obj", with_two_others)
+    path = made.model.weights[0].path
+    with pytest.raises(
+        LaunchError, match=f"after step 0 rank 2 differs from ranks 0, 1 in variable '{path}'"
+    ):
         made.check_equal()
 
 

@@ -18,7 +18,7 @@ import tensorflow as tf
 from tensorflow.python.ops import control_flow_util
 
 from tf_dist.comm.base import Comm
-from tf_dist.errors import LaunchError, UsageError, hide
+from tf_dist.errors import LaunchError, UsageError
 from tf_dist.training.replicated import broadcast
 
 _installed: set[str] = set()
@@ -47,11 +47,9 @@ def refuse_xla() -> None:
         UsageError: it is.
     """
     if control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
-        raise hide(
-            UsageError(
-                "a distributed optimizer cannot be called inside jit_compile=True: XLA has no way out to the "
-                "other ranks. Use jit_compile=False, or compile only the function that computes the gradients"
-            )
+        raise UsageError(
+            "a distributed optimizer cannot be called inside jit_compile=True: XLA has no way out to the "
+            "other ranks. Use jit_compile=False, or compile only the function that computes the gradients"
         )
 
 

@@ -60,11 +60,9 @@ class Reduction:
         Raises:
             LaunchError: other ranks go on.
         """
-        if self._roll_call(0, ended=True)[ENDED] != self.comm.size:
-            self._fail(
-                "this rank has ended model.fit while others go on: the ranks took different numbers of "
-                "steps. Give fit a dataset of tf_dist.shard(data, comm), and stop early on all ranks alike"
-            )
+        sums = self._roll_call(0, ended=True)
+        if sums[ENDED] != self.comm.size:
+            self._fail(self._unequal_steps(sums))
 
     def _mean_flat(self, flat_P: np.ndarray) -> np.ndarray:
         self._step(flat_P.size)
@@ -82,17 +80,21 @@ class Reduction:
         """A roll call that everyone must answer from inside a training step."""
         sums = self._roll_call(length, not_finite=not_finite)
         if sums[ENDED]:
-            self._fail(
-                f"{int(sums[ENDED])} of {self.comm.size} ranks have ended model.fit while this rank goes on: "
-                "the ranks took different numbers of steps. Give fit a dataset of tf_dist.shard(data, comm), "
-                "and stop early on all ranks alike"
-            )
+            self._fail(self._unequal_steps(sums))
         if sums[LENGTH_SQUARED] * self.comm.size != sums[LENGTH] ** 2:
             self._fail(
                 f"the ranks bring gradients of different lengths (here {length} numbers): their models, or "
                 "the variables that get a gradient in this step, are not the same"
             )
         return sums
+
+    def _unequal_steps(self, sums: np.ndarray) -> str:
+        """The same words on the ranks that have ended and on those that go on: the job has one voice."""
+        return (
+            f"{int(sums[ENDED])} of {self.comm.size} ranks have ended their training, or its epoch, while "
+            "the others go on: the ranks took different numbers of steps. Give all of them a dataset of "
+            "tf_dist.shard(data, comm), and stop early on all ranks alike"
+        )
 
     def _roll_call(self, length: int, *, ended: bool = False, not_finite: bool = False) -> np.ndarray:
         sums = np.array([ended, not_finite, length, float(length) ** 2])

@@ -20,13 +20,14 @@ from tf_dist.comm.probe import prove
 from tf_dist.config import default_micro_batch
 from tf_dist.data.sampler import Sampler, share
 from tf_dist.data.tokens import Sequences
-from tf_dist.errors import DataError, LaunchError, UsageError
+from tf_dist.errors import DataError, UsageError
 from tf_dist.parallel.carrier import choose
 from tf_dist.parallel.flat import aligned_empty
 from tf_dist.parallel.tree import BlockSum, order
 from tf_dist.parallel.updates import CORRECT, LOSS, STOP, TOKENS, UPDATES, Totals
 from tf_dist.training.callback_list import RankCallbackList
 from tf_dist.training.replica import Replica
+from tf_dist.training.replicated import check_same
 from tf_dist.training.sentinel import Sentinel
 
 DEFAULT_SEQ_LEN = 128
@@ -338,16 +339,10 @@ class Trainer:
             Their SHA-256.
 
         Raises:
-            LaunchError: a rank's weights differ from those of rank 0.
+            LaunchError: on every rank, naming the ranks and the first weight that differs.
         """
-        digests = self.comm.allgather_obj(weights_sha256(self.model))
-        different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
-        if different:
-            raise LaunchError(
-                f"after step {self.step} the weights of ranks {different} differ from those of rank 0: they "
-                "stopped training one model. Are all nodes of one kind, with one version of TensorFlow?"
-            )
-        return str(digests[0])
+        check_same(self.model, self.comm, f"after step {self.step}", with_optimizer=False)
+        return weights_sha256(self.model)
 
 
 def weights_sha256(model: keras.Model) -> str:
