@@ -241,6 +241,18 @@ def test_calls_are_counted_and_left(comm, everyone):
     assert all(everyone(comm.comm_s > moved))
 
 
+def test_calls_of_all(comm, everyone):
+    """Each rank's own number, itself not counted, and counted afterwards."""
+    before = comm.calls
+    comm.calls += 1000 * comm.rank
+    try:
+        found = comm.calls_of_all()
+    finally:
+        comm.calls -= 1000 * comm.rank
+    expected = [before + 1000 * rank for rank in range(comm.size)]
+    assert everyone((found, comm.calls)) == [(expected, before + 1)] * len(everyone(None))
+
+
 def test_collectives_of_two_comms_do_not_meet(comm, everyone):
     """Our messages never meet those of a user's own communicator, here that of the tests."""
     array = np.full(10, 1.0)

@@ -154,6 +154,12 @@ class Comm(ABC):
         """Return the JSON value of ``root``; what the others pass is ignored."""
         return self.allgather_obj(value if self.rank == root else None)[root]
 
+    def calls_of_all(self) -> list[int]:
+        """Return ``calls`` of all ranks, in rank order; no message that others left behind disturbs it."""
+        calls = self.calls
+        with self._collective("calls_of_all"):
+            return self._allgather_calls(calls)
+
     # What a transport provides -------------------------------------------------------------------
 
     @abstractmethod
@@ -178,6 +184,9 @@ class Comm(ABC):
 
     @abstractmethod
     def _allgather_bytes(self, raw: bytes) -> list[bytes]: ...
+
+    def _allgather_calls(self, calls: int) -> list[int]:
+        return [int(raw) for raw in self._allgather_bytes(str(calls).encode())]
 
     @contextmanager
     def _collective(self, verb: str, array: np.ndarray | None = None, root: int = 0) -> Iterator[None]:

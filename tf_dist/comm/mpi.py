@@ -37,6 +37,8 @@ class MPIComm(Comm):
     ) -> None:
         super().__init__()
         self._mpi = (communicator or MPI.COMM_WORLD).Dup()
+        # A collective that a rank left out may have left messages, which the next one takes for its own.
+        self._apart = self._mpi.Dup()
         self.rank = self._mpi.Get_rank()
         self.size = self._mpi.Get_size()
         self._received: list[np.ndarray] = []
@@ -177,6 +179,11 @@ class MPIComm(Comm):
         everything = np.empty(int(counts.sum()), np.uint8)
         self._mpi.Allgatherv(np.frombuffer(raw, np.uint8), [everything, counts.tolist()])
         return [part.tobytes() for part in np.split(everything, np.cumsum(counts)[:-1])]
+
+    def _allgather_calls(self, calls: int) -> list[int]:
+        calls_R = np.empty(self.size, np.int64)
+        self._apart.Allgather(np.array([calls], np.int64), calls_R)
+        return [int(one) for one in calls_R]
 
 
 def _chunks(array: np.ndarray) -> list[np.ndarray]:

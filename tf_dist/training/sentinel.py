@@ -94,7 +94,7 @@ class Sentinel:
         return splits([variable for _, variable in self.variables], self.comm)
 
     def _check_calls(self, step: int) -> None:
-        calls_R = self.comm.allgather_obj(self.comm.calls)
+        calls_R = self.comm.calls_of_all()
         if len(set(calls_R)) == 1:
             return
         found = split(0, calls_R)
