@@ -94,6 +94,15 @@ def test_terms_from_elsewhere_are_copied_into_it(ranks, everyone):
     assert all(everyone(all(found)))
 
 
+def test_another_type_of_the_same_length_goes_by_messages(ranks, everyone):
+    made = order(range(ranks.size), [range(rank, rank + 1) for rank in range(ranks.size)])
+    ranks.term_buffers(1001, made)
+    array = np.full(1001, 1e-9 * (ranks.rank + 1))
+    ranks.allreduce_terms([array], made, array)
+    total = 1e-9 * ranks.size * (ranks.size + 1) / 2
+    assert all(everyone(bool(abs(array - total).max() < 1e-24)))
+
+
 def test_a_fast_rank_does_not_write_what_a_slow_one_reads(ranks, everyone):
     length = 100_003
     work, right = summed(ranks, 4, length, ranks.term_buffers), []

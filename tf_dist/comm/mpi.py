@@ -112,7 +112,7 @@ class MPIComm(Comm):
         return rows
 
     def _allreduce_terms(self, terms: list[np.ndarray], order: Order, out: np.ndarray) -> Sum:
-        window = self._windows.get((out.size, order))
+        window = self._window_for(order, out)
         if window is None:
             self._allreduce_by_messages(terms, order, out)
             return Sum(out)
@@ -121,6 +121,9 @@ class MPIComm(Comm):
         if not ours:
             np.copyto(out, found.array)
         return Sum(found.array if ours else out, found.squares)
+
+    def _window_for(self, order: Order, out: np.ndarray) -> Window | None:
+        return self._windows.get((out.size, order)) if out.dtype == np.float32 else None
 
     def _allreduce_by_messages(self, terms: list[np.ndarray], order: Order, out: np.ndarray) -> None:
         """Every rank adds its slice of all terms, then the slices are gathered: 2 (R-1)/R of the bytes.
@@ -135,7 +138,7 @@ class MPIComm(Comm):
         self._mpi.Allgatherv(MPI.IN_PLACE, [out, counts, starts, MPI._typedict[out.dtype.char]])
 
     def _reduce_terms(self, terms: list[np.ndarray], order: Order, out: np.ndarray, root: int) -> Sum | None:
-        if (out.size, order) in self._windows:  # all ranks add: faster than one alone
+        if self._window_for(order, out) is not None:  # all ranks add: faster than one alone
             found = self._allreduce_terms(terms, order, out if self.rank == root else np.empty_like(out))
             return found if self.rank == root else None
         whole, nothing = slice(0, out.size), slice(0, 0)
