@@ -31,7 +31,7 @@ class ThreadComm(Comm):
     def _allreduce_terms(self, terms, order, out):
         everyone = self._everyone([term.copy() for term in terms])
         assert tuple(len(theirs) for theirs in everyone) == order.counts
-        out[:] = add_in_order([term.copy() for theirs in everyone for term in theirs], order)
+        out[:] = add_in_order([term.copy() for theirs in everyone for term in theirs], order.additions)
         return Sum(out)
 
     def _reduce_terms(self, terms, order, out, root):

@@ -136,7 +136,7 @@ def test_any_ranks_make_the_additions_of_one(blocks, seed):
     assert made.counts == tuple(map(len, terms))
     everyone = [term for theirs in terms for term in theirs]
     assert len(made.additions) == len(everyone) - 1
-    assert bits(add_in_order(everyone, made)) == bits(pairwise(terms_of_leaves))
+    assert bits(add_in_order(everyone, made.additions)) == bits(pairwise(terms_of_leaves))
 
 
 @given(blocks_of())

@@ -23,8 +23,6 @@ FOLDER = running.FOLDER / "comm"
 RANKS = (2, 4)
 SIZES_BYTES = tuple(4 << 10 << 2 * power for power in range(9))  # 4 KB, 16 KB .. 256 MB
 DROPPED = 3
-# Elements of a pass of the limit: as in `comm/node.py`.
-AT_ONCE = 1 << 17
 NAMES = {"limit": "memory limit", "ours": "tf_dist", "mpi": "MPI Allreduce", "horovod": "Horovod"}
 
 
@@ -105,17 +103,13 @@ def medians(comm: Comm, horovod: Comm | None, size_bytes: int) -> dict[str, floa
     return {"bytes": size_bytes, **running.interleaved(comm, works, times, DROPPED)}
 
 
-def limit(size: int, mine: Any) -> Callable[[], None]:
+def limit(size: int, mine: Any) -> Callable[[], Any]:
     """Read R slices and write one, in memory of this rank's own."""
-    others = [mine.copy() for _ in range(size - 1)]
+    from tf_dist.comm.base import add_in_order
 
-    def work() -> None:
-        for start in range(0, mine.size, AT_ONCE):
-            part = mine[start : start + AT_ONCE]
-            for other in others:
-                part += other[start : start + AT_ONCE]
-
-    return work
+    slices = [mine, *(mine.copy() for _ in range(size - 1))]
+    additions = [(0, other) for other in range(1, size)]
+    return lambda: add_in_order(slices, additions)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import itertools
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,12 +21,12 @@ import numpy as np
 
 # What `allgather_obj` and `broadcast_obj` carry is small by intent: facts, paths, manifests.
 OBJECT_BYTES_LIMIT = 64 << 20
-# Elements that are added to all terms before the next ones: they stay in the cache.
-ADDED_AT_ONCE = 1 << 15
 # Slices of ranks begin at multiples of this many elements: a cache line of float32.
 ALIGNED_ELEMENTS = 16
 # Elements whose squares are summed before the sums are: fixed, so that no thread and no rank changes a bit.
 SQUARES_BLOCK = 4096
+# Elements that are added to all terms before the next ones, whole blocks of squares: they stay in the cache.
+ADDED_AT_ONCE = 32 * SQUARES_BLOCK
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ class SerialComm(Comm):
         return array.reshape(1, -1)
 
     def _allreduce_terms(self, terms: list[np.ndarray], order: Order, out: np.ndarray) -> Sum:
-        total = add_in_order(terms, order)
+        total = add_in_order(terms, order.additions)
         if total is not out:
             np.copyto(out, total)
         return Sum(out)
@@ -235,11 +235,11 @@ class SerialComm(Comm):
         return [raw]
 
 
-def add_in_order(terms: list[np.ndarray], order: Order) -> np.ndarray:
-    """The sum of all terms of an `Order`, in ``terms[0]``; the others' content is lost."""
+def add_in_order(terms: Sequence[np.ndarray], additions: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Make the additions of an `Order`, in place, some elements at a time; ``terms[0]``, where a sum ends."""
     for start in range(0, terms[0].size, ADDED_AT_ONCE):
         parts = [term[start : start + ADDED_AT_ONCE] for term in terms]
-        for i, j in order.additions:
+        for i, j in additions:
             parts[i] += parts[j]
     return terms[0]
 
@@ -249,6 +249,11 @@ def block_squares(array: np.ndarray, out: np.ndarray) -> None:
     whole = array[: array.size - array.size % SQUARES_BLOCK].reshape(-1, SQUARES_BLOCK)
     with np.errstate(over="ignore", invalid="ignore"):
         np.einsum("ij,ij->i", whole, whole, out=out)
+
+
+def named(ranks: Sequence[int]) -> str:
+    """``rank 1``, or ``ranks 0, 2``."""
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, sorted(ranks)))
 
 
 def slices(length: int, ranks: int) -> list[slice]:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tf_dist.comm.base import Comm
+from tf_dist.comm.base import Comm, named
 from tf_dist.errors import OrderError, UsageError
 
 SWITCH = "TF_DIST_DEBUG"
@@ -172,9 +172,9 @@ def _disorder(everyone: list[Fingerprint], last: list[Fingerprint | None]) -> st
         groups.setdefault(fingerprint, []).append(rank)
     most = max(groups.values(), key=len)
     astray = [rank for rank in range(len(everyone)) if rank not in most]
-    who = _ranks(astray) if 2 * len(most) > len(everyone) else _ranks(list(range(len(everyone))))
+    who = named(astray) if 2 * len(most) > len(everyone) else named(list(range(len(everyone))))
     lines = [f"{who} left the common order of collectives at number {everyone[0].number}:"]
-    lines += [f"{_ranks(ranks)}: {fingerprint}" for fingerprint, ranks in groups.items()]
+    lines += [f"{named(ranks)}: {fingerprint}" for fingerprint, ranks in groups.items()]
     lines.append(f"the last one in common: {last[0] or 'none'}")
     if len({fingerprint[:5] for fingerprint in groups}) == 1:
         lines.append("they differ in the line alone: let all ranks call a collective from one line")
@@ -184,12 +184,12 @@ def _disorder(everyone: list[Fingerprint], last: list[Fingerprint | None]) -> st
 def _missing(here: Mapping[int, Fingerprint], last: list[Fingerprint | None], limit_s: float) -> str:
     away = [rank for rank in range(len(last)) if rank not in here]
     number = here[min(here)].number
-    lines = [f"{_ranks(away)} did not come to collective number {number} within {limit_s:g} s:"]
+    lines = [f"{named(away)} did not come to collective number {number} within {limit_s:g} s:"]
     groups: dict[Fingerprint, list[int]] = {}
     for rank, fingerprint in here.items():
         groups.setdefault(fingerprint, []).append(rank)
-    lines += [f"{_ranks(ranks)}: waiting in {fingerprint}" for fingerprint, ranks in groups.items()]
-    lines.append(f"{_ranks(away)}: last seen in {last[away[0]] or 'no collective'}")
+    lines += [f"{named(ranks)}: waiting in {fingerprint}" for fingerprint, ranks in groups.items()]
+    lines.append(f"{named(away)}: last seen in {last[away[0]] or 'no collective'}")
     lines.append(f"if that is only slow, set {LIMIT} (seconds) higher")
     return "\n  ".join(lines)
 
@@ -202,7 +202,3 @@ def _seconds(text: str) -> float:
     if not 0 < seconds < float("inf"):
         raise UsageError(f"{LIMIT} is {text!r}: it must be a number of seconds, above 0")
     return seconds
-
-
-def _ranks(ranks: list[int]) -> str:
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))

@@ -26,7 +26,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, NoReturn
 
-from tf_dist.comm.base import Comm
+from tf_dist.comm.base import Comm, named
 from tf_dist.errors import SavedAndStopped, TfDistError, behind
 
 # How long a failing rank waits for the others to fail too, before it speaks for itself.
@@ -135,7 +135,7 @@ class Ending:
         everyone = [json.loads(part) for part in _allgather(self._mpi, raw)]
         speakers = [rank for rank, said in enumerate(everyone) if said == message]
         if self.rank == speakers[0]:
-            who = "" if len(speakers) == len(everyone) else f"{_ranks(speakers)}: "
+            who = "" if len(speakers) == len(everyone) else f"{named(speakers)}: "
             self.speak(who + message)
         self._mpi.Barrier()
 
@@ -219,10 +219,6 @@ def _allgather(mpi: Any, raw: bytes) -> list[bytes]:
     from tf_dist.comm.mpi import MPIComm
 
     return MPIComm(mpi)._allgather_bytes(raw)
-
-
-def _ranks(ranks: list[int]) -> str:
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
 
 
 def _flush() -> None:

@@ -164,7 +164,7 @@ class MPIComm(Comm):
             if other != self.rank and part.stop > part.start:
                 requests += [self._mpi.Isend(term[part], other, number) for number, term in enumerate(terms)]
         MPI.Request.Waitall(requests)
-        np.copyto(out[mine], add_in_order(values, order))
+        np.copyto(out[mine], add_in_order(values, order.additions))
 
     def _receive_buffers(self, count: int, length: int, dtype: np.dtype) -> list[np.ndarray]:
         """Kept from one step to the next: fresh memory costs a page fault every 4 KiB."""

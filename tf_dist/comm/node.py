@@ -22,10 +22,8 @@ from typing import NamedTuple
 import numpy as np
 from mpi4py import MPI
 
-from tf_dist.comm.base import SQUARES_BLOCK, Order, Sum, block_squares
+from tf_dist.comm.base import ADDED_AT_ONCE, SQUARES_BLOCK, Order, Sum, add_in_order, block_squares
 
-# Elements that are added before the next ones: all terms of them stay in a core's cache.
-AT_ONCE = 32 * SQUARES_BLOCK
 PAGE_BYTES = 4096
 # Where MPI libraries have shared memory on Linux. A container may have little; writing beyond it kills.
 SHARED_MEMORY = "/dev/shm"  # noqa: S108 - looked at, not written to
@@ -155,22 +153,14 @@ class Window:
         """Add this rank's slice of all terms."""
         result, first = mine[self._result], self._slice.start // SQUARES_BLOCK
         if self._between is not None:
-            add_pieces(mine, self._share.additions)
+            add_in_order(mine, self._share.additions)
             self._between([mine[term] for term in self._share.left], result)
-        for start in range(0, result.size, AT_ONCE):
-            parts = [term[start : start + AT_ONCE] for term in mine]
+        for start in range(0, result.size, ADDED_AT_ONCE):
+            parts = [term[start : start + ADDED_AT_ONCE] for term in mine]
             if self._between is None:
-                add_pieces(parts, self._share.additions)
+                add_in_order(parts, self._share.additions)
             part, at = parts[self._result], first + start // SQUARES_BLOCK
             block_squares(part, self._squares[at : at + part.size // SQUARES_BLOCK])
-
-
-def add_pieces(parts: Sequence[np.ndarray], additions: Sequence[tuple[int, int]]) -> None:
-    """Make additions in place, some elements at a time."""
-    for start in range(0, parts[0].size, AT_ONCE):
-        pieces = [part[start : start + AT_ONCE] for part in parts]
-        for i, j in additions:
-            pieces[i] += pieces[j]
 
 
 def bytes_needed(length: int, share: Share) -> int:

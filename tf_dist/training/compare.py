@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tf_dist.comm.base import Comm
+from tf_dist.comm.base import Comm, named
 from tf_dist.errors import LaunchError
 
 
@@ -58,8 +58,3 @@ def split(place: int, values_R: Sequence[int]) -> Split:
     groups = [[rank for rank, value in enumerate(values_R) if value == wanted] for wanted, _ in counts]
     outvoted = 2 * counts[0][1] > len(values_R)
     return Split(place, groups, sorted(rank for group in groups[1:] for rank in group) if outvoted else [])
-
-
-def named(ranks: list[int]) -> str:
-    """``rank 1``, or ``ranks 0, 2``."""
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, sorted(ranks)))

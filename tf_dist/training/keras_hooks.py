@@ -18,7 +18,7 @@ import tensorflow as tf
 from tensorflow.python.ops import control_flow_util
 
 from tf_dist.comm.base import Comm
-from tf_dist.errors import LaunchError, UsageError
+from tf_dist.errors import LaunchError, UsageError, behind
 from tf_dist.training.replicated import broadcast
 
 _installed: set[str] = set()
@@ -98,9 +98,10 @@ def _checked(model: Any, function: Callable[[Any], Any]) -> Callable[[Any], Any]
             begun = True
         try:
             logs = function(data)
-        except tf.errors.OpError:
-            if ours.reduction.failure is not None:
-                raise ours.reduction.failure from None
+        except tf.errors.OpError as error:
+            cause = behind(error)
+            if cause is not error:
+                raise cause from None
             raise
         if type(ours).visits == visits:
             raise LaunchError(f"a training step did not call the distributed optimizer. {NOT_CALLED}")

@@ -32,7 +32,6 @@ class Reduction:
 
     def __init__(self, comm: Comm) -> None:
         self.comm = comm
-        self.failure: LaunchError | None = None
 
     def mean(self, gradients: Sequence[Any]) -> list[Any]:
         """Gradients averaged over the ranks, each dense and of its own dtype; None stays None.
@@ -102,8 +101,7 @@ class Reduction:
         return sums
 
     def _fail(self, message: str) -> NoReturn:
-        self.failure = LaunchError(message)
-        raise hide(self.failure)
+        raise hide(LaunchError(message))
 
 
 def _size(tensor: Any) -> Any:

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from tf_dist.comm.base import Comm
+from tf_dist.comm.base import Comm, named
 from tf_dist.errors import LaunchError, UsageError
-from tf_dist.training.compare import Split, named, split, splits
+from tf_dist.training.compare import Split, split, splits
 
 # What the first steps start from: the weights given out, and the results of steps 1, 2 and 3.
 FIRST_CHECKS = 4
