@@ -11,13 +11,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tf_dist.bench import running
+from tf_dist.bench import models, running
 
 if TYPE_CHECKING:
     import numpy as np
 
     from tf_dist.comm.base import Comm, Order, Sum
-    from tf_dist.training.trainer import Trainer
 
 MODULE = "tf_dist.bench.exact_cost"
 FOLDER = running.FOLDER / "exact-cost"
@@ -25,11 +24,10 @@ RANKS = (2, 4)
 DROPPED = 3
 # Model, rows of a rank, and steps of each kind. Each rank computes two micro-batches.
 STEPS: dict[str, tuple[dict[str, Any], int, int]] = {
-    "GPT 0.81 M": ({"model": "transformer", "layers": 4, "width": 128, "heads": 4, "seq_len": 64}, 6, 40),
-    "LSTM 1.08 M": ({"model": "lstm", "layers": 2, "width": 256, "heads": 4, "seq_len": 64}, 32, 20),
-    "GPT 10.7 M": ({"model": "transformer", "layers": 6, "width": 384, "heads": 6, "seq_len": 256}, 4, 10),
+    "GPT 0.81 M": (models.GPT_SMALL, 6, 40),
+    "LSTM 1.08 M": (models.LSTM, 32, 20),
+    "GPT 10.7 M": (models.GPT, 4, 10),
 }
-VOCABULARY = 65
 # Parameters of nanoGPT's recipe, of a small and of a middling model.
 LENGTHS = (809_856, 4_200_000, 10_700_000)
 SUMS = 30
@@ -79,10 +77,9 @@ def sums_table(jobs: list[dict[str, Any]]) -> str:
 
 def main_on_ranks(out: Path) -> None:
     """Measure everything; rank 0 leaves the medians in a file."""
-    from tf_dist.comm import launch, threads
+    from tf_dist.comm import launch
 
     comm = launch.connect()
-    threads.load_tensorflow()
     job = {
         "ranks": comm.size,
         "steps": {name: step_medians(comm, *sizes) for name, sizes in STEPS.items()},
@@ -109,9 +106,9 @@ def plain_sum(comm: Comm) -> Any:
 
 def step_medians(comm: Comm, sizes: dict[str, Any], rows: int, steps: int) -> dict[str, float]:
     """Median milliseconds of a step with each sum and of the sentinel, and its share at the default."""
-    trainer, tokens = trainer_of(comm, sizes, rows)
-    sequences = trainer.sequences(tokens)
-    sampler = trainer.sampler(sequences)
+    from tf_dist.bench.ways import trainer_of
+
+    trainer, sequences, sampler = trainer_of(comm, sizes, rows, micro_batches=2)
     tree, plain = comm.allreduce_terms, plain_sum(comm)
 
     def step(add: Any) -> None:
@@ -126,31 +123,6 @@ def step_medians(comm: Comm, sizes: dict[str, Any], rows: int, steps: int) -> di
     found = running.interleaved(comm, works, DROPPED + steps, DROPPED)
     comm.allreduce_terms = tree  # type: ignore[method-assign]
     return found | {"sentinel_share": found["sentinel"] / trainer.sentinel.every / found["tree"]}
-
-
-def trainer_of(comm: Comm, sizes: dict[str, Any], rows: int) -> tuple[Trainer, Any]:
-    """A trainer with two micro-batches for each rank, and tokens for one epoch of a few steps."""
-    import keras
-    import numpy as np
-
-    from tf_dist.config import Config
-    from tf_dist.models.build import build
-    from tf_dist.training.trainer import Trainer
-
-    keras.utils.set_random_seed(1)
-    model = build(Config(vocab_size=VOCABULARY, **sizes))
-    batch = rows * comm.size
-    trainer = Trainer(
-        model,
-        keras.optimizers.AdamW(1e-4),
-        comm,
-        global_batch_size=batch,
-        micro_batch_size=rows // 2,
-        seq_len=sizes["seq_len"],
-        clip_norm=1.0,
-    )
-    tokens = np.random.default_rng(1).integers(0, VOCABULARY, 4 * batch * sizes["seq_len"] + 1)
-    return trainer, tokens.astype(np.uint16)
 
 
 def sum_medians(comm: Comm, length: int) -> dict[str, float]:

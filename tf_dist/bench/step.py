@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tf_dist.bench import running
+from tf_dist.bench import models, running
 
 if TYPE_CHECKING:
     from tf_dist.comm.base import Comm
@@ -28,12 +28,11 @@ MODULE = "tf_dist.bench.step"
 FOLDER = running.FOLDER / "step"
 RANKS = (1, 2)
 DROPPED = 3
-VOCABULARY = 65
 # Model, rows of a rank, and steps of each kind that count.
 MODELS: dict[str, tuple[dict[str, Any], int, int]] = {
-    "gpt-10.7M": ({"model": "transformer", "layers": 6, "width": 384, "heads": 6, "seq_len": 256}, 4, 12),
-    "gpt-0.81M": ({"model": "transformer", "layers": 4, "width": 128, "heads": 4, "seq_len": 64}, 12, 40),
-    "lstm-1.08M": ({"model": "lstm", "layers": 2, "width": 256, "heads": 4, "seq_len": 64}, 32, 20),
+    "gpt-10.7M": (models.GPT, 4, 12),
+    "gpt-0.81M": (models.GPT_SMALL, 12, 40),
+    "lstm-1.08M": (models.LSTM, 32, 20),
 }
 WAYS = {"ours": "tf_dist", "compute": "compute alone", "mpi4py": "mpi4py", "horovod": "Horovod"}
 PARTS = ("input", "forward+backward", "pack", "wait", "reduce", "update")
@@ -83,11 +82,11 @@ def main_on_ranks(name: str, out: Path) -> None:
     from tf_dist.bench import ways
 
     sizes, rows, _ = MODELS[name]
-    ours = ways.Ours(comm, sizes, rows, VOCABULARY)
+    ours = ways.Ours(comm, sizes, rows)
     works = {
         "ours": ours.step,
-        "compute": ways.compute_alone(sizes, rows, VOCABULARY),
-        "mpi4py": ways.plain_mpi4py(comm, sizes, rows, VOCABULARY),
+        "compute": ways.compute_alone(sizes, rows),
+        "mpi4py": ways.plain_mpi4py(comm, sizes, rows),
     }
     note(name, comm, works, out, lambda: {"parts_ms": ours.parts_ms(DROPPED)})
 
@@ -100,7 +99,7 @@ def horovod(name: str, out: Path) -> None:
     from tf_dist.bench import ways
 
     sizes, rows, _ = MODELS[name]
-    note(name, comm, {"horovod": ways.horovod(comm, sizes, rows, VOCABULARY)}, out, dict)
+    note(name, comm, {"horovod": ways.horovod(comm, sizes, rows)}, out, dict)
 
 
 def note(
@@ -126,7 +125,7 @@ def fit(name: str, xla: str, out: Path) -> None:
 
     sizes, rows, steps = MODELS[name]
     rows *= RANKS[-1]
-    median_s = ways.keras_fit_step_s(sizes, rows, VOCABULARY, DROPPED + steps, DROPPED, xla == "xla")
+    median_s = ways.keras_fit_step_s(sizes, rows, DROPPED + steps, DROPPED, xla == "xla")
     found = {f"fit on {cores} cores, {xla}": rows * sizes["seq_len"] / median_s}
     out.write_text(json.dumps({"ranks": 0, "tokens_per_s": found}))
 

@@ -14,9 +14,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tf_dist.bench.models import VOCABULARY
 from tf_dist.config import Config
+from tf_dist.data.sampler import Sampler
+from tf_dist.data.tokens import Sequences
 from tf_dist.models import lstm
 from tf_dist.models.build import build
+from tf_dist.parallel.flat import FlatLayout
 from tf_dist.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -25,37 +29,45 @@ if TYPE_CHECKING:
 LEARNING_RATE = 1e-4
 
 
-def stock_model(sizes: dict[str, Any], rows: int, vocabulary: int) -> tuple[keras.Model, Any]:
-    """The model with Keras's own layers, and some batches (B, T) of ids with their next ones."""
+def stock_model(sizes: dict[str, Any], rows: int) -> tuple[keras.Model, keras.optimizers.Optimizer, Any]:
+    """The model with Keras's own layers, its optimizer, and batches (B, T) of ids with their next ones."""
     keras.utils.set_random_seed(1)
-    config = Config(vocab_size=vocabulary, **sizes)
+    config = Config(vocab_size=VOCABULARY, **sizes)
     if config.model == "lstm":
-        shape = (vocabulary, config.seq_len, config.layers, config.width)
+        shape = (VOCABULARY, config.seq_len, config.layers, config.width)
         model = lstm.build(*shape, recurrent_layer=keras.layers.LSTM)
     else:
         model = build(config)
-    ids = np.random.default_rng(1).integers(0, vocabulary, (8, rows, sizes["seq_len"] + 1)).astype(np.int32)
-    return model, [(tf.constant(batch[:, :-1]), tf.constant(batch[:, 1:])) for batch in ids]
+    optimizer = keras.optimizers.AdamW(LEARNING_RATE, global_clipnorm=1.0)
+    optimizer.build(model.trainable_variables)
+    ids = np.random.default_rng(1).integers(0, VOCABULARY, (8, rows, sizes["seq_len"] + 1)).astype(np.int32)
+    return model, optimizer, [(tf.constant(batch[:, :-1]), tf.constant(batch[:, 1:])) for batch in ids]
+
+
+def trainer_of(
+    comm: Comm, sizes: dict[str, Any], rows: int, micro_batches: int
+) -> tuple[Trainer, Sequences, Sampler]:
+    """Our Trainer with some rows and micro-batches for each rank, and data for a few steps."""
+    keras.utils.set_random_seed(1)
+    trainer = Trainer(
+        build(Config(vocab_size=VOCABULARY, **sizes)),
+        keras.optimizers.AdamW(LEARNING_RATE),
+        comm,
+        global_batch_size=rows * comm.size,
+        micro_batch_size=rows // micro_batches,
+        seq_len=sizes["seq_len"],
+        clip_norm=1.0,
+    )
+    tokens = np.random.default_rng(1).integers(0, VOCABULARY, 8 * rows * comm.size * sizes["seq_len"] + 1)
+    sequences = trainer.sequences(tokens.astype(np.uint16))
+    return trainer, sequences, trainer.sampler(sequences)
 
 
 class Ours:
     """Our Trainer, with a clock at each part of its step."""
 
-    def __init__(self, comm: Comm, sizes: dict[str, Any], rows: int, vocabulary: int) -> None:
-        keras.utils.set_random_seed(1)
-        model = build(Config(vocab_size=vocabulary, **sizes))
-        self.trainer = Trainer(
-            model,
-            keras.optimizers.AdamW(LEARNING_RATE),
-            comm,
-            global_batch_size=rows * comm.size,
-            micro_batch_size=rows,
-            seq_len=sizes["seq_len"],
-            clip_norm=1.0,
-        )
-        tokens = np.random.default_rng(1).integers(0, vocabulary, 8 * rows * comm.size * sizes["seq_len"] + 1)
-        self.sequences = self.trainer.sequences(tokens.astype(np.uint16))
-        self.sampler = self.trainer.sampler(self.sequences)
+    def __init__(self, comm: Comm, sizes: dict[str, Any], rows: int) -> None:
+        self.trainer, self.sequences, self.sampler = trainer_of(comm, sizes, rows, micro_batches=1)
         self._taken: list[dict[str, float]] = []
         self._now: dict[str, float] = {}
         trainer = self.trainer
@@ -95,44 +107,48 @@ class Ours:
         return {part: 1e3 * statistics.median(step[part] for step in counted) for part in counted[0]}
 
 
-def _loss(model: keras.Model, x: Any, y: Any) -> Any:
-    logits = model(x, training=True)
-    return tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(y, logits))
+def _gradients(model: keras.Model, x: Any, y: Any) -> list[Any]:
+    """The gradients of the mean loss, each dense."""
+    with tf.GradientTape() as tape:
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(y, model(x, training=True))
+        loss = tf.reduce_mean(losses)
+    return [tf.convert_to_tensor(part) for part in tape.gradient(loss, model.trainable_variables)]
 
 
-def compute_alone(sizes: dict[str, Any], rows: int, vocabulary: int) -> Callable[[], Any]:
-    """Each rank trains by itself: what a step costs without any exchange."""
-    model, batches = stock_model(sizes, rows, vocabulary)
-    optimizer = keras.optimizers.AdamW(LEARNING_RATE, global_clipnorm=1.0)
-    optimizer.build(model.trainable_variables)
+def compute_alone(
+    sizes: dict[str, Any], rows: int, reduced: Callable[[list[Any]], list[Any]] = list
+) -> Callable[[], Any]:
+    """Each rank trains by itself: what a step costs without any exchange.
 
-    def step(x: Any, y: Any) -> Any:
-        with tf.GradientTape() as tape:
-            loss = _loss(model, x, y)
-        optimizer.apply(tape.gradient(loss, model.trainable_variables), model.trainable_variables)
-        return loss
+    Args:
+        sizes: of the model.
+        rows: B.
+        reduced: what becomes of the gradients inside the compiled step.
+    """
+    model, optimizer, batches = stock_model(sizes, rows)
+
+    def step(x: Any, y: Any) -> None:
+        optimizer.apply(reduced(_gradients(model, x, y)), model.trainable_variables)
 
     return _in_turn(tf.function(step), batches)
 
 
-def plain_mpi4py(comm: Comm, sizes: dict[str, Any], rows: int, vocabulary: int) -> Callable[[], Any]:
+def horovod(comm: Comm, sizes: dict[str, Any], rows: int) -> Callable[[], Any]:
+    """Horovod's grouped allreduce inside the compiled step, as its documentation has it."""
+    return compute_alone(sizes, rows, comm._hvd.grouped_allreduce)  # type: ignore[attr-defined]
+
+
+def plain_mpi4py(comm: Comm, sizes: dict[str, Any], rows: int) -> Callable[[], Any]:
     """What a careful user writes: one flat buffer, one `Allreduce`, then the optimizer."""
-    model, batches = stock_model(sizes, rows, vocabulary)
-    optimizer = keras.optimizers.AdamW(LEARNING_RATE, global_clipnorm=1.0)
-    optimizer.build(model.trainable_variables)
-    shapes = [tuple(variable.shape) for variable in model.trainable_variables]
-    lengths = [int(np.prod(shape)) for shape in shapes]
+    model, optimizer, batches = stock_model(sizes, rows)
+    layout = FlatLayout([variable.shape for variable in model.trainable_variables])
 
     def gradient(x: Any, y: Any) -> Any:
-        with tf.GradientTape() as tape:
-            loss = _loss(model, x, y)
-        parts = tape.gradient(loss, model.trainable_variables)
-        return tf.concat([tf.reshape(tf.convert_to_tensor(part), (-1,)) for part in parts], 0)
+        return tf.concat([tf.reshape(part, (-1,)) for part in _gradients(model, x, y)], 0)
 
     def update(flat_P: Any) -> None:
-        parts = tf.split(flat_P, lengths)
-        gradients = [tf.reshape(part, shape) for part, shape in zip(parts, shapes, strict=True)]
-        optimizer.apply(gradients, model.trainable_variables)
+        parts = zip(tf.split(flat_P, layout.sizes), layout.shapes, strict=True)
+        optimizer.apply([tf.reshape(part, shape) for part, shape in parts], model.trainable_variables)
 
     compute, apply = tf.function(gradient), tf.function(update)
 
@@ -145,30 +161,10 @@ def plain_mpi4py(comm: Comm, sizes: dict[str, Any], rows: int, vocabulary: int) 
     return _in_turn(step, batches)
 
 
-def horovod(comm: Comm, sizes: dict[str, Any], rows: int, vocabulary: int) -> Callable[[], Any]:
-    """Horovod's grouped allreduce inside the compiled step, as its documentation has it."""
-    hvd = comm._hvd  # type: ignore[attr-defined]
-    model, batches = stock_model(sizes, rows, vocabulary)
-    optimizer = keras.optimizers.AdamW(LEARNING_RATE, global_clipnorm=1.0)
-    optimizer.build(model.trainable_variables)
-
-    def step(x: Any, y: Any) -> Any:
-        with tf.GradientTape() as tape:
-            loss = _loss(model, x, y)
-        parts = [tf.convert_to_tensor(part) for part in tape.gradient(loss, model.trainable_variables)]
-        optimizer.apply(hvd.grouped_allreduce(parts), model.trainable_variables)
-        return loss
-
-    return _in_turn(tf.function(step), batches)
-
-
-def keras_fit_step_s(
-    sizes: dict[str, Any], rows: int, vocabulary: int, times: int, dropped: int, xla: bool
-) -> float:
+def keras_fit_step_s(sizes: dict[str, Any], rows: int, times: int, dropped: int, xla: bool) -> float:
     """Median seconds of a step of Keras's ``fit`` in this process."""
-    model, batches = stock_model(sizes, rows, vocabulary)
+    model, optimizer, batches = stock_model(sizes, rows)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    optimizer = keras.optimizers.AdamW(LEARNING_RATE, global_clipnorm=1.0)
     model.compile(optimizer, loss, jit_compile=xla)
     moments: list[float] = []
     clock = keras.callbacks.LambdaCallback(
