@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import time
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -25,7 +24,7 @@ from tf_dist.parallel.carrier import choose
 from tf_dist.parallel.flat import aligned_empty
 from tf_dist.parallel.tree import BlockSum, order
 from tf_dist.parallel.updates import CORRECT, LOSS, STOP, TOKENS, UPDATES, Totals
-from tf_dist.training.callback_list import RankCallbackList
+from tf_dist.training.fit import Fit
 from tf_dist.training.replica import Replica
 from tf_dist.training.replicated import check_same
 from tf_dist.training.sentinel import Sentinel
@@ -181,30 +180,23 @@ class Trainer:
         """
         sequences = self.sequences(tokens)
         held_out = None if validation is None else self.sequences(validation)
-        sampler = self.sampler(sequences)
-        steps = (epochs or 1) * sampler.steps_per_epoch if steps is None else steps
-        stretch = eval_every or sampler.steps_per_epoch
-        calls = self._callback_list(callbacks, steps, stretch)
+        whole = self.sampler(sequences).steps_per_epoch
+        self.stopped = False
+        fit = Fit(
+            self,
+            sequences,
+            held_out if eval_every else None,
+            steps=(epochs or 1) * whole if steps is None else steps,
+            stretch=eval_every or whole,
+            validation_bytes=validation_bytes,
+            callbacks=callbacks,
+        )
         self._warn_of_foreign_draws()
         prove(self.comm)
         self.broadcast_weights()
-        calls.on_train_begin()
-        # Where BackupAndRestore has found an earlier run's epoch, its weights are those of that epoch's end.
-        self.step = max(self.step, (self.model._initial_epoch or 0) * stretch)
-        logs: dict[str, float] = {}
-        while self.step < steps and not self.stopped:
-            epoch = self.step // stretch
-            calls.on_epoch_begin(epoch)
-            part = range(epoch * stretch, min(steps, (epoch + 1) * stretch))
-            logs = self._train_until_end_of(part, sequences, sampler, calls)
-            if held_out is not None and eval_every and not self.stopped:
-                logs.update(self._validate_between(held_out, validation_bytes, calls))
-            calls.on_epoch_end(epoch, logs)
-            self._agree_to_stop()
-        self.sentinel.compare(self.step)
-        calls.on_train_end(logs)
+        logs = fit.run()
         self._stop_requested = False
-        return dict(self.model.history.history)
+        return logs
 
     def _warn_of_foreign_draws(self) -> None:
         kinds = self.replica.foreign_draws()
@@ -215,60 +207,15 @@ class Trainer:
                 stacklevel=3,
             )
 
-    def _validate_between(
-        self, held_out: Sequences, text_bytes: int, calls: keras.callbacks.CallbackList
-    ) -> dict[str, float]:
-        """Validate as Keras's fit does, with callbacks told."""
-        calls.on_test_begin()
-        found = self.validate(held_out, text_bytes)
-        calls.on_test_end({name.removeprefix("val_"): value for name, value in found.items()})
-        return found
-
     def request_stop(self) -> None:
         """Ask all ranks to stop after the next step; may be called on any rank, even by a signal."""
         self._stop_requested = True
 
-    def _train_until_end_of(
-        self, epoch: range, sequences: Sequences, sampler: Sampler, calls: keras.callbacks.CallbackList
-    ) -> dict[str, float]:
-        """Train what is left of an epoch's steps; returns the means over these, weighted by tokens."""
-        sums, tokens = {"loss": 0.0, "accuracy": 0.0}, 0.0
-        while self.step < epoch.stop and not self.stopped:
-            batch = self.step - epoch.start
-            calls.on_train_batch_begin(batch)
-            begun = time.monotonic()
-            logs = self.train_step(sequences, sampler)
-            self.elapsed_s += time.monotonic() - begun
-            tokens += logs["tokens"]
-            for name in sums:
-                sums[name] += logs[name] * logs["tokens"]
-            calls.on_train_batch_end(batch, logs)
-        return {name: value / max(tokens, 1.0) for name, value in sums.items()}
-
-    def _agree_to_stop(self) -> None:
-        """After callbacks have seen the end of an epoch: what one rank wants, all do."""
+    def agree_to_stop(self) -> None:
+        """After callbacks have seen the end of an epoch: what one rank wants, all do; a collective."""
         wanted = np.array([float(self._stop_requested or self.model.stop_training)])
         self.comm.allreduce(wanted)
         self.stopped = self.stopped or wanted[0] > 0
-
-    def _callback_list(
-        self, callbacks: Sequence[keras.callbacks.Callback], steps: int, stretch: int
-    ) -> keras.callbacks.CallbackList:
-        # What Keras's own callbacks expect to find on a model that is being fitted.
-        self.model.optimizer = self.optimizer
-        self.model.stop_training = False
-        self.model._initial_epoch = self.step // stretch
-        self.stopped = False
-        return RankCallbackList(
-            list(callbacks),
-            add_history=True,
-            model=self.model,
-            comm=self.comm,
-            lone_optimizer=self.update is UPDATES["master"],
-            epochs=math.ceil(steps / stretch),
-            steps=stretch,
-            verbose=1,  # for a ProgbarLogger among the callbacks; none is added
-        )
 
     # Data ----------------------------------------------------------------------------------------
 
