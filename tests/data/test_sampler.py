@@ -102,3 +102,12 @@ def test_shares_are_balanced_and_cover_everything_in_order(n, size):
 def test_share_refuses(n, rank, size):
     with pytest.raises(UsageError):
         share(n, rank, size)
+
+
+@given(st.integers(1, 3000), st.integers(1, 50), st.integers(0, 9), st.booleans())
+def test_batches_worked_out_together_are_those_of_each_step_alone(n, rows, seed, shuffle):
+    together = Sampler(n, rows, seed, shuffle)
+    for step in (0, 1, together.steps_per_epoch - 1, together.steps_per_epoch, 5):
+        alone = Sampler(n, rows, seed, shuffle)
+        alone._block_steps = 1
+        np.testing.assert_array_equal(together.batch(step), alone.batch(step))

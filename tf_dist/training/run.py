@@ -20,6 +20,7 @@ from tf_dist.comm.base import Comm
 from tf_dist.config import Config
 from tf_dist.errors import LaunchError, TfDistError
 from tf_dist.files import write_whole
+from tf_dist.training.background import Background
 
 METRICS = (
     "step", "epoch", "loss", "val_loss", "perplexity", "bits_per_byte", "learning_rate", "grad_norm",
@@ -30,6 +31,9 @@ METRICS = (
 class RunFolder:
     """The files of one run. Rank 0 writes them; every rank has its own log.
 
+    What is given to ``later`` is written by a thread while training goes on; everything else that is written
+    or said waits for it first, so that nothing comes out of order.
+
     Args:
         path: the folder.
         comm: all ranks; only rank 0 writes.
@@ -39,6 +43,7 @@ class RunFolder:
         self.path, self.comm = path, comm
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
+        self.later = Background()
         self._status: dict[str, Any] = {
             "state": "running", "step": 0, "ranks": comm.size, "val_loss": None, "weights_sha256": None,
             "failures": [], "exit_code": None,
@@ -92,6 +97,7 @@ class RunFolder:
         """Print a line, on rank 0, and keep it in its log."""
         if self.comm.rank:
             return
+        self.later.drain()
         with contextlib.suppress(OSError):  # a closed pipe (`| head`) must not end the training
             print(text, flush=True)
         with contextlib.suppress(OSError), open(self.path / "logs" / "rank-0000.log", "a") as log:
@@ -104,6 +110,7 @@ class RunFolder:
             LaunchError: it cannot be written.
         """
         if self.comm.rank == 0:
+            self.later.drain()
             write_whole(self.path / name, text.encode(), LaunchError)
 
     def status(self, **changes: Any) -> None:
@@ -114,6 +121,8 @@ class RunFolder:
     def failed(self, code: int, message: str) -> None:
         """Note in ``status.json`` that the job ends badly; may be called on any rank, by its last breath."""
         path = self.path / "status.json"
+        with contextlib.suppress(Exception):  # it has its own failure to tell of
+            self.later.drain()
         with contextlib.suppress(OSError, ValueError, TfDistError):
             status = json.loads(path.read_text()) if path.exists() else dict(self._status)
             last_line = message.strip().splitlines()[-1][:500] if message.strip() else ""
@@ -132,6 +141,7 @@ class RunFolder:
 
     def drop_metrics_after(self, step: int) -> None:
         """Forget lines of steps that a resumed run will take again; on rank 0."""
+        self.later.drain()
         if self.comm.rank == 0 and self.metrics.exists():
             kept = [row for row in read_metrics(self.metrics) if row["step"] <= step]
             self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))

@@ -11,6 +11,10 @@ from tf_dist.training.run import RunFolder
 from tf_dist.training.trainer import Trainer
 
 
+def _nothing(row: dict[str, Any]) -> None:
+    """Nobody listens."""
+
+
 class LogRun(keras.callbacks.Callback):
     """Writes ``metrics.jsonl`` and hands each of its rows on.
 
@@ -22,7 +26,8 @@ class LogRun(keras.callbacks.Callback):
         run: where the rows go.
         every: steps between rows.
         steps_per_epoch: of the data, for the column ``epoch``.
-        *show: each called with each row, on every rank.
+        tell: called with each row at once, on every rank.
+        show: called with each row on rank 0, by the thread that writes it.
     """
 
     def __init__(
@@ -31,10 +36,11 @@ class LogRun(keras.callbacks.Callback):
         run: RunFolder,
         every: int,
         steps_per_epoch: int,
-        *show: Callable[[dict[str, Any]], None],
+        tell: Callable[[dict[str, Any]], None] = _nothing,
+        show: Callable[[dict[str, Any]], None] = _nothing,
     ) -> None:
         super().__init__()
-        self.trainer, self.run, self.every, self.show = trainer, run, every, show
+        self.trainer, self.run, self.every, self.tell, self.show = trainer, run, every, tell, show
         self.steps_per_epoch = steps_per_epoch
         self._row: dict[str, Any] = {}
         self._begin_row()
@@ -97,13 +103,18 @@ class LogRun(keras.callbacks.Callback):
             self._finish_row()
             self._row |= {key: value for key, value in validation.items() if key not in self._row}
         self._write()
+        self.run.later.drain()
 
     def _write(self) -> None:
-        if self._row:
-            self.run.log_metrics(self._row)
-            for show in self.show:
-                show(self._row)
-            self._row = {}
+        row, self._row = self._row, {}
+        if row:
+            self.tell(row)
+            if self.trainer.comm.rank == 0:
+                self.run.later(lambda: self._write_now(row))
+
+    def _write_now(self, row: dict[str, Any]) -> None:
+        self.run.log_metrics(row)
+        self.show(row)
 
 
 def _learning_rate(optimizer: keras.optimizers.Optimizer, step: int) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import time
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 from tf_dist.comm.base import Comm
 from tf_dist.comm.probe import prove
 from tf_dist.config import default_micro_batch
+from tf_dist.data.ahead import Ahead
 from tf_dist.data.sampler import Sampler, share
 from tf_dist.data.tokens import Sequences
 from tf_dist.errors import DataError, UsageError
@@ -57,6 +59,7 @@ class Trainer:
         step: optimizer steps taken so far.
         tokens: target tokens trained on so far.
         elapsed_s: seconds spent in training, over all resumed runs.
+        input_s: seconds spent waiting for input.
         stopped: whether the ranks have agreed to stop.
 
     Raises:
@@ -97,7 +100,8 @@ class Trainer:
         self.replica = Replica(model, optimizer, self.rows, self.seq_len, seed)
         self._share_micro_batches(range(global_batch_size // self.rows), allreduce)
         self.sentinel = Sentinel(comm, self._shared_variables(update), check_every, on_mismatch)
-        self.step, self.tokens, self.elapsed_s = 0, 0, 0.0
+        self.step, self.tokens, self.elapsed_s, self.input_s = 0, 0, 0.0, 0.0
+        self._ahead: tuple[Sequences, Sampler, Ahead[list[tuple[np.ndarray, np.ndarray]]]] | None = None
         self.stopped = self._stop_requested = False
         model.stop_training = False
 
@@ -122,9 +126,8 @@ class Trainer:
         totals = Totals(self.micro_batches)
         if self._stop_requested or self.model.stop_training:
             totals.ask_to_stop()
-        rows_G = sampler.batch(self.step)
-        for micro_batch in self.my_micro_batches:
-            x_BxT, y_BxT = sequences.rows(rows_G[micro_batch * self.rows :][: self.rows])
+        batches = self._batches(sequences, sampler)
+        for micro_batch, (x_BxT, y_BxT) in zip(self.my_micro_batches, batches, strict=True):
             gradient, sums = self.replica.gradients(x_BxT, y_BxT, (self.step, micro_batch))
             self._sum.add(gradient)
             totals.add(micro_batch, sums)
@@ -141,6 +144,21 @@ class Trainer:
             "grad_norm": norm,
             "tokens": counts[TOKENS],
         }
+
+    def _batches(self, sequences: Sequences, sampler: Sampler) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The micro-batches of the step and of this rank, each (B, T) inputs and targets."""
+
+        def make(step: int) -> list[tuple[np.ndarray, np.ndarray]]:
+            rows_G = sampler.batch(step)
+            return [sequences.rows(rows_G[number * self.rows :][: self.rows]) for number in mine]
+
+        mine = self.my_micro_batches
+        begun = time.perf_counter()
+        if self._ahead is None or self._ahead[:2] != (sequences, sampler):
+            self._ahead = sequences, sampler, Ahead(make)
+        batches = self._ahead[2](self.step)
+        self.input_s += time.perf_counter() - begun
+        return batches
 
     # Many steps ----------------------------------------------------------------------------------
 
