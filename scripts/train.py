@@ -95,10 +95,13 @@ def train(config: Config, comm: Comm, corpus: Prepared, run: RunFolder) -> None:
         check_every=config.check_every,
         on_mismatch=config.on_mismatch,
         allreduce=config.allreduce,
+        autotune=config.autotune,
+        xla=config.xla,
     )
     trainer.sentinel.say = run.say
     job = Job(config, comm, corpus, run, trainer)
     job.resume()
+    trainer.tuning.choose()
     steps_per_epoch = trainer.sampler(trainer.sequences(corpus.train)).steps_per_epoch
     run.say(banner(config, comm, corpus, trainer, steps, steps_per_epoch))
     signal.signal(signal.SIGUSR1, lambda *_: trainer.request_stop())

@@ -73,6 +73,8 @@ class Config:
     update: str = option("allreduce", "ranks", "how gradients become the same new weights everywhere", choices=("allreduce", "master"))  # noqa: E501
     backend: str = option("mpi", "ranks", "who carries the bytes", choices=("mpi", "horovod"))
     allreduce: str = option("auto", "ranks", "what carries the sums of gradients: a shared window, messages, or what is faster", choices=("auto", "window", "messages"))  # noqa: E501
+    autotune: str = option("exact", "ranks", "what is timed before the first step: what changes no bit of the result, fully (also whether XLA compiles the model: other bits), or nothing", choices=("exact", "full", "off"))  # noqa: E501
+    xla: str = option("auto", "ranks", "compile forward and backward by XLA: on, off, or as autotune or the checkpoint has it", choices=("auto", "on", "off"))  # noqa: E501
     check_every: int = option(100, "ranks", "steps between comparisons of all ranks' weights and optimizers, bit for bit; 0: only in the first steps", least=0)  # noqa: E501
     on_mismatch: str = option("stop", "ranks", "when a rank differs: stop, or restore it from a majority of the others", choices=("stop", "restore"))  # noqa: E501
     threads_per_rank: int = option(0, "ranks", "TensorFlow threads in each rank; 0: this rank's share of the node's cores", least=0)  # noqa: E501

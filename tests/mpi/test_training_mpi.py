@@ -82,6 +82,16 @@ def test_parallel_is_serial(connected, carried, serial, everyone, update):
     assert set(result) == {"val_loss", "val_accuracy", "perplexity", "bits_per_byte"}
 
 
+def test_parallel_is_serial_with_xla(connected, everyone):
+    """Other bits than without it, and the same on any number of ranks."""
+    weights = []
+    for comm in (connected, SerialComm()):
+        trained = trainer(comm, xla="on")
+        trained.fit(TOKENS, steps=4)
+        weights.append(flat(trained.model))
+    assert all(everyone(bool((weights[0] == weights[1]).all())))
+
+
 def test_the_last_batch_of_an_epoch_is_short(connected, everyone):
     """Padding counts nothing: an epoch has every token but the first as a target, once."""
     parallel = trainer(connected)

@@ -1,4 +1,4 @@
-"""`Background`: work that nobody waits for, such as writing a log to a slow disk, done in order in a thread."""
+"""`Background`: work that nobody waits for, such as writing a log to a slow disk."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DRAIN_LIMIT_S = 30.0
 
 
 class Background:
-    """Calls, one after the other, in a thread of its own, begun when there is a first one."""
+    """Calls, one after the other, in a thread that is begun with the first."""
 
     def __init__(self) -> None:
         self._pool: ThreadPoolExecutor | None = None

@@ -32,6 +32,7 @@ def banner(
         "training": f"{steps:,} steps = {steps / steps_per_epoch:.2f} epochs, from step {trainer.step}; "
         f"{config.optimizer}, learning rate {config.learning_rate:g}, {config.schedule}; "
         f"update {config.update}",
+        "compute": trainer.tuning.said,
         "sums": trainer.carrier.said,
         "run": config.run_dir,
     }

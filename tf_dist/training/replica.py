@@ -36,6 +36,9 @@ class Replica:
         seq_len: T.
         seed: of dropout and everything else that is random in the model.
 
+    Attributes:
+        xla: whether XLA compiles forward and backward.
+
     Raises:
         UsageError: the model holds variables that ranks could not keep equal.
     """
@@ -50,7 +53,12 @@ class Replica:
         self.layout = FlatLayout([variable.shape for variable in model.trainable_variables])
         self.parameters = self.layout.total
         self._generators = len(generator_states(model))
+        self.rows, self.seq_len, self.xla = rows, seq_len, False
         self._compile(rows, seq_len)
+
+    def use_xla(self, xla: bool) -> None:
+        """Let XLA compile forward and backward, or not: the same but for rounding and what dropout drops."""
+        self.xla = xla
 
     def _check_model(self, seq_len: int) -> None:
         if not self.model.built:
@@ -71,7 +79,15 @@ class Replica:
         batch_BxT = tf.TensorSpec((rows, seq_len), tf.int32)
         flat_P = tf.TensorSpec((self.parameters,), tf.float32)
         states = tf.TensorSpec((self._generators, 2), tf.int64)
-        self._gradients = tf.function(self._gradients_graph, input_signature=[batch_BxT, batch_BxT, states])
+        self._gradients = {
+            xla: tf.function(
+                self._gradients_graph,
+                input_signature=[batch_BxT, batch_BxT, states],
+                # Not False: that would also forbid what `tf.config.optimizer.set_jit` asks for.
+                jit_compile=xla or None,
+            )
+            for xla in (False, True)
+        }
         self._evaluate = tf.function(self._evaluate_graph, input_signature=[batch_BxT, batch_BxT])
         self._apply = tf.function(
             self._apply_graph,
@@ -98,12 +114,12 @@ class Replica:
             nats, the number of targets, and how many of them had the highest logit.
         """
         states = random_states(self.seed, draw, self._generators)
-        gradient, sums = self._gradients(x_BxT, y_BxT, states)
+        gradient, sums = self._gradients[self.xla](x_BxT, y_BxT, states)
         return np.asarray(gradient), np.asarray(sums, np.float64)
 
     def foreign_draws(self) -> list[str]:
         """TensorFlow's random operations in the model that `gradients` cannot make repeatable."""
-        return foreign_draws(self._gradients.get_concrete_function())
+        return foreign_draws(self._gradients[self.xla].get_concrete_function())
 
     def evaluate(self, x_BxT: np.ndarray, y_BxT: np.ndarray) -> np.ndarray:
         """The sums of `gradients`, without dropout and without a gradient."""

@@ -36,6 +36,7 @@ FREE = (
     "threads_per_rank",
     "check_every",
     "on_mismatch",
+    "autotune",
 )
 
 
@@ -47,7 +48,8 @@ def save(trainer: Trainer, folder: Path, keep: int, facts: Mapping[str, Any]) ->
     """
     if trainer.comm.rank == 0:
         tensors = {name: np.asarray(variable.value) for name, variable in _variables(trainer)}
-        position = {"tokens": trainer.tokens, "elapsed_s": trainer.elapsed_s}
+        position: dict[str, Any] = {"tokens": trainer.tokens, "elapsed_s": trainer.elapsed_s}
+        position["tuned"] = {"xla": trainer.replica.xla}
         checkpoint.save(folder, trainer.step, tensors, {**position, **facts})
         checkpoint.prune(folder, keep, trainer.step)
     trainer.comm.barrier()
@@ -62,14 +64,16 @@ def restore(trainer: Trainer, path: Path) -> None:
     comm, variables = trainer.comm, _variables(trainer)
     arrays = [np.array(keras.ops.convert_to_numpy(variable)) for _, variable in variables]
 
-    def read() -> list[float]:
+    def read() -> list[Any]:
         tensors, facts, step = checkpoint.load(path)
         # By place, not by name: Keras numbers layers anew in every process.
         arrays[:] = [np.array(tensor) for tensor in tensors.values()]
         _check_fits(arrays, variables, path)
-        return [step, facts["tokens"], facts["elapsed_s"]]
+        tuned = facts.get("tuned", {"xla": False})  # there was no XLA in the first checkpoints
+        return [step, facts["tokens"], facts["elapsed_s"], tuned]
 
-    trainer.step, trainer.tokens, trainer.elapsed_s = on_root(comm, read)
+    trainer.step, trainer.tokens, trainer.elapsed_s, tuned = on_root(comm, read)
+    trainer.tuning.go_on_with(tuned["xla"])
     for (_, variable), array in zip(variables, arrays, strict=True):
         comm.broadcast(array.reshape(-1))
         variable.assign(array)

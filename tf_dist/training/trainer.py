@@ -30,6 +30,7 @@ from tf_dist.training.fit import Fit
 from tf_dist.training.replica import Replica
 from tf_dist.training.replicated import check_same
 from tf_dist.training.sentinel import Sentinel
+from tf_dist.training.tuning import Tuning
 
 DEFAULT_SEQ_LEN = 128
 
@@ -54,8 +55,12 @@ class Trainer:
         check_every: steps between comparisons of all ranks, see `Sentinel`; 0: only in the first steps.
         on_mismatch: "stop" when a rank differs, or "restore" it from a majority of the others.
         allreduce: what carries the sums of gradients: "window", "messages", or "auto", what is faster.
+        autotune: what is timed before the first step: "exact" what changes no bit, "full" also XLA, or "off".
+        xla: whether XLA compiles forward and backward, "on" or "off"; "auto": as autotune finds, or as the
+            checkpoint says that is restored.
 
     Attributes:
+        tuning: whether XLA compiles forward and backward, and why.
         step: optimizer steps taken so far.
         tokens: target tokens trained on so far.
         elapsed_s: seconds spent in training, over all resumed runs.
@@ -81,6 +86,8 @@ class Trainer:
         check_every: int = 100,
         on_mismatch: str = "stop",
         allreduce: str = "auto",
+        autotune: str = "exact",
+        xla: str = "auto",
     ) -> None:
         if update not in UPDATES:
             raise UsageError(f"unknown update {update!r}: {', '.join(UPDATES)}")
@@ -98,20 +105,21 @@ class Trainer:
         self.global_batch_size, self.clip_norm, self.seed = global_batch_size, clip_norm, seed
         self.seq_len = seq_len or _static_seq_len(model) or DEFAULT_SEQ_LEN
         self.replica = Replica(model, optimizer, self.rows, self.seq_len, seed)
-        self._share_micro_batches(range(global_batch_size // self.rows), allreduce)
+        self._share_micro_batches(range(global_batch_size // self.rows), allreduce, autotune != "off")
+        self.tuning = Tuning(self.replica, comm, autotune, xla)
         self.sentinel = Sentinel(comm, self._shared_variables(update), check_every, on_mismatch)
         self.step, self.tokens, self.elapsed_s, self.input_s = 0, 0, 0.0, 0.0
         self._ahead: tuple[Sequences, Sampler, Ahead[list[tuple[np.ndarray, np.ndarray]]]] | None = None
         self.stopped = self._stop_requested = False
         model.stop_training = False
 
-    def _share_micro_batches(self, micro_batches: range, allreduce: str) -> None:
+    def _share_micro_batches(self, micro_batches: range, allreduce: str, measure: bool) -> None:
         """Deal out neighbouring micro-batches to the ranks, and fix the order in which they are summed."""
         blocks = [share(len(micro_batches), rank, self.comm.size) for rank in range(self.comm.size)]
         self.micro_batches, self.my_micro_batches = len(micro_batches), blocks[self.comm.rank]
         self._order = order(micro_batches, blocks)
         length = self.replica.parameters
-        self.carrier = choose(self.comm, length, self._order, allreduce)
+        self.carrier = choose(self.comm, length, self._order, allreduce, measure)
         self._sum = BlockSum(length, micro_batches, self.my_micro_batches, self.carrier.buffers)
 
     # One step ------------------------------------------------------------------------------------
@@ -209,6 +217,7 @@ class Trainer:
             validation_bytes=validation_bytes,
             callbacks=callbacks,
         )
+        self.tuning.choose()
         self._warn_of_foreign_draws()
         prove(self.comm)
         self.broadcast_weights()
