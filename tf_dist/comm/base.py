@@ -245,10 +245,14 @@ def add_in_order(terms: Sequence[np.ndarray], additions: Sequence[tuple[int, int
 
 
 def block_squares(array: np.ndarray, out: np.ndarray) -> None:
-    """Sums of squares of each whole `SQUARES_BLOCK` elements of a float32 array, by one thread."""
-    whole = array[: array.size - array.size % SQUARES_BLOCK].reshape(-1, SQUARES_BLOCK)
+    """Sum the squares of each whole `SQUARES_BLOCK` elements of a float32 array, by one thread.
+
+    As products of a row and a column: these are BLAS's dot, a third of the time of `np.einsum`, and a block
+    is too small for BLAS to share it out among threads.
+    """
+    rows = array[: array.size - array.size % SQUARES_BLOCK].reshape(-1, 1, SQUARES_BLOCK)
     with np.errstate(over="ignore", invalid="ignore"):
-        np.einsum("ij,ij->i", whole, whole, out=out)
+        np.matmul(rows, rows.transpose(0, 2, 1), out=out.reshape(-1, 1, 1))
 
 
 def named(ranks: Sequence[int]) -> str:
