@@ -97,6 +97,8 @@ def train(config: Config, comm: Comm, corpus: Prepared, run: RunFolder) -> None:
         allreduce=config.allreduce,
         autotune=config.autotune,
         xla=config.xla,
+        overlap=config.overlap,
+        chunk_bytes=config.chunk_bytes,
     )
     trainer.sentinel.say = run.say
     job = Job(config, comm, corpus, run, trainer)

@@ -18,7 +18,7 @@ NAMES = """
     model layers width heads seq_len dropout tie_embeddings
     global_batch_size micro_batch_size steps epochs seed
     optimizer optimizer_args learning_rate min_learning_rate schedule warmup_steps weight_decay clip_norm
-    update backend allreduce autotune xla check_every on_mismatch threads_per_rank
+    update backend allreduce chunk_bytes overlap autotune xla check_every on_mismatch threads_per_rank
     run_dir resume save_every keep eval_every log_every progress
 """.split()
 

@@ -73,6 +73,8 @@ class Config:
     update: str = option("allreduce", "ranks", "how gradients become the same new weights everywhere", choices=("allreduce", "master"))  # noqa: E501
     backend: str = option("mpi", "ranks", "who carries the bytes", choices=("mpi", "horovod"))
     allreduce: str = option("auto", "ranks", "what carries the sums of gradients: a shared window, messages, or what is faster", choices=("auto", "window", "messages"))  # noqa: E501
+    chunk_bytes: int = option(0, "ranks", "pieces in which sums travel between ranks by messages; 0: what is faster, measured at the start", least=0)  # noqa: E501
+    overlap: str = option("auto", "ranks", "let gradients leave during the backward pass: auto (where ranks span nodes), on, off", choices=("auto", "on", "off"))  # noqa: E501
     autotune: str = option("exact", "ranks", "what is timed before the first step: what changes no bit of the result, fully (also whether XLA compiles the model: other bits), or nothing", choices=("exact", "full", "off"))  # noqa: E501
     xla: str = option("auto", "ranks", "compile forward and backward by XLA: on, off, or as autotune or the checkpoint has it", choices=("auto", "on", "off"))  # noqa: E501
     check_every: int = option(100, "ranks", "steps between comparisons of all ranks' weights and optimizers, bit for bit; 0: only in the first steps", least=0)  # noqa: E501

@@ -25,6 +25,8 @@ OBJECT_BYTES_LIMIT = 64 << 20
 ALIGNED_ELEMENTS = 16
 # Elements whose squares are summed before the sums are: fixed, so that no thread and no rank changes a bit.
 SQUARES_BLOCK = 4096
+# Pieces in which sums of terms travel, where nobody has measured: see `tf_dist.parallel.carrier`.
+DEFAULT_CHUNK_BYTES = 2 << 20
 # Elements that are added to all terms before the next ones, whole blocks of squares: they stay in the cache.
 ADDED_AT_ONCE = 32 * SQUARES_BLOCK
 
@@ -51,6 +53,26 @@ class Sum(NamedTuple):
     squares: np.ndarray | None = None
 
 
+class Overlapped(ABC):
+    """A sum of terms that leaves in parts, while later ones are still being computed.
+
+    On all ranks alike: `begin`, then `ready` with parts that together are everything, in one common order;
+    then `Comm.allreduce_terms` with these terms waits for the sum, and returns it.
+    """
+
+    @abstractmethod
+    def begin(self, terms: list[np.ndarray]) -> None:
+        """A sum begins. Its terms lie here, and no element of them is final yet."""
+
+    @abstractmethod
+    def ready(self, part: slice) -> None:
+        """The elements of a part are final in all terms of this rank; they belong to the Comm from now on."""
+
+    @abstractmethod
+    def give_up(self) -> None:
+        """Leave the exchange as it is, for this rank has failed, and touch no term again."""
+
+
 class Comm(ABC):
     """A group of ranks that talk.
 
@@ -62,8 +84,12 @@ class Comm(ABC):
         size: number of ranks, R.
         comm_s: seconds spent moving and reducing arrays so far.
         wait_s: seconds spent in `barrier`, waiting for slower ranks.
+        under_way_s: seconds during which `overlapped` sums were under way, most of them hidden behind
+            computing; ``comm_s`` has only what was waited for.
         waiting: the verb this rank is inside of and when it entered it (`time.monotonic`), or None.
         calls: collectives begun so far.
+        chunk_bytes: sums of terms travel between ranks in pieces of this size, the same on every rank.
+        no_overlap_because: why `overlapped` returned None.
         carried_by: how terms are summed since the last `term_buffers`: "a shared window", or "messages" and
             why.
         before: called with verb, array (or None) and root at the beginning of every collective; does
@@ -76,6 +102,9 @@ class Comm(ABC):
     def __init__(self) -> None:
         self.comm_s = 0.0
         self.wait_s = 0.0
+        self.under_way_s = 0.0
+        self.chunk_bytes = DEFAULT_CHUNK_BYTES
+        self.no_overlap_because = "this backend cannot"
         self.waiting: tuple[str, float] | None = None
         self.calls = 0
         self.carried_by = "messages"
@@ -113,6 +142,20 @@ class Comm(ABC):
     def forget_buffers(self, length: int, order: Order) -> None:
         """Sum such terms as if `term_buffers` had never been called; on all ranks."""
         self.carried_by = "messages"
+
+    def nodes(self) -> int:
+        """How many groups of ranks share memory, as far as this Comm knows; a collective."""
+        return 1
+
+    def overlapped(self, length: int, order: Order) -> Overlapped | None:
+        """A way to sum such terms in parts, as they become ready; a collective.
+
+        To be asked for after `term_buffers`, whose memory it uses. The bits are those of `allreduce_terms`.
+
+        Returns:
+            None where this Comm, or this MPI, cannot; ``no_overlap_because`` says why.
+        """
+        return None
 
     def allreduce_terms(self, terms: list[np.ndarray], order: Order, out: np.ndarray) -> Sum:
         """Add the terms of all ranks, in the given order, everywhere.

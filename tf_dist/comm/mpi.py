@@ -12,11 +12,14 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from tf_dist.comm.base import Comm, Order, Sum, add_in_order, slices
-from tf_dist.comm.node import Between, Window, by_node, too_little_room
+from tf_dist.comm.base import Comm, Order, Overlapped, Sum, add_in_order
+from tf_dist.comm.exchange import Memory, sum_in_pieces
+from tf_dist.comm.node import Between, Share, Window, by_node, too_little_room
+from tf_dist.comm.overlap import Overlap, Places
 
 # Large messages in pieces stay in the cache between the ranks of a node: 64 MiB takes 31 ms as one
-# Allreduce of Open MPI 5 and 7 ms in pieces of 2 MiB. Also keeps counts far below MPI's int limit.
+# Allreduce of Open MPI 5 and 7 ms in pieces of 2 MiB. Also keeps counts far below MPI's int limit. The pieces
+# of sums of terms are chosen by measuring, where it matters (`Comm.chunk_bytes`).
 CHUNK_BYTES = 2 << 20
 
 
@@ -41,10 +44,11 @@ class MPIComm(Comm):
         self._apart = self._mpi.Dup()
         self.rank = self._mpi.Get_rank()
         self.size = self._mpi.Get_size()
-        self._received: list[np.ndarray] = []
+        self._memory = Memory()
         self._node: Any = node or (self._mpi.Split_type(MPI.COMM_TYPE_SHARED) if window else None)
         self._windows: dict[tuple[int, Order], Window] = {}
-        self._across: MPIComm | None = None
+        self._across: Any = None
+        self._overlaps: dict[tuple[int, Order], Overlap] = {}
 
     def term_buffers(self, length: int, order: Order) -> Callable[[], list[np.ndarray]] | None:
         """In memory that the ranks of a node share, where it has enough; a collective."""
@@ -57,6 +61,37 @@ class MPIComm(Comm):
         super().forget_buffers(length, order)
         self._windows.pop((length, order), None)
 
+    def nodes(self) -> int:
+        """As in `Comm`."""
+        own: Any = self._node or self._mpi.Split_type(MPI.COMM_TYPE_SHARED)
+        return sum(self.allgather_obj(int(own.Get_rank() == 0)))
+
+    def overlapped(self, length: int, order: Order) -> Overlapped | None:
+        """As in `Comm`; where a window carries such sums, the ranks of a node first agree on each piece."""
+        self.no_overlap_because = ""
+        if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+            self.no_overlap_because = "this MPI lets one thread alone talk"
+        self.no_overlap_because = max(self.allgather_obj(self.no_overlap_because))
+        if self.no_overlap_because:
+            return None
+        if (length, order) not in self._overlaps:
+            self._overlaps[length, order] = Overlap(self, length, self._places_of_terms(length, order))
+        return self._overlaps[length, order]
+
+    def _places_of_terms(self, length: int, order: Order) -> Places:
+        window = self._windows.get((length, order))
+        if window is None:
+            count = order.counts[self.rank]
+            share = Share((count,), (), tuple(range(count)))
+            return Places(None, MPI.COMM_SELF, self._mpi.Dup(), share, order)
+        share, rest = self._shares(order, self._places())
+        return Places(window, self._node.Dup(), self._same_slice().Dup(), share, rest)
+
+    def _shares(self, order: Order, places: list[list[int]]) -> tuple[Share, Order]:
+        """What this rank's node adds, and what is left."""
+        shares, rest = by_node(order, places)
+        return shares[next(number for number, ranks in enumerate(places) if self.rank in ranks)], rest
+
     def _open_window(self, length: int, order: Order) -> str:
         """Make the window; the reason if there is none, the same on all ranks."""
         if self._node is None:
@@ -66,8 +101,7 @@ class MPIComm(Comm):
             return "nodes have different numbers of ranks"
         if len(places) > 1 and not order.counts[0]:
             return "rank 0 has nothing to add"
-        shares, rest = by_node(order, places)
-        share = shares[next(number for number, ranks in enumerate(places) if self.rank in ranks)]
+        share, rest = self._shares(order, places)
         window, reason = None, max(self.allgather_obj(too_little_room(length, share)))
         if not reason:
             try:
@@ -87,11 +121,18 @@ class MPIComm(Comm):
 
     def _between(self, rest: Order) -> Between:
         """Sums over the ranks that have the same slice on other nodes; to them, a node is a rank."""
+        mpi, memory = self._same_slice(), Memory()
+
+        def add(terms: list[np.ndarray], out: np.ndarray) -> None:
+            sum_in_pieces(mpi, terms, rest, out, max(1, self.chunk_bytes // out.itemsize), memory)
+
+        return add
+
+    def _same_slice(self) -> Any:
+        """The ranks that add the same slice, one of each node."""
         if self._across is None:
-            same_slice: Any = self._mpi.Split(self._node.rank, self._first_of_node())
-            self._across = MPIComm(same_slice, window=False)
-        across = self._across
-        return lambda terms, out: across._allreduce_by_messages(terms, rest, out)
+            self._across = self._mpi.Split(self._node.rank, self._first_of_node())
+        return self._across
 
     def _first_of_node(self) -> int:
         first = np.array([self.rank], np.int64)
@@ -112,6 +153,9 @@ class MPIComm(Comm):
         return rows
 
     def _allreduce_terms(self, terms: list[np.ndarray], order: Order, out: np.ndarray) -> Sum:
+        overlap = self._overlaps.get((out.size, order))
+        if overlap is not None and overlap.begun:
+            return overlap.finish()
         window = self._window_for(order, out)
         if window is None:
             self._allreduce_by_messages(terms, order, out)
@@ -126,16 +170,8 @@ class MPIComm(Comm):
         return self._windows.get((out.size, order)) if out.dtype == np.float32 else None
 
     def _allreduce_by_messages(self, terms: list[np.ndarray], order: Order, out: np.ndarray) -> None:
-        """Every rank adds its slice of all terms, then the slices are gathered: 2 (R-1)/R of the bytes.
-
-        That is what Rabenseifner's algorithm moves (Thakur et al. 2005), where each rank has one term; a rank
-        with k terms sends k times as much in the first half.
-        """
-        parts = slices(out.size, self.size)
-        self._reduce_slices(terms, order, parts, out)
-        counts = [part.stop - part.start for part in parts]
-        starts = [part.start for part in parts]
-        self._mpi.Allgatherv(MPI.IN_PLACE, [out, counts, starts, MPI._typedict[out.dtype.char]])
+        elements = max(1, self.chunk_bytes // out.itemsize)
+        sum_in_pieces(self._mpi, terms, order, out, elements, self._memory)
 
     def _reduce_terms(self, terms: list[np.ndarray], order: Order, out: np.ndarray, root: int) -> Sum | None:
         if self._window_for(order, out) is not None:  # all ranks add: faster than one alone
@@ -150,28 +186,24 @@ class MPIComm(Comm):
     ) -> None:
         """Let rank r add the elements ``parts[r]`` of all terms into ``out``."""
         mine = parts[self.rank]
-        received = self._receive_buffers(sum(order.counts), mine.stop - mine.start, out.dtype)
+        received: list[np.ndarray] = []
         values, requests = [], []
         for source, count in enumerate(order.counts):
             for number in range(count):
                 if source == self.rank:
                     values.append(terms[number][mine])
                     continue
-                values.append(received[len(values)])
+                values.append(self._memory.take(mine.stop - mine.start, out.dtype))
+                received.append(values[-1])
                 if values[-1].size:
                     requests.append(self._mpi.Irecv(values[-1], source, number))
         for other, part in enumerate(parts):
             if other != self.rank and part.stop > part.start:
                 requests += [self._mpi.Isend(term[part], other, number) for number, term in enumerate(terms)]
         MPI.Request.Waitall(requests)
-        np.copyto(out[mine], add_in_order(values, order.additions))
-
-    def _receive_buffers(self, count: int, length: int, dtype: np.dtype) -> list[np.ndarray]:
-        """Kept from one step to the next: fresh memory costs a page fault every 4 KiB."""
-        kept = self._received
-        if len(kept) < count or kept[0].size != length or kept[0].dtype != dtype:
-            self._received = kept = [np.empty(length, dtype) for _ in range(count)]
-        return kept
+        if mine.stop > mine.start:
+            np.copyto(out[mine], add_in_order(values, order.additions))
+        self._memory.give_back(received)
 
     def _barrier(self) -> None:
         self._mpi.Barrier()

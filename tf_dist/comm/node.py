@@ -123,6 +123,15 @@ class Window:
         """Where this rank's terms of the next sum belong."""
         return self._terms[self._turn][self._mine]
 
+    def everyones(self) -> tuple[list[np.ndarray], np.ndarray]:
+        """The terms of all ranks of the node for the next sum, and the place of that sum."""
+        places = self._terms[self._turn]
+        return list(places), places[self._result]
+
+    def turn(self) -> None:
+        """A sum was made in `everyones` by other means, and all ranks of the node know."""
+        self._turn = 1 - self._turn
+
     def holds(self, terms: Sequence[np.ndarray]) -> bool:
         """Whether these are this rank's `buffers`; none are, where it has none."""
         return all(
@@ -146,7 +155,7 @@ class Window:
         self._node.Barrier()
         self._add([place[self._slice] for place in places])
         self._node.Barrier()
-        self._turn = 1 - self._turn
+        self.turn()
         return Sum(places[self._result], self._squares)
 
     def _add(self, mine: Sequence[np.ndarray]) -> None:

@@ -1,6 +1,7 @@
 """What carries the sums of gradients: a shared window or messages, by what is faster here.
 
 Both give the same bits, so the choice is free; it is measured when training begins, on sums of the real size.
+So are the pieces in which sums travel between nodes, on sums that take half a second together.
 """
 
 from __future__ import annotations
@@ -16,6 +17,14 @@ from tf_dist.errors import LaunchError, UsageError
 from tf_dist.parallel.flat import aligned_empty
 
 CHOICES = ("auto", "window", "messages")
+# Pieces that are tried: small ones keep a network busy from the first moment on, large ones cost less.
+CHUNKS_BYTES = (128 << 10, 512 << 10, 2 << 20, 8 << 20)
+CHUNK_ROUNDS = 2
+CHUNK_PROBE_S = 0.5
+# What is sent to see how long it takes to try them.
+FIRST_BYTES = 1 << 20
+# From here on one sum of a kind is timed, not several.
+SLOW_S = 0.1
 # Sums of each kind that are timed, after one that is not.
 TIMED = 3
 
@@ -27,7 +36,14 @@ class Carrier(NamedTuple):
     said: str
 
 
-def choose(comm: Comm, length: int, order: Order, wanted: str = "auto", measure: bool = True) -> Carrier:
+def choose(
+    comm: Comm,
+    length: int,
+    order: Order,
+    wanted: str = "auto",
+    chunk_bytes: int = 0,
+    measure: bool = True,
+) -> Carrier:
     """Find out how a Comm best sums terms of ``length`` float32; a collective.
 
     Args:
@@ -35,7 +51,8 @@ def choose(comm: Comm, length: int, order: Order, wanted: str = "auto", measure:
         length: elements of a gradient.
         order: of its sums.
         wanted: "auto", or one of them whatever it costs.
-        measure: False takes a window where there is one, without timing any sum.
+        chunk_bytes: pieces in which sums travel by messages; 0: measured where ranks span nodes.
+        measure: False takes a window where there is one, and the usual pieces, without timing any sum.
 
     Raises:
         UsageError: ``wanted`` is unknown.
@@ -45,9 +62,20 @@ def choose(comm: Comm, length: int, order: Order, wanted: str = "auto", measure:
         raise UsageError(f"unknown allreduce {wanted!r}: choose one of {', '.join(CHOICES)}")
     if comm.size == 1:
         return Carrier(None, "on this rank alone")
+    nodes = comm.nodes()
+    pieces = ""
+    if chunk_bytes or (nodes > 1 and measure):
+        pieces = choose_chunk(comm, length, order, chunk_bytes)
     if wanted == "messages":
         comm.forget_buffers(length, order)
-        return Carrier(None, "by messages, as was asked for")
+        return Carrier(None, f"by messages, as was asked for{pieces}")
+    if wanted == "auto" and nodes == comm.size:
+        return Carrier(None, f"by messages, each rank being alone on its node{pieces}")
+    chosen = _choose_carrier(comm, length, order, wanted, measure)
+    return Carrier(chosen.buffers, chosen.said + pieces)
+
+
+def _choose_carrier(comm: Comm, length: int, order: Order, wanted: str, measure: bool) -> Carrier:
     by_messages_ms = _median_ms(comm, length, order, None) if measure else 0.0
     buffers = comm.term_buffers(length, order)
     if buffers is None:
@@ -65,6 +93,58 @@ def choose(comm: Comm, length: int, order: Order, wanted: str = "auto", measure:
     return Carrier(None, f"by messages, {by_messages_ms:.2f} ms (in a shared window {window_ms:.2f} ms)")
 
 
+def choose_chunk(comm: Comm, length: int, order: Order, wanted_bytes: int = 0) -> str:
+    """Set the pieces in which sums travel, the same on every rank; a collective.
+
+    Args:
+        comm: all ranks; its ``chunk_bytes`` is set.
+        length: elements of a gradient.
+        order: of its sums.
+        wanted_bytes: 0: what is fastest, as rank 0 sees it, on sums that take `CHUNK_PROBE_S` together.
+
+    Returns:
+        What to say about it.
+    """
+    if wanted_bytes:
+        comm.chunk_bytes = max(4, wanted_bytes)
+        return f"; in pieces of {_bytes_named(comm.chunk_bytes)}, as was asked for"
+    own = _own_terms(comm, length, order)
+    first = min(length, FIRST_BYTES // 4)
+    _sum_s(comm, own, first, order)  # the first one connects the ranks
+    rate = first / _sum_s(comm, own, first, order)
+    tried = int(rate * CHUNK_PROBE_S / (CHUNK_ROUNDS * len(CHUNKS_BYTES)))
+    tried = int(comm.broadcast_obj(min(length, max(first, tried))))
+    candidates = [size for size in CHUNKS_BYTES if size < 4 * tried] or [CHUNKS_BYTES[0]]
+    taken = dict.fromkeys(candidates, float("inf"))
+    for _ in range(CHUNK_ROUNDS):
+        for comm.chunk_bytes in candidates:
+            taken[comm.chunk_bytes] = min(taken[comm.chunk_bytes], _sum_s(comm, own, tried, order))
+    comm.chunk_bytes = int(comm.broadcast_obj(min(candidates, key=taken.__getitem__)))
+    times = ", ".join(f"{_bytes_named(size)} {1e3 * taken[size]:.1f}" for size in candidates)
+    return f"; in pieces of {_bytes_named(comm.chunk_bytes)} ({_bytes_named(4 * tried)} in ms: {times})"
+
+
+def _bytes_named(size: int) -> str:
+    return f"{size / (1 << 20):.3g} MiB" if size >= 1 << 20 else f"{size / 1024:.3g} KiB"
+
+
+def _own_terms(comm: Comm, length: int, order: Order) -> list[np.ndarray]:
+    """Terms of this rank, at least one array, filled."""
+    own = [aligned_empty(length) for _ in range(max(1, order.counts[comm.rank]))]
+    for array in own:
+        array.fill(0.0)
+    return own
+
+
+def _sum_s(comm: Comm, own: list[np.ndarray], length: int, order: Order) -> float:
+    """Seconds of a sum of the first elements by messages."""
+    parts = [array[:length] for array in own]
+    comm.barrier()
+    begun = time.perf_counter()
+    comm.allreduce_terms(parts[: order.counts[comm.rank]], order, parts[0])
+    return time.perf_counter() - begun
+
+
 def _median_ms(
     comm: Comm, length: int, order: Order, buffers: Callable[[], list[np.ndarray]] | None
 ) -> float:
@@ -73,11 +153,19 @@ def _median_ms(
     own = [aligned_empty(length) for _ in range(max(0 if buffers else count, 1 - count))]
     for array in own:
         array.fill(0.0)
-    taken = []
-    for _ in range(1 + TIMED):
+    taken: list[float] = []
+    while len(taken) < _wanted_times(comm, taken):
         terms = buffers() if buffers else own[:count]
         comm.barrier()
         begun = time.perf_counter()
         comm.allreduce_terms(terms, order, terms[0] if terms else own[0])
         taken.append(time.perf_counter() - begun)
     return 1e3 * float(comm.broadcast_obj(float(np.median(taken[1:]))))
+
+
+def _wanted_times(comm: Comm, taken: list[float]) -> int:
+    """How often to sum in all, the first one included; the same on every rank."""
+    if len(taken) != 1:
+        return 1 + TIMED if not taken or taken[0] < SLOW_S else 2
+    taken[0] = float(comm.broadcast_obj(taken[0]))
+    return 1 + TIMED if taken[0] < SLOW_S else 2

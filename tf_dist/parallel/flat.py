@@ -24,14 +24,15 @@ class FlatLayout:
     Attributes:
         shapes: of the arrays.
         sizes: their numbers of elements.
+        starts: where each begins, and at last where all end.
         total: elements of the buffer.
     """
 
     def __init__(self, shapes: Sequence[Sequence[int]]) -> None:
         self.shapes = [tuple(shape) for shape in shapes]
         self.sizes = [prod(shape) for shape in self.shapes]
-        self._starts = np.concatenate([[0], np.cumsum(self.sizes, dtype=np.int64)]).tolist()
-        self.total = int(self._starts[-1])
+        self.starts: list[int] = np.concatenate([[0], np.cumsum(self.sizes, dtype=np.int64)]).tolist()
+        self.total = int(self.starts[-1])
 
     def views(self, buffer: np.ndarray) -> list[np.ndarray]:
         """The arrays inside ``buffer``, without copying.
@@ -41,7 +42,7 @@ class FlatLayout:
         """
         if buffer.shape != (self.total,):
             raise ValueError(f"this layout takes a buffer of shape ({self.total},), not {buffer.shape}")
-        parts = zip(self._starts[:-1], self.sizes, self.shapes, strict=True)
+        parts = zip(self.starts[:-1], self.sizes, self.shapes, strict=True)
         return [buffer[start : start + size].reshape(shape) for start, size, shape in parts]
 
 

@@ -91,19 +91,45 @@ class BlockSum:
 
     def _begin(self) -> None:
         self._term, self._added = 0, 0
+        self._last: list[np.ndarray] | None = None
 
     def add(self, array: np.ndarray) -> None:
         """Add the array of the next leaf, of shape (length,); it is read, not kept."""
-        if self._buffers and not self._term and not self._added:
-            for tree, home in zip(self._sums, self._buffers(), strict=True):
-                tree.home = home
+        self._settle()
         self._sums[self._term].add(array)
         self._added += 1
         if self._added == self._sizes[self._term]:
             self._term, self._added = self._term + 1, 0
 
+    def _settle(self) -> None:
+        """Before the first leaf: let the terms of this sum come to lie where they belong."""
+        if self._buffers and not self._term and not self._added:
+            for tree, home in zip(self._sums, self._buffers(), strict=True):
+                tree.home = home
+
+    def open_last(self) -> list[np.ndarray]:
+        """Begin with the last leaf of the block, which `add_part` adds; the terms, where they will lie.
+
+        A block without leaves has no terms, and none to add.
+        """
+        self._settle()
+        if self._sizes:
+            assert (self._term, self._added) == (len(self._sizes) - 1, self._sizes[-1] - 1)
+            self._last = [tree.result() for tree in self._sums[:-1]] + [self._sums[-1].open_last()]
+        else:
+            self._last = []
+        return self._last
+
+    def add_part(self, start: int, array: np.ndarray) -> None:
+        """Add some elements of the last leaf, from ``start`` on; they are then final in all terms."""
+        self._sums[-1].add_part(start, array)
+
     def terms(self) -> list[np.ndarray]:
         """The terms of this rank, once all leaves of the block were added; valid until the next `add`."""
+        if self._last is not None:  # `add_part` has completed them
+            last = self._last
+            self._begin()
+            return last
         assert self._term == len(self._sizes), "a leaf of the block is missing"
         self._begin()
         return [tree.result() for tree in self._sums]
@@ -126,6 +152,7 @@ class TreeSum:
         self.length = length
         self.home: np.ndarray | None = None
         self._slots: list[np.ndarray | None] = []
+        self._open: list[np.ndarray] = []
         self._free: list[np.ndarray] = []
 
     def add(self, array: np.ndarray) -> None:
@@ -167,6 +194,26 @@ class TreeSum:
         if total is not self.home:
             self._free.append(total)
         return total
+
+    def open_last(self) -> np.ndarray:
+        """Begin with the last array, whose elements `add_part` adds; where the result will be.
+
+        As `result`, it is valid until the next `add`, of which this begins anew.
+        """
+        self._open = [slot for slot in self._slots if slot is not None]
+        total = self._whole = self._open[-1] if self._open else self._take()
+        self._free += [array for array in [*self._open[:-1], total] if array is not self.home]
+        self._slots = []
+        return total
+
+    def add_part(self, start: int, array: np.ndarray) -> None:
+        """Add some elements of the last array to all that was added before, as `add` and `result` would."""
+        where, carry = slice(start, start + array.size), array
+        for left in self._open:  # the smallest and latest subtree first
+            left[where] += carry
+            carry = left[where]
+        if not self._open:
+            np.copyto(self._whole[where], array)
 
     def _take(self) -> np.ndarray:
         # Sums are made in the left of two, so the first array's place becomes that of the result.

@@ -79,10 +79,11 @@ class Replica:
         batch_BxT = tf.TensorSpec((rows, seq_len), tf.int32)
         flat_P = tf.TensorSpec((self.parameters,), tf.float32)
         states = tf.TensorSpec((self._generators, 2), tf.int64)
+        self.gradients_signature = [batch_BxT, batch_BxT, states]
         self._gradients = {
             xla: tf.function(
                 self._gradients_graph,
-                input_signature=[batch_BxT, batch_BxT, states],
+                input_signature=self.gradients_signature,
                 # Not False: that would also forbid what `tf.config.optimizer.set_jit` asks for.
                 jit_compile=xla or None,
             )
@@ -113,9 +114,12 @@ class Replica:
             The gradient, (P,) float32, which must only be read; and (3,) float64: the summed loss in
             nats, the number of targets, and how many of them had the highest logit.
         """
-        states = random_states(self.seed, draw, self._generators)
-        gradient, sums = self._gradients[self.xla](x_BxT, y_BxT, states)
+        gradient, sums = self._gradients[self.xla](x_BxT, y_BxT, self.random_states(draw))
         return np.asarray(gradient), np.asarray(sums, np.float64)
+
+    def random_states(self, draw: tuple[int, int]) -> Any:
+        """The states of all seed generators for a (step, micro-batch)."""
+        return random_states(self.seed, draw, self._generators)
 
     def foreign_draws(self) -> list[str]:
         """TensorFlow's random operations in the model that `gradients` cannot make repeatable."""
@@ -126,6 +130,11 @@ class Replica:
         return np.asarray(self._evaluate(x_BxT, y_BxT), np.float64)
 
     def _gradients_graph(self, x_BxT: Any, y_BxT: Any, states: Any) -> tuple[Any, Any]:
+        parts, sums = self.gradients_and_sums(x_BxT, y_BxT, states)
+        return _concat(parts), sums
+
+    def gradients_and_sums(self, x_BxT: Any, y_BxT: Any, states: Any) -> tuple[list[Any], Any]:
+        """Inside a graph: the gradient of each trainable variable, dense, and the sums of `gradients`."""
         for i, variable in enumerate(generator_states(self.model)):
             variable.assign(tf.cast(states[i], variable.dtype))
         variables = [variable.value for variable in self.model.trainable_variables]
@@ -135,7 +144,7 @@ class Replica:
             loss += sum(self.model.losses, 0.0) * sums[1]
         # Embedding gradients come as IndexedSlices: dense once, here.
         parts = tape.gradient(loss, variables, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-        return _concat([tf.convert_to_tensor(part) for part in parts]), sums
+        return [tf.convert_to_tensor(part) for part in parts], sums
 
     def _evaluate_graph(self, x_BxT: Any, y_BxT: Any) -> Any:
         return _loss_and_sums(self.model(x_BxT, training=False), y_BxT)[1]

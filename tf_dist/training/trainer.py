@@ -22,11 +22,13 @@ from tf_dist.data.ahead import Ahead
 from tf_dist.data.sampler import Sampler, share
 from tf_dist.data.tokens import Sequences
 from tf_dist.errors import DataError, UsageError
+from tf_dist.parallel import buckets
 from tf_dist.parallel.carrier import choose
 from tf_dist.parallel.flat import aligned_empty
 from tf_dist.parallel.tree import BlockSum, order
 from tf_dist.parallel.updates import CORRECT, LOSS, STOP, TOKENS, UPDATES, Totals
 from tf_dist.training.fit import Fit
+from tf_dist.training.hooked import Overlapping
 from tf_dist.training.replica import Replica
 from tf_dist.training.replicated import check_same
 from tf_dist.training.sentinel import Sentinel
@@ -58,6 +60,8 @@ class Trainer:
         autotune: what is timed before the first step: "exact" what changes no bit, "full" also XLA, or "off".
         xla: whether XLA compiles forward and backward, "on" or "off"; "auto": as autotune finds, or as the
             checkpoint says that is restored.
+        overlap: gradients leave during the backward pass: "auto", where ranks span nodes, "on", "off".
+        chunk_bytes: pieces in which sums travel between ranks; 0: what is faster.
 
     Attributes:
         tuning: whether XLA compiles forward and backward, and why.
@@ -88,6 +92,8 @@ class Trainer:
         allreduce: str = "auto",
         autotune: str = "exact",
         xla: str = "auto",
+        overlap: str = "auto",
+        chunk_bytes: int = 0,
     ) -> None:
         if update not in UPDATES:
             raise UsageError(f"unknown update {update!r}: {', '.join(UPDATES)}")
@@ -105,7 +111,10 @@ class Trainer:
         self.global_batch_size, self.clip_norm, self.seed = global_batch_size, clip_norm, seed
         self.seq_len = seq_len or _static_seq_len(model) or DEFAULT_SEQ_LEN
         self.replica = Replica(model, optimizer, self.rows, self.seq_len, seed)
-        self._share_micro_batches(range(global_batch_size // self.rows), allreduce, autotune != "off")
+        self._share_micro_batches(
+            range(global_batch_size // self.rows), allreduce, chunk_bytes, autotune != "off"
+        )
+        self._overlap(overlap)
         self.tuning = Tuning(self.replica, comm, autotune, xla)
         self.sentinel = Sentinel(comm, self._shared_variables(update), check_every, on_mismatch)
         self.step, self.tokens, self.elapsed_s, self.input_s = 0, 0, 0.0, 0.0
@@ -113,14 +122,23 @@ class Trainer:
         self.stopped = self._stop_requested = False
         model.stop_training = False
 
-    def _share_micro_batches(self, micro_batches: range, allreduce: str, measure: bool) -> None:
+    def _share_micro_batches(
+        self, micro_batches: range, allreduce: str, chunk_bytes: int, measure: bool
+    ) -> None:
         """Deal out neighbouring micro-batches to the ranks, and fix the order in which they are summed."""
         blocks = [share(len(micro_batches), rank, self.comm.size) for rank in range(self.comm.size)]
         self.micro_batches, self.my_micro_batches = len(micro_batches), blocks[self.comm.rank]
         self._order = order(micro_batches, blocks)
         length = self.replica.parameters
-        self.carrier = choose(self.comm, length, self._order, allreduce, measure)
+        self.carrier = choose(self.comm, length, self._order, allreduce, chunk_bytes, measure)
         self._sum = BlockSum(length, micro_batches, self.my_micro_batches, self.carrier.buffers)
+
+    def _overlap(self, wanted: str) -> None:
+        """Decide whether the gradients of a rank's last micro-batch leave while they are being computed."""
+        why_not = "" if self.update is UPDATES["allreduce"] else "only --update allreduce sums everywhere"
+        layout = self.replica.layout
+        chosen = buckets.choose(self.comm, layout, self._order, self._sum, wanted, why_not)
+        self.overlap = Overlapping(self.replica, self._sum, self.my_micro_batches, chosen)
 
     # One step ------------------------------------------------------------------------------------
 
@@ -136,10 +154,8 @@ class Trainer:
             totals.ask_to_stop()
         batches = self._batches(sequences, sampler)
         for micro_batch, (x_BxT, y_BxT) in zip(self.my_micro_batches, batches, strict=True):
-            gradient, sums = self.replica.gradients(x_BxT, y_BxT, (self.step, micro_batch))
-            self._sum.add(gradient)
-            totals.add(micro_batch, sums)
-        terms = self._sum.terms()
+            totals.add(micro_batch, self._add_gradients(x_BxT, y_BxT, micro_batch))
+        terms = self.overlap.terms()
         norm = self.update(terms, self._order, totals, self.clip_norm, self.replica, self.comm)
         self.step += 1
         counts = totals.sum()
@@ -167,6 +183,15 @@ class Trainer:
         batches = self._ahead[2](self.step)
         self.input_s += time.perf_counter() - begun
         return batches
+
+    def _add_gradients(self, x_BxT: np.ndarray, y_BxT: np.ndarray, micro_batch: int) -> np.ndarray:
+        """Add a micro-batch's gradient to this rank's sums; its loss, targets and right guesses, (3,)."""
+        draw = (self.step, micro_batch)
+        if self.overlap.leaves(micro_batch):
+            return self.overlap.gradients(x_BxT, y_BxT, draw)
+        gradient, sums = self.replica.gradients(x_BxT, y_BxT, draw)
+        self._sum.add(gradient)
+        return sums
 
     # Many steps ----------------------------------------------------------------------------------
 

@@ -1,0 +1,206 @@
+"""Sums that leave in parts while a rank still computes: a thread that looks after the messages.
+
+A rank has one core, and its main thread is inside TensorFlow. So the thread posts nonblocking messages, looks
+at them now and then, and sleeps in between: a look lets MPI move what has arrived. Parts are exchanged in the
+order in which they become ready, which is the same on all ranks, by the same lines as sums that nobody
+overlaps (`tf_dist.comm.exchange`), so in the same order of additions, and with the same bits.
+
+Where ranks of a node share their terms in a window, a piece begins when all of them have come to it; each
+rank then adds its slice of the node's terms and exchanges it between nodes. A sum ends when all ranks of the
+node have ended theirs.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from mpi4py import MPI
+
+from tf_dist.comm.base import Comm, Order, Overlapped, Sum, add_in_order, slices
+from tf_dist.comm.exchange import DEPTH, Memory, Requests, pieces, sum_of_piece
+from tf_dist.comm.node import Share, Window
+
+# Between two looks at messages under way. A look takes some 20 us of the core that computes.
+LOOK_EVERY_S = 0.0005
+# How long a rank that fails waits for its thread to stop.
+STOP_S = 1.0
+
+
+class Places(NamedTuple):
+    """Where the terms of a sum lie, and who adds them.
+
+    window: that of the node; None: each rank has its own terms, and is a node by itself.
+    node, between: communicators for nobody else's use: the ranks of a node, and those that exchange a slice.
+    share: what the node adds alone. rest: the order of what is left, between nodes.
+    """
+
+    window: Window | None
+    node: Any
+    between: Any
+    share: Share
+    rest: Order
+
+
+class Overlap(Overlapped):
+    """As in `Overlapped`, by a thread of its own, which sleeps as long as there is nothing to do.
+
+    Args:
+        comm: whose ``chunk_bytes`` holds, and whose ``under_way_s`` is counted.
+        length: elements of a term.
+        places: of the terms.
+
+    Attributes:
+        begun: whether a sum has begun and not yet been finished.
+    """
+
+    def __init__(self, comm: Comm, length: int, places: Places) -> None:
+        self._comm, self._length, self._at = comm, length, places
+        self._memory = Memory()
+        self._change = threading.Condition()
+        # Guarded by `_change`: pieces to begin with, and how many have not ended.
+        self._queue: deque[Iterator[Requests]] = deque()
+        self._open, self._since = 0, 0.0
+        self._awaited = self._stopped = False
+        self._error: BaseException | None = None
+        self._thread: threading.Thread | None = None
+        self._number = self._given = 0
+        self._terms: list[np.ndarray] = []
+        self._out = self._own_place = np.empty(0, np.float32)
+        self.begun = False
+
+    def begin(self, terms: list[np.ndarray]) -> None:
+        """As in `Overlapped`."""
+        if self._stopped:
+            raise RuntimeError("this rank has failed in an earlier step, and cannot go on with the others")
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="tf_dist-overlap", daemon=True)
+            self._thread.start()
+        if self._at.window is not None:
+            assert self._at.window.holds(terms), "these terms do not lie in the window"
+            self._terms, self._out = self._at.window.everyones()
+        else:
+            if not terms and not self._own_place.size:
+                self._own_place = np.empty(self._length, np.float32)
+            self._terms, self._out = terms, terms[0] if terms else self._own_place
+        self._given, self.begun, self._awaited = 0, True, False
+
+    def ready(self, part: slice) -> None:
+        """As in `Overlapped`."""
+        self._given += part.stop - part.start
+        # By all ranks of a node at once, and cut alike: they come to the same pieces.
+        elements = self._comm.chunk_bytes // 4 * self._at.node.Get_size()
+        for piece in pieces(part.stop - part.start, elements):
+            self._submit(self._sum_of(slice(part.start + piece.start, part.start + piece.stop), self._number))
+            self._number += 1
+
+    def finish(self) -> Sum:
+        """Wait for the sum that has begun.
+
+        Returns:
+            The sum: in the first of this rank's terms, or where the window, or this exchange, has it.
+        """
+        assert self._given == self._length, "a part of the sum was never ready"
+        self._awaited = True
+        self._wait_until_all_is_done()
+        if self._at.window is not None:
+            self._submit(self._last())
+            self._wait_until_all_is_done()
+            self._at.window.turn()
+        self.begun = False
+        return Sum(self._out)
+
+    def _wait_until_all_is_done(self) -> None:
+        with self._change:
+            self._change.wait_for(lambda: not self._open or self._error is not None)
+        if self._error is not None:
+            raise self._error
+
+    def give_up(self) -> None:
+        """As in `Overlapped`."""
+        with self._change:
+            self._stopped = True
+            self._change.notify_all()
+        if self._thread is not None:
+            self._thread.join(STOP_S)
+
+    # What is exchanged -----------------------------------------------------------------------------
+
+    def _sum_of(self, piece: slice, number: int) -> Iterator[Requests]:
+        """Add a piece of the terms of the node, then of those of all nodes."""
+        node, share = self._at.node, self._at.share
+        if node.Get_size() > 1:
+            yield [node.Ibarrier()]  # all of them have this piece of their terms ready
+        part = slices(piece.stop - piece.start, node.Get_size())[node.Get_rank()]
+        mine = slice(piece.start + part.start, piece.start + part.stop)
+        values = [term[mine] for term in self._terms]
+        if share.additions:
+            add_in_order(values, share.additions)
+        left = [values[term] for term in share.left]
+        yield from sum_of_piece(self._at.between, left, self._at.rest, self._out[mine], number, self._memory)
+
+    def _last(self) -> Iterator[Requests]:
+        yield [self._at.node.Ibarrier()]  # the other ranks of the node have written their slices
+
+    def _submit(self, work: Iterator[Requests]) -> None:
+        with self._change:
+            if not self._open:
+                self._since = time.monotonic()
+            self._queue.append(work)
+            self._open += 1
+            self._change.notify_all()
+
+    # The thread ------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while self._wait_for_work():
+                self._exchange()
+        except BaseException as error:  # raised again where the sum is waited for
+            with self._change:
+                self._error = error
+                self._change.notify_all()
+
+    def _wait_for_work(self) -> bool:
+        with self._change:
+            self._change.wait_for(lambda: self._queue or self._stopped)
+            return not self._stopped
+
+    def _exchange(self) -> None:
+        """Move pieces until none is left."""
+        under_way: list[tuple[Iterator[Requests], Requests]] = []
+        while not self._stopped:
+            under_way += self._begin_more(DEPTH - len(under_way))
+            if not under_way:
+                return
+            moved = False
+            for at in reversed(range(len(under_way))):
+                work, requests = under_way[at]
+                if MPI.Request.Testall(requests):
+                    moved = True
+                    under_way[at : at + 1] = self._go_on(work)
+            if not moved:
+                time.sleep(0.0 if self._awaited else LOOK_EVERY_S)
+
+    def _begin_more(self, count: int) -> list[tuple[Iterator[Requests], Requests]]:
+        begun: list[tuple[Iterator[Requests], Requests]] = []
+        while self._queue and len(begun) < count:
+            work = self._queue.popleft()
+            begun.append((work, next(work)))
+        return begun
+
+    def _go_on(self, work: Iterator[Requests]) -> list[tuple[Iterator[Requests], Requests]]:
+        """The work and what it needs next; nothing where it has ended."""
+        requests = next(work, None)
+        if requests is not None:
+            return [(work, requests)]
+        with self._change:
+            self._open -= 1
+            if not self._open:
+                self._comm.under_way_s += time.monotonic() - self._since
+            self._change.notify_all()
+        return []

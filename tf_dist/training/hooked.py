@@ -1,0 +1,94 @@
+"""Gradients that are handed over bucket by bucket, while TensorFlow still computes the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tf_dist.parallel.buckets import Buckets, Overlap
+from tf_dist.parallel.tree import BlockSum
+from tf_dist.training.replica import Replica
+
+
+class Overlapping:
+    """What a `Trainer` does where gradients leave during the backward pass; where not, it changes nothing.
+
+    Args:
+        replica: this rank's model.
+        sums: of this rank.
+        micro_batches: of this rank: the gradient of the last one completes its sums.
+        chosen: buckets, or None.
+    """
+
+    def __init__(
+        self, replica: Replica, sums: BlockSum, micro_batches: Sequence[int], chosen: Overlap
+    ) -> None:
+        self._replica, self._sums, self._micro_batches = replica, sums, micro_batches
+        self._buckets, self._said = chosen
+        self._function: Callable[..., Any] | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether gradients leave; XLA compiles a whole step, and calls nobody in between."""
+        return self._buckets is not None and not self._replica.xla
+
+    @property
+    def said(self) -> str:
+        """What to say about it."""
+        if self._buckets is not None and not self.active:
+            return "nothing leaves during the backward pass, because XLA compiles it"
+        return self._said
+
+    def leaves(self, micro_batch: int) -> bool:
+        """Whether the gradient of a micro-batch leaves while it is computed."""
+        return self.active and micro_batch == self._micro_batches[-1]
+
+    def gradients(self, x_BxT: np.ndarray, y_BxT: np.ndarray, draw: tuple[int, int]) -> np.ndarray:
+        """As `Replica.gradients`, but the gradient goes to the sums of all ranks; the other sums, (3,)."""
+        assert self._buckets is not None
+        if self._function is None:
+            self._function = hooked_gradients(self._replica, self._buckets)
+        self._buckets.begin()
+        try:
+            return np.asarray(self._function(x_BxT, y_BxT, self._replica.random_states(draw)), np.float64)
+        except BaseException:
+            self._buckets.give_up()
+            raise
+
+    def terms(self) -> list[np.ndarray]:
+        """Return the terms of this rank once all micro-batches were added; they may be on their way."""
+        if self.active and not self._micro_batches:
+            assert self._buckets is not None
+            self._buckets.begin()
+            self._buckets.add_nothing()
+        return self._sums.terms()
+
+
+def hooked_gradients(replica: Replica, buckets: Buckets) -> Callable[..., Any]:
+    """A compiled function like that of `Replica.gradients` which hands its gradients over to buckets.
+
+    Returns:
+        A function of token ids, targets and random states, to the summed loss, targets and right guesses. An
+        error in a bucket comes out of it as TensorFlow's.
+    """
+
+    def graph(x_BxT: Any, y_BxT: Any, states: Any) -> Any:
+        parts, sums = replica.gradients_and_sums(x_BxT, y_BxT, states)
+        for number, bucket in enumerate(buckets.divided):
+            # Stateful, so TensorFlow keeps these calls in the order in which they are written here.
+            tf.numpy_function(_hook(buckets, number), [parts[i] for i in bucket], [], stateful=True)
+        return sums
+
+    function: Callable[..., Any] = tf.function(graph, input_signature=replica.gradients_signature)
+    return function
+
+
+def _hook(buckets: Buckets, number: int) -> Callable[..., list[Any]]:
+    def hook(*gradients: np.ndarray) -> list[Any]:
+        buckets.add(number, gradients)
+        return []
+
+    return hook
