@@ -24,8 +24,10 @@ FOLDER = Path("runs/bench")
 LIMIT_S = 1800
 
 
-def launch(ranks: int, module: str, *words: str, log: Path) -> None:
+def launch(ranks: int, module: str, *words: str, log: Path, by: Sequence[str] = ()) -> None:
     """Run ``python -m module words`` on some ranks, 0 without mpirun; what they print goes to a log.
+
+    ``by`` is a command that starts the ranks in mpirun's place.
 
     Raises:
         SystemExit: the job failed; the end of its log is printed.
@@ -34,7 +36,9 @@ def launch(ranks: int, module: str, *words: str, log: Path) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "wb") as file:
         command = [sys.executable, "-m", module, *words]
-        if ranks:
+        if ranks and by:
+            command = [*by, *command]
+        elif ranks:
             command = [mpirun, "-np", str(ranks), *command]
         ended = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=LIMIT_S)
     if ended.returncode:
@@ -42,12 +46,12 @@ def launch(ranks: int, module: str, *words: str, log: Path) -> None:
         raise SystemExit(f"error: {' '.join(command)} ended with {ended.returncode}; see {log}")
 
 
-def measured(ranks: int, module: str, *words: str, folder: Path) -> Any:
+def measured(ranks: int, module: str, *words: str, folder: Path, by: Sequence[str] = ()) -> Any:
     """Run a job as `launch` does, with the path of a file as its last word; the JSON that it leaves there."""
     name = "-".join([str(ranks), *words])
     out = folder / f"{name}.json"
     out.unlink(missing_ok=True)
-    launch(ranks, module, *words, str(out), log=folder / f"{name}.log")
+    launch(ranks, module, *words, str(out), log=folder / f"{name}.log", by=by)
     return json.loads(out.read_text())
 
 

@@ -45,7 +45,7 @@ def stock_model(sizes: dict[str, Any], rows: int) -> tuple[keras.Model, keras.op
 
 
 def trainer_of(
-    comm: Comm, sizes: dict[str, Any], rows: int, micro_batches: int
+    comm: Comm, sizes: dict[str, Any], rows: int, micro_batches: int, **options: Any
 ) -> tuple[Trainer, Sequences, Sampler]:
     """Our Trainer with some rows and micro-batches for each rank, and data for a few steps."""
     keras.utils.set_random_seed(1)
@@ -57,6 +57,7 @@ def trainer_of(
         micro_batch_size=rows // micro_batches,
         seq_len=sizes["seq_len"],
         clip_norm=1.0,
+        **options,
     )
     tokens = np.random.default_rng(1).integers(0, VOCABULARY, 8 * rows * comm.size * sizes["seq_len"] + 1)
     sequences = trainer.sequences(tokens.astype(np.uint16))

@@ -85,7 +85,8 @@ def set_threads(comm: Comm, threads_per_rank: int = 0) -> Place:
     Raises:
         LaunchError: TensorFlow is imported already, or Keras is set to another framework.
     """
-    place = places(comm)[comm.rank]
+    everywhere = places(comm)
+    place = everywhere[comm.rank]
     threads = threads_per_rank or place.threads
     if "tensorflow" in sys.modules and os.environ.get("TF_NUM_INTRAOP_THREADS") != str(threads):
         raise LaunchError(
@@ -97,8 +98,10 @@ def set_threads(comm: Comm, threads_per_rank: int = 0) -> Place:
         raise LaunchError(f"KERAS_BACKEND is {framework!r}: tf_dist trains with tensorflow. Unset it")
     for name in THREAD_VARIABLES:
         os.environ[name] = str(threads)
-    # More than one operation at a time only pays when there are threads to spare.
-    os.environ["TF_NUM_INTEROP_THREADS"] = str(min(2, threads))
+    # More than one operation at a time only pays when there are threads to spare; or between nodes, where
+    # gradients leave during the backward pass: one thread would hand them over when all the rest is done.
+    between_nodes = len({at.host for at in everywhere}) > 1
+    os.environ["TF_NUM_INTEROP_THREADS"] = str(2 if between_nodes else min(2, threads))
     # TensorFlow's INFO and WARNING lines, once per rank, would bury ours. Errors still show.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     return Place(place.host, place.local_rank, place.local_size, place.cores, threads)

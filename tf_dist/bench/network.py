@@ -1,0 +1,203 @@
+"""Two hosts and the network between them: sums of gradients, and training steps, at 1 and 10 Gbit/s.
+
+The hosts are emulated on this machine (``scripts/emulate_cluster.py``), one rank each, so a checkout, root
+and iproute2 are needed. In one job and in turn: our Trainer with gradients that leave during the backward
+pass, and without; compute alone (nothing is exchanged: the ceiling); Keras with a plain mpi4py `Allreduce`.
+In a job of its own, for its thread takes time from all others: Horovod inside the step.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tf_dist.bench import models, running
+
+if TYPE_CHECKING:
+    from tf_dist.comm.base import Comm
+    from tf_dist.training.trainer import Trainer
+
+MODULE = "tf_dist.bench.network"
+FOLDER = running.FOLDER / "network"
+CLUSTER = Path("scripts/emulate_cluster.py")
+RATES = ("1gbit", "10gbit")
+HOSTS, ROWS = 2, 4
+# What the script says where a tool is missing, or namespaces are not permitted.
+NOT_HERE = (69, 78)
+SUM_LENGTH, SUMS, STEPS, DROPPED = 10_700_000, 7, 9, 2
+SUM_NAMES = {"ours": "tf_dist, chosen pieces", "ours 2 MiB": "tf_dist, 2 MiB", "mpi": "MPI Allreduce"}
+STEP_NAMES = {
+    "overlap": "tf_dist",
+    "in turn": "tf_dist, no overlap",
+    "mpi4py": "mpi4py",
+    "horovod": "Horovod",
+    "compute": "compute alone",
+}
+
+
+def main() -> int:
+    """Start the jobs, rate by rate; one table of sums, one of steps."""
+    command = [sys.executable, str(CLUSTER)]
+    check = subprocess.run([*command, "--check"], capture_output=True, text=True)
+    if check.returncode in NOT_HERE:
+        print(f"bench-network is skipped: {check.stderr.strip()}")
+        return 0
+    found = {}
+    for rate in RATES:
+        by = [*command, "--hosts", str(HOSTS), "--rate", rate, "--"]
+        print(f"{HOSTS} hosts at {rate} ...", flush=True)
+        job = running.measured(HOSTS, MODULE, "ranks", rate, folder=FOLDER, by=by)
+        if importlib.util.find_spec("horovod") is not None:
+            theirs = running.measured(HOSTS, MODULE, "horovod", rate, folder=FOLDER, by=by)
+            for part in ("sums_ms", "steps_ms"):
+                job[part].update(theirs[part])
+        found[rate] = job
+    print(f"\n{sums_table(found)}\n\n{steps_table(found)}")
+    for rate, job in found.items():
+        print(f"{rate}: {job['said']}")
+    print(f"\nin {running.save('network', {'rows_per_rank': ROWS, 'rates': found})}")
+    return 0
+
+
+def sums_table(found: dict[str, Any]) -> str:
+    """Sums alone; the ratio last."""
+    names = {**SUM_NAMES, "horovod": "Horovod"}
+    rows = [
+        [f"{rate}, {names[kind]}", f"{time_ms:.1f}", f"{time_ms / job['sums_ms']['ours']:.2f}"]
+        for rate, job in found.items()
+        for kind, time_ms in job["sums_ms"].items()
+    ]
+    return running.table([f"a sum of {4e-6 * SUM_LENGTH:.0f} MB", "ms", "it / ours"], rows)
+
+
+def steps_table(found: dict[str, Any]) -> str:
+    """Training steps, and what of their exchange is waited for; the ratio last."""
+    rows = []
+    for rate, job in found.items():
+        for way, name in STEP_NAMES.items():
+            if way not in job["steps_ms"]:
+                continue
+            step_ms = job["steps_ms"][way]
+            parts = job["parts_ms"].get(way)
+            cells = (
+                [f"{parts[part]:.1f}" for part in ("under way", "exposed", "wait")] if parts else ["", "", ""]
+            )
+            speed = 1e3 * HOSTS * ROWS * models.GPT["seq_len"] / step_ms
+            ratio = step_ms / job["steps_ms"]["overlap"]
+            rows.append([f"{rate}, {name}", f"{step_ms:.0f}", *cells, f"{speed:,.0f}", f"{ratio:.2f}"])
+    head = ["GPT 10.7 M, ms of a step", "step", "exchange", "exposed", "wait", "tokens/s", "it / ours"]
+    return running.table(head, rows)
+
+
+# On the ranks ------------------------------------------------------------------------------------
+
+
+def main_on_ranks(out: Path) -> None:
+    """All ways but Horovod, in turn."""
+    from tf_dist.comm import launch, mpi
+
+    comm = launch.connect()  # sets threads, so before anything that imports Keras
+    mpi.CHUNK_BYTES = 1 << 40  # one call, as a user would write it
+    from tf_dist.bench import ways
+
+    sums_ms, said = sums(comm)
+    works, parts = {}, {}
+    for way, wanted in (("overlap", "on"), ("in turn", "off")):
+        made = ways.trainer_of(
+            comm, models.GPT, ROWS, micro_batches=1, overlap=wanted, chunk_bytes=comm.chunk_bytes
+        )
+        parts[way] = Parts(comm, made[0], lambda made=made: made[0].train_step(*made[1:]))
+        works[way] = parts[way].step
+        said += f"; {made[0].overlap.said}" if made[0].overlap.said else ""
+    works["mpi4py"] = ways.plain_mpi4py(comm, models.GPT, ROWS)
+    works["compute"] = ways.compute_alone(models.GPT, ROWS)
+    steps_ms = running.interleaved(comm, works, DROPPED + STEPS, DROPPED)
+    parts_ms = {way: part.medians_ms(DROPPED) for way, part in parts.items()}
+    note(comm, out, {"sums_ms": sums_ms, "steps_ms": steps_ms, "parts_ms": parts_ms, "said": said})
+
+
+class Parts:
+    """Steps of a trainer, with what its exchange takes and how much of it is waited for."""
+
+    def __init__(self, comm: Comm, trainer: Trainer, step: Callable[[], Any]) -> None:
+        self._comm, self._trainer, self._step = comm, trainer, step
+        self._taken: list[dict[str, float]] = []
+
+    def _clocks(self) -> dict[str, float]:
+        comm = self._comm
+        return {"under way": comm.under_way_s, "exposed": comm.comm_s, "wait": comm.wait_s}
+
+    def step(self) -> None:
+        """One step."""
+        before = self._clocks()
+        self._step()
+        self._taken.append({name: now - before[name] for name, now in self._clocks().items()})
+
+    def medians_ms(self, dropped: int) -> dict[str, float]:
+        """Median milliseconds of each part of a step on this rank."""
+        import numpy as np
+
+        counted = self._taken[dropped:]
+        found = {part: 1e3 * float(np.median([step[part] for step in counted])) for part in counted[0]}
+        return {**found, "under way": found["under way"] or found["exposed"]}
+
+
+def sums(comm: Comm) -> tuple[dict[str, float], str]:
+    """Median milliseconds of each kind of sum, and what was chosen."""
+    from tf_dist.comm.base import DEFAULT_CHUNK_BYTES
+    from tf_dist.parallel.carrier import choose_chunk
+    from tf_dist.parallel.flat import aligned_empty
+    from tf_dist.parallel.tree import order
+
+    made = order(range(comm.size), [range(rank, rank + 1) for rank in range(comm.size)])
+    array = aligned_empty(SUM_LENGTH)
+    array.fill(0.0)
+    said = choose_chunk(comm, SUM_LENGTH, made).removeprefix("; ")
+    chosen = comm.chunk_bytes
+
+    def ours(chunk_bytes: int) -> None:
+        comm.chunk_bytes = chunk_bytes
+        comm.allreduce_terms([array], made, array)
+
+    works: dict[str, Callable[[], Any]] = {
+        "ours": lambda: ours(chosen),
+        "ours 2 MiB": lambda: ours(DEFAULT_CHUNK_BYTES),
+        "mpi": lambda: comm.allreduce(array),
+    }
+    medians_ms = running.interleaved(comm, works, DROPPED + SUMS, DROPPED)
+    comm.chunk_bytes = chosen
+    return medians_ms, said
+
+
+def horovod(out: Path) -> None:
+    """Horovod alone."""
+    from tf_dist.comm import launch
+
+    comm = launch.connect("horovod")
+    from tf_dist.bench import ways
+    from tf_dist.parallel.flat import aligned_empty
+
+    array = aligned_empty(SUM_LENGTH)
+    array.fill(0.0)
+    sums_ms = running.interleaved(comm, {"horovod": lambda: comm.allreduce(array)}, DROPPED + SUMS, DROPPED)
+    works = {"horovod": ways.horovod(comm, models.GPT, ROWS)}
+    note(
+        comm,
+        out,
+        {"sums_ms": sums_ms, "steps_ms": running.interleaved(comm, works, DROPPED + STEPS, DROPPED)},
+    )
+
+
+def note(comm: Comm, out: Path, report: dict[str, Any]) -> None:
+    """Leave a report in a file, on rank 0."""
+    if comm.rank == 0:
+        out.write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    {"ranks": main_on_ranks, "horovod": horovod}[sys.argv[1]](Path(sys.argv[3]))
