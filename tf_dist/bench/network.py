@@ -20,6 +20,8 @@ from tf_dist.bench import models, running
 
 if TYPE_CHECKING:
     from tf_dist.comm.base import Comm
+    from tf_dist.data.sampler import Sampler
+    from tf_dist.data.tokens import Sequences
     from tf_dist.training.trainer import Trainer
 
 MODULE = "tf_dist.bench.network"
@@ -106,12 +108,13 @@ def main_on_ranks(out: Path) -> None:
     from tf_dist.bench import ways
 
     sums_ms, said = sums(comm)
-    works, parts = {}, {}
+    works: dict[str, Callable[[], Any]] = {}
+    parts: dict[str, Parts] = {}
     for way, wanted in (("overlap", "on"), ("in turn", "off")):
         made = ways.trainer_of(
             comm, models.GPT, ROWS, micro_batches=1, overlap=wanted, chunk_bytes=comm.chunk_bytes
         )
-        parts[way] = Parts(comm, made[0], lambda made=made: made[0].train_step(*made[1:]))
+        parts[way] = Parts(comm, *made)
         works[way] = parts[way].step
         said += f"; {made[0].overlap.said}" if made[0].overlap.said else ""
     works["mpi4py"] = ways.plain_mpi4py(comm, models.GPT, ROWS)
@@ -124,8 +127,8 @@ def main_on_ranks(out: Path) -> None:
 class Parts:
     """Steps of a trainer, with what its exchange takes and how much of it is waited for."""
 
-    def __init__(self, comm: Comm, trainer: Trainer, step: Callable[[], Any]) -> None:
-        self._comm, self._trainer, self._step = comm, trainer, step
+    def __init__(self, comm: Comm, trainer: Trainer, sequences: Sequences, sampler: Sampler) -> None:
+        self._comm, self._trainer, self._data = comm, trainer, (sequences, sampler)
         self._taken: list[dict[str, float]] = []
 
     def _clocks(self) -> dict[str, float]:
@@ -135,7 +138,7 @@ class Parts:
     def step(self) -> None:
         """One step."""
         before = self._clocks()
-        self._step()
+        self._trainer.train_step(*self._data)
         self._taken.append({name: now - before[name] for name, now in self._clocks().items()})
 
     def medians_ms(self, dropped: int) -> dict[str, float]:

@@ -84,8 +84,8 @@ class Comm(ABC):
         size: number of ranks, R.
         comm_s: seconds spent moving and reducing arrays so far.
         wait_s: seconds spent in `barrier`, waiting for slower ranks.
-        under_way_s: seconds during which `overlapped` sums were under way, most of them hidden behind
-            computing; ``comm_s`` has only what was waited for.
+        overlapped_sums: how many sums left in parts; under_way_s: seconds during which they were under way;
+        exposed_s: those of them that were waited for, which are also in ``comm_s``.
         waiting: the verb this rank is inside of and when it entered it (`time.monotonic`), or None.
         calls: collectives begun so far.
         chunk_bytes: sums of terms travel between ranks in pieces of this size, the same on every rank.
@@ -102,7 +102,7 @@ class Comm(ABC):
     def __init__(self) -> None:
         self.comm_s = 0.0
         self.wait_s = 0.0
-        self.under_way_s = 0.0
+        self.overlapped_sums, self.under_way_s, self.exposed_s = 0, 0.0, 0.0
         self.chunk_bytes = DEFAULT_CHUNK_BYTES
         self.no_overlap_because = "this backend cannot"
         self.waiting: tuple[str, float] | None = None

@@ -50,7 +50,7 @@ class Overlap(Overlapped):
     """As in `Overlapped`, by a thread of its own, which sleeps as long as there is nothing to do.
 
     Args:
-        comm: whose ``chunk_bytes`` holds, and whose ``under_way_s`` is counted.
+        comm: whose ``chunk_bytes`` holds, and who counts sums and seconds.
         length: elements of a term.
         places: of the terms.
 
@@ -105,6 +105,7 @@ class Overlap(Overlapped):
             The sum: in the first of this rank's terms, or where the window, or this exchange, has it.
         """
         assert self._given == self._length, "a part of the sum was never ready"
+        begun = time.monotonic()
         self._awaited = True
         self._wait_until_all_is_done()
         if self._at.window is not None:
@@ -112,6 +113,8 @@ class Overlap(Overlapped):
             self._wait_until_all_is_done()
             self._at.window.turn()
         self.begun = False
+        self._comm.overlapped_sums += 1
+        self._comm.exposed_s += time.monotonic() - begun
         return Sum(self._out)
 
     def _wait_until_all_is_done(self) -> None:

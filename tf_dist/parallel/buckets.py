@@ -24,9 +24,7 @@ BUCKET_BYTES = 4 << 20
 LAST_BUCKET_BYTES = 1 << 20
 
 
-def divide(
-    sizes: Sequence[int], most_bytes: int = BUCKET_BYTES, last_bytes: int = LAST_BUCKET_BYTES
-) -> list[range]:
+def divide(sizes: Sequence[int], most_bytes: int, last_bytes: int) -> list[range]:
     """Variables in buckets, in the order in which a backward pass makes their gradients.
 
     Args:
@@ -66,7 +64,7 @@ class Buckets:
     """
 
     def __init__(self, layout: FlatLayout, sums: BlockSum, exchange: Overlapped) -> None:
-        self.divided = divide(layout.sizes)
+        self.divided = divide(layout.sizes, BUCKET_BYTES, LAST_BUCKET_BYTES)
         self._starts = layout.starts
         self._sums, self._exchange = sums, exchange
 
@@ -128,4 +126,13 @@ def choose(
             raise LaunchError(f"--overlap on: it cannot be, because {reason}. Use --overlap auto")
         return Overlap(None, f"nothing leaves during the backward pass, because {reason}")
     buckets = Buckets(layout, sums, exchange)
-    return Overlap(buckets, f"{len(buckets.divided)} buckets leave during the backward pass")
+    count = len(buckets.divided)
+    return Overlap(buckets, f"gradients leave during the backward pass, in {count} bucket{'s' * (count > 1)}")
+
+
+def spent(comm: Comm) -> str:
+    """What overlapped sums have cost so far, for a person; nothing where there were none."""
+    if not comm.overlapped_sums:
+        return ""
+    under_way, exposed = (1e3 * s / comm.overlapped_sums for s in (comm.under_way_s, comm.exposed_s))
+    return f"{under_way:.1f} ms a step under way, {exposed:.1f} ms of it waited for"

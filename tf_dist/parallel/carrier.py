@@ -18,7 +18,7 @@ from tf_dist.parallel.flat import aligned_empty
 
 CHOICES = ("auto", "window", "messages")
 # Pieces that are tried: small ones keep a network busy from the first moment on, large ones cost less.
-CHUNKS_BYTES = (128 << 10, 512 << 10, 2 << 20, 8 << 20)
+CHUNKS_BYTES = (512 << 10, 2 << 20, 8 << 20, 32 << 20)
 CHUNK_ROUNDS = 2
 CHUNK_PROBE_S = 0.5
 # What is sent to see how long it takes to try them.

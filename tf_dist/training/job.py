@@ -10,6 +10,7 @@ from tf_dist.comm.base import Comm
 from tf_dist.config import Config
 from tf_dist.data.prepared import Prepared
 from tf_dist.errors import CheckpointError, SavedAndStopped
+from tf_dist.parallel.buckets import spent
 from tf_dist.training import checkpoint, state
 from tf_dist.training.environment import bits_depend_on, changes
 from tf_dist.training.generate import Sampling, generate
@@ -122,6 +123,8 @@ class Job:
             say(f"done at step {self.trainer.step}: {_summary(self.last)}")
         else:
             say(f"step {self.trainer.step} was already reached: raise --steps, or choose another --run-dir")
+        if found := spent(self.comm):
+            say(f"exchange     {found}")
         picture = run.path / "loss.png"
         if loss_curve(run.metrics, picture, f"{self.config.model}, {self.comm.size} ranks"):
             say(f"loss curve   {picture}")

@@ -1,0 +1,144 @@
+"""Gradients that leave during the backward pass: the bits of those that do not, and nobody hangs."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from conftest import made
+from mpi4py import MPI
+from test_node_mpi import NODES, leaf, whole
+from test_training_mpi import G, flat, steps_of, trainer
+
+from tf_dist.comm.base import SerialComm
+from tf_dist.comm.mpi import MPIComm
+from tf_dist.data.sampler import share
+from tf_dist.errors import LaunchError, NumericError
+from tf_dist.parallel import buckets
+from tf_dist.parallel.tree import BlockSum, order
+
+STEPS = 6
+ROWS = [1, 2, 3, 4, G]  # 12, 6, 4, 3 micro-batches and one: also ranks with none, and uneven ones
+several = pytest.mark.skipif(MPI.COMM_WORLD.size == 1, reason="one rank has nobody to send to")
+
+
+@pytest.fixture(scope="module", params=NODES)
+def ranks(request, connected):
+    """All ranks, on nodes that are made up."""
+    world = MPI.COMM_WORLD
+    nodes = [NODES[request.param](rank, world.size) for rank in range(world.size)]
+    if len(set(Counter(nodes).values())) > 1:
+        pytest.skip("nodes would have different numbers of ranks")
+    return MPIComm(node=world.Split(nodes[world.rank]))
+
+
+@pytest.fixture
+def small_buckets(monkeypatch):
+    """Several buckets, also of a small model."""
+    monkeypatch.setattr(buckets, "BUCKET_BYTES", 600)
+    monkeypatch.setattr(buckets, "LAST_BUCKET_BYTES", 100)
+
+
+@pytest.fixture(scope="module")
+def serial(connected):
+    """Logs and weights of the same training on one rank, by rows of a micro-batch; made when asked for."""
+    found = {}
+
+    def find(rows):
+        if rows not in found:
+            alone = trainer(SerialComm(), rows=rows)
+            found[rows] = steps_of(alone, STEPS), flat(alone.model)
+        return found[rows]
+
+    return find
+
+
+@several
+@pytest.mark.parametrize("window", [True, False])
+@pytest.mark.parametrize("leaves", [1, 3, 4, 8])
+def test_parts_have_the_bits_of_one_rank(ranks, everyone, leaves, window):
+    length, wrong = 10_007, []
+    blocks = [share(leaves, rank, ranks.size) for rank in range(ranks.size)]
+    mine, order_ = blocks[ranks.rank], order(range(leaves), blocks)
+    ranks.forget_buffers(length, order_)
+    ranks._overlaps.clear()
+    home = ranks.term_buffers(length, order_) if window else None
+    sums = BlockSum(length, range(leaves), mine, home)
+    exchange = ranks.overlapped(length, order_)
+    ranks.chunk_bytes = 1000
+    for turn in range(3):
+        for number in mine[:-1]:
+            sums.add(leaf(number, turn, length))
+        exchange.begin(sums.open_last())
+        for start in range(0, length, 3001):
+            part = slice(start, min(length, start + 3001))
+            if mine:
+                sums.add_part(start, leaf(mine[-1], turn, length)[part])
+            exchange.ready(part)
+        terms = sums.terms()
+        ranks.barrier()
+        found = ranks.allreduce_terms(terms, order_, terms[0] if terms else np.empty(length, np.float32))
+        if found.array.tobytes() != whole(leaves, turn, length).tobytes():
+            wrong.append(turn)
+    assert everyone(wrong) == [[]] * ranks.size
+    assert ranks.overlapped_sums >= 3 and ranks.under_way_s > 0
+
+
+@several
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("allreduce", ["messages", "window"])
+def test_a_trainer_has_the_bits_of_one_rank(connected, serial, everyone, small_buckets, rows, allreduce):
+    logs_serial, weights_serial = serial(rows)
+    trained = trainer(connected, rows=rows, overlap="on", allreduce=allreduce, chunk_bytes=256)
+    logs = steps_of(trained, STEPS)
+    same = logs == logs_serial and (flat(trained.model) == weights_serial).all()
+    assert all(everyone(bool(same)))
+    assert "gradients leave during the backward pass, in " in trained.overlap.said
+    assert "in pieces of 0.25 KiB, as was asked for" in trained.carrier.said
+
+
+@several
+def test_over_nodes_it_is_the_default(ranks, serial, everyone, small_buckets):
+    logs_serial, weights_serial = serial(3)
+    trained = trainer(ranks)
+    logs = steps_of(trained, STEPS)
+    same = logs == logs_serial and (flat(trained.model) == weights_serial).all()
+    assert all(everyone(bool(same)))
+    assert trained.overlap.active == (ranks.nodes() > 1)
+
+
+@several
+def test_in_debug_mode(connected, serial, everyone, small_buckets):
+    """Every collective is compared, and the order of parts is one of them all the same."""
+    trained = trainer(made("mpi in debug mode", connected), overlap="on")
+    assert all(everyone(steps_of(trained, STEPS) == serial(3)[0]))
+
+
+@several
+def test_not_a_number_on_one_rank_stops_all(connected, everyone, small_buckets):
+    trained = trainer(connected, overlap="on")
+    steps_of(trained, 1)
+    if connected.rank == connected.size - 1:
+        weight = trained.model.weights[-1]
+        weight.assign(np.full(weight.shape, np.nan, np.float32))
+    before = flat(trained.model)
+    trained.sentinel.watch = lambda step: None  # it would be the first to see this
+    try:
+        steps_of(trained, 1)
+        outcome = "nothing"
+    except NumericError as error:
+        outcome = str(error)
+    assert everyone(outcome) == [everyone(outcome)[0]] * connected.size
+    assert "not finite" in outcome
+    assert all(everyone(flat(trained.model).tobytes() == before.tobytes()))
+
+
+@several
+def test_xla_and_master_do_without(connected, serial, everyone):
+    with pytest.raises(LaunchError, match="only --update allreduce"):
+        trainer(connected, "master", overlap="on")
+    trained = trainer(connected, overlap="on")
+    trained.replica.use_xla(True)
+    assert not trained.overlap.active
+    assert "because XLA compiles it" in trained.overlap.said
+    steps_of(trained, 1)
+    trained.check_equal()
