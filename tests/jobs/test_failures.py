@@ -175,6 +175,44 @@ def test_a_users_model_that_fails_on_one_rank(run_job, small, tmp_path, rank, st
     assert [failure["rank"] for failure in status["failures"]] == [rank]
 
 
+OVERLAPPED = """
+import numpy as np
+import tf_dist
+from tf_dist.parallel import buckets
+
+buckets.BUCKET_BYTES, buckets.LAST_BUCKET_BYTES = 4096, 1024
+comm = tf_dist.connect()
+import keras
+
+tokens = keras.Input((8,), dtype="int32")
+x = keras.layers.Dense(64)(keras.layers.Dense(64)(keras.layers.Embedding(29, 64)(tokens)))
+model = keras.Model(tokens, keras.layers.Dense(29)(x))
+trainer = tf_dist.Trainer(
+    model, keras.optimizers.Adam(), comm, global_batch_size=12, micro_batch_size=2, overlap="on"
+)
+steps, add = 0, buckets.Buckets.add
+
+def fails(self, number, gradients):
+    global steps
+    steps += number == 0
+    if steps == 3 and number == 2 and {where}:
+        raise RuntimeError("the words of a hook")
+    add(self, number, gradients)
+
+buckets.Buckets.add = fails
+trainer.fit(np.arange(5000) % 29, steps=10)
+"""
+
+
+@pytest.mark.parametrize("where", ["comm.rank == 1", "comm.rank == 0", "True"])
+def test_a_failure_inside_the_backward_pass_while_gradients_leave(run_job, tmp_path, where):
+    """Some buckets are on their way, others will never be: on one rank, or on all of them."""
+    (tmp_path / "job.py").write_text(OVERLAPPED.format(where=where))
+    job = run_job(3, "job.py", timeout=90)  # nobody hangs; ranks with TensorFlow take seconds to leave
+    assert job.code == 70, job.output
+    assert "the words of a hook" in job.output
+
+
 # Jobs that were started wrongly --------------------------------------------------------------------
 
 

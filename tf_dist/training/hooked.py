@@ -91,4 +91,5 @@ def _hook(buckets: Buckets, number: int) -> Callable[..., list[Any]]:
         buckets.add(number, gradients)
         return []
 
-    return hook
+    unconverted: Callable[..., list[Any]] = tf.autograph.experimental.do_not_convert(hook)
+    return unconverted
