@@ -88,6 +88,8 @@ def test_every_kind_of_flag():
         ("data: [a, b]", "data", ("a", "b")),
         ("tie_embeddings: no", "tie_embeddings", False),
         ("optimizer_args: {beta_1: 0.8}", "optimizer_args", {"beta_1": 0.8}),
+        ("overlap: on", "overlap", "on"),  # which YAML reads as true
+        ("overlap: off", "overlap", "off"),
     ],
 )
 def test_every_kind_of_value_in_a_file(written, line, field, value):

@@ -65,9 +65,16 @@ def _convert(name: str, value: Any, kind: Any, source: str) -> Any:
             return float(value)
         except (ValueError, OverflowError):
             pass
+    elif kind is str and isinstance(value, bool) and "on" in _choices_of(name):
+        return "on" if value else "off"  # as YAML 1.1 reads these words without quotes
     elif type(value) is kind:
         return value
     raise UsageError(f"{source}: {name} is {value!r}, which is not of type {_type_name(kind)}")
+
+
+def _choices_of(name: str) -> tuple[str, ...]:
+    """What an option may be; nothing where it may be anything of its type."""
+    return next(tuple(f.metadata["choices"]) for f in dataclasses.fields(Config) if f.name == name)
 
 
 def _type_name(kind: Any) -> str:

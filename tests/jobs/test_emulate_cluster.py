@@ -185,15 +185,21 @@ def test_a_host_has_one_link_in_each_direction(start, tmp_path):
     assert outwards > 0.9 * 2 * STAR_BYTES * 8 / 1e8
 
 
-def test_training_over_hosts_is_training_on_one(start, launcher, small, tmp_path):
+@pytest.mark.parametrize("slots", [1, 2])
+def test_training_over_hosts_is_training_on_one(start, launcher, small, tmp_path, slots):
+    """In bits, though its gradients leave during the backward pass; with two slots, by a window first."""
     flags = [*small, "--steps", "10", "--threads-per-rank", "1", "--run-dir"]
     one = launcher.start(2, "train.py", *flags, tmp_path / "one", cwd=tmp_path).wait()
     assert one.code == 0, one.output
     train = SCRIPT.with_name("train.py")
-    two = start(["--hosts", "2"], sys.executable, train, *flags, tmp_path / "two").wait()
+    hosts = ["--hosts", "2", "--slots", str(slots)]
+    two = start(hosts, sys.executable, train, *flags, tmp_path / "two").wait()
     assert two.code == 0, two.output
     status = [json.loads((tmp_path / run / "status.json").read_text()) for run in ("one", "two")]
-    assert [found["ranks"] for found in status] == [2, 2]
+    assert [found["ranks"] for found in status] == [2, 2 * slots]
+    assert "gradients leave during the backward pass" in two.output
+    assert re.search(r"exchange +[\d.]+ ms a step under way, [\d.]+ ms of it waited for", two.output)
+    assert "during the backward pass" not in one.output
     assert status[0]["weights_sha256"] == status[1]["weights_sha256"]
 
 

@@ -74,12 +74,14 @@ def hooked_gradients(replica: Replica, buckets: Buckets) -> Callable[..., Any]:
         A function of token ids, targets and random states, to the summed loss, targets and right guesses. An
         error in a bucket comes out of it as TensorFlow's.
     """
+    # Made here, where AutoGraph does not rewrite them.
+    hooks = [_hook(buckets, number) for number in range(len(buckets.divided))]
 
     def graph(x_BxT: Any, y_BxT: Any, states: Any) -> Any:
         parts, sums = replica.gradients_and_sums(x_BxT, y_BxT, states)
-        for number, bucket in enumerate(buckets.divided):
+        for hook, bucket in zip(hooks, buckets.divided, strict=True):
             # Stateful, so TensorFlow keeps these calls in the order in which they are written here.
-            tf.numpy_function(_hook(buckets, number), [parts[i] for i in bucket], [], stateful=True)
+            tf.numpy_function(hook, [parts[i] for i in bucket], [], stateful=True)
         return sums
 
     function: Callable[..., Any] = tf.function(graph, input_signature=replica.gradients_signature)
