@@ -107,6 +107,16 @@ def test_over_nodes_it_is_the_default(ranks, serial, everyone, small_buckets):
 
 
 @several
+def test_trainers_take_turns(connected, serial, everyone, small_buckets):
+    """Of one size, on one Comm: in a window, by messages, and one whose gradients do not leave early."""
+    kinds = [("window", "on"), ("messages", "on"), ("messages", "off")]
+    trained = [trainer(connected, allreduce=allreduce, overlap=overlap) for allreduce, overlap in kinds]
+    logs = [[steps_of(one, 1)[0] for one in trained] for _ in range(STEPS)]
+    wanted = serial(3)[0]
+    assert all(everyone(all(found == [step] * 3 for found, step in zip(logs, wanted, strict=True))))
+
+
+@several
 def test_in_debug_mode(connected, serial, everyone, small_buckets):
     """Every collective is compared, and the order of parts is one of them all the same."""
     trained = trainer(made("mpi in debug mode", connected), overlap="on")

@@ -60,3 +60,37 @@ def test_no_window():
     assert all("by messages, " in said.said for said in on_ranks(2, lambda comm: choose(comm, 5, ORDER)))
     outcomes = on_ranks(2, lambda comm: choose(comm, 5, ORDER, "window"))
     assert all(isinstance(outcome, LaunchError) and "there is none" in str(outcome) for outcome in outcomes)
+
+
+class Spread(ThreadComm):
+    """Ranks of two nodes. Sums in pieces of 2 MiB take long, those in pieces of 512 KiB do not."""
+
+    def nodes(self):
+        return 2
+
+    def _allreduce_terms(self, terms, order, out):
+        time.sleep(0.02 if self.chunk_bytes == 2 << 20 else 0.0)
+        return super()._allreduce_terms(terms, order, out)
+
+
+def test_pieces_are_measured_where_ranks_span_nodes():
+    def work(comm):
+        said = choose(comm, 1_500_000, ORDER).said
+        return comm.chunk_bytes, said
+
+    (first, second) = on_ranks(2, work, Spread)
+    assert first == second
+    assert first[0] != 2 << 20
+    assert first[1].startswith("by messages, each rank being alone on its node; in pieces of ")
+    assert "512 KiB" in first[1]
+
+
+def test_pieces_can_be_pinned():
+    def work(comm):
+        return choose(comm, 5, ORDER, chunk_bytes=4096).said, comm.chunk_bytes
+
+    assert all(
+        said.endswith("; in pieces of 4 KiB, as was asked for") and size == 4096
+        for said, size in on_ranks(2, work)
+    )
+    assert all("pieces" not in said.said for said in on_ranks(2, lambda comm: choose(comm, 5, ORDER)))

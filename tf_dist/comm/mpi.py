@@ -48,7 +48,7 @@ class MPIComm(Comm):
         self._node: Any = node or (self._mpi.Split_type(MPI.COMM_TYPE_SHARED) if window else None)
         self._windows: dict[tuple[int, Order], Window] = {}
         self._across: Any = None
-        self._overlaps: dict[tuple[int, Order], Overlap] = {}
+        self._overlaps: dict[tuple[int, Order], dict[Window | None, Overlap]] = {}
 
     def term_buffers(self, length: int, order: Order) -> Callable[[], list[np.ndarray]] | None:
         """In memory that the ranks of a node share, where it has enough; a collective."""
@@ -74,9 +74,12 @@ class MPIComm(Comm):
         self.no_overlap_because = max(self.allgather_obj(self.no_overlap_because))
         if self.no_overlap_because:
             return None
-        if (length, order) not in self._overlaps:
-            self._overlaps[length, order] = Overlap(self, length, self._places_of_terms(length, order))
-        return self._overlaps[length, order]
+        # One for each place where terms lie: a window, or each rank's own memory.
+        known = self._overlaps.setdefault((length, order), {})
+        window = self._windows.get((length, order))
+        if window not in known:
+            known[window] = Overlap(self, length, self._places_of_terms(length, order))
+        return known[window]
 
     def _places_of_terms(self, length: int, order: Order) -> Places:
         window = self._windows.get((length, order))
@@ -153,9 +156,9 @@ class MPIComm(Comm):
         return rows
 
     def _allreduce_terms(self, terms: list[np.ndarray], order: Order, out: np.ndarray) -> Sum:
-        overlap = self._overlaps.get((out.size, order))
-        if overlap is not None and overlap.begun:
-            return overlap.finish()
+        for overlap in self._overlaps.get((out.size, order), {}).values():
+            if overlap.begun:
+                return overlap.finish()
         window = self._window_for(order, out)
         if window is None:
             self._allreduce_by_messages(terms, order, out)

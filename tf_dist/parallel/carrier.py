@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tf_dist.comm.base import Comm, Order
+from tf_dist.comm.base import DEFAULT_CHUNK_BYTES, Comm, Order
 from tf_dist.errors import LaunchError, UsageError
 from tf_dist.parallel.flat import aligned_empty
 
@@ -21,6 +21,8 @@ CHOICES = ("auto", "window", "messages")
 CHUNKS_BYTES = (512 << 10, 2 << 20, 8 << 20, 32 << 20)
 CHUNK_ROUNDS = 2
 CHUNK_PROBE_S = 0.5
+# How much faster others than the usual pieces must be: on a busy machine two rounds are a rough measure.
+CLEARLY = 0.9
 # What is sent to see how long it takes to try them.
 FIRST_BYTES = 1 << 20
 # From here on one sum of a kind is timed, not several.
@@ -100,7 +102,7 @@ def choose_chunk(comm: Comm, length: int, order: Order, wanted_bytes: int = 0) -
         comm: all ranks; its ``chunk_bytes`` is set.
         length: elements of a gradient.
         order: of its sums.
-        wanted_bytes: 0: what is fastest, as rank 0 sees it, on sums that take `CHUNK_PROBE_S` together.
+        wanted_bytes: 0: what is clearly fastest, as rank 0 sees it, on sums of `CHUNK_PROBE_S` together.
 
     Returns:
         What to say about it.
@@ -119,8 +121,11 @@ def choose_chunk(comm: Comm, length: int, order: Order, wanted_bytes: int = 0) -
     for _ in range(CHUNK_ROUNDS):
         for comm.chunk_bytes in candidates:
             taken[comm.chunk_bytes] = min(taken[comm.chunk_bytes], _sum_s(comm, own, tried, order))
-    comm.chunk_bytes = int(comm.broadcast_obj(min(candidates, key=taken.__getitem__)))
+    best = min(candidates, key=taken.__getitem__)
+    if DEFAULT_CHUNK_BYTES in taken and taken[best] > CLEARLY * taken[DEFAULT_CHUNK_BYTES]:
+        best = DEFAULT_CHUNK_BYTES
     times = ", ".join(f"{_bytes_named(size)} {1e3 * taken[size]:.1f}" for size in candidates)
+    comm.chunk_bytes, times = comm.broadcast_obj([best, times])
     return f"; in pieces of {_bytes_named(comm.chunk_bytes)} ({_bytes_named(4 * tried)} in ms: {times})"
 
 
