@@ -152,8 +152,7 @@ class Parts:
 
 def sums(comm: Comm) -> tuple[dict[str, float], str]:
     """Median milliseconds of each kind of sum, and what was chosen."""
-    from tf_dist.comm.base import DEFAULT_CHUNK_BYTES
-    from tf_dist.parallel.carrier import choose_chunk
+    from tf_dist.parallel.carrier import USUAL_CHUNK_BYTES, choose_chunk
     from tf_dist.parallel.flat import aligned_empty
     from tf_dist.parallel.tree import order
 
@@ -169,7 +168,7 @@ def sums(comm: Comm) -> tuple[dict[str, float], str]:
 
     works: dict[str, Callable[[], Any]] = {
         "ours": lambda: ours(chosen),
-        "ours 2 MiB": lambda: ours(DEFAULT_CHUNK_BYTES),
+        "ours 2 MiB": lambda: ours(USUAL_CHUNK_BYTES),
         "mpi": lambda: comm.allreduce(array),
     }
     medians_ms = running.interleaved(comm, works, DROPPED + SUMS, DROPPED)

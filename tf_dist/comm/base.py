@@ -25,8 +25,9 @@ OBJECT_BYTES_LIMIT = 64 << 20
 ALIGNED_ELEMENTS = 16
 # Elements whose squares are summed before the sums are: fixed, so that no thread and no rank changes a bit.
 SQUARES_BLOCK = 4096
-# Pieces in which sums of terms travel, where nobody has measured: see `tf_dist.parallel.carrier`.
-DEFAULT_CHUNK_BYTES = 2 << 20
+# Sums of terms travel in one piece (of as much as MPI can count): on one node each piece costs a meeting of
+# the ranks. Between nodes smaller ones are faster: see `tf_dist.parallel.carrier`.
+DEFAULT_CHUNK_BYTES = 1 << 30
 # Elements that are added to all terms before the next ones, whole blocks of squares: they stay in the cache.
 ADDED_AT_ONCE = 32 * SQUARES_BLOCK
 

@@ -12,13 +12,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tf_dist.comm.base import DEFAULT_CHUNK_BYTES, Comm, Order
+from tf_dist.comm.base import Comm, Order
 from tf_dist.errors import LaunchError, UsageError
 from tf_dist.parallel.flat import aligned_empty
 
 CHOICES = ("auto", "window", "messages")
 # Pieces that are tried: small ones keep a network busy from the first moment on, large ones cost less.
 CHUNKS_BYTES = (512 << 10, 2 << 20, 8 << 20, 32 << 20)
+USUAL_CHUNK_BYTES = 2 << 20
 CHUNK_ROUNDS = 2
 CHUNK_PROBE_S = 0.5
 # How much faster others than the usual pieces must be: on a busy machine two rounds are a rough measure.
@@ -66,6 +67,8 @@ def choose(
         return Carrier(None, "on this rank alone")
     nodes = comm.nodes()
     pieces = ""
+    if nodes > 1:
+        comm.chunk_bytes = USUAL_CHUNK_BYTES
     if chunk_bytes or (nodes > 1 and measure):
         pieces = choose_chunk(comm, length, order, chunk_bytes)
     if wanted == "messages":
@@ -122,8 +125,8 @@ def choose_chunk(comm: Comm, length: int, order: Order, wanted_bytes: int = 0) -
         for comm.chunk_bytes in candidates:
             taken[comm.chunk_bytes] = min(taken[comm.chunk_bytes], _sum_s(comm, own, tried, order))
     best = min(candidates, key=taken.__getitem__)
-    if DEFAULT_CHUNK_BYTES in taken and taken[best] > CLEARLY * taken[DEFAULT_CHUNK_BYTES]:
-        best = DEFAULT_CHUNK_BYTES
+    if USUAL_CHUNK_BYTES in taken and taken[best] > CLEARLY * taken[USUAL_CHUNK_BYTES]:
+        best = USUAL_CHUNK_BYTES
     times = ", ".join(f"{_bytes_named(size)} {1e3 * taken[size]:.1f}" for size in candidates)
     comm.chunk_bytes, times = comm.broadcast_obj([best, times])
     return f"; in pieces of {_bytes_named(comm.chunk_bytes)} ({_bytes_named(4 * tried)} in ms: {times})"
