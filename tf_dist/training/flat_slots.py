@@ -38,13 +38,17 @@ class FlatSlots:
         self.taken = False
 
     def take(self) -> None:
-        """Move the values into the vector."""
+        """Move the values into the vector.
+
+        The variables' own memory is freed: a function that was traced with it fails from now on, rather than
+        going on with old values.
+        """
         if self.taken:
             return
-        self.flat.assign(tf.concat([tf.reshape(own, (-1,)) for own in self._own], 0))
+        _set(self.flat, tf.concat([tf.reshape(own, (-1,)) for own in self._own], 0))
         for variable, own, window in zip(self._variables, self._own, self._windows, strict=True):
             variable._value = window
-            _empty(own)
+            _set(own, tf.zeros(0, own.dtype))
         self.taken = True
 
     def give_back(self) -> None:
@@ -52,9 +56,9 @@ class FlatSlots:
         if not self.taken:
             return
         for variable, own, window in zip(self._variables, self._own, self._windows, strict=True):
-            own.assign(window.read_value())
+            _set(own, window.read_value())
             variable._value = own
-        _empty(self.flat)
+        _set(self.flat, tf.zeros(0, self.flat.dtype))
         self.taken = False
 
 
@@ -104,6 +108,6 @@ class Window:
         return tf.convert_to_tensor(self.read_value(), dtype=dtype, name=name)
 
 
-def _empty(variable: Any) -> None:
-    """Free a variable's memory. What was traced with it fails from now on, and does not use old values."""
-    tf.raw_ops.AssignVariableOp(resource=variable.handle, value=tf.zeros(0, variable.dtype))
+def _set(variable: Any, value: Any) -> None:
+    """Assign, where `assign` would insist on the shape, so that memory can be freed and filled again."""
+    tf.raw_ops.AssignVariableOp(resource=variable.handle, value=value)

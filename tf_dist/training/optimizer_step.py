@@ -95,11 +95,14 @@ class VariableStep(OptimizerStep):
         optimizer: a Keras optimizer, built for ``variables``.
         variables: Keras variables, in the order of the flat gradient.
         reason: why this one was chosen.
+        fused: let XLA compile the whole; None: where the variables are large enough for that.
     """
 
-    def __init__(self, optimizer: Any, variables: Sequence[Any], reason: str = "it was asked for") -> None:
+    def __init__(
+        self, optimizer: Any, variables: Sequence[Any], reason: str = "chosen", fused: bool | None = None
+    ) -> None:
         total = sum(int(np.prod(variable.shape, dtype=np.int64)) for variable in variables)
-        super().__init__(optimizer, variables, compiled=total >= FUSED_FROM)
+        super().__init__(optimizer, variables, total >= FUSED_FROM if fused is None else fused)
         self.reason = reason
 
     def _graph(self, gradient_P: Any, scale: Any) -> None:
