@@ -35,8 +35,8 @@ MAKE = {
     "ftrl": lambda **more: K.Ftrl(0.05, l1_regularization_strength=0.01, beta=0.1, **more),
     "lion": lambda **more: K.Lion(0.01, **more),
 }
-# TensorFlow makes x * rsqrt(y) of x / sqrt(y) in these, and its rsqrt is another one for the last few elements
-# of an array: without XLA, where an element lies shows in its last bit.
+# TensorFlow makes x * rsqrt(y) of x / sqrt(y) in these, and its rsqrt is another one for the last elements of an
+# array: without XLA, where an element lies shows in its last bit.
 BY_RSQRT = ("rmsprop", "adadelta", "adagrad")
 
 
