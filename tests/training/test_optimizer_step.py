@@ -5,10 +5,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tf_dist.comm.base import SerialComm
 from tf_dist.errors import UsageError
 from tf_dist.training import elementwise, optimizer_step
+from tf_dist.training.checkpoint import load, newest
 from tf_dist.training.elementwise import slots_of, why_not
 from tf_dist.training.optimizer_step import BlockStep, VariableStep
+from tf_dist.training.state import restore, save
+from tf_dist.training.trainer import Trainer
 
 K = keras.optimizers
 # Of ranks 0 to 3; sizes that are no multiple of a cache line, and one that is.
@@ -35,8 +39,8 @@ MAKE = {
     "ftrl": lambda **more: K.Ftrl(0.05, l1_regularization_strength=0.01, beta=0.1, **more),
     "lion": lambda **more: K.Lion(0.01, **more),
 }
-# TensorFlow makes x * rsqrt(y) of x / sqrt(y) in these, and its rsqrt is another one for the last elements of an
-# array: without XLA, where an element lies shows in its last bit.
+# TensorFlow makes x * rsqrt(y) of x / sqrt(y) in these, and its rsqrt is another one for the last elements of
+# an array: without XLA, where an element lies shows in its last bit.
 BY_RSQRT = ("rmsprop", "adadelta", "adagrad")
 
 
@@ -298,6 +302,17 @@ def test_state_from_before_is_taken_over_and_given_back():
     np.testing.assert_array_equal(*ones)
 
 
+def test_two_steps_of_one_optimizer_take_turns():
+    ones = []
+    for step_of in (VariableStep, blocks(fused=False)):
+        variables, optimizer = pair(MAKE["adam"])
+        steps = [step_of(optimizer, variables), step_of(optimizer, variables)]
+        for number, gradient in zip((0, 1, 1, 0, 1), gradients(), strict=True):
+            steps[number].apply(gradient, np.float32(1))
+        ones.append(state(*variables, *optimizer.variables))
+    np.testing.assert_array_equal(*ones)
+
+
 def test_keras_may_step_while_state_is_lent():
     first, second, third, *_ = gradients()
     ones = []
@@ -439,3 +454,59 @@ def test_an_optimizer_that_knows_more_variables():
             step.apply(gradient[: sum(int(np.prod(v.shape)) for v in used)], np.float32(1))
         found.append(state(*variables, *optimizer.variables))
     np.testing.assert_array_equal(*found)
+
+
+# In a Trainer ------------------------------------------------------------------------------------
+
+
+def trainer_of(optimizer):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((4,), dtype="int32"), keras.layers.Embedding(7, 8)])
+    model.add(keras.layers.Dense(7, name="head"))
+    return Trainer(model, optimizer, SerialComm(), global_batch_size=2, micro_batch_size=1, seq_len=4)
+
+
+TEXT = np.random.default_rng(0).integers(0, 7, 200).astype(np.uint8)
+
+
+def test_a_checkpoint_is_that_of_each_variable_by_itself(tmp_path):
+    """Written in blocks and read by variables, and the other way round: the same names, shapes and values."""
+    by_blocks = trainer_of(MAKE["adamw"]())
+    assert isinstance(by_blocks.replica.optimizer_step, BlockStep)
+    by_variables = trainer_of(MAKE["adamw"]())
+    by_variables.replica.optimizer_step = VariableStep(
+        by_variables.optimizer, by_variables.model.trainable_variables
+    )
+    names = []
+    for trainer, other in ((by_blocks, by_variables), (by_variables, by_blocks)):
+        trainer.fit(TEXT, steps=trainer.step + 3)
+        sequences = trainer.sequences(TEXT)
+        trainer.train_step(sequences, trainer.sampler(sequences))  # while state is lent
+        save(trainer, tmp_path, 1, {})
+        names.append([name.rpartition("/")[2] for name in load(newest(tmp_path))[0]])
+        restore(other, newest(tmp_path))
+        assert other.step == trainer.step
+        for mine, theirs in zip(
+            [*trainer.model.weights, *trainer.optimizer.variables],
+            [*other.model.weights, *other.optimizer.variables],
+            strict=True,
+        ):
+            np.testing.assert_array_equal(mine.numpy(), theirs.numpy())
+        other.fit(TEXT, steps=other.step + 2)
+    assert sum("kernel" in name for name in names[0]) == 3  # the weight, its momentum and its velocity
+
+
+def test_the_optimizer_has_its_state_after_fit():
+    trainer = trainer_of(MAKE["adam"]())
+    trainer.fit(TEXT, steps=3)
+    assert all(isinstance(variable.value, tf.Variable) for variable in trainer.optimizer.variables)
+    assert all(np.abs(variable.numpy()).max() > 0 for variable in trainer.optimizer.variables)
+
+
+def test_that_each_variable_steps_by_itself_is_said(capsys):
+    trainer_of(K.Lamb()).fit(TEXT, steps=1)
+    assert capsys.readouterr().out == (
+        "optimizer: Lamb is not known to be elementwise, so it steps each variable by itself\n"
+    )
+    trainer_of(K.Adam()).fit(TEXT, steps=1)
+    assert capsys.readouterr().out == ""

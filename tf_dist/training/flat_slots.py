@@ -29,12 +29,12 @@ class FlatSlots:
 
     def __init__(self, variables: Sequence[Any]) -> None:
         self._variables = list(variables)
-        self._own = [variable.value for variable in variables]
+        self._own: list[Any] = []
         layout = FlatLayout([variable.shape for variable in variables])
-        self.flat = tf.Variable(tf.zeros(layout.total, self._own[0].dtype), trainable=False)
+        self.flat = tf.Variable(tf.zeros(layout.total, variables[0].dtype), trainable=False)
         ends = accumulate(layout.sizes)
         parts = [range(end - size, end) for end, size in zip(ends, layout.sizes, strict=True)]
-        self._windows = [Window(self.flat, *one) for one in zip(parts, layout.shapes, strict=True)]
+        self._windows = [Window(self, *one) for one in zip(parts, layout.shapes, strict=True)]
         self.taken = False
 
     def take(self) -> None:
@@ -45,6 +45,10 @@ class FlatSlots:
         """
         if self.taken:
             return
+        for variable in self._variables:
+            if isinstance(variable.value, Window):  # another step of the same optimizer has it
+                variable.value.lender.give_back()
+        self._own = [variable.value for variable in self._variables]
         _set(self.flat, tf.concat([tf.reshape(own, (-1,)) for own in self._own], 0))
         for variable, own, window in zip(self._variables, self._own, self._windows, strict=True):
             variable._value = window
@@ -66,14 +70,14 @@ class Window:
     """A stretch of a vector that passes for a variable of its own.
 
     Args:
-        flat: the vector, a TensorFlow variable.
+        lender: whose vector it is.
         part: the elements that are its own.
         shape: how they are shown.
     """
 
-    def __init__(self, flat: Any, part: range, shape: Sequence[int]) -> None:
-        self._flat, self._part = flat, part
-        self.shape, self.dtype = tf.TensorShape(shape), flat.dtype
+    def __init__(self, lender: FlatSlots, part: range, shape: Sequence[int]) -> None:
+        self.lender, self._flat, self._part = lender, lender.flat, part
+        self.shape, self.dtype = tf.TensorShape(shape), lender.flat.dtype
 
     def read_value(self) -> Any:
         """The values, as a tensor."""
