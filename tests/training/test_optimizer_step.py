@@ -39,6 +39,8 @@ MAKE = {
     "ftrl": lambda **more: K.Ftrl(0.05, l1_regularization_strength=0.01, beta=0.1, **more),
     "lion": lambda **more: K.Lion(0.01, **more),
 }
+if hasattr(K, "ScheduleFreeAdamW"):
+    MAKE["schedule-free"] = lambda **more: K.ScheduleFreeAdamW(0.01, **more)
 # TensorFlow makes x * rsqrt(y) of x / sqrt(y) in these, and its rsqrt is another one for the last elements of
 # an array: without XLA, where an element lies shows in its last bit.
 BY_RSQRT = ("rmsprop", "adadelta", "adagrad")
@@ -262,6 +264,17 @@ def test_state_is_where_keras_has_it_at_any_time():
     optimizer.save_own_variables(mine)
     other.save_own_variables(theirs)
     assert [np.array_equal(mine[key], theirs[key]) for key in theirs] == [True] * len(mine)
+
+
+def test_tensorflows_checkpoints_while_state_is_lent(tmp_path):
+    variables, optimizer = pair(MAKE["adam"])
+    step, checkpoint = BlockStep(optimizer, variables), tf.train.Checkpoint(optimizer=optimizer)
+    step.apply(gradients()[0], np.float32(1))
+    path, before = checkpoint.write(str(tmp_path / "saved")), state(*optimizer.variables)
+    step.apply(gradients()[1], np.float32(1))
+    assert (state(*optimizer.variables) != before).any()
+    checkpoint.read(path)
+    np.testing.assert_array_equal(state(*optimizer.variables), before)
 
 
 def test_what_is_assigned_from_outside_is_used():

@@ -105,6 +105,19 @@ class Window:
         """Subtract from the values."""
         self.assign(self.read_value() - value)
 
+    # What `tf.train.Checkpoint` asks of a Keras variable, which asks its value.
+
+    @property
+    def _shared_name(self) -> str:
+        return f"{self._flat.name}_{self._part.start}"
+
+    def _serialize_to_tensors(self) -> dict[str, Any]:
+        return {"VARIABLE_VALUE": self.read_value()}
+
+    def _restore_from_tensors(self, restored: dict[str, Any]) -> Any:
+        self.assign(restored["VARIABLE_VALUE"])
+        return self.read_value()
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self.read_value(), dtype=dtype)
 
