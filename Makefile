@@ -57,7 +57,7 @@ horovod: install ## build Horovod 0.28.1 into .venv, for --backend horovod
 bench: install ## all benchmarks
 	$(RUN) $(PY) scripts/bench.py
 
-bench-%: install ## one benchmark: bench-exact, bench-exact-cost, bench-comm, bench-step, bench-network
+bench-%: install ## one benchmark: bench-exact, bench-exact-cost, bench-comm, bench-optimizer, bench-step
 	$(RUN) $(PY) scripts/bench.py $*
 
 check-peers: install ## see for yourself what Horovod and tf.distribute do under Keras 3

@@ -4,6 +4,7 @@
     python scripts/bench.py exact-cost   # and what does it cost that it does not?
     python scripts/bench.py comm         # sums over ranks: ours, MPI's, Horovod's, and the memory limit
     python scripts/bench.py network      # two emulated hosts: sums and steps, ours with overlap, Horovod
+    python scripts/bench.py optimizer    # a step of the optimizer: each variable by itself, flat, in blocks
     python scripts/bench.py step         # tokens/s of training: ours, compute alone, mpi4py, Horovod, Keras
 
 `make bench` runs all of them, `make bench-NAME` one. They start their own ranks.
@@ -15,7 +16,7 @@ import argparse
 import importlib
 import sys
 
-NAMES = ("exact", "exact-cost", "comm", "step", "network")
+NAMES = ("exact", "exact-cost", "comm", "optimizer", "step", "network")
 
 
 def main(argv: list[str]) -> int:

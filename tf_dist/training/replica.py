@@ -13,15 +13,11 @@ import tensorflow as tf
 
 from tf_dist.errors import UsageError
 from tf_dist.parallel.flat import ALIGNMENT_BYTES, FlatLayout
+from tf_dist.training.optimizer_step import optimizer_step
 from tf_dist.training.randomness import foreign_draws, generator_states, random_states
 
 # Targets of padding: they have no loss and are not counted.
 IGNORED = -1
-# From this many parameters on, the optimizer step is compiled by XLA: one pass over each weight and its
-# state, where TensorFlow alone makes a pass, and a new array, for each operation of the optimizer. Compiling
-# takes some seconds, so that small models gain nothing. By size, not by a clock: XLA rounds otherwise, and
-# every number of ranks must do the same.
-FUSED_FROM = 8_000_000
 
 
 class Replica:
@@ -52,6 +48,7 @@ class Replica:
             optimizer.build(model.trainable_variables)
         self.layout = FlatLayout([variable.shape for variable in model.trainable_variables])
         self.parameters = self.layout.total
+        self.optimizer_step = optimizer_step(optimizer, model.trainable_variables)
         self._generators = len(generator_states(model))
         self.rows, self.seq_len, self.xla = rows, seq_len, False
         self._compile(rows, seq_len)
@@ -90,11 +87,6 @@ class Replica:
             for xla in (False, True)
         }
         self._evaluate = tf.function(self._evaluate_graph, input_signature=[batch_BxT, batch_BxT])
-        self._apply = tf.function(
-            self._apply_graph,
-            input_signature=[flat_P, tf.TensorSpec((), tf.float32)],
-            jit_compile=self.parameters >= FUSED_FROM,
-        )
         self._read = tf.function(lambda: _concat(self._trainable_values()), input_signature=[])
         self._write = tf.function(self._write_graph, input_signature=[flat_P])
 
@@ -153,7 +145,7 @@ class Replica:
 
     def apply(self, gradient: np.ndarray, scale: float) -> None:
         """Take one optimizer step with ``scale * gradient``, (P,) float32."""
-        self._apply(_as_tensor(gradient), np.float32(scale))
+        self.optimizer_step.apply(_as_tensor(gradient), np.float32(scale))
 
     def skip(self) -> None:
         """Count a step that was taken elsewhere, so that learning-rate schedules go on."""
@@ -169,9 +161,6 @@ class Replica:
         Not aliased: TensorFlow's variables would keep living in the caller's buffer.
         """
         self._write(tf.convert_to_tensor(weights))
-
-    def _apply_graph(self, gradient_P: Any, scale: Any) -> None:
-        self.optimizer.apply(self._split(gradient_P * scale), self.model.trainable_variables)
 
     def _write_graph(self, weights_P: Any) -> None:
         for variable, value in zip(self.model.trainable_variables, self._split(weights_P), strict=True):

@@ -244,9 +244,11 @@ class Trainer:
         )
         self.tuning.choose()
         self._warn_of_foreign_draws()
+        self._say_if_variables_step_alone()
         prove(self.comm)
         self.broadcast_weights()
         logs = fit.run()
+        self.replica.optimizer_step.give_back()
         self._stop_requested = False
         return logs
 
@@ -258,6 +260,11 @@ class Trainer:
                 "results depend on the number of ranks, and differ after a resume. Use keras.random instead",
                 stacklevel=3,
             )
+
+    def _say_if_variables_step_alone(self) -> None:
+        reason = self.replica.optimizer_step.reason
+        if reason and self.comm.rank == 0:
+            print(f"optimizer: {reason}, so it steps each variable by itself", flush=True)
 
     def request_stop(self) -> None:
         """Ask all ranks to stop after the next step; may be called on any rank, even by a signal."""
