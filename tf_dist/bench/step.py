@@ -37,8 +37,8 @@ FOLDER = running.FOLDER / "step"
 RANKS = 2
 DROPPED = 3
 # Beside the defaults, a cycle of 1 ms and fusion up to 128 MB. A short cycle answers sooner, a long one
-# leaves the core to the computation, and without fusion nothing is copied into a buffer first. Horovod reads these
-# once: it cannot be started again in one process, so each is a job.
+# leaves the core to the computation, and without fusion nothing is copied into a buffer first. Horovod reads
+# these once, and cannot be started again in one process, so each is a job.
 HOROVOD_SETTINGS = ("HOROVOD_CYCLE_TIME=0.2", "HOROVOD_CYCLE_TIME=10", "HOROVOD_FUSION_THRESHOLD=0")
 WAYS = {
     "ours": "tf_dist",
@@ -57,7 +57,7 @@ PARTS = ("input", "forward+backward", "pack", "wait", "reduce", "update")
 
 
 class Job(NamedTuple):
-    """What is started: ranks (0: one process with all cores), its first word, and another where it has one."""
+    """What is started: ranks (0: one process with all cores), its first word, and another if it has one."""
 
     ranks: int
     kind: str
