@@ -128,7 +128,7 @@ def reached_s(points: Sequence[Point], level: float) -> float | None:
 
 def common_level(runs: dict[str, list[dict[str, Any]]]) -> float:
     """The lowest loss that every run has reached."""
-    return max(min(point[2] for point in run["points"]) for found in runs.values() for run in found)
+    return max(min(float(point[2]) for point in run["points"]) for found in runs.values() for run in found)
 
 
 def times_to(runs: dict[str, list[dict[str, Any]]], level: float) -> dict[str, float | None]:
