@@ -20,6 +20,8 @@ import argparse
 import importlib
 import sys
 
+from tf_dist.bench import running
+
 NAMES = ("exact", "exact-cost", "comm", "step", "scaling", "memory", "nanogpt")
 # These take words: names of models, or the path of a text.
 WITH_WORDS = ("step", "scaling", "memory", "nanogpt")
@@ -32,7 +34,12 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="which; none: all")
     parser.add_argument("--report", action="store_true", help="print the targets as a table for Markdown")
+    parser.add_argument(
+        "--rounds", type=int, help="how often step, scaling and nanogpt go through their jobs"
+    )
     arguments = parser.parse_args(argv)
+    if arguments.rounds:
+        running.ROUNDS = max(1, arguments.rounds)
     if arguments.report:
         print(importlib.import_module("tf_dist.bench.report").targets())
         return 0

@@ -81,6 +81,24 @@ def lines(path: Path, panels: Sequence[Lines]) -> Path:
     return _save(figure, path)
 
 
+def grid(path: Path, title: str, columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> Path:
+    """Save a grid of words; in each row, words that differ from the first have another colour."""
+    figure, (axis,) = _figure([0.9 + 0.28 * len(rows)], 9.0)
+    axis.axis("off")
+    axis.set_title(title, fontsize=10, loc="left")
+    colours = [["#dbe9f6" if word == row[0] else "#f6c6c6" for word in row] for row in rows.values()]
+    drawn = axis.table(
+        cellText=[list(row) for row in rows.values()],
+        cellColours=colours,
+        rowLabels=list(rows),
+        colLabels=list(columns),
+        bbox=(0.42, 0.0, 0.58, 1.0),
+    )
+    drawn.auto_set_font_size(False)
+    drawn.set_fontsize(8)
+    return _save(figure, path)
+
+
 def _colour(number: int) -> str:
     return COLOURS[number % len(COLOURS)]
 
