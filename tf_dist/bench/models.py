@@ -25,7 +25,7 @@ class Recipe(NamedTuple):
 
 
 RECIPES = {
-    "gpt-10.7M": Recipe(GPT, 4, 8),
+    "gpt-10.7M": Recipe(GPT, 4, 6),
     "gpt-0.81M": Recipe(GPT_SMALL, 12, 30),
     "lstm-1.08M": Recipe(LSTM, 32, 12),
     "tiny-gpt": Recipe(TINY_GPT, 4, 5),

@@ -36,14 +36,20 @@ class Absent(Exception):
     """A peer that cannot be measured here; the message says why, and how to get it."""
 
 
-def launch(ranks: int, module: str, *words: str, log: Path, python: str = sys.executable) -> None:
+def launch(
+    ranks: int, module: str, *words: str, log: Path, by: Sequence[str] = (), python: str = sys.executable
+) -> None:
     """Run ``python -m module words`` on some ranks, 0 without mpirun; what they print goes to a log.
+
+    ``by`` is a command that starts the ranks in mpirun's place.
 
     Raises:
         SystemExit: the job failed, or took longer than LIMIT_S seconds; the end of its log is printed.
     """
     command = [python, "-m", module, *words]
-    if ranks:
+    if ranks and by:
+        command = [*by, *command]
+    elif ranks:
         command = [str(Path(sys.executable).with_name("mpirun")), "-np", str(ranks), *command]
     run(command, log)
 
@@ -62,12 +68,19 @@ def run(command: Sequence[str], log: Path) -> None:
         raise SystemExit(f"error: {' '.join(command)} {how}; see {log}")
 
 
-def measured(ranks: int, module: str, *words: str, folder: Path, python: str = sys.executable) -> Any:
+def measured(
+    ranks: int,
+    module: str,
+    *words: str,
+    folder: Path,
+    by: Sequence[str] = (),
+    python: str = sys.executable,
+) -> Any:
     """Run a job as `launch` does, with the path of a file as its last word; the JSON that it leaves there."""
     name = "-".join([module.rpartition(".")[2], str(ranks), *words])
     out = folder / f"{name}.json"
     out.unlink(missing_ok=True)
-    launch(ranks, module, *words, str(out), log=folder / f"{name}.log", python=python)
+    launch(ranks, module, *words, str(out), log=folder / f"{name}.log", by=by, python=python)
     return json.loads(out.read_text())
 
 

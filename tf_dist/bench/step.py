@@ -3,7 +3,8 @@
     python scripts/bench.py step                # three models, about a quarter of an hour
     python scripts/bench.py step gpt-0.81M      # one of them
 
-Ways that can share a job are timed in it by turns: our Trainer; our Trainer on each rank alone, and Keras's
+Ways that can share a job are timed in it by turns: our Trainer, with its defaults, with ``--xla on`` and, for
+the largest model, with ``--precision bfloat16``; our Trainer on each rank alone, and Keras's
 optimizer on our model, each rank alone (nothing is exchanged: the two ceilings); Keras with a plain mpi4py
 `Allreduce`. The others have a job each: Horovod inside the step, with its defaults and with the settings of
 HOROVOD_SETTINGS, the fastest of which is shown; MultiWorkerMirroredStrategy with a loop of its own; PyTorch's
@@ -36,12 +37,16 @@ TORCH_MODULE = "tf_dist.bench.torch_ways"
 FOLDER = running.FOLDER / "step"
 RANKS = 2
 DROPPED = 3
+# The model that is large enough for bfloat16 to pay.
+BFLOAT16 = "gpt-10.7M"
 # Beside the defaults, a cycle of 1 ms and fusion up to 128 MB. A short cycle answers sooner, a long one
 # leaves the core to the computation, and without fusion nothing is copied into a buffer first. Horovod reads
 # these once, and cannot be started again in one process, so each is a job.
 HOROVOD_SETTINGS = ("HOROVOD_CYCLE_TIME=0.2", "HOROVOD_CYCLE_TIME=10", "HOROVOD_FUSION_THRESHOLD=0")
 WAYS = {
     "ours": "tf_dist",
+    "ours xla": "tf_dist, --xla on",
+    "ours bfloat16": "tf_dist, --precision bfloat16",
     "alone": "tf_dist on each rank alone",
     "compute": "compute alone, Keras's optimizer",
     "mpi4py": "Keras, mpi4py Allreduce",
@@ -196,7 +201,9 @@ def gemm(name: str, rows: list[Row], parts: dict[str, Any], gemm_ms: list[float]
 def named(row: dict[str, Any]) -> str:
     """``np 2, tf_dist``, or ``one process, PyTorch``."""
     way, _, word = row["way"].partition(" ")
-    name = f"Horovod, {word}" if way == "horovod" and word else WAYS.get(word, WAYS.get(way, row["way"]))
+    name = WAYS.get(row["way"]) or WAYS.get(word) or WAYS.get(way, row["way"])
+    if way == "horovod" and word:
+        name = f"Horovod, {word}"
     return f"np {row['ranks']}, {name}" if row["ranks"] else f"one process, {name}"
 
 
@@ -257,11 +264,15 @@ def main_on_ranks(name: str, out: Path) -> None:
     comm = launch.connect()  # sets threads, so before anything that imports Keras
     from tf_dist.bench import ways
     from tf_dist.comm.base import SerialComm
+    from tf_dist.config import Config
 
     sizes, rows, _ = models.RECIPES[name]
     ours = ways.Ours(comm, sizes, rows)
     works = {"ours": ours.step, "compute": ways.compute_alone(sizes, rows)}
     if comm.size > 1:
+        works["ours xla"] = ways.Ours(comm, sizes, rows, xla="on").step
+        if "precision" in Config.__dataclass_fields__ and name == BFLOAT16:
+            works["ours bfloat16"] = ways.Ours(comm, {**sizes, "precision": "bfloat16"}, rows).step
         works["alone"] = ways.Ours(SerialComm(), sizes, rows).step
         works["mpi4py"] = ways.plain_mpi4py(comm, sizes, rows)
     works["gemm"] = flops.peak_product()

@@ -26,9 +26,6 @@ from tf_dist.training.trainer import Trainer
 if TYPE_CHECKING:
     from tf_dist.comm.base import Comm
 
-# What our Trainer is given beside the sizes, where it is measured; the benchmarks' reports name it.
-TRAINER_OPTIONS: dict[str, Any] = {}
-
 
 def adamw(**words: Any) -> keras.optimizers.Optimizer:
     """The optimizer of all ways that use Keras's."""
@@ -61,7 +58,7 @@ def stock_model(
 
 
 def trainer_of(
-    comm: Comm, sizes: dict[str, Any], rows: int, micro_batches: int
+    comm: Comm, sizes: dict[str, Any], rows: int, micro_batches: int, **options: Any
 ) -> tuple[Trainer, Sequences, Sampler]:
     """Our Trainer with some rows and micro-batches for each rank, and data for a few steps."""
     keras.utils.set_random_seed(1)
@@ -73,7 +70,7 @@ def trainer_of(
         micro_batch_size=rows // micro_batches,
         seq_len=sizes["seq_len"],
         clip_norm=CLIP_NORM,
-        **TRAINER_OPTIONS,
+        **options,
     )
     tokens = np.random.default_rng(1).integers(0, VOCABULARY, 8 * rows * comm.size * sizes["seq_len"] + 1)
     sequences = trainer.sequences(tokens.astype(np.uint16))
@@ -83,14 +80,15 @@ def trainer_of(
 class Ours:
     """Our Trainer, with a clock at each part of its step."""
 
-    def __init__(self, comm: Comm, sizes: dict[str, Any], rows: int) -> None:
-        self.trainer, self.sequences, self.sampler = trainer_of(comm, sizes, rows, micro_batches=1)
+    def __init__(self, comm: Comm, sizes: dict[str, Any], rows: int, **options: Any) -> None:
+        made = trainer_of(comm, sizes, rows, micro_batches=1, **options)
+        self.trainer, self.sequences, self.sampler = made
+        self.trainer.tuning.choose()
         self._taken: list[dict[str, float]] = []
         self._now: dict[str, float] = {}
         trainer = self.trainer
         for owner, verb, part in (
-            (self.sampler, "batch", "input"),
-            (self.sequences, "rows", "input"),
+            (trainer, "_batches", "input"),  # what of it the step waits for
             (trainer.replica, "gradients", "forward+backward"),
             (trainer._sum, "add", "pack"),
             (trainer._sum, "terms", "pack"),
