@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 OURS, OTHERS, MARKED = "#1f77b4", "#b0b0b0", "#d62728"
-COLOURS = (OURS, "#ff7f0e", "#2ca02c", "#9467bd", "#8c564b", "#17becf", "#7f7f7f")
+COLOURS = (OURS, "#ff7f0e", "#2ca02c", "#9467bd", "#8c564b", "#17becf", "#e7ba52", "#444444")
 
 
 class Bars(NamedTuple):
@@ -20,7 +20,10 @@ class Bars(NamedTuple):
 
 
 class Lines(NamedTuple):
-    """A panel of lines: title, the names of both axes, and points (x, y) by the name of each line."""
+    """A panel of lines: title, the names of both axes, and points (x, y) by the name of each line.
+
+    Both axes are logarithmic where ``log``; ``level`` is marked by a line across, ``ticks`` are those of x.
+    """
 
     title: str
     x: str
@@ -28,6 +31,7 @@ class Lines(NamedTuple):
     lines: Mapping[str, Sequence[tuple[float, float]]]
     log: bool = False
     level: float | None = None
+    ticks: Sequence[float] = ()
 
 
 def bars(path: Path, what: str, panels: Sequence[Bars]) -> Path:
@@ -70,6 +74,8 @@ def lines(path: Path, panels: Sequence[Lines]) -> Path:
         if panel.log:
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")
+        if panel.ticks:
+            axis.set_xticks(list(panel.ticks))
         if panel.level is not None:
             axis.axhline(panel.level, color=MARKED, linewidth=0.8, linestyle="--")
         axis.set_xlabel(panel.x, fontsize=9)

@@ -101,7 +101,7 @@ def picture(found: dict[str, list[dict[str, Any]]], path: Path) -> Path:
             drawn.setdefault(f"{row['kind']}, tf_dist", []).append((row["ranks"], row["efficiency"]))
             ceiling = row["efficiency"] / row["of_ceiling"]
             drawn.setdefault(f"{row['kind']}, nothing exchanged", []).append((row["ranks"], ceiling))
-        panels.append(pictures.Lines(name, "ranks", "efficiency", drawn, level=1.0))
+        panels.append(pictures.Lines(name, "ranks", "efficiency", drawn, level=1.0, ticks=RANKS))
     return pictures.lines(path, panels)
 
 

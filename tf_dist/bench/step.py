@@ -113,14 +113,16 @@ def measure(name: str) -> dict[str, Any]:
             if absent.get(job.kind) is None:
                 print(f"{label}, round {turn + 1} of {running.ROUNDS} ...", flush=True)
                 try:
-                    done.setdefault(job, []).append(run(name, job))
+                    found = run(name, job)
+                    done.setdefault(job, []).append(found)
                 except running.Absent as reason:
                     absent[job.kind] = str(reason)
                 except SystemExit as failure:
                     if not job.peer:
                         raise
                     absent[job.kind] = str(failure)
-    return summary(name, done) | {"absent": {WAYS.get(key, key): why for key, why in absent.items()}}
+    names = {**WAYS, "fit": "Keras fit", "one": "PyTorch in one process"}
+    return summary(name, done) | {"absent": {names[kind]: why for kind, why in absent.items()}}
 
 
 def where(ranks: int) -> str:
