@@ -45,7 +45,8 @@ def picture(jobs: list[dict[str, Any]], path: Path) -> Path:
     for job in jobs:
         kinds = [kind for kind in NAMES if kind in job["sums"][0]]
         drawn = {
-            NAMES[kind]: [(found["bytes"] / 1e6, found[kind]) for found in job["sums"]] for kind in kinds
+            NAMES[kind]: [(found["bytes"] / (1 << 20), found[kind]) for found in job["sums"]]
+            for kind in kinds
         }
         title = f"sums over {running.ranks_named(job['ranks'])} ranks"
         panels.append(pictures.Lines(title, "MB", "ms", drawn, log=True))

@@ -74,6 +74,8 @@ def lines(path: Path, panels: Sequence[Lines]) -> Path:
         if panel.log:
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")
+            axis.xaxis.set_major_formatter("{x:.3g}")
+            axis.yaxis.set_major_formatter("{x:g}")
         if panel.ticks:
             axis.set_xticks(list(panel.ticks))
         if panel.level is not None:
@@ -81,7 +83,7 @@ def lines(path: Path, panels: Sequence[Lines]) -> Path:
         axis.set_xlabel(panel.x, fontsize=9)
         axis.set_ylabel(panel.y, fontsize=9)
         axis.set_title(panel.title, fontsize=10, loc="left")
-        axis.tick_params(labelsize=8)
+        axis.tick_params(labelsize=8, which="both")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     return _save(figure, path)
