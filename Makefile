@@ -19,12 +19,12 @@ TEST_TIMEOUT ?= 900
 # into .venv/bin/activate (scripts/mpi_environment.sh), so that plain mpirun lines work as well.
 RUN := source scripts/mpi_environment.sh &&
 
-.PHONY: help install train test test-pure test-jobs lint horovod bench check-peers clean
+.PHONY: help install train test test-pure test-jobs lint horovod torch bench check-peers clean
 
 help: ## this list
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z%-]+):.*## /  make \1|/' | column -t -s '|'
 	@echo
-	@echo "  Variables: NP=$(NP) (ranks)  MPIRUN=$(MPIRUN)  MPIFLAGS='$(MPIFLAGS)'  ARGS='$(ARGS)' (for scripts/train.py)"
+	@echo "  Variables: NP=$(NP) (ranks)  MPIRUN=$(MPIRUN)  MPIFLAGS='$(MPIFLAGS)'  ARGS='$(ARGS)' (for scripts/train.py, bench.py)"
 
 install: $(VENV)/.installed ## build .venv with everything, MPI included
 
@@ -54,15 +54,18 @@ lint: install ## ruff and mypy
 horovod: install ## build Horovod 0.28.1 into .venv, for --backend horovod
 	$(RUN) $(PY) scripts/build_horovod.py
 
+torch: ## PyTorch in .venv-torch, a peer of the benchmarks; nothing else needs it
+	PYTHON="$(PYTHON)" bash scripts/install_torch.sh
+
 bench: install ## all benchmarks
 	$(RUN) $(PY) scripts/bench.py
 
-bench-%: install ## one benchmark: bench-exact, bench-exact-cost, bench-comm, bench-optimizer, bench-step
-	$(RUN) $(PY) scripts/bench.py $*
+bench-%: install ## one benchmark: bench-step (ARGS=gpt-0.81M), bench-comm ...; docs/benchmarks.md has them all
+	$(RUN) $(PY) scripts/bench.py $* $(ARGS)
 
 check-peers: install ## see for yourself what Horovod and tf.distribute do under Keras 3
 	$(RUN) $(PY) scripts/check_peers.py
 
-clean: ## remove .venv and caches; runs/ and data/prepared stay
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean: ## remove .venv, .venv-torch and caches; runs/ and data/prepared stay
+	rm -rf $(VENV) .venv-torch build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,13 +1,19 @@
-"""Benchmarks: each prints its tables and leaves one JSON file under runs/bench/.
+"""Benchmarks: each prints its tables and leaves a JSON file and a picture under runs/bench/.
 
-    python scripts/bench.py exact        # does the number of ranks change a bit?
-    python scripts/bench.py exact-cost   # and what does it cost that it does not?
-    python scripts/bench.py comm         # sums over ranks: ours, MPI's, Horovod's, and the memory limit
-    python scripts/bench.py network      # two emulated hosts: sums and steps, ours with overlap, Horovod
-    python scripts/bench.py optimizer    # a step of the optimizer: each variable by itself, flat, in blocks
-    python scripts/bench.py step         # tokens/s of training: ours, compute alone, mpi4py, Horovod, Keras
+    python scripts/bench.py exact            # does the number of ranks change a bit?
+    python scripts/bench.py exact-cost       # and what does it cost that it does not?
+    python scripts/bench.py comm             # sums over ranks: ours, MPI's, Horovod's, and the memory limit
+    python scripts/bench.py optimizer        # a step of the optimizer: by variables, flat, in blocks
+    python scripts/bench.py step             # tokens/s of training: ours, and what else there is
+    python scripts/bench.py step gpt-0.81M   # of one model: gpt-10.7M, gpt-0.81M, lstm-1.08M
+    python scripts/bench.py scaling          # weak and strong scaling, against the compute-only ceiling
+    python scripts/bench.py memory           # memory of a rank, against a formula
+    python scripts/bench.py nanogpt          # time to a validation loss, against PyTorch
+    python scripts/bench.py network          # two emulated hosts: sums and steps, ours with overlap, Horovod
+    python scripts/bench.py --report         # the targets, and what the newest JSON files say of them
 
-`make bench` runs all of them, `make bench-NAME` one. They start their own ranks.
+`make bench` runs all of them, `make bench-NAME` one (with ARGS=gpt-0.81M of one model). They start their own
+ranks.
 """
 
 from __future__ import annotations
@@ -16,7 +22,11 @@ import argparse
 import importlib
 import sys
 
-NAMES = ("exact", "exact-cost", "comm", "optimizer", "step", "network")
+from tf_dist.bench import running
+
+NAMES = ("exact", "exact-cost", "comm", "optimizer", "step", "scaling", "memory", "nanogpt", "network")
+# These take words: names of models, or the path of a text.
+WITH_WORDS = ("step", "scaling", "memory", "nanogpt")
 
 
 def main(argv: list[str]) -> int:
@@ -24,10 +34,23 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("names", nargs="*", choices=[*NAMES, []], metavar="NAME", help="which; none: all")
-    names = parser.parse_args(argv).names or NAMES
+    parser.add_argument("names", nargs="*", metavar="NAME", help="which; none: all")
+    parser.add_argument("--report", action="store_true", help="print the targets as a table for Markdown")
+    parser.add_argument(
+        "--rounds", type=int, help="how often step, scaling and nanogpt go through their jobs"
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.rounds:
+        running.ROUNDS = max(1, arguments.rounds)
+    if arguments.report:
+        print(importlib.import_module("tf_dist.bench.report").targets())
+        return 0
+    names = [name for name in arguments.names if name in NAMES] or NAMES
+    words = [word for word in arguments.names if word not in NAMES]
+    if words and not (len(names) == 1 and names[0] in WITH_WORDS):
+        parser.error(f"{' '.join(words)}: no benchmark; they are {', '.join(NAMES)}")
     modules = [importlib.import_module(f"tf_dist.bench.{name.replace('-', '_')}") for name in names]
-    return max(int(module.main()) for module in modules)
+    return max(int(module.main(words) if words else module.main()) for module in modules)
 
 
 if __name__ == "__main__":

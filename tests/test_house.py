@@ -80,6 +80,17 @@ def test_no_tensorflow_where_none_is_needed(path):
         assert not foreign(path) & {"tensorflow", "keras"}
 
 
+@pytest.mark.parametrize("path", PACKAGE + SCRIPTS, ids=name_of)
+def test_pytorch_stays_in_files_that_nothing_else_imports(path):
+    # They are run by the Python of .venv-torch, which has no TensorFlow and no MPI.
+    theirs = {name for name in imported(path) if name.startswith("tf_dist.bench.torch_")}
+    if path.name.startswith("torch_"):
+        assert "tensorflow" not in foreign(path) and "keras" not in foreign(path)
+        assert own_rooms(path) <= {"bench"}
+    else:
+        assert "torch" not in foreign(path) and not theirs
+
+
 @pytest.mark.parametrize("path", SCRIPTS, ids=name_of)
 def test_scripts_are_thin(path):
     assert not foreign(path) & {script.stem for script in SCRIPTS}

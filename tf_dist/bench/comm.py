@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tf_dist.bench import running
+from tf_dist.bench import pictures, running
 
 if TYPE_CHECKING:
     from tf_dist.comm.base import Comm
@@ -34,8 +34,23 @@ def main() -> int:
         jobs.append(running.measured(ranks, MODULE, folder=FOLDER))
     for job in jobs:
         print(f"\n{running.ranks_named(job['ranks'])} ranks, ms\n{sums_table(job)}")
-    print(f"\nin {running.save('comm', {'jobs': jobs})}")
+    path = running.save("comm", {"jobs": jobs})
+    print(f"\nin {path}\nand {picture(jobs, path.with_suffix('.png'))}")
     return 0
+
+
+def picture(jobs: list[dict[str, Any]], path: Path) -> Path:
+    """Milliseconds of each kind over the size; a panel for each number of ranks."""
+    panels = []
+    for job in jobs:
+        kinds = [kind for kind in NAMES if kind in job["sums"][0]]
+        drawn = {
+            NAMES[kind]: [(found["bytes"] / (1 << 20), found[kind]) for found in job["sums"]]
+            for kind in kinds
+        }
+        title = f"sums over {running.ranks_named(job['ranks'])} ranks"
+        panels.append(pictures.Lines(title, "MB", "ms", drawn, log=True))
+    return pictures.lines(path, panels)
 
 
 def sums_table(job: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from tf_dist.bench import running
+from tf_dist.bench import pictures, running
 
 MODULE = "tf_dist.bench.exact"
 TRAIN = Path("scripts/train.py")
@@ -50,8 +50,16 @@ def main() -> int:
     }
     equal = print_hashes(hashes)
     named = {" / ".join(run): by_ranks for run, by_ranks in hashes.items()}
-    print(f"\nin {running.save('exact', {'hashes': named})}")
+    path = running.save("exact", {"hashes": named})
+    print(f"\nin {path}\nand {picture(named, path.with_suffix('.png'))}")
     return 0 if equal else 1
+
+
+def picture(hashes: dict[str, dict[int, str]], path: Path) -> Path:
+    """A grid of hashes, a colour for each different one in a line."""
+    rows = {run: [sha[:8] for sha in by_ranks.values()] for run, by_ranks in hashes.items()}
+    columns = [f"np {ranks}" for ranks in next(iter(hashes.values()))]
+    return pictures.grid(path, "SHA-256 of the weights", columns, rows)
 
 
 def start(ranks: int, *words: str) -> None:

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tf_dist.bench import models, running
+from tf_dist.bench import models, pictures, running
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,8 +39,22 @@ def main() -> int:
     for ranks in RANKS:
         print(f"{ranks} ranks ...", flush=True)
         jobs.append(running.measured(ranks, MODULE, folder=FOLDER))
-    print(f"\n{steps_table(jobs)}\n\n{sums_table(jobs)}\n\nin {running.save('exact-cost', {'jobs': jobs})}")
+    print(f"\n{steps_table(jobs)}\n\n{sums_table(jobs)}")
+    path = running.save("exact-cost", {"jobs": jobs})
+    print(f"\nin {path}\nand {picture(jobs, path.with_suffix('.png'))}")
     return 0
+
+
+def picture(jobs: list[dict[str, Any]], path: Path) -> Path:
+    """The time of a step, or of a sum, in the order of the tree, as a multiple of that with MPI's order."""
+    panels = []
+    for job in jobs:
+        ratios = {f"a step, {name}": found["tree"] / found["plain"] for name, found in job["steps"].items()}
+        for found in job["sums"]:
+            ratios[f"a sum of {4e-6 * found['parameters']:.1f} MB"] = found["tree"] / found["plain"]
+        title = f"{running.ranks_named(job['ranks'])} ranks"
+        panels.append(pictures.Bars(title, list(ratios), list(ratios.values()), [True] * len(ratios)))
+    return pictures.bars(path, "tree / Allreduce", panels)
 
 
 def steps_table(jobs: list[dict[str, Any]]) -> str:

@@ -6,6 +6,7 @@ found. This process itself loads no MPI and no TensorFlow, so it takes no core f
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -22,43 +23,88 @@ if TYPE_CHECKING:
 
 FOLDER = Path("runs/bench")
 LIMIT_S = 1800
+ROUNDS = 2
+# PyTorch lives in an environment of its own, which `make torch` makes.
+TORCH = Path(__file__).resolve().parents[2] / ".venv-torch" / "bin" / "python"
+HOW_TO_GET = {
+    "torch": "no PyTorch in .venv-torch: `make torch` installs it",
+    "horovod": "no Horovod: `make horovod` builds it",
+}
 
 
-def launch(ranks: int, module: str, *words: str, log: Path, by: Sequence[str] = ()) -> None:
+class Absent(Exception):
+    """A peer that cannot be measured here; the message says why, and how to get it."""
+
+
+def launch(
+    ranks: int, module: str, *words: str, log: Path, by: Sequence[str] = (), python: str = sys.executable
+) -> None:
     """Run ``python -m module words`` on some ranks, 0 without mpirun; what they print goes to a log.
 
     ``by`` is a command that starts the ranks in mpirun's place.
 
     Raises:
-        SystemExit: the job failed; the end of its log is printed.
+        SystemExit: the job failed, or took longer than LIMIT_S seconds; the end of its log is printed.
     """
-    mpirun = str(Path(sys.executable).with_name("mpirun"))
+    command = [python, "-m", module, *words]
+    if ranks and by:
+        command = [*by, *command]
+    elif ranks:
+        command = [str(Path(sys.executable).with_name("mpirun")), "-np", str(ranks), *command]
+    run(command, log)
+
+
+def run(command: Sequence[str], log: Path) -> None:
+    """Run a command line, what it prints into a log; raises as `launch` does."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "wb") as file:
-        command = [sys.executable, "-m", module, *words]
-        if ranks and by:
-            command = [*by, *command]
-        elif ranks:
-            command = [mpirun, "-np", str(ranks), *command]
-        ended = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=LIMIT_S)
-    if ended.returncode:
+    try:
+        with open(log, "wb") as file:
+            ended = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, timeout=LIMIT_S)
+        how = f"ended with {ended.returncode}" if ended.returncode else ""
+    except subprocess.TimeoutExpired:
+        how = f"was not over after {LIMIT_S} s, and was stopped"
+    if how:
         print(log.read_text(errors="replace")[-3000:], file=sys.stderr)
-        raise SystemExit(f"error: {' '.join(command)} ended with {ended.returncode}; see {log}")
+        raise SystemExit(f"error: {' '.join(command)} {how}; see {log}")
 
 
-def measured(ranks: int, module: str, *words: str, folder: Path, by: Sequence[str] = ()) -> Any:
+def measured(
+    ranks: int,
+    module: str,
+    *words: str,
+    folder: Path,
+    by: Sequence[str] = (),
+    python: str = sys.executable,
+) -> Any:
     """Run a job as `launch` does, with the path of a file as its last word; the JSON that it leaves there."""
-    name = "-".join([str(ranks), *words])
+    name = "-".join([module.rpartition(".")[2], str(ranks), *words])
     out = folder / f"{name}.json"
     out.unlink(missing_ok=True)
-    launch(ranks, module, *words, str(out), log=folder / f"{name}.log", by=by)
+    launch(ranks, module, *words, str(out), log=folder / f"{name}.log", by=by, python=python)
     return json.loads(out.read_text())
 
 
-def interleaved(
+def torch_python() -> str:
+    """The Python that has PyTorch.
+
+    Raises:
+        Absent: it is not installed.
+    """
+    if not TORCH.exists():
+        raise Absent(HOW_TO_GET["torch"])
+    return str(TORCH)
+
+
+def need_horovod() -> None:
+    """Raise `Absent` where Horovod is not installed."""
+    if importlib.util.find_spec("horovod") is None:
+        raise Absent(HOW_TO_GET["horovod"])
+
+
+def timings(
     comm: Comm, works: Mapping[str, Callable[..., Any]], times: int, dropped: int
-) -> dict[str, float]:
-    """Run each work in turn, so that all of them meet the same weather; median milliseconds by name.
+) -> dict[str, list[float]]:
+    """Run each work in turn, so that all of them meet the same weather; milliseconds by name.
 
     A time is that of the slowest rank, from a barrier on. The first ``dropped`` of ``times`` do not count.
     """
@@ -66,7 +112,15 @@ def interleaved(
     for _ in range(times):
         for name, work in works.items():
             taken[name].append(slowest(comm, work))
-    return {name: statistics.median(found[dropped:]) for name, found in taken.items()}
+    return {name: found[dropped:] for name, found in taken.items()}
+
+
+def interleaved(
+    comm: Comm, works: Mapping[str, Callable[..., Any]], times: int, dropped: int
+) -> dict[str, float]:
+    """The medians of `timings`."""
+    found = timings(comm, works, times, dropped)
+    return {name: statistics.median(taken) for name, taken in found.items()}
 
 
 def slowest(comm: Comm, work: Callable[[], Any]) -> float:

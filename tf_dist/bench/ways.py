@@ -14,7 +14,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_dist.bench.models import VOCABULARY
+from tf_dist.bench.models import CLIP_NORM, EPSILON, LEARNING_RATE, VOCABULARY, WEIGHT_DECAY
 from tf_dist.config import Config
 from tf_dist.data.sampler import Sampler
 from tf_dist.data.tokens import Sequences
@@ -26,22 +26,35 @@ from tf_dist.training.trainer import Trainer
 if TYPE_CHECKING:
     from tf_dist.comm.base import Comm
 
-LEARNING_RATE = 1e-4
+
+def adamw(**words: Any) -> keras.optimizers.Optimizer:
+    """The optimizer of all ways that use Keras's."""
+    return keras.optimizers.AdamW(LEARNING_RATE, weight_decay=WEIGHT_DECAY, epsilon=EPSILON, **words)
 
 
-def stock_model(sizes: dict[str, Any], rows: int) -> tuple[keras.Model, keras.optimizers.Optimizer, Any]:
-    """The model with Keras's own layers, its optimizer, and batches (B, T) of ids with their next ones."""
+def stock_model(
+    sizes: dict[str, Any], rows: int, *, our_layers: bool = False, seed: int = 1
+) -> tuple[keras.Model, keras.optimizers.Optimizer, Any]:
+    """A model, its optimizer, and batches (B, T) of ids with their next ones.
+
+    Args:
+        sizes: of the model.
+        rows: B.
+        our_layers: whether an LSTM has our layers, or Keras's own, as with a user who knows nothing of us.
+        seed: of the batches.
+    """
     keras.utils.set_random_seed(1)
     config = Config(vocab_size=VOCABULARY, **sizes)
-    if config.model == "lstm":
+    if config.model == "lstm" and not our_layers:
         shape = (VOCABULARY, config.seq_len, config.layers, config.width)
         model = lstm.build(*shape, recurrent_layer=keras.layers.LSTM)
     else:
         model = build(config)
-    optimizer = keras.optimizers.AdamW(LEARNING_RATE, global_clipnorm=1.0)
+    optimizer = adamw(global_clipnorm=CLIP_NORM)
     optimizer.build(model.trainable_variables)
-    ids = np.random.default_rng(1).integers(0, VOCABULARY, (8, rows, sizes["seq_len"] + 1)).astype(np.int32)
-    return model, optimizer, [(tf.constant(batch[:, :-1]), tf.constant(batch[:, 1:])) for batch in ids]
+    ids = np.random.default_rng(seed).integers(0, VOCABULARY, (8, rows, sizes["seq_len"] + 1))
+    batches = [tf.constant(batch) for batch in ids.astype(np.int32)]
+    return model, optimizer, [(batch[:, :-1], batch[:, 1:]) for batch in batches]
 
 
 def trainer_of(
@@ -51,12 +64,12 @@ def trainer_of(
     keras.utils.set_random_seed(1)
     trainer = Trainer(
         build(Config(vocab_size=VOCABULARY, **sizes)),
-        keras.optimizers.AdamW(LEARNING_RATE),
+        adamw(),
         comm,
         global_batch_size=rows * comm.size,
         micro_batch_size=rows // micro_batches,
         seq_len=sizes["seq_len"],
-        clip_norm=1.0,
+        clip_norm=CLIP_NORM,
         **options,
     )
     tokens = np.random.default_rng(1).integers(0, VOCABULARY, 8 * rows * comm.size * sizes["seq_len"] + 1)
@@ -67,21 +80,22 @@ def trainer_of(
 class Ours:
     """Our Trainer, with a clock at each part of its step."""
 
-    def __init__(self, comm: Comm, sizes: dict[str, Any], rows: int) -> None:
-        self.trainer, self.sequences, self.sampler = trainer_of(comm, sizes, rows, micro_batches=1)
+    def __init__(self, comm: Comm, sizes: dict[str, Any], rows: int, **options: Any) -> None:
+        made = trainer_of(comm, sizes, rows, micro_batches=1, **options)
+        self.trainer, self.sequences, self.sampler = made
+        self.trainer.tuning.choose()
         self._taken: list[dict[str, float]] = []
         self._now: dict[str, float] = {}
         trainer = self.trainer
         for owner, verb, part in (
-            (self.sampler, "batch", "input"),
-            (self.sequences, "rows", "input"),
+            (trainer, "_batches", "input"),  # what of it the step waits for
             (trainer.replica, "gradients", "forward+backward"),
             (trainer._sum, "add", "pack"),
             (trainer._sum, "terms", "pack"),
-            (comm, "barrier", "wait"),
-            (comm, "allreduce", "reduce"),
-            (comm, "allreduce_terms", "reduce"),
-            (comm, "broadcast", "reduce"),
+            (trainer.comm, "barrier", "wait"),
+            (trainer.comm, "allreduce", "reduce"),
+            (trainer.comm, "allreduce_terms", "reduce"),
+            (trainer.comm, "broadcast", "reduce"),
             (trainer.replica, "apply", "update"),
         ):
             setattr(owner, verb, self._clocked(getattr(owner, verb), part))
@@ -117,19 +131,20 @@ def _gradients(model: keras.Model, x: Any, y: Any) -> list[Any]:
 
 
 def compute_alone(
-    sizes: dict[str, Any], rows: int, reduced: Callable[[list[Any]], list[Any]] = list
+    sizes: dict[str, Any], rows: int, reduced: Callable[[list[Any]], list[Any]] | None = None
 ) -> Callable[[], Any]:
-    """Each rank trains by itself: what a step costs without any exchange.
+    """Each rank trains our model by itself: what a step costs without any exchange.
 
     Args:
         sizes: of the model.
         rows: B.
-        reduced: what becomes of the gradients inside the compiled step.
+        reduced: what becomes of the gradients inside the compiled step; then the layers are Keras's own.
     """
-    model, optimizer, batches = stock_model(sizes, rows)
+    model, optimizer, batches = stock_model(sizes, rows, our_layers=reduced is None)
 
     def step(x: Any, y: Any) -> None:
-        optimizer.apply(reduced(_gradients(model, x, y)), model.trainable_variables)
+        gradients = _gradients(model, x, y)
+        optimizer.apply(reduced(gradients) if reduced else gradients, model.trainable_variables)
 
     return _in_turn(tf.function(step), batches)
 
@@ -162,8 +177,40 @@ def plain_mpi4py(comm: Comm, sizes: dict[str, Any], rows: int) -> Callable[[], A
     return _in_turn(step, batches)
 
 
-def keras_fit_step_s(sizes: dict[str, Any], rows: int, times: int, dropped: int, xla: bool) -> float:
-    """Median seconds of a step of Keras's ``fit`` in this process."""
+def multi_worker(
+    sizes: dict[str, Any], rows: int, rank: int
+) -> tuple[Callable[[], Any], Callable[[], list[float]]]:
+    """TensorFlow's own strategy with a loop as its documentation has it; ``TF_CONFIG`` must be set.
+
+    Keras's optimizer sums the gradients of all replicas by itself: each divides its loss by their number.
+    Clipping by the global norm would come before the sum, so the gradient is summed here and clipped then.
+
+    Returns:
+        A step, and the sums of all weights, which must be the same on all ranks.
+    """
+    ring = tf.distribute.experimental.CommunicationImplementation.RING
+    options = tf.distribute.experimental.CommunicationOptions(implementation=ring)
+    strategy = tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
+    with strategy.scope():
+        model, optimizer, batches = stock_model(sizes, rows, seed=1 + rank)
+
+    def on_replica(x: Any, y: Any) -> None:
+        context = tf.distribute.get_replica_context()
+        gradients = context.all_reduce(tf.distribute.ReduceOp.MEAN, _gradients(model, x, y), options=options)
+        # One replica of each worker: what follows is the same everywhere, and needs no second sum.
+        optimizer._all_reduce_sum_gradients = list
+        optimizer.apply(gradients, model.trainable_variables)
+
+    step = tf.function(lambda x, y: strategy.run(on_replica, args=(x, y)))
+
+    def weights() -> list[float]:
+        return [float(np.sum(np.asarray(variable), dtype=np.float64)) for variable in model.weights]
+
+    return _in_turn(step, batches), weights
+
+
+def keras_fit_ms(sizes: dict[str, Any], rows: int, times: int, dropped: int, xla: bool) -> list[float]:
+    """Milliseconds of each step of Keras's ``fit`` in this process, but for the first ones."""
     model, optimizer, batches = stock_model(sizes, rows)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer, loss, jit_compile=xla)
@@ -175,7 +222,8 @@ def keras_fit_step_s(sizes: dict[str, Any], rows: int, times: int, dropped: int,
         tuple(tf.stack(part) for part in zip(*batches, strict=True))
     ).repeat()
     model.fit(data, steps_per_epoch=times + 1, verbose=0, callbacks=[clock])
-    return float(statistics.median(np.diff(moments)[dropped:].tolist()))
+    found: list[float] = (1e3 * np.diff(moments)[dropped:]).tolist()
+    return found
 
 
 def _in_turn(step: Callable[[Any, Any], Any], batches: Any) -> Callable[[], Any]:

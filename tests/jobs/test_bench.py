@@ -1,0 +1,37 @@
+"""Benchmarks as they start their own jobs, on models of a size that one can wait for."""
+
+import json
+
+from tf_dist.bench import memory, step
+
+
+def test_ways_that_share_a_job(run_job, tmp_path):
+    out = tmp_path / "out.json"
+    ended = run_job(2, "-m", step.MODULE, "ranks", "tiny-gpt", str(out))
+    assert ended.code == 0, ended.output
+    found = json.loads(out.read_text())
+    assert {"ours", "ours xla", "alone", "compute", "mpi4py", "gemm"} <= set(found["times_ms"])
+    assert all(time > 0 for times in found["times_ms"].values() for time in times)
+    summary = step.summary("tiny-gpt", {step.Job(2, "ranks"): [found]})
+    assert step.tables("tiny-gpt", summary | {"absent": {}})
+    assert set(found["parts_ms"]) == {*step.PARTS, "step"}  # every clock was passed
+
+
+def test_multi_worker_mirrored_strategy_trains_alike_on_its_workers(run_job, tmp_path):
+    out = tmp_path / "out.json"
+    ports = ",".join(map(str, step.free_ports(2)))
+    ended = run_job(2, "-m", step.MODULE, "mwms", "tiny-gpt", ports, str(out))
+    assert ended.code == 0, ended.output
+    assert len(json.loads(out.read_text())["times_ms"]["mwms"]) == 5
+
+
+def test_memory_of_every_rank(run_job, tmp_path):
+    out = tmp_path / "out.json"
+    ended = run_job(2, "-m", memory.MODULE, "tiny-gpt", str(out))
+    assert ended.code == 0, ended.output
+    job = json.loads(out.read_text())
+    assert len(job["of_ranks"]) == 2
+    for rank in job["of_ranks"]:
+        assert 0 < rank["baseline_pss"] < rank["baseline_rss"]
+        assert 0 < rank["peak_pss"] < rank["peak_rss"] <= rank["whole_rss"]
+    assert memory.table([job])

@@ -1,0 +1,181 @@
+"""The targets and what the newest JSON files under runs/bench/ say of them, as a table for Markdown.
+
+    python scripts/bench.py --report
+
+Every figure is a ratio of two numbers that were measured in the same run. A target without a file, or
+whose peer was not there, has no figure.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tf_dist.bench import nanogpt, running, step
+
+STAMP = re.compile(r"\d{8}-\d{6}\.json")
+LARGE, SMALL, LSTM = "gpt-10.7M", "gpt-0.81M", "lstm-1.08M"
+# Of the sums that the target is about, in bytes.
+SUMS = range(4 << 20, (64 << 20) + 1)
+
+Reports = dict[str, dict[str, Any]]
+
+
+class Target(NamedTuple):
+    """What is promised: at least, or at most, a ratio; and how it is read from the reports."""
+
+    name: str
+    bound: float
+    read: Callable[[Reports], float | None]
+    at_most: bool = False
+    percent: bool = False
+
+    def met(self, ratio: float) -> bool:
+        """Whether a ratio is on the right side."""
+        return ratio <= self.bound if self.at_most else ratio >= self.bound
+
+    def shown(self, ratio: float) -> str:
+        """A ratio, in the unit of the target."""
+        return f"{100 * ratio:.0f} %" if self.percent else f"{ratio:.2f}"
+
+
+def newest(folder: Path = running.FOLDER) -> Reports:
+    """The newest report of each benchmark, by name."""
+    found: Reports = {}
+    for place in sorted(folder.glob("*/")):
+        stamped = sorted(path for path in place.glob("*.json") if STAMP.fullmatch(path.name))
+        if stamped:
+            found[place.name] = json.loads(stamped[-1].read_text()) | {"file": str(stamped[-1])}
+    return found
+
+
+def targets(folder: Path = running.FOLDER) -> str:
+    """The table, and which files it is from."""
+    reports = newest(folder)
+    lines = ["| ratio in one run | target | reached | |", "|---|---|---|---|"]
+    for target in TARGETS:
+        sign = "<=" if target.at_most else ">="
+        ratio = _read(target, reports)
+        reached = "not measured" if ratio is None else target.shown(ratio)
+        verdict = "" if ratio is None else "met" if target.met(ratio) else "missed"
+        lines.append(f"| {target.name} | {sign} {target.shown(target.bound)} | {reached} | {verdict} |")
+    sources = [f"- {name}: {report['file']}, {_machine(report)}" for name, report in reports.items()]
+    return "\n".join([*lines, "", *(sources or [f"no reports under {folder}: run `make bench`"])])
+
+
+def _machine(report: dict[str, Any]) -> str:
+    machine = report.get("machine", {})
+    return f"{machine.get('cores')} cores of {machine.get('processor')}"
+
+
+def _read(target: Target, reports: Reports) -> float | None:
+    try:
+        return target.read(reports)
+    except (KeyError, IndexError, TypeError, ZeroDivisionError):
+        return None  # a report that is not there, or has no such peer
+
+
+# How each is read --------------------------------------------------------------------------------
+
+
+def sums_against_mpi(ranks: int) -> Callable[[Reports], float | None]:
+    """The least of MPI's time over ours, over all sizes of the target."""
+
+    def read(reports: Reports) -> float | None:
+        job = next(job for job in reports["comm"]["jobs"] if job["ranks"] == ranks)
+        sums = [found for found in job["sums"] if found["bytes"] in SUMS]
+        return min(float(found["mpi"]) / float(found["ours"]) for found in sums)
+
+    return read
+
+
+def speed(reports: Reports, model: str, ways: Sequence[str], ranks: int) -> float:
+    """The highest tokens per second of some ways; a word matches all ways that begin with it."""
+    rows = reports["step"]["models"][model]["rows"]
+    speeds = [
+        float(row["tokens_per_s"])
+        for row in rows
+        if row["ranks"] == ranks
+        and any(row["way"] == way or row["way"].startswith(f"{way} ") for way in ways)
+    ]
+    if not speeds:
+        raise KeyError(model)
+    return max(speeds)
+
+
+def step_against(
+    model: str, peers: Sequence[str], ranks: int = step.RANKS, ours: str = "ours"
+) -> Callable[[Reports], float | None]:
+    """Our tokens per second over those of the fastest of some peers."""
+
+    def read(reports: Reports) -> float | None:
+        rows = reports["step"]["models"][model]["rows"]
+        own = next(row for row in rows if row["way"] == ours and row["ranks"] == step.RANKS)
+        return float(own["tokens_per_s"]) / speed(reports, model, peers, ranks)
+
+    return read
+
+
+def bfloat16(reports: Reports) -> float | None:
+    """Our speed with bfloat16 over that without."""
+    rows = {row["way"]: row for row in reports["step"]["models"][LARGE]["rows"] if row["ranks"] == step.RANKS}
+    return float(rows["ours bfloat16"]["tokens_per_s"]) / float(rows["ours"]["tokens_per_s"])
+
+
+def gemm_share(model: str) -> Callable[[Reports], float | None]:
+    """The share of a core's peak in our step on one rank."""
+    return lambda reports: float(reports["step"]["models"][model]["gemm"]["np 1"]["step"])
+
+
+def time_to_loss(reports: Reports) -> float | None:
+    """Ours over PyTorch's, to 1.88 where all runs have reached it, else to the lowest that all have."""
+    runs = reports["nanogpt"]["runs"]
+    for level in (nanogpt.LEVEL, nanogpt.common_level(runs)):
+        times = nanogpt.times_to(runs, level)
+        ours, peer = times["ours"], times["torch"]
+        if ours and peer:
+            return ours / peer
+    return None
+
+
+def network(reports: Reports) -> float | None:
+    """Horovod's step over ours on two hosts at 1 Gbit/s."""
+    steps = reports["network"]["rates"]["1gbit"]["steps_ms"]
+    return float(steps["horovod"]) / float(steps["overlap"])
+
+
+def _all() -> Iterator[Target]:
+    for ranks in (2, 4):
+        yield Target(f"window allreduce / MPI `Allreduce`, 4-64 MB, np {ranks}", 4.0, sums_against_mpi(ranks))
+    names = {LARGE: "GPT 10.7 M", SMALL: "GPT 0.81 M", LSTM: "LSTM 1.08 M"}
+    for model, name in names.items():
+        yield Target(f"{name}: np 2 / compute only", 0.98, step_against(model, step.CEILINGS))
+    # Each model has its bounds against Keras (for the small one also with XLA), Horovod and DDP.
+    for model, keras, horovod, ddp in (
+        (LARGE, 1.25, 1.4, 1.2),
+        (SMALL, 1.3, 2.0, 1.3),
+        (LSTM, 2.0, 2.5, 1.1),
+    ):
+        name = names[model]
+        fits = ("fit plain", "fit xla") if model == SMALL else ("fit plain",)
+        yield Target(
+            f"{name}: np 2 / Keras in one process{', also with XLA' * (model == SMALL)}",
+            keras,
+            step_against(model, fits, ranks=0),
+        )
+        if model == SMALL:
+            xla = step_against(model, fits, ranks=0, ours="ours xla")
+            yield Target(f"{name}: np 2 with `--xla on` / Keras in one process", keras, xla)
+        yield Target(f"{name}: np 2 / Horovod, defaults or best", horovod, step_against(model, ("horovod",)))
+        yield Target(f"{name}: np 2 / PyTorch DDP", ddp, step_against(model, ("ddp",)))
+    yield Target("bfloat16 / float32, GPT 10.7 M", 1.5, bfloat16)
+    yield Target("nanoGPT recipe: time to 1.88 / PyTorch's", 0.65, time_to_loss, at_most=True)
+    yield Target("two hosts at 1 Gbit/s, GPT 10.7 M: np 2 / Horovod", 1.3, network)
+    yield Target("LSTM: share of the GEMM peak", 0.85, gemm_share(LSTM), percent=True)
+    yield Target("GPT 10.7 M: share of the GEMM peak", 0.80, gemm_share(LARGE), percent=True)
+
+
+TARGETS = tuple(_all())
