@@ -113,19 +113,22 @@ def choose_chunk(comm: Comm, length: int, order: Order, wanted_bytes: int = 0) -
     if wanted_bytes:
         comm.chunk_bytes = max(4, wanted_bytes)
         return f"; in pieces of {_bytes_named(comm.chunk_bytes)}, as was asked for"
+    comm.chunk_bytes = USUAL_CHUNK_BYTES
     own = _own_terms(comm, length, order)
     first = min(length, FIRST_BYTES // 4)
     _sum_s(comm, own, first, order)  # the first one connects the ranks
     rate = first / _sum_s(comm, own, first, order)
     tried = int(rate * CHUNK_PROBE_S / (CHUNK_ROUNDS * len(CHUNKS_BYTES)))
-    tried = int(comm.broadcast_obj(min(length, max(first, tried))))
-    candidates = [size for size in CHUNKS_BYTES if size < 4 * tried] or [CHUNKS_BYTES[0]]
+    tried = int(comm.broadcast_obj(min(length, tried)))
+    candidates = [size for size in CHUNKS_BYTES if size < 4 * tried]
+    if USUAL_CHUNK_BYTES not in candidates:  # too little, or too slow, to show a difference
+        return f"; in pieces of {_bytes_named(comm.chunk_bytes)}"
     taken = dict.fromkeys(candidates, float("inf"))
     for _ in range(CHUNK_ROUNDS):
         for comm.chunk_bytes in candidates:
             taken[comm.chunk_bytes] = min(taken[comm.chunk_bytes], _sum_s(comm, own, tried, order))
     best = min(candidates, key=taken.__getitem__)
-    if USUAL_CHUNK_BYTES in taken and taken[best] > CLEARLY * taken[USUAL_CHUNK_BYTES]:
+    if taken[best] > CLEARLY * taken[USUAL_CHUNK_BYTES]:
         best = USUAL_CHUNK_BYTES
     times = ", ".join(f"{_bytes_named(size)} {1e3 * taken[size]:.1f}" for size in candidates)
     comm.chunk_bytes, times = comm.broadcast_obj([best, times])
