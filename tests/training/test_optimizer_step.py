@@ -141,6 +141,14 @@ def test_how_blocks_are_cut_changes_no_bit(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", KINDS)
+def test_fused_the_bits_are_those_of_variables_fused(name):
+    """Runs of large models, begun before there were blocks, go on in their bits."""
+    expected = trained(MAKE[name], lambda *both: VariableStep(*both, fused=True))
+    for one, other in zip(expected, trained(MAKE[name], blocks()), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_shard_of_the_flat_vector_steps_by_itself(name, fused):
     """What ZeRO needs: the update of a stretch of weights is that stretch of the update, to the last bit."""

@@ -32,6 +32,7 @@ class FlatSlots:
         self._own: list[Any] = []
         layout = FlatLayout([variable.shape for variable in variables])
         self.flat = tf.Variable(tf.zeros(layout.total, variables[0].dtype), trainable=False)
+        _set(self.flat, tf.zeros(0, self.flat.dtype))  # no memory before it is used
         ends = accumulate(layout.sizes)
         parts = [range(end - size, end) for end, size in zip(ends, layout.sizes, strict=True)]
         self._windows = [Window(self, *one) for one in zip(parts, layout.shapes, strict=True)]
