@@ -87,6 +87,7 @@ def ours(text: Path, seed: int, steps: int, every: int) -> dict[str, Any]:
     command = [mpirun, "-np", str(RANKS), sys.executable, "scripts/train.py", "--config", str(RECIPE)]
     command += ["--data", str(text), "--seed", str(seed), "--run-dir", str(folder), "--progress", "none"]
     command += ["--steps", str(steps), "--eval-every", str(every), "--save-every", "0"]
+    command += ["--log-every", str(every)]  # so that each evaluation has the time of its step beside it
     begun_at = time.time()
     running.run(command, FOLDER / f"ours-{seed}.log")
     ended_at = time.time()

@@ -156,18 +156,20 @@ def free_ports(count: int) -> list[int]:
 
 def summary(name: str, done: dict[Job, list[dict[str, Any]]]) -> dict[str, Any]:
     """Rows from the times of all rounds; of Horovod's settings only the fastest stays."""
-    rows, parts, gemm_ms = [], {}, []
+    rows: list[Row] = []
+    parts: dict[int, dict[str, float]] = {}
+    gemm_ms: dict[int, float] = {}
     for job, rounds in done.items():
         for way in rounds[0]["times_ms"]:
             times = [time for found in rounds for time in found["times_ms"][way]]
-            if way == "gemm":
-                gemm_ms += times
-                continue
             median = statistics.median(times)
+            if way == "gemm":
+                gemm_ms[job.ranks] = median
+                continue
             speed = 1e3 * rounds[0]["tokens"] / median
             rows.append(Row(job.ranks, f"{way} {job.word}".strip(), median, speed, len(times)))
         if "parts_ms" in rounds[0]:
-            parts[str(job.ranks)] = {
+            parts[job.ranks] = {
                 part: statistics.median(found["parts_ms"][part] for found in rounds)
                 for part in rounds[0]["parts_ms"]
             }
@@ -177,22 +179,26 @@ def summary(name: str, done: dict[Job, list[dict[str, Any]]]) -> dict[str, Any]:
     return {
         "rows": [row._asdict() for row in shown],
         "horovod_sweep_ms": {row.way.removeprefix("horovod "): row.median_ms for row in settings},
-        "parts_ms": parts,
+        "parts_ms": {str(ranks): found for ranks, found in parts.items()},
         "gemm": gemm(name, shown, parts, gemm_ms),
     }
 
 
-def gemm(name: str, rows: list[Row], parts: dict[str, Any], gemm_ms: list[float]) -> dict[str, Any]:
-    """The share of our step, and of its forward and backward pass, in a core's measured peak."""
+def gemm(
+    name: str, rows: list[Row], parts: dict[int, dict[str, float]], gemm_ms: dict[int, float]
+) -> dict[str, dict[str, float]]:
+    """Shares of our step, and of its forward and backward pass, in a core's peak in the same job."""
     recipe = models.RECIPES[name]
-    peak = flops.peak_per_s(statistics.median(gemm_ms))
-    step = flops.of_step(recipe.sizes, recipe.rows)
-    found: dict[str, Any] = {"peak_gflops": peak / 1e9, "step_gflop": step / 1e9}
+    operations = flops.of_step(recipe.sizes, recipe.rows)
+    found = {}
     for row in rows:
-        if row.way == "ours" and row.ranks:
+        if row.way == "ours":
+            peak = flops.peak_per_s(gemm_ms[row.ranks])
+            both_ms = parts[row.ranks]["forward+backward"]
             found[f"np {row.ranks}"] = {
-                "step": step / (1e-3 * row.median_ms) / peak,
-                "forward+backward": step / (1e-3 * parts[str(row.ranks)]["forward+backward"]) / peak,
+                "peak_gflops": peak / 1e9,
+                "forward+backward": operations / (1e-3 * both_ms) / peak,
+                "step": operations / (1e-3 * row.median_ms) / peak,
             }
     return found
 
@@ -236,13 +242,14 @@ def tables(name: str, found: dict[str, Any]) -> str:
         for ranks, parts in found["parts_ms"].items()
     ]
     shown.append(running.table(["", *PARTS, "step"], cells))
-    peak = found["gemm"]
     cells = [
-        [at, f"{100 * peak[at]['forward+backward']:.0f} %", f"{100 * peak[at]['step']:.0f} %"]
-        for at in peak
-        if at.startswith("np ")
+        [
+            *(at, f"{100 * share['forward+backward']:.0f} %", f"{100 * share['step']:.0f} %"),
+            f"{share['peak_gflops']:.0f}",
+        ]
+        for at, share in found["gemm"].items()
     ]
-    head = [f"share of {peak['peak_gflops']:.0f} GFLOP/s", "forward+backward", "step"]
+    head = ["share of the peak of products", "forward+backward", "step", "peak, GFLOP/s of a core"]
     return "\n\n".join([*shown, running.table(head, cells)])
 
 
