@@ -58,7 +58,7 @@ def _layer_norm(x_NxD: Any, gain_D: Any, offset_D: Any, epsilon: float) -> Any:
 
 @keras.saving.register_keras_serializable("tf_dist")
 def gelu(x: Any) -> Any:
-    """x times the standard normal's distribution function (Hendrycks & Gimpel 2016), as Keras's "gelu".
+    """Keras's "gelu": x times the standard normal's distribution function at x (Hendrycks & Gimpel 2016).
 
     Keras and TensorFlow call erfc, which takes three times as long as erf here; in bfloat16 neither is a
     vector operation, so that both are computed in float32.
