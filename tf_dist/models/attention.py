@@ -18,8 +18,8 @@ MASKED = -1e9
 def split_heads(qkv_BxTx3D: Any, heads: int) -> list[Any]:
     """Queries, keys and values, (B, H, T, K) each, from one projection.
 
-    One transpose each way. TensorFlow's gradient of taking a part out of an array is as large as the array, and
-    zero everywhere else: three of them, and two sums, took as long as a sixth of all products of a small GPT.
+    One transpose each way. TensorFlow's gradient of taking a part out of an array is as large as the array,
+    zero everywhere else, and slow: three of them, and two sums, took a quarter of a small GPT's step.
     """
     T, K = qkv_BxTx3D.shape[1], qkv_BxTx3D.shape[2] // (3 * heads)
 

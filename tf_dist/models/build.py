@@ -36,8 +36,8 @@ def build(config: Config) -> keras.Model:
 def _computing_in(precision: str) -> Iterator[None]:
     """Let the layers that are made here compute in ``precision``, with weights in float32.
 
-    Keras has one policy for the whole process. It is put back: layers keep theirs, and what a user's code makes
-    elsewhere is not ours to change. float32 is Keras's default, so then it is left as the user has set it.
+    Keras has one policy for the whole process. It is put back: layers keep theirs, and what a user's code
+    makes elsewhere is not ours to change. float32 is Keras's default, so then it is left as the user has set it.
     """
     before = keras.config.dtype_policy()
     try:

@@ -48,7 +48,7 @@ def changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
 
 
 def slow_bfloat16() -> str:
-    """Why bfloat16 is not faster than float32 in this process, or nothing where it is, or where nobody knows."""
+    """Why bfloat16 is not faster than float32 here; empty where it is, and where nobody knows."""
     found = bits_depend_on()
     sets = found["instruction sets"].split()
     if sets and not set(BFLOAT16_BY) & set(sets):
