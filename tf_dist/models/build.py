@@ -37,7 +37,7 @@ def _computing_in(precision: str) -> Iterator[None]:
     """Let the layers that are made here compute in ``precision``, with weights in float32.
 
     Keras has one policy for the whole process. It is put back: layers keep theirs, and what a user's code
-    makes elsewhere is not ours to change. float32 is Keras's default, so then it is left as the user has set it.
+    makes elsewhere is not ours to change. float32 is Keras's default, so for it nothing is set.
     """
     before = keras.config.dtype_policy()
     try:

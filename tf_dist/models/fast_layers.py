@@ -56,7 +56,7 @@ def _layer_norm(x_NxD: Any, gain_D: Any, offset_D: Any, epsilon: float) -> Any:
     return run(x_NxD, gain_D, offset_D)
 
 
-@keras.saving.register_keras_serializable("tf_dist")
+@keras.saving.register_keras_serializable("tf_dist")  # type: ignore[untyped-decorator]
 def gelu(x: Any) -> Any:
     """Keras's "gelu": x times the standard normal's distribution function at x (Hendrycks & Gimpel 2016).
 

@@ -12,6 +12,7 @@ from keras import layers
 
 from tf_dist.models import attention
 from tf_dist.models.fast_layers import LayerNormalization, gelu
+from tf_dist.models.head import with_head
 
 
 @keras.saving.register_keras_serializable("tf_dist")
@@ -109,7 +110,7 @@ def build(
     for i in range(layer_count):
         x_BxTxD = _block(x_BxTxD, width, heads, dropout, residual_stddev, f"layer_{i}")
     x_BxTxD = LayerNormalization(epsilon=1e-5, name="final_norm")(x_BxTxD)
-    return keras.Model(tokens_BxT, embedding(x_BxTxD, reverse=True), name="transformer")
+    return with_head(tokens_BxT, x_BxTxD, embedding, "transformer")
 
 
 def _block(x_BxTxD: Any, width: int, heads: int, dropout: float, stddev: float, name: str) -> Any:
