@@ -133,6 +133,44 @@ def test_attention():
     assert_close(undropped, ours)
 
 
+@pytest.mark.parametrize("compiled", ["eager", "graph", "xla"])
+@pytest.mark.parametrize("block", [1, 5, 8, 15, 16, 99])
+def test_attention_in_blocks(block, compiled):
+    inputs = [normal(B, H, T, 8, seed=i) for i in range(3)]
+
+    def ours(*qkv):
+        return with_gradients(lambda *qkv: attention.blockwise_attention(*qkv, block=block), *qkv)
+
+    if compiled != "eager":
+        ours = tf.function(ours, jit_compile=compiled == "xla")
+    assert_close(ours(*inputs), with_gradients(plain_attention, *inputs))
+
+
+def sizes_of(function, *shapes):
+    """The number of elements of every tensor in the graph of a function and its gradients."""
+    specs = [tf.TensorSpec(shape, tf.float32) for shape in shapes]
+    graph = tf.function(lambda *inputs: with_gradients(function, *inputs)).get_concrete_function(*specs).graph
+    return [output.shape.num_elements() or 0 for node in graph.get_operations() for output in node.outputs]
+
+
+def test_memory_of_blocks_grows_with_the_length():
+    """The largest array there is, forward and backward, is one block's weights; the plain one's is T T."""
+    block = 8
+    for T in (32, 64, 128):
+        shapes = [(1, H, T, 4)] * 3
+        blockwise = sizes_of(lambda *qkv: attention.blockwise_attention(*qkv, block=block), *shapes)
+        assert max(blockwise) == H * block * T
+        assert max(sizes_of(attention.plain_attention, *shapes)) == H * T * T
+
+
+def test_long_sequences_come_in_blocks(monkeypatch):
+    inputs = [normal(B, H, T, 8, seed=i) for i in range(3)]
+    expected = with_gradients(attention.attention, *inputs)
+    monkeypatch.setattr(attention, "BLOCKWISE_FROM", T)
+    monkeypatch.setattr(attention, "plain_attention", None)
+    assert_close(with_gradients(attention.attention, *inputs), expected)
+
+
 def test_layer_norm():
     x, gain, offset = normal(B, T, D) * 3 + 5, normal(D, seed=1), normal(D, seed=2)
     layer = LayerNormalization(epsilon=1e-5)
