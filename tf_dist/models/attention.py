@@ -90,7 +90,7 @@ def blockwise_attention(q_BxHxTxK: Any, k_BxHxTxK: Any, v_BxHxTxK: Any, block: i
     @tf.custom_gradient  # type: ignore[untyped-decorator]
     def run(q: Any, k: Any, v: Any) -> Any:
         q, scale = _scaled(q)
-        attended = []
+        attended: Any = []
         for start, end in places:
             with tf.control_dependencies(attended[-1:]):  # one block at a time: they share the memory
                 weights = _weights(q[:, :, start:end], k[:, :, :end])
