@@ -15,7 +15,7 @@ from tf_dist.flags import CONFIG_BYTES_LIMIT, flag_values, from_command_line, fr
 # The command line is a contract: other people's scripts use these names. Add here, never rename.
 NAMES = """
     data text_column tokenizer vocab_size val_fraction errors max_bytes prepared_dir
-    model layers width heads seq_len dropout tie_embeddings
+    model layers width heads seq_len dropout tie_embeddings precision
     global_batch_size micro_batch_size steps epochs seed
     optimizer optimizer_args learning_rate min_learning_rate schedule warmup_steps weight_decay clip_norm
     update backend allreduce chunk_bytes overlap autotune xla check_every on_mismatch threads_per_rank

@@ -54,6 +54,7 @@ class Config:
     seq_len: int = option(64, "model", "tokens in a sequence", least=1)
     dropout: float = option(0.0, "model", "share of activations dropped in training", least=0)
     tie_embeddings: bool = option(True, "model", "use the embedding matrix again as the output layer")
+    precision: str = option("float32", "model", "what the model computes in; weights, optimizer, loss and sums stay float32", choices=("float32", "bfloat16"))  # noqa: E501
 
     global_batch_size: int = option(32, "batch", "sequences in one optimizer step, over all ranks", least=1)
     micro_batch_size: int = option(0, "batch", "sequences in one forward and backward pass; must divide the global batch; 0: chosen, see the banner", least=0)  # noqa: E501

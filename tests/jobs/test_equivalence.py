@@ -9,7 +9,11 @@ from tf_dist.training import checkpoint
 
 STEPS, HALF = 30, 15
 RANKS = (1, 2, 3, 4, 8)
-MODELS = ("transformer", "lstm")
+MODELS = {
+    "transformer": ("--model", "transformer"),
+    "lstm": ("--model", "lstm"),
+    "bfloat16": ("--model", "transformer", "--precision", "bfloat16"),
+}
 UPDATES = ("allreduce", "master")
 
 
@@ -23,7 +27,7 @@ def runs(launcher, small, tmp_path_factory):
             asked = [
                 # One thread each: how a sum is split between threads is in its last bits.
                 [
-                    *(*small, "--steps", STEPS, "--model", m, "--update", u, "--save-every", HALF),
+                    *(*small, "--steps", STEPS, *MODELS[m], "--update", u, "--save-every", HALF),
                     *("--threads-per-rank", "1", "--run-dir", folder / f"{ranks}-{m}-{u}"),
                 ]
                 for m in MODELS
@@ -72,7 +76,7 @@ def test_a_run_goes_on_with_other_ranks(launcher, runs, small, tmp_path, first, 
     """Saved half way on some ranks, finished on others, with the other update: the bits of one rank."""
     asked = [
         [
-            *(*small, "--steps", STEPS, "--model", m, "--update", "master", "--threads-per-rank", "1"),
+            *(*small, "--steps", STEPS, *MODELS[m], "--update", "master", "--threads-per-rank", "1"),
             *("--resume", runs(first, m, "allreduce") / "checkpoints" / f"step-{HALF:08d}"),
             *("--run-dir", tmp_path / m),
         ]
@@ -103,3 +107,20 @@ def test_a_resume_says_what_bits_depend_on(run_job, runs, small, tmp_path):
     assert job.code == 0, job.output
     assert job.output.count("last bits may differ") == 1
     assert "threads per rank: 1 -> 2" in job.output
+
+
+def test_another_precision_trains_resumes_writes_and_is_measured(run_job, runs, small, tmp_path):
+    """It is kept in config.yaml, so that other scripts compute alike; a resume in another is said."""
+    before, path = runs(2, "bfloat16", "allreduce"), tmp_path / "run"
+    assert "precision: bfloat16" in (before / "config.yaml").read_text()
+    assert sha256(before) != sha256(runs(2, "transformer", "allreduce"))
+    evaluated = run_job(2, "evaluate.py", "--run-dir", before)
+    assert evaluated.code == 0, evaluated.output
+    loss = json.loads(evaluated.output.splitlines()[-1])["val_loss"]
+    assert np.isfinite(loss)
+    written = run_job(1, "generate.py", "--run-dir", before, "--prompt", "a", "--tokens", 5)
+    assert written.code == 0, written.output
+    saved = before / "checkpoints" / f"step-{STEPS:08d}"
+    job = run_job(1, "train.py", *small, "--steps", STEPS + 1, "--resume", saved, "--run-dir", path)
+    assert job.code == 0, job.output
+    assert "precision: bfloat16 -> float32" in job.output

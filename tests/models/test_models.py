@@ -122,6 +122,39 @@ def test_a_transformer_layer_can_be_made_from_its_own_description():
     assert transformer.CausalSelfAttention.from_config(layer.get_config()).get_config() == layer.get_config()
 
 
+def layers_of(model):
+    return [layer for layer in model._flatten_layers() if layer is not model]
+
+
+@both
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_precision_is_that_of_the_layers_and_of_nothing_else(name, precision):
+    before = keras.config.dtype_policy()
+    model = build(Config(model=name, precision=precision, dropout=0.1, **TINY))
+    assert keras.config.dtype_policy() == before
+    assert {layer.compute_dtype for layer in layers_of(model)} == {precision}
+    assert {variable.dtype for variable in model.trainable_variables} == {"float32"}
+    # Keras's embedding multiplies as it looks up, in float32: so are the logits.
+    assert keras.backend.standardize_dtype(model(tokens()).dtype) == "float32"
+    first = build(Config(model=name, dropout=0.1, **TINY))
+    for a, b in zip(weights(model), weights(first), strict=True):
+        np.testing.assert_array_equal(a, b)  # the same initial weights
+
+
+@both
+def test_bfloat16_is_near_float32(name):
+    sizes = {**TINY, "layers": 2}
+    exact, short = (build(Config(model=name, precision=p, **sizes)) for p in ("float32", "bfloat16"))
+    for i, (a, b) in enumerate(zip(exact.trainable_variables, short.trainable_variables, strict=True)):
+        value = a.numpy() + 0.1 * np.random.default_rng(i).standard_normal(a.shape).astype(np.float32)
+        a.assign(value)
+        b.assign(value)
+    expected, found = exact(tokens()).numpy(), keras.ops.cast(short(tokens()), "float32").numpy()
+    # Eight bits of mantissa, rounded some twenty times.
+    assert np.abs(found - expected).max() < 0.05 * np.abs(expected).max()
+    assert np.abs(found - expected).max() > 0
+
+
 # The user's own ------------------------------------------------------------------------------------
 
 MODULE = """
@@ -129,6 +162,7 @@ MODULE = """
     from keras import layers
 
     number = 3
+    policy_at_import = keras.config.dtype_policy().name
 
     def plain(config):
         tokens = keras.Input((None,), dtype="int32")
@@ -203,6 +237,22 @@ def test_models_that_cannot_be_used(folder, name, said):
         build(Config(model=name, **TINY))
     assert said in str(caught.value)
     assert caught.value.exit_code == 64
+
+
+@pytest.mark.parametrize("function", ["plain", "subclassed"])
+def test_the_users_own_model_in_bfloat16(folder, function):
+    """Its layers compute in it; what else the user's code makes does not."""
+    model = build(Config(model=f"users_models:{function}", precision="bfloat16", **TINY))
+    assert {layer.compute_dtype for layer in layers_of(model) if layer.weights} == {"bfloat16"}
+    assert {variable.dtype for variable in model.trainable_variables} == {"float32"}
+    assert sys.modules["users_models"].policy_at_import == "float32"
+    assert keras.config.dtype_policy().name == "float32"
+
+
+def test_precision_is_put_back_after_an_error(folder):
+    with pytest.raises(UsageError):
+        build(Config(model="users_models:no_model", precision="bfloat16", **TINY))
+    assert keras.config.dtype_policy().name == "float32"
 
 
 def test_check_says_whose_model_it_is():

@@ -19,25 +19,26 @@ TOKENS = np.random.default_rng(1).integers(0, V, 1500).astype(np.uint16)
 HELD_OUT = np.random.default_rng(2).integers(0, V, 333).astype(np.uint16)
 
 
-def build(seed=1, dropout=0.2):
+def build(seed=1, dropout=0.2, policy="float32"):
     import keras
     from keras import layers
 
     keras.utils.set_random_seed(seed)
     tokens = keras.Input((T,), dtype="int32")
-    x = layers.Dropout(dropout)(layers.Embedding(V, 8)(tokens))
-    x = layers.Dense(16, activation="relu")(x)
-    return keras.Model(tokens, layers.Dense(V)(layers.Dropout(dropout)(x)))
+    x = layers.Dropout(dropout, dtype=policy)(layers.Embedding(V, 8, dtype=policy)(tokens))
+    x = layers.Dense(16, activation="relu", dtype=policy)(x)
+    x = layers.Dropout(dropout, dtype=policy)(x)
+    return keras.Model(tokens, layers.Dense(V, dtype=policy)(x))
 
 
-def trainer(comm, update="allreduce", *, rows=B, seed=1, rate=1e-2, **more):
+def trainer(comm, update="allreduce", *, rows=B, seed=1, rate=1e-2, policy="float32", **more):
     import keras
 
     from tf_dist.training.trainer import Trainer
 
     optimizer = keras.optimizers.AdamW(rate, weight_decay=0.01)
     return Trainer(
-        build(seed), optimizer, comm, update,
+        build(seed, policy=policy), optimizer, comm, update,
         global_batch_size=G, micro_batch_size=rows, seq_len=T, clip_norm=1.0, seed=3, **more,
     )  # fmt: skip
 
@@ -90,6 +91,15 @@ def test_parallel_is_serial_with_xla(connected, everyone):
         trained.fit(TOKENS, steps=4)
         weights.append(flat(trained.model))
     assert all(everyone(bool((weights[0] == weights[1]).all())))
+
+
+def test_parallel_is_serial_in_bfloat16(connected, everyone):
+    """Gradients leave the model as float32 and are summed as such: the order, and the bits, are the same."""
+    alone, parallel = (trainer(comm, policy="mixed_bfloat16") for comm in (SerialComm(), connected))
+    logs_alone, logs = steps_of(alone, 6), steps_of(parallel, 6)
+    assert everyone(logs) == [logs_alone] * connected.size
+    assert everyone(flat(parallel.model).tobytes()) == [flat(alone.model).tobytes()] * connected.size
+    assert parallel.validate(HELD_OUT, 100) == alone.validate(HELD_OUT, 100)
 
 
 def test_the_last_batch_of_an_epoch_is_short(connected, everyone):

@@ -1,4 +1,7 @@
-from tf_dist.training.environment import bits_depend_on, changes
+import pytest
+
+from tf_dist.training import environment
+from tf_dist.training.environment import bits_depend_on, changes, slow_bfloat16
 
 
 def test_what_bits_depend_on_is_named(monkeypatch):
@@ -16,3 +19,21 @@ def test_changes_are_named_with_both_values():
         {"keras": "3.15", "oneDNN": "on", "new": "2"},
     )
     assert changes(before, now) == ["keras: 3.14 -> 3.15", "new: not there -> 2", "gone: 1 -> not there"]
+
+
+@pytest.mark.parametrize(
+    ("sets", "onednn", "said"),
+    [
+        (["avx2", "avx512_bf16"], "1", ""),
+        (["asimd", "bf16"], "1", ""),
+        (["avx2", "avx512f"], "1", "no instructions"),
+        (["avx2", "amx_bf16"], "0", "oneDNN is off"),
+        ([], "1", ""),  # unknown: nothing is said
+    ],
+)
+def test_where_bfloat16_gains_nothing(monkeypatch, sets, onednn, said):
+    monkeypatch.setattr(environment, "_instruction_sets", lambda: sets)
+    monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", onednn)
+    found = slow_bfloat16()
+    assert said in found
+    assert bool(said) == bool(found)

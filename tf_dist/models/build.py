@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
+from collections.abc import Iterator
 
 import keras
 
@@ -15,16 +17,38 @@ from tf_dist.errors import UsageError
 def build(config: Config) -> keras.Model:
     """The model that ``config.model`` names, with initial weights drawn from ``config.seed``.
 
+    It computes in ``config.precision``; its weights are float32 (Micikevicius et al. 2018).
     ``config.vocab_size`` must be the tokenizer's.
 
     Raises:
         UsageError: the user's function cannot be found or does not return a fitting `keras.Model`.
     """
     keras.utils.set_random_seed(config.seed)
-    if ":" in config.model:
-        model = _users_function(config.model)(config)
-        check(model, config.model, config.vocab_size, config.seq_len)
-        return model
+    function = _users_function(config.model) if ":" in config.model else _own
+    with _computing_in(config.precision):
+        model = function(config)
+        if function is not _own:
+            check(model, config.model, config.vocab_size, config.seq_len)
+    return model
+
+
+@contextlib.contextmanager
+def _computing_in(precision: str) -> Iterator[None]:
+    """Let the layers that are made here compute in ``precision``, with weights in float32.
+
+    Keras has one policy for the whole process. It is put back: layers keep theirs, and what a user's code
+    makes elsewhere is not ours to change. float32 is Keras's default, so for it nothing is set.
+    """
+    before = keras.config.dtype_policy()
+    try:
+        if precision != "float32":
+            keras.config.set_dtype_policy(f"mixed_{precision}")
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+def _own(config: Config) -> keras.Model:
     sizes = (config.vocab_size, config.seq_len, config.layers, config.width)
     if config.model == "lstm":
         from tf_dist.models import lstm

@@ -48,16 +48,19 @@ class LSTM(keras.layers.LSTM):
         if self.go_backwards:
             x_TxBxE = tf.reverse(x_TxBxE, [0])
             mask_TxBx1 = None if mask_TxBx1 is None else tf.reverse(mask_TxBx1, [0])
+        # The state is a sum over all steps: in a short type it would stop growing where a step is small.
+        dtype = x_TxBxE.dtype if x_TxBxE.dtype.size >= tf.float32.size else tf.float32
         masks_BxH = None
         if training and 0 < self.recurrent_dropout < 1:
             masks_BxH = self.cell.get_recurrent_dropout_mask(initial_state[0])
         h_TxBxH, h_BxH, c_BxH = _recurrence(
-            self._input_projection(x_TxBxE, training),
+            tf.cast(self._input_projection(x_TxBxE, training), dtype),
             tf.convert_to_tensor(self.cell.recurrent_kernel),
-            initial_state,
+            [tf.cast(state_BxH, dtype) for state_BxH in initial_state],
             mask_TxBx1,
-            masks_BxH,
+            None if masks_BxH is None else [tf.cast(mask_BxH, dtype) for mask_BxH in masks_BxH],
         )
+        h_TxBxH, h_BxH, c_BxH = (tf.cast(a, self.compute_dtype) for a in (h_TxBxH, h_BxH, c_BxH))
         return *self._outputs(h_TxBxH, h_BxH, mask_TxBx1), [h_BxH, c_BxH]
 
     def _is_plain(self) -> bool:
@@ -174,17 +177,27 @@ class _Products:
 
     def forward(self, h_BxH: Any) -> Any:
         """The product h R, (B, G)."""
-        return tf.matmul(h_BxH, self.kernel_HxG)
+        return self.product(h_BxH, self.kernel_HxG)
+
+    @staticmethod
+    def product(x: Any, w: Any) -> Any:
+        """A product in the kernel's type, of and to the state's."""
+        return tf.cast(tf.matmul(tf.cast(x, w.dtype), w), x.dtype)
 
     def backward(self) -> Callable[[Any], Any]:
         """The function from dz, (B, G), to dz R^T, (B, H)."""
         # Transposed once: with few rows, a product that transposes R itself runs at half the speed.
         kernel_GxH = tf.transpose(self.kernel_HxG)
-        return lambda dz_BxG: tf.matmul(dz_BxG, kernel_GxH)
+        return lambda dz_BxG: self.product(dz_BxG, kernel_GxH)
 
     def kernel_gradient(self, h_TxBxH: Any, dz_TxBxG: Any) -> Any:
         """The product h^T dz, summed over steps and rows: (H, G)."""
-        return _outer(h_TxBxH, dz_TxBxG)
+        return self.outer(h_TxBxH, dz_TxBxG)
+
+    def outer(self, x_TxBxN: Any, y_TxBxM: Any) -> Any:
+        """The sum of x^T y over all steps and rows, (N, M), as one product in the kernel's type."""
+        x, y = (tf.cast(tf.reshape(a, (-1, a.shape[2])), self.kernel_HxG.dtype) for a in (x_TxBxN, y_TxBxM))
+        return tf.matmul(x, y, transpose_a=True)
 
 
 class _DroppedProducts(_Products):
@@ -197,26 +210,20 @@ class _DroppedProducts(_Products):
 
     def forward(self, h_BxH: Any) -> Any:
         gates = zip(self.masks_BxH, self.kernels_HxH, strict=True)
-        return tf.concat([tf.matmul(h_BxH * mask, kernel) for mask, kernel in gates], axis=1)
+        return tf.concat([self.product(h_BxH * mask, kernel) for mask, kernel in gates], axis=1)
 
     def backward(self) -> Callable[[Any], Any]:
         transposed_HxH = [tf.transpose(kernel) for kernel in self.kernels_HxH]
 
         def product(dz_BxG: Any) -> Any:
             gates = zip(tf.split(dz_BxG, 4, axis=1), transposed_HxH, self.masks_BxH, strict=True)
-            return sum(tf.matmul(dz_BxH, kernel) * mask for dz_BxH, kernel, mask in gates)
+            return sum(self.product(dz_BxH, kernel) * mask for dz_BxH, kernel, mask in gates)
 
         return product
 
     def kernel_gradient(self, h_TxBxH: Any, dz_TxBxG: Any) -> Any:
         gates = zip(tf.split(dz_TxBxG, 4, axis=2), self.masks_BxH, strict=True)
-        return tf.concat([_outer(h_TxBxH * mask, dz_TxBxH) for dz_TxBxH, mask in gates], axis=1)
-
-
-def _outer(x_TxBxN: Any, y_TxBxM: Any) -> Any:
-    """The sum of x^T y over all steps and rows, (N, M), as one product."""
-    x, y = (tf.reshape(a, (-1, a.shape[2])) for a in (x_TxBxN, y_TxBxM))
-    return tf.matmul(x, y, transpose_a=True)
+        return tf.concat([self.outer(h_TxBxH * mask, dz_TxBxH) for dz_TxBxH, mask in gates], axis=1)
 
 
 def _forward(z_TxBxG: Any, product: _Products, h_BxH: Any, c_BxH: Any, mask_TxBx1: Any) -> tuple[Any, ...]:

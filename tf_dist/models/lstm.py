@@ -9,6 +9,7 @@ import keras
 from keras import layers
 
 from tf_dist.models import fast_lstm
+from tf_dist.models.head import with_head
 
 
 def build(
@@ -38,7 +39,7 @@ def build(
     for i in range(layer_count):
         x_BxTxH = recurrent_layer(width, return_sequences=True, name=f"layer_{i}")(x_BxTxH)
         x_BxTxH = layers.Dropout(dropout, name=f"layer_{i}_dropout")(x_BxTxH)
-    return keras.Model(tokens_BxT, embedding(x_BxTxH, reverse=True), name="lstm")
+    return with_head(tokens_BxT, x_BxTxH, embedding, "lstm")
 
 
 def parameter_count(vocab_size: int, layer_count: int, width: int, tie_embeddings: bool = True) -> int:

@@ -8,7 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 import keras
-from keras import layers, ops
+from keras import layers
+
+from tf_dist.models import attention
+from tf_dist.models.fast_layers import LayerNormalization, gelu
+from tf_dist.models.head import with_head
 
 
 @keras.saving.register_keras_serializable("tf_dist")
@@ -41,17 +45,16 @@ class CausalSelfAttention(layers.Layer):
 
     def call(self, x_BxTxD: Any, training: bool = False) -> Any:
         """Return the attended values, (B, T, D)."""
-        T, D = x_BxTxD.shape[1], x_BxTxD.shape[2]
-        head_width = D // self.heads
-        qkv = ops.reshape(self.query_key_value(x_BxTxD), (-1, T, 3, self.heads, head_width))
-        q_BxHxTxK, k_BxHxTxK, v_BxHxTxK = (ops.transpose(qkv[:, :, i], (0, 2, 1, 3)) for i in range(3))
-        scores_BxHxTxT = ops.matmul(q_BxHxTxK * head_width**-0.5, ops.transpose(k_BxHxTxK, (0, 1, 3, 2)))
-        # -1e9 instead of -inf: a row is never empty, and no NaN can come of 0 x inf.
-        future_TxT = ops.triu(ops.full((T, T), -1e9, dtype=scores_BxHxTxT.dtype), k=1)
-        weights_BxHxTxT = ops.softmax(scores_BxHxTxT + future_TxT, axis=-1)
-        weights_BxHxTxT = self.attention_dropout(weights_BxHxTxT, training=training)
-        attended = ops.transpose(ops.matmul(weights_BxHxTxT, v_BxHxTxK), (0, 2, 1, 3))
-        return self.output_projection(ops.reshape(attended, (-1, T, D)))
+        q_BxHxTxK, k_BxHxTxK, v_BxHxTxK = attention.split_heads(self.query_key_value(x_BxTxD), self.heads)
+        if training and self.dropout:
+
+            def drop(weights_BxHxTxT: Any) -> Any:
+                return self.attention_dropout(weights_BxHxTxT, training=True)
+
+            attended_BxHxTxK = attention.attention_with_dropout(q_BxHxTxK, k_BxHxTxK, v_BxHxTxK, drop)
+        else:
+            attended_BxHxTxK = attention.attention(q_BxHxTxK, k_BxHxTxK, v_BxHxTxK)
+        return self.output_projection(attention.join_heads(attended_BxHxTxK))
 
     def get_config(self) -> dict[str, Any]:
         """Return what the constructor takes."""
@@ -106,18 +109,18 @@ def build(
     x_BxTxD = layers.Dropout(dropout, name="embedding_dropout")(x_BxTxD)
     for i in range(layer_count):
         x_BxTxD = _block(x_BxTxD, width, heads, dropout, residual_stddev, f"layer_{i}")
-    x_BxTxD = layers.LayerNormalization(epsilon=1e-5, name="final_norm")(x_BxTxD)
-    return keras.Model(tokens_BxT, embedding(x_BxTxD, reverse=True), name="transformer")
+    x_BxTxD = LayerNormalization(epsilon=1e-5, name="final_norm")(x_BxTxD)
+    return with_head(tokens_BxT, x_BxTxD, embedding, "transformer")
 
 
 def _block(x_BxTxD: Any, width: int, heads: int, dropout: float, stddev: float, name: str) -> Any:
     """One layer: attention, then a feed-forward network four times as wide, each on a normed input."""
-    h = layers.LayerNormalization(epsilon=1e-5, name=f"{name}_attention_norm")(x_BxTxD)
+    h = LayerNormalization(epsilon=1e-5, name=f"{name}_attention_norm")(x_BxTxD)
     h = CausalSelfAttention(heads, dropout, stddev, name=f"{name}_attention")(h)
     x_BxTxD = x_BxTxD + layers.Dropout(dropout, name=f"{name}_attention_dropout")(h)
-    h = layers.LayerNormalization(epsilon=1e-5, name=f"{name}_feed_forward_norm")(x_BxTxD)
+    h = LayerNormalization(epsilon=1e-5, name=f"{name}_feed_forward_norm")(x_BxTxD)
     h = layers.Dense(
-        4 * width, activation="gelu", kernel_initializer=normal(0.02), name=f"{name}_feed_forward_in"
+        4 * width, activation=gelu, kernel_initializer=normal(0.02), name=f"{name}_feed_forward_in"
     )(h)
     h = layers.Dense(width, kernel_initializer=normal(stddev), name=f"{name}_feed_forward_out")(h)
     return x_BxTxD + layers.Dropout(dropout, name=f"{name}_feed_forward_dropout")(h)

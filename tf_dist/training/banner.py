@@ -10,6 +10,7 @@ from tf_dist.comm.threads import Place, places
 from tf_dist.config import Config
 from tf_dist.data.prepared import Prepared
 from tf_dist.data.sampler import share
+from tf_dist.training.environment import slow_bfloat16
 from tf_dist.training.trainer import Trainer
 from tf_dist.version import __version__
 
@@ -26,7 +27,7 @@ def banner(
         "data": f"{' '.join(config.data)}: {tokens['train']:,} tokens ({text_bytes:,} bytes) to train on, "
         f"{tokens['val']:,} held out",
         "tokenizer": f"{meta['tokenizer_kind']} of {meta['vocab_size']:,}, in {corpus.path}",
-        "model": f"{config.model}, {trainer.replica.parameters:,} parameters",
+        "model": f"{config.model}, {trainer.replica.parameters:,} parameters{_precision(config)}",
         "batch": f"{rows} sequences x {T} tokens = {rows * T:,} tokens a step, as {config.micro_batches} "
         f"micro-batches of {config.micro_batch_rows}; {_shares(config, comm)}",
         "training": f"{steps:,} steps = {steps / steps_per_epoch:.2f} epochs, from step {trainer.step}; "
@@ -37,6 +38,14 @@ def banner(
         "run": config.run_dir,
     }
     return "\n".join(f"{name:10}{text}" for name, text in lines.items())
+
+
+def _precision(config: Config) -> str:
+    """What it computes in, and a warning where that gains nothing."""
+    if config.precision == "float32":
+        return ""
+    slow = slow_bfloat16()
+    return f", computed in {config.precision}" + (f", which will not be faster: {slow}" if slow else "")
 
 
 def _ranks(config: Config, comm: Comm) -> str:

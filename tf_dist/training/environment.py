@@ -10,7 +10,20 @@ from tf_dist.comm.agree import versions
 # Of the packages that compute. Others may change without changing a bit.
 COMPUTING = ("tensorflow", "tensorflow-cpu", "keras", "numpy")
 # Instruction sets by which TensorFlow, oneDNN and NumPy choose their kernels.
-KERNELS_BY = ("avx", "avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd", "sve")
+KERNELS_BY = (
+    "avx",
+    "avx2",
+    "fma",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_bf16",
+    "asimd",
+    "sve",
+    "bf16",
+)
+# Of these, the ones that multiply bfloat16: two products where a float32 takes the place.
+BFLOAT16_BY = ("avx512_bf16", "amx_bf16", "bf16")
 
 
 def bits_depend_on() -> dict[str, str]:
@@ -32,6 +45,15 @@ def changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
         for name in names
         if before.get(name) != now.get(name)
     ]
+
+
+def slow_bfloat16() -> str:
+    """Why bfloat16 is not faster than float32 here; empty where it is, and where nobody knows."""
+    found = bits_depend_on()
+    sets = found["instruction sets"].split()
+    if sets and not set(BFLOAT16_BY) & set(sets):
+        return "this processor has no instructions for it (AVX512_BF16, AMX, or Arm's BF16)"
+    return "oneDNN is off" if found["oneDNN"] == "off" else ""
 
 
 def _instruction_sets() -> list[str]:

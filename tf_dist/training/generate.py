@@ -59,7 +59,7 @@ def generate(
     if len(prompt_ids) == 0:
         raise UsageError("the prompt is empty: give at least one character")
     logits_at = tf.function(
-        lambda window_1xT, place: model(window_1xT, training=False)[0, place],
+        lambda window_1xT, place: tf.cast(model(window_1xT, training=False)[0, place], tf.float32),
         input_signature=[tf.TensorSpec((1, seq_len), tf.int32), tf.TensorSpec((), tf.int32)],
     )
     random = np.random.default_rng(sampling.seed)

@@ -13,11 +13,9 @@ import tensorflow as tf
 
 from tf_dist.errors import UsageError
 from tf_dist.parallel.flat import ALIGNMENT_BYTES, FlatLayout
+from tf_dist.training.loss import loss_and_sums
 from tf_dist.training.optimizer_step import optimizer_step
 from tf_dist.training.randomness import foreign_draws, generator_states, random_states
-
-# Targets of padding: they have no loss and are not counted.
-IGNORED = -1
 
 
 class Replica:
@@ -131,7 +129,7 @@ class Replica:
             variable.assign(tf.cast(states[i], variable.dtype))
         variables = [variable.value for variable in self.model.trainable_variables]
         with tf.GradientTape() as tape:
-            loss, sums = _loss_and_sums(self.model(x_BxT, training=True), y_BxT)
+            loss, sums = loss_and_sums(self.model, x_BxT, y_BxT, training=True)
             # Losses that layers add (regularizers) count once for every target.
             loss += sum(self.model.losses, 0.0) * sums[1]
         # Embedding gradients come as IndexedSlices: dense once, here.
@@ -139,7 +137,7 @@ class Replica:
         return [tf.convert_to_tensor(part) for part in parts], sums
 
     def _evaluate_graph(self, x_BxT: Any, y_BxT: Any) -> Any:
-        return _loss_and_sums(self.model(x_BxT, training=False), y_BxT)[1]
+        return loss_and_sums(self.model, x_BxT, y_BxT, training=False)[1]
 
     # Weights -------------------------------------------------------------------------------------
 
@@ -172,21 +170,6 @@ class Replica:
 
     def _trainable_values(self) -> list[Any]:
         return [variable.value for variable in self.model.trainable_variables]
-
-
-def _loss_and_sums(logits_BxTxV: Any, y_BxT: Any) -> tuple[Any, Any]:
-    counted_BxT = y_BxT != IGNORED
-    targets_BxT = tf.maximum(y_BxT, 0)
-    logits_BxTxV = tf.cast(logits_BxTxV, tf.float32)
-    losses_BxT = tf.nn.sparse_softmax_cross_entropy_with_logits(targets_BxT, logits_BxTxV)
-    # where() and not a product: a padding row may hold anything, and 0 * inf is NaN.
-    loss = tf.reduce_sum(tf.where(counted_BxT, losses_BxT, 0.0))
-    correct_BxT = tf.equal(tf.argmax(logits_BxTxV, axis=-1, output_type=tf.int32), y_BxT)
-    return loss, tf.stack([loss, _count(counted_BxT), _count(correct_BxT)])
-
-
-def _count(flags: Any) -> Any:
-    return tf.cast(tf.math.count_nonzero(flags), tf.float32)
 
 
 def _concat(parts: list[Any]) -> Any:

@@ -117,7 +117,8 @@ def check_same_run(
     Raises:
         CheckpointError: the model, the data or the batches are others.
     """
-    before, now = {**saved["config"]}, config.as_dict()
+    # An option that the checkpoint does not have is newer than it: what it did was the default.
+    before, now = {**Config().as_dict(), **saved["config"]}, config.as_dict()
     before["data's SHA-256"], now["data's SHA-256"] = saved["content_sha256"], content_sha256
     changed = [key for key in now if before.get(key) != now[key] and key not in FREE]
     lines = {key: f"{key}: {before.get(key)} -> {now[key]}" for key in changed}

@@ -1,0 +1,171 @@
+"""Causal attention with gradients written by hand: at once for short sequences, in blocks for long ones.
+
+Legend: B rows, T tokens, D width, H heads, K = D / H width of a head, S tokens of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+# Added to the scores of later tokens. Not -inf: a row is never empty, and no NaN can come of 0 x inf.
+MASKED = -1e9
+# Queries of a block. 128 and 512 take as long within a tenth, the latter with twice the memory.
+BLOCK = 256
+# From this many tokens on, blocks are used. One row, 6 heads of 64, forward and backward on one Zen 4 core,
+# at once and in blocks: 15 and 14 ms for 512 tokens (in bfloat16 9 and 10), 60 and 45 for 1024, 244 and 169
+# for 2048.
+BLOCKWISE_FROM = 1024
+
+
+def split_heads(qkv_BxTx3D: Any, heads: int) -> list[Any]:
+    """Queries, keys and values, (B, H, T, K) each, from one projection.
+
+    One transpose each way. TensorFlow's gradient of taking a part out of an array is as large as the array,
+    zero everywhere else, and slow: three of them, and two sums, took a quarter of a small GPT's step.
+    """
+    T, K = qkv_BxTx3D.shape[1], qkv_BxTx3D.shape[2] // (3 * heads)
+
+    @tf.custom_gradient  # type: ignore[untyped-decorator]
+    def run(qkv_BxTx3D: Any) -> Any:
+        parts = tf.reshape(qkv_BxTx3D, (-1, T, 3, heads, K))
+        parts_3xBxHxTxK = tf.transpose(parts, (2, 0, 3, 1, 4))
+
+        def gradient(*dparts_BxHxTxK: Any) -> Any:
+            dparts = tf.transpose(tf.stack(dparts_BxHxTxK), (1, 3, 0, 2, 4))
+            return tf.reshape(dparts, (-1, T, 3 * heads * K))
+
+        return tf.unstack(parts_3xBxHxTxK), gradient
+
+    return list(run(qkv_BxTx3D))
+
+
+def join_heads(x_BxHxTxK: Any) -> Any:
+    """(B, H, T, K) -> (B, T, D)."""
+    H, T, K = x_BxHxTxK.shape[1:]
+    return tf.reshape(tf.transpose(x_BxHxTxK, (0, 2, 1, 3)), (-1, T, H * K))
+
+
+def attention(q_BxHxTxK: Any, k_BxHxTxK: Any, v_BxHxTxK: Any) -> Any:
+    """Every token's mean of the values of itself and those before it (Vaswani et al. 2017), (B, H, T, K).
+
+    From `BLOCKWISE_FROM` tokens on it is computed in blocks. T must be known when the graph is made.
+    """
+    if q_BxHxTxK.shape[2] >= BLOCKWISE_FROM:
+        return blockwise_attention(q_BxHxTxK, k_BxHxTxK, v_BxHxTxK)
+    return plain_attention(q_BxHxTxK, k_BxHxTxK, v_BxHxTxK)
+
+
+def plain_attention(q_BxHxTxK: Any, k_BxHxTxK: Any, v_BxHxTxK: Any) -> Any:
+    """The same at once: its weights, (B, H, T, T), are kept for the way back."""
+
+    @tf.custom_gradient  # type: ignore[untyped-decorator]
+    def run(q: Any, k: Any, v: Any) -> Any:
+        q, scale = _scaled(q)
+        weights_BxHxTxT = _weights(q, k)
+        attended = tf.matmul(weights_BxHxTxT, v)
+
+        def gradient(dattended: Any) -> Any:
+            dq, dk, dv = _gradients(q, k, v, weights_BxHxTxT, attended, dattended)
+            return dq * scale, dk, dv
+
+        return attended, gradient
+
+    return run(q_BxHxTxK, k_BxHxTxK, v_BxHxTxK)
+
+
+def blockwise_attention(q_BxHxTxK: Any, k_BxHxTxK: Any, v_BxHxTxK: Any, block: int = BLOCK) -> Any:
+    """The same, S = ``block`` queries after the other, with memory that grows with S T and not with T T.
+
+    Only keys up to a block's last query are multiplied: half of all, for long sequences. Nothing is kept for
+    the way back, which computes the weights of a block again (Rabe & Staats 2021; Dao et al. 2022). A block
+    sees all its keys at once, so that its softmax is the plain one.
+    """
+    T = q_BxHxTxK.shape[2]
+    places = [(start, min(start + block, T)) for start in range(0, T, block)]
+
+    @tf.custom_gradient  # type: ignore[untyped-decorator]
+    def run(q: Any, k: Any, v: Any) -> Any:
+        q, scale = _scaled(q)
+        attended: Any = []
+        for start, end in places:
+            with tf.control_dependencies(attended[-1:]):  # one block at a time: they share the memory
+                weights = _weights(q[:, :, start:end], k[:, :, :end])
+                attended.append(tf.matmul(weights, v[:, :, :end]))
+        attended = tf.concat(attended, axis=2)
+
+        def gradient(dattended: Any) -> Any:
+            dq, dk, dv = _blockwise_gradients(places, q, k, v, attended, dattended)
+            return dq * scale, dk, dv
+
+        return attended, gradient
+
+    return run(q_BxHxTxK, k_BxHxTxK, v_BxHxTxK)
+
+
+def _blockwise_gradients(
+    places: list[tuple[int, int]], q: Any, k: Any, v: Any, attended: Any, dattended: Any
+) -> tuple[Any, Any, Any]:
+    """`_gradients` of each block, from the last one, which sees all keys, to the first."""
+    dqs: list[Any] = []
+    # Keys and values after the block are seen by no earlier block: their gradients are complete.
+    dk, dv, complete = None, None, []
+    for start, end in reversed(places):
+        with tf.control_dependencies(dqs[-1:] if dk is None else [dqs[-1], dk, dv]):
+            parts = (q[:, :, start:end], k[:, :, :end], v[:, :, :end])
+            done, ddone = attended[:, :, start:end], dattended[:, :, start:end]
+            dq, more_dk, more_dv = _gradients(*parts, _weights(*parts[:2]), done, ddone)
+            dqs.append(dq)
+            dk, dv = (more_dk, more_dv) if dk is None else (dk + more_dk, dv + more_dv)
+            complete.append((dk[:, :, start:], dv[:, :, start:]))
+            dk, dv = dk[:, :, :start], dv[:, :, :start]
+    dks, dvs = zip(*reversed(complete), strict=True)
+    return tf.concat(dqs[::-1], axis=2), tf.concat(dks, axis=2), tf.concat(dvs, axis=2)
+
+
+def attention_with_dropout(q_BxHxTxK: Any, k_BxHxTxK: Any, v_BxHxTxK: Any, drop: Callable[[Any], Any]) -> Any:
+    """The same with some weights dropped, by TensorFlow's own gradients, in one block.
+
+    Args:
+        q_BxHxTxK: queries.
+        k_BxHxTxK: keys.
+        v_BxHxTxK: values.
+        drop: takes the weights (B, H, T, T), and returns them with some set to 0 and the others grown.
+    """
+    return tf.matmul(drop(_weights(_scaled(q_BxHxTxK)[0], k_BxHxTxK)), v_BxHxTxK)
+
+
+def _scaled(q_BxHxTxK: Any) -> tuple[Any, float]:
+    """Queries times the scale of the scores, and that.
+
+    Scaled before the product: one that is scaled and added to becomes one operation of oneDNN, which takes
+    hundreds of times as long (`_MklFusedBatchMatMulV2`, TensorFlow 2.21).
+    """
+    scale = q_BxHxTxK.shape[3] ** -0.5
+    return q_BxHxTxK * scale, scale
+
+
+def _weights(q_BxHxSxK: Any, k_BxHxTxK: Any) -> Any:
+    """What the last S of T tokens attend to, (B, H, S, T), from scaled queries."""
+    S, T = q_BxHxSxK.shape[2], k_BxHxTxK.shape[2]
+    # A constant of the graph, and the same for all blocks: only among themselves do tokens have a future.
+    future_SxS = tf.constant(np.triu(np.full((S, S), MASKED, np.float32), k=1), q_BxHxSxK.dtype)
+    scores = tf.matmul(q_BxHxSxK, k_BxHxTxK[:, :, T - S :], transpose_b=True) + future_SxS
+    if T > S:
+        scores = tf.concat(
+            [tf.matmul(q_BxHxSxK, k_BxHxTxK[:, :, : T - S], transpose_b=True), scores], axis=-1
+        )
+    return tf.nn.softmax(scores)
+
+
+def _gradients(q: Any, k: Any, v: Any, weights: Any, attended: Any, dattended: Any) -> tuple[Any, Any, Any]:
+    """The gradients of the scaled queries, of the keys and of the values."""
+    # Softmax's gradient needs the mean of dweights under the weights, which is the product of dattended and
+    # attended, arrays T / K times smaller (Dao et al. 2022, section 3.1).
+    mean = tf.reduce_sum(dattended * attended, -1, keepdims=True)
+    dscores = (tf.matmul(dattended, v, transpose_b=True) - mean) * weights
+    dk, dv = tf.matmul(dscores, q, transpose_a=True), tf.matmul(weights, dattended, transpose_a=True)
+    return tf.matmul(dscores, k), dk, dv
