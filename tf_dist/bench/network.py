@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tf_dist.bench import models, running
+from tf_dist.bench import models, pictures, running
 
 if TYPE_CHECKING:
     from tf_dist.comm.base import Comm
@@ -62,8 +62,27 @@ def main() -> int:
     print(f"\n{sums_table(found)}\n\n{steps_table(found)}")
     for rate, job in found.items():
         print(f"{rate}: {job['said']}")
-    print(f"\nin {running.save('network', {'rows_per_rank': ROWS, 'rates': found})}")
+    path = running.save("network", {"rows_per_rank": ROWS, "rates": found})
+    print(f"\nin {path}\nand {picture(found, path.with_suffix('.png'))}")
     return 0
+
+
+def picture(found: dict[str, Any], path: Path) -> Path:
+    """Tokens per second of every way; a panel for each rate."""
+    panels = []
+    for rate, job in found.items():
+        ways = [way for way in STEP_NAMES if way in job["steps_ms"]]
+        speeds = [tokens_per_s(job["steps_ms"][way]) for way in ways]
+        labels = [STEP_NAMES[way] for way in ways]
+        panels.append(
+            pictures.Bars(f"two hosts at {rate}", labels, speeds, [way == "overlap" for way in ways])
+        )
+    return pictures.bars(path, "tokens per second, GPT 10.7 M", panels)
+
+
+def tokens_per_s(step_ms: float) -> float:
+    """Tokens of all ranks in a second."""
+    return float(1e3 * HOSTS * ROWS * models.GPT["seq_len"] / step_ms)
 
 
 def sums_table(found: dict[str, Any]) -> str:
@@ -89,9 +108,10 @@ def steps_table(found: dict[str, Any]) -> str:
             cells = (
                 [f"{parts[part]:.1f}" for part in ("under way", "exposed", "wait")] if parts else ["", "", ""]
             )
-            speed = 1e3 * HOSTS * ROWS * models.GPT["seq_len"] / step_ms
             ratio = step_ms / job["steps_ms"]["overlap"]
-            rows.append([f"{rate}, {name}", f"{step_ms:.0f}", *cells, f"{speed:,.0f}", f"{ratio:.2f}"])
+            rows.append(
+                [f"{rate}, {name}", f"{step_ms:.0f}", *cells, f"{tokens_per_s(step_ms):,.0f}", f"{ratio:.2f}"]
+            )
     head = ["GPT 10.7 M, ms of a step", "step", "exchange", "exposed", "wait", "tokens/s", "it / ours"]
     return running.table(head, rows)
 

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tf_dist.bench import models, running
+from tf_dist.bench import models, pictures, running
 
 if TYPE_CHECKING:
     from tf_dist.comm.base import Comm
@@ -34,8 +34,23 @@ def main() -> int:
     """Start the process that measures, and print what it found."""
     print("1 process ...", flush=True)
     job = running.measured(1, MODULE, folder=FOLDER)
-    print(f"\n{table(job['steps'])}\n\nin {running.save('optimizer', job)}")
+    path = running.save("optimizer", job)
+    print(f"\n{table(job['steps'])}\n\nin {path}\nand {picture(job['steps'], path.with_suffix('.png'))}")
     return 0
+
+
+def picture(steps: list[dict[str, Any]], path: Path) -> Path:
+    """Milliseconds of a step in each way; a panel for each model and optimizer."""
+    panels = [
+        pictures.Bars(
+            f"{found['model']}, {found['optimizer']}",
+            list(WAYS),
+            [found["ms"][way] for way in WAYS],
+            [way == OURS for way in WAYS],
+        )
+        for found in steps
+    ]
+    return pictures.bars(path, "ms of a step", panels)
 
 
 def table(steps: list[dict[str, Any]]) -> str:
