@@ -14,6 +14,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tf_dist.bench import stock
 from tf_dist.bench.models import CLIP_NORM, EPSILON, LEARNING_RATE, VOCABULARY, WEIGHT_DECAY
 from tf_dist.config import Config
 from tf_dist.data.sampler import Sampler
@@ -40,16 +41,18 @@ def stock_model(
     Args:
         sizes: of the model.
         rows: B.
-        our_layers: whether an LSTM has our layers, or Keras's own, as with a user who knows nothing of us.
+        our_layers: whether it has our layers, or Keras's own, as with a user who knows nothing of us.
         seed: of the batches.
     """
     keras.utils.set_random_seed(1)
     config = Config(vocab_size=VOCABULARY, **sizes)
-    if config.model == "lstm" and not our_layers:
-        shape = (VOCABULARY, config.seq_len, config.layers, config.width)
+    shape = (VOCABULARY, config.seq_len, config.layers, config.width)
+    if our_layers:
+        model = build(config)
+    elif config.model == "lstm":
         model = lstm.build(*shape, recurrent_layer=keras.layers.LSTM)
     else:
-        model = build(config)
+        model = stock.transformer(*shape, config.heads)
     optimizer = adamw(global_clipnorm=CLIP_NORM)
     optimizer.build(model.trainable_variables)
     ids = np.random.default_rng(seed).integers(0, VOCABULARY, (8, rows, sizes["seq_len"] + 1))
