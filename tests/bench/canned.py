@@ -21,7 +21,7 @@ def step_model():
         "rows": [dict(zip(keys, (*row, 1e6 / row[2], 12), strict=True)) for row in rows],
         "horovod_sweep_ms": {"HOROVOD_CYCLE_TIME=10": 40.0},
         "parts_ms": {"2": {"input": 0.1, "forward+backward": 8.0, "step": 10.0}},
-        "gemm": {"np 1": {"peak_gflops": 100.0, "step": 0.8, "forward+backward": 0.9}},
+        "gemm": {"np 2": {"peak_gflops": 100.0, "step": 0.8, "forward+backward": 0.9}},
         "absent": {"MultiWorkerMirroredStrategy, own loop, ring": "a reason"},
     }
 

@@ -126,8 +126,9 @@ def bfloat16(reports: Reports) -> float | None:
 
 
 def gemm_share(model: str) -> Callable[[Reports], float | None]:
-    """The share of a core's peak in our step on one rank."""
-    return lambda reports: float(reports["step"]["models"][model]["gemm"]["np 1"]["step"])
+    """The share of a core's peak in our step, where each rank has one core: one rank alone has them all."""
+    most = f"np {step.RANKS}"
+    return lambda reports: float(reports["step"]["models"][model]["gemm"][most]["step"])
 
 
 def time_to_loss(reports: Reports) -> float | None:

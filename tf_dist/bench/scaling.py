@@ -14,7 +14,7 @@ With T(N) the time of a step on N ranks and C the smaller of N and the number of
     strong   T(1) / (C T(N))        the same rows, in the C-th part of the time
 
 Strong scaling has each rank compute its rows as one micro-batch: fewer rows make smaller matrices, and what
-they lose shows in the ceiling as well.
+they lose shows in the ceiling as well. Every rank has one thread, also where it is alone.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def main_on_ranks(name: str, out: Path) -> None:
     """Both kinds of scaling on these ranks, ours and the ceiling by turns."""
     from tf_dist.comm import launch
 
-    comm = launch.connect()
+    comm = launch.connect(threads_per_rank=1)
     from tf_dist.bench import ways
 
     sizes, rows, steps = models.RECIPES[name]

@@ -249,7 +249,7 @@ def tables(name: str, found: dict[str, Any]) -> str:
         ]
         for at, share in found["gemm"].items()
     ]
-    head = ["share of the peak of products", "forward+backward", "step", "peak, GFLOP/s of a core"]
+    head = ["share of the peak of products", "forward+backward", "step", "peak, GFLOP/s of a rank"]
     return "\n\n".join([*shown, running.table(head, cells)])
 
 

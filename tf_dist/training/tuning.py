@@ -1,6 +1,6 @@
 """What is found out before the first step: whether XLA makes forward and backward faster.
 
-XLA fuses what stands between matrix products, which helps small Transformers and hurts loops, as an LSTM's.
+XLA fuses what stands between matrix products, which helps models of Keras's own layers, and less our own.
 It also rounds otherwise, and its generator makes dropout drop others. A choice by a clock could fall one way
 on two ranks and the other way on four, and then the number of ranks would change the result: it is made only
 where it was asked for, and checkpoints keep it.
