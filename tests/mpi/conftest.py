@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,27 @@ def connected():
 def everyone():
     """``everyone(value)``: what all ranks pass, in rank order, so that all can assert the same."""
     return WORLD.allgather
+
+
+# The node of each rank: this machine; one for each; two, rank by rank or in halves.
+NODES = {
+    "one node": lambda rank, size: 0,
+    "nodes of one rank": lambda rank, size: rank,
+    "by turns": lambda rank, size: rank % 2,
+    "halves": lambda rank, size: 2 * rank // size,
+}
+
+
+@pytest.fixture(scope="module", params=NODES)
+def ranks(request, connected):
+    """All ranks, on nodes that are made up: only who shares memory with whom is different."""
+    world = MPI.COMM_WORLD
+    nodes = [NODES[request.param](rank, world.size) for rank in range(world.size)]
+    if len(set(Counter(nodes).values())) > 1:
+        pytest.skip("nodes would have different numbers of ranks")
+    from tf_dist.comm.mpi import MPIComm
+
+    return MPIComm(node=world.Split(nodes[world.rank]))
 
 
 BACKENDS = ["mpi", "horovod"]

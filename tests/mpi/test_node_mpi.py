@@ -2,7 +2,6 @@
 
 import os
 import time
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -17,25 +16,6 @@ from tf_dist.parallel.tree import BlockSum, TreeSum, order
 
 TURNS = 3
 LENGTHS = [1, 17, SQUARES_BLOCK, 3 * SQUARES_BLOCK + 5, 300_007]
-
-
-# The node of each rank: this machine; one for each; two, rank by rank or in halves.
-NODES = {
-    "one node": lambda rank, size: 0,
-    "nodes of one rank": lambda rank, size: rank,
-    "by turns": lambda rank, size: rank % 2,
-    "halves": lambda rank, size: 2 * rank // size,
-}
-
-
-@pytest.fixture(scope="module", params=NODES)
-def ranks(request, connected):
-    """All ranks, on nodes that are made up: only who shares memory with whom is different."""
-    world = MPI.COMM_WORLD
-    nodes = [NODES[request.param](rank, world.size) for rank in range(world.size)]
-    if len(set(Counter(nodes).values())) > 1:
-        pytest.skip("nodes would have different numbers of ranks")
-    return MPIComm(node=world.Split(nodes[world.rank]))
 
 
 def leaf(number, turn, length):

@@ -54,6 +54,17 @@ def steps_of(trained, count=STEPS):
     return [trained.train_step(sequences, sampler) for _ in range(count)]
 
 
+def refused_everywhere(trained, everyone):
+    """The words with which a step is refused, the same on all ranks; "nothing" where it is not."""
+    try:
+        steps_of(trained, 1)
+        outcome = "nothing"
+    except NumericError as error:
+        outcome = str(error)
+    assert everyone(outcome) == [everyone(outcome)[0]] * trained.comm.size
+    return outcome
+
+
 @pytest.fixture(scope="module")
 def serial(connected):
     """The training on one rank, done by each rank for itself: what all others must equal."""
@@ -194,13 +205,7 @@ def test_not_a_number_on_one_rank_stops_all(connected, everyone, update):
         return gradient, sums
 
     trained.replica.gradients = poisoned
-    try:
-        steps_of(trained, 1)
-        outcome = "nothing"
-    except NumericError as error:
-        outcome = str(error)
-    assert everyone(outcome) == [everyone(outcome)[0]] * connected.size
-    assert "not finite" in outcome
+    assert "not finite" in refused_everywhere(trained, everyone)
     assert all(everyone(bool((flat(trained.model) == before).all())))
 
 

@@ -273,14 +273,13 @@ def main_on_ranks(name: str, out: Path) -> None:
     comm = launch.connect()  # sets threads, so before anything that imports Keras
     from tf_dist.bench import ways
     from tf_dist.comm.base import SerialComm
-    from tf_dist.config import Config
 
     sizes, rows, _ = models.RECIPES[name]
     ours = ways.Ours(comm, sizes, rows)
     works = {"ours": ours.step, "compute": ways.compute_alone(sizes, rows)}
     if comm.size > 1:
         works["ours xla"] = ways.Ours(comm, sizes, rows, xla="on").step
-        if "precision" in Config.__dataclass_fields__ and name == BFLOAT16:
+        if name == BFLOAT16:
             works["ours bfloat16"] = ways.Ours(comm, {**sizes, "precision": "bfloat16"}, rows).step
         works["alone"] = ways.Ours(SerialComm(), sizes, rows).step
         works["mpi4py"] = ways.plain_mpi4py(comm, sizes, rows)
