@@ -8,7 +8,6 @@ In a job of its own, for its thread takes time from all others: Horovod inside t
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -54,7 +53,11 @@ def main() -> int:
         by = [*command, "--hosts", str(HOSTS), "--rate", rate, "--"]
         print(f"{HOSTS} hosts at {rate} ...", flush=True)
         job = running.measured(HOSTS, MODULE, "ranks", rate, folder=FOLDER, by=by)
-        if importlib.util.find_spec("horovod") is not None:
+        try:
+            running.need_horovod()
+        except running.Absent as reason:
+            print(f"not measured: Horovod: {reason}")
+        else:
             theirs = running.measured(HOSTS, MODULE, "horovod", rate, folder=FOLDER, by=by)
             for part in ("sums_ms", "steps_ms"):
                 job[part].update(theirs[part])
