@@ -18,7 +18,9 @@ NAMES = """
     model layers width heads seq_len dropout tie_embeddings precision
     global_batch_size micro_batch_size steps epochs seed
     optimizer optimizer_args learning_rate min_learning_rate schedule warmup_steps weight_decay clip_norm
-    update backend allreduce chunk_bytes overlap autotune xla check_every on_mismatch threads_per_rank
+    tensor_parallel pipeline_parallel sequence_parallel pipeline_schedule pipeline_cuts virtual_stages
+    micro_batches_in_flight recompute update zero_stage backend allreduce chunk_bytes overlap autotune xla
+    check_every on_mismatch threads_per_rank
     run_dir resume save_every keep eval_every log_every progress
 """.split()
 

@@ -71,7 +71,17 @@ class Config:
     weight_decay: float = option(0.1, "optimizer", "decoupled decay of matrices (not of biases and gains)", least=0)  # noqa: E501
     clip_norm: float = option(1.0, "optimizer", "largest global norm of the mean gradient; 0: no clipping", least=0)  # noqa: E501
 
-    update: str = option("allreduce", "ranks", "how gradients become the same new weights everywhere", choices=("allreduce", "master"))  # noqa: E501
+    tensor_parallel: int = option(1, "grid", "ranks that share every layer: heads, units and vocabulary are divided among them", least=1)  # noqa: E501
+    pipeline_parallel: int = option(1, "grid", "ranks that share the layers, one after another", least=1)
+    sequence_parallel: int = option(1, "grid", "ranks that share the tokens of a sequence (transformer)", least=1)  # noqa: E501
+    pipeline_schedule: str = option("1f1b", "grid", "in which order a pipeline's ranks take micro-batches forward and backward", choices=("gpipe", "1f1b", "interleaved", "zero-bubble"))  # noqa: E501
+    pipeline_cuts: str = option("", "grid", "layers with which a stage begins, as in 2,4; empty: stages of equal cost")  # noqa: E501
+    virtual_stages: int = option(2, "grid", "stages of each rank with the interleaved schedule", least=2)
+    micro_batches_in_flight: int = option(0, "grid", "micro-batches whose activations a pipeline's rank keeps at most; 0: as the schedule has it", least=0)  # noqa: E501
+    recompute: str = option("off", "grid", "compute a pipeline stage's activations again on the way back, instead of keeping them", choices=("on", "off"))  # noqa: E501
+
+    update: str = option("allreduce", "ranks", "how gradients become the same new weights everywhere", choices=("allreduce", "master", "zero"))  # noqa: E501
+    zero_stage: int = option(1, "ranks", "what --update zero divides among the data-parallel ranks: 1 optimizer state, 2 also gradients, 3 also weights", least=1)  # noqa: E501
     backend: str = option("mpi", "ranks", "who carries the bytes", choices=("mpi", "horovod"))
     allreduce: str = option("auto", "ranks", "what carries the sums of gradients: a shared window, messages, or what is faster", choices=("auto", "window", "messages"))  # noqa: E501
     chunk_bytes: int = option(0, "ranks", "pieces in which sums travel between ranks by messages; 0: what is faster, measured at the start", least=0)  # noqa: E501

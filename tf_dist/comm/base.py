@@ -15,9 +15,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from math import prod
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+
+from tf_dist.errors import UsageError
 
 # What `allgather_obj` and `broadcast_obj` carry is small by intent: facts, paths, manifests.
 OBJECT_BYTES_LIMIT = 64 << 20
@@ -74,20 +77,40 @@ class Overlapped(ABC):
         """Leave the exchange as it is, for this rank has failed, and touch no term again."""
 
 
+class Pending(Protocol):
+    """A message on its way. Its array belongs to the Comm until `wait` has returned."""
+
+    def wait(self) -> None:
+        """Return once the array may be used again."""
+
+
+@dataclass
+class Record:
+    """What a rank has spent on talking, through a Comm and all that were made of it (`Comm.grid`)."""
+
+    comm_s: float = 0.0
+    wait_s: float = 0.0
+    sent_bytes: int = 0
+    waiting: tuple[str, float] | None = None
+
+
 class Comm(ABC):
     """A group of ranks that talk.
 
-    Every verb is a collective: all ranks call the same verbs in the same order, with arrays of one
-    length and dtype. Arrays are contiguous, one-dimensional, and changed in place.
+    Every verb but those between two ranks is a collective: all ranks call the same verbs in the same order,
+    with arrays of one length and dtype. Arrays are contiguous, one-dimensional, and changed in place.
 
     Attributes:
         rank: this process, 0 <= rank < size.
         size: number of ranks, R.
+        record: shared with the Comms of a `grid`; the next four are its.
         comm_s: seconds spent moving and reducing arrays so far.
         wait_s: seconds spent in `barrier`, waiting for slower ranks.
+        sent_bytes: that this rank has given to others as messages. Of MPI's own collectives, which do not say
+            how they do it, as many as the best algorithm sends; what lies in a shared window is not sent.
         overlapped_sums: how many sums left in parts; under_way_s: seconds during which they were under way;
         exposed_s: those of them that were waited for, which are also in ``comm_s``.
-        waiting: the verb this rank is inside of and when it entered it (`time.monotonic`), or None.
+        waiting: the verb this rank is inside of and when it entered it (`time.monotonic`), or None. Shared.
         calls: collectives begun so far.
         chunk_bytes: sums of terms travel between ranks in pieces of this size, the same on every rank.
         no_overlap_because: why `overlapped` returned None.
@@ -101,15 +124,33 @@ class Comm(ABC):
     size: int
 
     def __init__(self) -> None:
-        self.comm_s = 0.0
-        self.wait_s = 0.0
+        self.record = Record()
         self.overlapped_sums, self.under_way_s, self.exposed_s = 0, 0.0, 0.0
         self.chunk_bytes = DEFAULT_CHUNK_BYTES
         self.no_overlap_because = "this backend cannot"
-        self.waiting: tuple[str, float] | None = None
         self.calls = 0
         self.carried_by = "messages"
         self.before: Callable[[str, np.ndarray | None, int], None] = _nothing
+
+    @property
+    def comm_s(self) -> float:
+        """Seconds spent moving and reducing arrays so far."""
+        return self.record.comm_s
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds spent in `barrier` so far."""
+        return self.record.wait_s
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes given to other ranks so far."""
+        return self.record.sent_bytes
+
+    @property
+    def waiting(self) -> tuple[str, float] | None:
+        """The verb this rank is inside of, and since when."""
+        return self.record.waiting
 
     # The verbs ---------------------------------------------------------------------------------
 
@@ -184,6 +225,30 @@ class Comm(ABC):
         with self._collective("reduce_terms", out, root):
             return self._reduce_terms([_flat(term) for term in terms], order, _flat(out), root)
 
+    def reduce_scatter_terms(
+        self, terms: list[np.ndarray], order: Order, parts: Sequence[slice], out: np.ndarray
+    ) -> None:
+        """`allreduce_terms`, but rank r gets the elements ``parts[r]`` of the sum, and no others.
+
+        Args:
+            terms: this rank's, of one length; their content is lost.
+            order: the same on every rank.
+            parts: of all ranks, the same on every rank.
+            out: where this rank's elements of the sum go.
+        """
+        with self._collective("reduce_scatter_terms", out):
+            self._reduce_scatter_terms([_flat(term) for term in terms], order, parts, _flat(out))
+
+    def allgather(self, array: np.ndarray, parts: Sequence[slice]) -> None:
+        """Fill ``array`` everywhere: rank r has the elements ``parts[r]`` of it, and gives them to all.
+
+        Args:
+            array: of all elements, of which this rank has set its own.
+            parts: of all ranks, the same on every rank: back to back, in rank order, together everything.
+        """
+        with self._collective("allgather", array):
+            self._allgather(_flat(array), parts)
+
     def barrier(self) -> None:
         """Return once every rank is here; the time goes to ``wait_s``."""
         with self._collective("barrier"):
@@ -204,7 +269,61 @@ class Comm(ABC):
         with self._collective("calls_of_all"):
             return self._allgather_calls(calls)
 
+    # Between two ranks ---------------------------------------------------------------------------
+
+    def isend(self, array: np.ndarray, to: int) -> Pending:
+        """Begin to send; messages to one rank arrive in the order in which they were sent."""
+        self.record.sent_bytes += array.nbytes
+        return _Timed(self._isend(_flat(array), to), self.record, f"send to rank {to}")
+
+    def irecv(self, array: np.ndarray, source: int) -> Pending:
+        """Begin to receive, into an array of the length and dtype of what is sent."""
+        return _Timed(self._irecv(_flat(array), source), self.record, f"receive from rank {source}")
+
+    # Smaller groups ------------------------------------------------------------------------------
+
+    def grid(self, shape: Sequence[int], axes: Sequence[Sequence[int]]) -> list[Comm]:
+        """Arrange the ranks as a grid, the last axis innermost, and make Comms along its axes; a collective.
+
+        Args:
+            shape: of the grid; its product is the number of ranks.
+            axes: for each Comm wanted, the axes along which its ranks differ.
+
+        Returns:
+            For each, the ranks that differ from this one along these axes only, in the grid's order; this
+            Comm itself where these are all ranks. They share this one's `record`.
+        """
+        assert prod(shape) == self.size, f"a grid of {shape} does not have {self.size} ranks"
+        made: list[Comm] = []
+        for wanted in axes:
+            size = prod(shape[axis] for axis in wanted)
+            made.append(
+                self if size == self.size else SerialComm() if size == 1 else self._sub(shape, wanted)
+            )
+            made[-1].record = self.record
+        return made
+
     # What a transport provides -------------------------------------------------------------------
+
+    def _isend(self, array: np.ndarray, to: int) -> Pending:
+        raise self._cannot("send to a single rank")
+
+    def _irecv(self, array: np.ndarray, source: int) -> Pending:
+        raise self._cannot("receive from a single rank")
+
+    def _reduce_scatter_terms(
+        self, terms: list[np.ndarray], order: Order, parts: Sequence[slice], out: np.ndarray
+    ) -> None:
+        raise self._cannot("give each rank a part of a sum")
+
+    def _allgather(self, array: np.ndarray, parts: Sequence[slice]) -> None:
+        raise self._cannot("gather parts")
+
+    def _sub(self, shape: Sequence[int], axes: Sequence[int]) -> Comm:
+        raise self._cannot("make groups of ranks")
+
+    def _cannot(self, what: str) -> Exception:
+        return UsageError(f"{type(self).__name__} cannot {what}: this needs --backend mpi")
 
     @abstractmethod
     def _allreduce(self, array: np.ndarray) -> None: ...
@@ -236,16 +355,16 @@ class Comm(ABC):
     def _collective(self, verb: str, array: np.ndarray | None = None, root: int = 0) -> Iterator[None]:
         begun = time.monotonic()
         self.calls += 1
-        self.waiting = (verb, begun)
+        self.record.waiting = (verb, begun)
         self.before(verb, array, root)
         yield
         # Not in a `finally`: a rank that failed inside a collective has not left it.
-        self.waiting = None
+        self.record.waiting = None
         elapsed = time.monotonic() - begun
         if verb == "barrier":
-            self.wait_s += elapsed
+            self.record.wait_s += elapsed
         else:
-            self.comm_s += elapsed
+            self.record.comm_s += elapsed
 
 
 class SerialComm(Comm):
@@ -272,11 +391,33 @@ class SerialComm(Comm):
     def _reduce_terms(self, terms: list[np.ndarray], order: Order, out: np.ndarray, root: int) -> Sum | None:
         return self._allreduce_terms(terms, order, out)
 
+    def _reduce_scatter_terms(
+        self, terms: list[np.ndarray], order: Order, parts: Sequence[slice], out: np.ndarray
+    ) -> None:
+        np.copyto(out, add_in_order(terms, order.additions)[parts[0]])
+
+    def _allgather(self, array: np.ndarray, parts: Sequence[slice]) -> None:
+        pass
+
     def _barrier(self) -> None:
         pass
 
     def _allgather_bytes(self, raw: bytes) -> list[bytes]:
         return [raw]
+
+
+class _Timed:
+    """A message whose waiting counts as communication, and is seen by whoever looks for a rank that waits."""
+
+    def __init__(self, pending: Pending, record: Record, what: str) -> None:
+        self._pending, self._record, self._what = pending, record, what
+
+    def wait(self) -> None:
+        begun = time.monotonic()
+        self._record.waiting = (self._what, begun)
+        self._pending.wait()
+        self._record.waiting = None
+        self._record.comm_s += time.monotonic() - begun
 
 
 def add_in_order(terms: Sequence[np.ndarray], additions: Sequence[tuple[int, int]]) -> np.ndarray:
@@ -309,6 +450,12 @@ def slices(length: int, ranks: int) -> list[slice]:
     lines = -(-length // ALIGNED_ELEMENTS)
     cuts = [min(length, lines * rank // ranks * ALIGNED_ELEMENTS) for rank in range(ranks + 1)]
     return [slice(*cut) for cut in itertools.pairwise(cuts)]
+
+
+def slices_of_blocks(length: int, ranks: int) -> list[slice]:
+    """``length`` elements cut for each rank at whole `SQUARES_BLOCK`; the last one has what is left."""
+    cuts = [length // SQUARES_BLOCK * rank // ranks * SQUARES_BLOCK for rank in range(ranks)]
+    return [slice(*cut) for cut in itertools.pairwise([*cuts, length])]
 
 
 def _nothing(verb: str, array: np.ndarray | None, root: int) -> None:

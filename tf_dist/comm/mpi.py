@@ -6,13 +6,13 @@ would let any process that joins the job run code here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from mpi4py import MPI
 
-from tf_dist.comm.base import Comm, Order, Overlapped, Sum, add_in_order
+from tf_dist.comm.base import Comm, Order, Overlapped, Pending, Sum, add_in_order, slices
 from tf_dist.comm.exchange import Memory, sum_in_pieces
 from tf_dist.comm.node import Between, Share, Window, by_node, too_little_room
 from tf_dist.comm.overlap import Overlap, Places
@@ -21,6 +21,8 @@ from tf_dist.comm.overlap import Overlap, Places
 # Allreduce of Open MPI 5 and 7 ms in pieces of 2 MiB. Also keeps counts far below MPI's int limit. The pieces
 # of sums of terms are chosen by measuring, where it matters (`Comm.chunk_bytes`).
 CHUNK_BYTES = 2 << 20
+# Of messages between two ranks; the exchange of sums numbers its own from 0 on.
+MESSAGE_TAG = 32_000
 
 
 class MPIComm(Comm):
@@ -142,16 +144,36 @@ class MPIComm(Comm):
         self._node.Bcast(first)
         return int(first[0])
 
+    def _isend(self, array: np.ndarray, to: int) -> Pending:
+        return _Message(self._mpi.Isend(array, to, MESSAGE_TAG), array)
+
+    def _irecv(self, array: np.ndarray, source: int) -> Pending:
+        return _Message(self._mpi.Irecv(array, source, MESSAGE_TAG), array)
+
+    def _sub(self, shape: Sequence[int], axes: Sequence[int]) -> Comm:
+        # reorder=False: a rank stays who it is, so that the innermost axis lies on neighbouring ranks.
+        grid = self._mpi.Create_cart(list(shape), reorder=False)
+        return MPIComm(grid.Sub([axis in axes for axis in range(len(shape))]), window=self._node is not None)
+
     def _allreduce(self, array: np.ndarray) -> None:
+        self.record.sent_bytes += 2 * array.nbytes * (self.size - 1) // self.size
         for part in _chunks(array):
             self._mpi.Allreduce(MPI.IN_PLACE, part, op=MPI.SUM)
 
     def _broadcast(self, array: np.ndarray, root: int) -> None:
+        # Every other rank receives it once, from somebody: counted as if that were the root.
+        self.record.sent_bytes += array.nbytes * (self.size - 1) * (self.rank == root)
         for part in _chunks(array):
             self._mpi.Bcast(part, root=root)
 
+    def _allgather(self, array: np.ndarray, parts: Sequence[slice]) -> None:
+        counts, starts = [part.stop - part.start for part in parts], [part.start for part in parts]
+        self.record.sent_bytes += counts[self.rank] * array.itemsize * (self.size - 1)
+        self._mpi.Allgatherv(MPI.IN_PLACE, [array, (counts, starts)])
+
     def _gather(self, array: np.ndarray, root: int) -> np.ndarray | None:
         rows = np.empty((self.size, array.size), array.dtype) if self.rank == root else None
+        self.record.sent_bytes += array.nbytes * (self.rank != root)
         self._mpi.Gather(array, rows, root=root)
         return rows
 
@@ -159,7 +181,7 @@ class MPIComm(Comm):
         for overlap in self._overlaps.get((out.size, order), {}).values():
             if overlap.begun:
                 return overlap.finish()
-        window = self._window_for(order, out)
+        window = self._window_for(out.size, order, out.dtype)
         if window is None:
             self._allreduce_by_messages(terms, order, out)
             return Sum(out)
@@ -169,25 +191,39 @@ class MPIComm(Comm):
             np.copyto(out, found.array)
         return Sum(found.array if ours else out, found.squares)
 
-    def _window_for(self, order: Order, out: np.ndarray) -> Window | None:
-        return self._windows.get((out.size, order)) if out.dtype == np.float32 else None
+    def _window_for(self, length: int, order: Order, dtype: np.dtype) -> Window | None:
+        return self._windows.get((length, order)) if dtype == np.float32 else None
+
+    def _reduce_scatter_terms(
+        self, terms: list[np.ndarray], order: Order, parts: Sequence[slice], out: np.ndarray
+    ) -> None:
+        length = parts[-1].stop
+        window = self._window_for(length, order, out.dtype)
+        if window is not None:  # all have the whole sum before them, and nothing was sent
+            np.copyto(out, window.sum(terms).array[parts[self.rank]])
+        else:
+            self._reduce_slices(terms, order, parts, out)
 
     def _allreduce_by_messages(self, terms: list[np.ndarray], order: Order, out: np.ndarray) -> None:
         elements = max(1, self.chunk_bytes // out.itemsize)
+        mine = slices(out.size, self.size)[self.rank]
+        own = mine.stop - mine.start
+        self.record.sent_bytes += out.itemsize * (len(terms) * (out.size - own) + own * (self.size - 1))
         sum_in_pieces(self._mpi, terms, order, out, elements, self._memory)
 
     def _reduce_terms(self, terms: list[np.ndarray], order: Order, out: np.ndarray, root: int) -> Sum | None:
-        if self._window_for(order, out) is not None:  # all ranks add: faster than one alone
+        if self._window_for(out.size, order, out.dtype) is not None:  # all ranks add: faster than one alone
             found = self._allreduce_terms(terms, order, out if self.rank == root else np.empty_like(out))
             return found if self.rank == root else None
         whole, nothing = slice(0, out.size), slice(0, 0)
-        self._reduce_slices(terms, order, [whole if r == root else nothing for r in range(self.size)], out)
+        parts = [whole if r == root else nothing for r in range(self.size)]
+        self._reduce_slices(terms, order, parts, out[parts[self.rank]])
         return Sum(out) if self.rank == root else None
 
     def _reduce_slices(
-        self, terms: list[np.ndarray], order: Order, parts: list[slice], out: np.ndarray
+        self, terms: list[np.ndarray], order: Order, parts: Sequence[slice], out: np.ndarray
     ) -> None:
-        """Let rank r add the elements ``parts[r]`` of all terms into ``out``."""
+        """Let rank r add the elements ``parts[r]`` of all terms into ``out``, which is as long."""
         mine = parts[self.rank]
         received: list[np.ndarray] = []
         values, requests = [], []
@@ -202,10 +238,11 @@ class MPIComm(Comm):
                     requests.append(self._mpi.Irecv(values[-1], source, number))
         for other, part in enumerate(parts):
             if other != self.rank and part.stop > part.start:
+                self.record.sent_bytes += len(terms) * (part.stop - part.start) * out.itemsize
                 requests += [self._mpi.Isend(term[part], other, number) for number, term in enumerate(terms)]
         MPI.Request.Waitall(requests)
         if mine.stop > mine.start:
-            np.copyto(out[mine], add_in_order(values, order.additions))
+            np.copyto(out, add_in_order(values, order.additions))
         self._memory.give_back(received)
 
     def _barrier(self) -> None:
@@ -222,6 +259,16 @@ class MPIComm(Comm):
         calls_R = np.empty(self.size, np.int64)
         self._apart.Allgather(np.array([calls], np.int64), calls_R)
         return [int(one) for one in calls_R]
+
+
+class _Message:
+    """An MPI request, which keeps its array alive."""
+
+    def __init__(self, request: Any, array: np.ndarray) -> None:
+        self._request, self._array = request, array
+
+    def wait(self) -> None:
+        self._request.Wait()
 
 
 def _chunks(array: np.ndarray) -> list[np.ndarray]:

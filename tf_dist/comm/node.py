@@ -22,7 +22,15 @@ from typing import NamedTuple
 import numpy as np
 from mpi4py import MPI
 
-from tf_dist.comm.base import ADDED_AT_ONCE, SQUARES_BLOCK, Order, Sum, add_in_order, block_squares
+from tf_dist.comm.base import (
+    ADDED_AT_ONCE,
+    SQUARES_BLOCK,
+    Order,
+    Sum,
+    add_in_order,
+    block_squares,
+    slices_of_blocks,
+)
 
 PAGE_BYTES = 4096
 # Where MPI libraries have shared memory on Linux. A container may have little; writing beyond it kills.
@@ -192,9 +200,7 @@ def too_little_room(length: int, share: Share) -> str:
 
 def _slice_of(length: int, rank: int, size: int) -> slice:
     """The elements that a rank adds: whole blocks of squares, and for the last rank what is left."""
-    blocks = length // SQUARES_BLOCK
-    start, stop = (blocks * place // size * SQUARES_BLOCK for place in (rank, rank + 1))
-    return slice(start, length if rank == size - 1 else stop)
+    return slices_of_blocks(length, size)[rank]
 
 
 def _rounded(elements: int) -> int:

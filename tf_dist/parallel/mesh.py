@@ -1,0 +1,104 @@
+"""`Mesh`: the ranks as a grid of data x pipeline x sequence x tensor, and who talks along which axis.
+
+Ranks along *data* have the same part of the model and different micro-batches. Along *pipeline* they have
+different layers, along *sequence* the same layers and other tokens of the same rows, along *tensor* parts of
+every layer. Tensor is innermost, for its ranks talk most: neighbours lie on one node.
+
+    8 ranks as 2 x 2 x 1 x 2        data 0                       data 1
+                             pipeline 0   pipeline 1      pipeline 0   pipeline 1
+                   tensor       0   1        2   3           4   5        6   7
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+from tf_dist.comm.base import Comm
+from tf_dist.errors import UsageError
+
+AXES = ("data", "pipeline", "sequence", "tensor")
+DATA, PIPELINE, SEQUENCE, TENSOR = range(4)
+
+
+class Mesh:
+    """A grid of ranks; a collective.
+
+    Args:
+        comm: all ranks.
+        pipeline: how many ranks share the layers.
+        sequence: how many ranks share the tokens of a row.
+        tensor: how many ranks share each layer.
+
+    Attributes:
+        shape: ranks along data, pipeline, sequence and tensor.
+        at: this rank's place along each.
+        all: all ranks.
+        data, pipeline, sequence, tensor: the ranks that differ from this one along this axis only.
+        replicas: those that differ along data and sequence: they hold the same weights, and sum gradients.
+        model: those that differ along pipeline and tensor: together they hold the weights once.
+
+    Raises:
+        UsageError: the product does not divide the number of ranks.
+    """
+
+    def __init__(self, comm: Comm, pipeline: int = 1, sequence: int = 1, tensor: int = 1) -> None:
+        self.all = comm
+        self.shape = (_data_ranks(comm.size, pipeline, sequence, tensor), pipeline, sequence, tensor)
+        axes = [(DATA,), (PIPELINE,), (SEQUENCE,), (TENSOR,), (DATA, SEQUENCE), (PIPELINE, TENSOR)]
+        made = comm.grid(self.shape, axes)
+        self.data, self.pipeline, self.sequence, self.tensor, self.replicas, self.model = made
+        self.at = place(comm.rank, self.shape)
+
+    @property
+    def plain(self) -> bool:
+        """Whether every rank has the whole model and whole rows."""
+        return prod(self.shape[1:]) == 1
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank knows the loss of its micro-batches and counts it: one rank of those who do."""
+        return self.at[PIPELINE] == self.shape[PIPELINE] - 1 and self.at[TENSOR] == 0
+
+    def rank_at(self, **where: int) -> int:
+        """The rank whose place along the axes named here is another than this one's.
+
+        For instance ``mesh.rank_at(pipeline=0)``.
+        """
+        at = [where.get(name, here) for name, here in zip(AXES, self.at, strict=True)]
+        rank = 0
+        for here, size in zip(at, self.shape, strict=True):
+            rank = rank * size + here
+        return rank
+
+    def __str__(self) -> str:
+        used = [f"{name} {n}" for name, n in zip(AXES, self.shape, strict=True) if n > 1 or name == "data"]
+        return " x ".join(used)
+
+
+def place(rank: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A rank's place along each axis of a grid, the last one innermost."""
+    at = []
+    for size in reversed(shape):
+        rank, here = divmod(rank, size)
+        at.append(here)
+    return tuple(reversed(at))
+
+
+def _data_ranks(ranks: int, pipeline: int, sequence: int, tensor: int) -> int:
+    """What is left for the data axis."""
+    each = pipeline * sequence * tensor
+    if ranks % each == 0:
+        return ranks // each
+    product = f"pipeline {pipeline} x sequence {sequence} x tensor {tensor} = {each}"
+    if pipeline == sequence == 1:
+        product = f"tensor_parallel {tensor}"
+    elif sequence == tensor == 1:
+        product = f"pipeline_parallel {pipeline}"
+    elif pipeline == tensor == 1:
+        product = f"sequence_parallel {sequence}"
+    fits = [str(n) for n in range(1, ranks + 1) if ranks % n == 0]
+    start = [str(n) for n in (ranks // each * each, (ranks // each + 1) * each) if n]
+    raise UsageError(
+        f"{product} does not divide {ranks} ranks: start {' or '.join(start)} ranks, or let the product of "
+        f"--pipeline-parallel, --sequence-parallel and --tensor-parallel be one of {', '.join(fits)}"
+    )

@@ -1,0 +1,91 @@
+"""Which elements of a whole array a rank holds, where a layer is divided among ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tf_dist.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Part:
+    """Stretches of a whole array along one axis, back to back; or all of it.
+
+    whole: the shape of the whole array. axis: along which it is divided. ranges: what this rank holds of it;
+    None: everything. A matrix for queries, keys and values, (D, 3 D), has three ranges of columns for a rank.
+    """
+
+    whole: tuple[int, ...]
+    axis: int = 0
+    ranges: tuple[range, ...] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of what is held."""
+        if self.ranges is None:
+            return self.whole
+        return (*self.whole[: self.axis], sum(map(len, self.ranges)), *self.whole[self.axis + 1 :])
+
+    def take(self, whole: Any) -> Any:
+        """The part of an array (or tensor) of the whole shape; a NumPy array is copied."""
+        if self.ranges is None:
+            return whole
+        return np.concatenate([whole[self._index(one)] for one in self.ranges], axis=self.axis)
+
+    def put(self, whole: np.ndarray, part: np.ndarray) -> None:
+        """Write the part to its place in a whole array."""
+        if self.ranges is None:
+            whole[...] = part
+            return
+        start = 0
+        for one in self.ranges:
+            held = range(start, start + len(one))
+            whole[self._index(one)] = part[self._index(held)]
+            start = held.stop
+
+    def _index(self, stretch: range) -> tuple[slice, ...]:
+        return (*[slice(None)] * self.axis, slice(stretch.start, stretch.stop))
+
+
+def block(n_items: int, rank: int, size: int) -> range:
+    """A rank's stretch of ``n_items``, balanced to within one, earlier ranks taking those too many."""
+    each, more = divmod(n_items, size)
+    start = rank * each + min(rank, more)
+    return range(start, start + each + (rank < more))
+
+
+def stretches(groups: int, length: int, rank: int, size: int) -> tuple[range, ...]:
+    """A rank's `block` of each of ``groups`` neighbours of ``length``: gates of an LSTM, or q, k and v."""
+    mine = block(length, rank, size)
+    return tuple(range(g * length + mine.start, g * length + mine.stop) for g in range(groups))
+
+
+def must_divide(degree: int, what: str, number: int, option: str) -> None:
+    """Refuse a degree of parallelism that does not divide a model, and say what would.
+
+    Args:
+        degree: of parallelism.
+        what: is divided, for instance "heads".
+        number: how many of them there are.
+        option: the flag that sets the degree.
+
+    Raises:
+        UsageError: with the arithmetic, and the nearest values that work.
+    """
+    if number % degree == 0:
+        return
+    fits = [n for n in range(1, number + 1) if number % n == 0]
+    near = sorted(sorted(fits, key=lambda n: (abs(n - degree), n))[:2])
+    raise UsageError(
+        f"{option} {degree} does not divide {what} {number} ({number} = {number // degree} x {degree} + "
+        f"{number % degree}). Nearest that do: {' and '.join(map(str, near))}; or let {what} be "
+        f"{(number // degree + 1) * degree}"
+    )
+
+
+def part_of(variable: Any) -> Part:
+    """What a Keras variable holds of a whole one; everything, where no layer has said otherwise."""
+    return getattr(variable, "tf_dist_part", None) or Part(tuple(variable.shape))
