@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING, NoReturn
 
 from tf_dist.comm import launch, threads
 from tf_dist.comm.agree import agree, versions
-from tf_dist.comm.base import Comm
 from tf_dist.config import Config
 from tf_dist.errors import UsageError
 from tf_dist.flags import from_command_line
+from tf_dist.parallel.mesh import Mesh
+from tf_dist.parallel.parts import part_of
 
 if TYPE_CHECKING:
     from tf_dist.data.prepared import Prepared
@@ -49,6 +50,7 @@ def main(argv: list[str]) -> None:
     from tf_dist.training.corpus import shared_corpus
     from tf_dist.training.run import RunFolder, choose_folder, point_latest_to
 
+    mesh = Mesh(comm, config.pipeline_parallel, config.sequence_parallel, config.tensor_parallel)
     run = RunFolder(choose_folder(config, comm), comm)
     run.open()
     launch.on_failure(run.failed)
@@ -56,7 +58,7 @@ def main(argv: list[str]) -> None:
     config = dataclasses.replace(config, vocab_size=corpus.tokenizer.vocab_size, run_dir=str(run.path))
     if comm.rank == 0:
         point_latest_to(run.path)
-    train(config, comm, corpus, run)
+    train(config, mesh, corpus, run)
 
 
 def answer(argv: list[str]) -> NoReturn:
@@ -70,7 +72,7 @@ def answer(argv: list[str]) -> NoReturn:
     raise SystemExit(0)
 
 
-def train(config: Config, comm: Comm, corpus: Prepared, run: RunFolder) -> None:
+def train(config: Config, mesh: Mesh, corpus: Prepared, run: RunFolder) -> None:
     """Build what was asked for, resume, train, and leave text and a picture."""
     threads.load_tensorflow()  # only now: a mistake in the flags or the data was said at once
     from tf_dist.models.build import build
@@ -79,8 +81,9 @@ def train(config: Config, comm: Comm, corpus: Prepared, run: RunFolder) -> None:
     from tf_dist.training.job import Job
     from tf_dist.training.trainer import Trainer
 
+    comm = mesh.all
     model = build(config)
-    agree(comm, {v.path: list(v.shape) for v in model.trainable_variables}, "the model")
+    agree(comm, {v.path: list(part_of(v).whole) for v in model.trainable_variables}, "the model")
     steps = planned_steps(config, len(corpus.train))
     trainer = Trainer(
         model,
@@ -99,6 +102,7 @@ def train(config: Config, comm: Comm, corpus: Prepared, run: RunFolder) -> None:
         xla=config.xla,
         overlap=config.overlap,
         chunk_bytes=config.chunk_bytes,
+        mesh=mesh,
     )
     trainer.sentinel.say = run.say
     job = Job(config, comm, corpus, run, trainer)

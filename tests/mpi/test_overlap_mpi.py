@@ -79,7 +79,7 @@ def test_a_trainer_has_the_bits_of_one_rank(connected, serial, everyone, small_b
     logs = steps_of(trained, STEPS)
     same = logs == logs_serial and (flat(trained.model) == weights_serial).all()
     assert all(everyone(bool(same)))
-    assert "gradients leave during the backward pass, in " in trained.overlap.said
+    assert "gradients leave during the backward pass, in " in trained.passes.said
     assert "in pieces of 0.25 KiB, as was asked for" in trained.carrier.said
 
 
@@ -90,7 +90,7 @@ def test_over_nodes_it_is_the_default(ranks, serial, everyone, small_buckets):
     logs = steps_of(trained, STEPS)
     same = logs == logs_serial and (flat(trained.model) == weights_serial).all()
     assert all(everyone(bool(same)))
-    assert trained.overlap.active == (ranks.nodes() > 1)
+    assert trained.passes.overlap.active == (ranks.nodes() > 1)
 
 
 @several
@@ -129,7 +129,7 @@ def test_xla_and_master_do_without(connected, serial, everyone):
         trainer(connected, "master", overlap="on")
     trained = trainer(connected, overlap="on")
     trained.replica.use_xla(True)
-    assert not trained.overlap.active
-    assert "because XLA compiles it" in trained.overlap.said
+    assert not trained.passes.overlap.active
+    assert "because XLA compiles it" in trained.passes.said
     steps_of(trained, 1)
     trained.check_equal()

@@ -9,6 +9,8 @@ from thread_comm import on_ranks
 from tf_dist.comm.base import SerialComm
 from tf_dist.config import Config
 from tf_dist.errors import NumericError
+from tf_dist.parallel import flat
+from tf_dist.parallel.mesh import Mesh
 from tf_dist.parallel.tree import BlockSum, order
 from tf_dist.parallel.updates import LOSS, STOP, TOKENS, UPDATES, Totals, allreduce, master
 
@@ -21,6 +23,10 @@ class Momentum:
     """A `Replica`: gradient descent with momentum, so that a second step depends on the first."""
 
     parameters = P
+    norm = staticmethod(flat.norm)
+
+    def complete(self, gradient):
+        return gradient
 
     def __init__(self):
         self.weights = np.arange(P, dtype=np.float32)
@@ -57,7 +63,7 @@ def take_step(update, blocks, gradients, tokens, clip_norm, replica, comm):
         totals.add(leaf, np.array([leaf + 1.0, tokens[leaf], 0.0]))
     if comm.rank == 1:
         totals.ask_to_stop()
-    norm = update(mine.terms(), order(leaves, blocks), totals, clip_norm, replica, comm)
+    norm = update(mine.terms(), order(leaves, blocks), totals, clip_norm, replica, Mesh(comm))
     return totals.sum(), norm
 
 

@@ -11,7 +11,7 @@ from thread_comm import ThreadComm
 from tf_dist.comm.base import SerialComm, Sum
 from tf_dist.comm.probe import prove
 from tf_dist.errors import LaunchError, UsageError
-from tf_dist.training.sentinel import Sentinel
+from tf_dist.training.sentinel import Group, Sentinel
 
 
 def on_ranks(size, function, kind=ThreadComm):
@@ -49,7 +49,7 @@ def test_any_flipped_bit_is_seen(place, bit):
         variables = three_variables()
         if comm.rank == 1:
             flip(variables[0][1].value, place, bit)
-        Sentinel(comm, variables).compare(5)
+        Sentinel(comm, [Group(comm, variables)]).compare(5)
 
     said = on_ranks(3, work)
     assert len(set(said)) == 1
@@ -63,7 +63,7 @@ def test_the_first_variable_that_differs_is_named():
         if comm.rank == 0:
             variables[1][1].assign(np.ones(4, np.float32))
             variables[2][1].assign(np.array(8))
-        Sentinel(comm, variables).compare(0)
+        Sentinel(comm, [Group(comm, variables)]).compare(0)
 
     assert (
         "rank 0 differs from ranks 1, 2, 3 in dense/bias (and 1 more of 3 variables)" in on_ranks(4, work)[2]
@@ -75,7 +75,7 @@ def test_without_a_majority_nobody_is_blamed_and_nothing_is_restored(size):
     def work(comm):
         variables = three_variables()
         variables[0][1].value[0, 0] = comm.rank // (size // 2)
-        Sentinel(comm, variables, on_mismatch="restore").compare(1)
+        Sentinel(comm, [Group(comm, variables)], on_mismatch="restore").compare(1)
 
     said = on_ranks(size, work)[0]
     both = "rank 0 and rank 1 differ" if size == 2 else "ranks 0, 1 and ranks 2, 3 differ"
@@ -92,7 +92,7 @@ def test_two_ranks_wrong_in_different_variables_are_both_restored(size):
         variables = three_variables()
         if comm.rank < 2:
             variables[comm.rank][1].value[...] = -1
-        sentinel = Sentinel(comm, variables, on_mismatch="restore")
+        sentinel = Sentinel(comm, [Group(comm, variables)], on_mismatch="restore")
         sentinel.say = lambda text: lines.append((comm.rank, text))
         sentinel.compare(1)
         return [variable.value.tobytes() for _, variable in variables]
@@ -105,7 +105,7 @@ def test_two_ranks_wrong_in_different_variables_are_both_restored(size):
 def test_one_collective_more_is_named():
     def work(comm):
         comm.calls += comm.rank == 2
-        Sentinel(comm, three_variables()).compare(3)
+        Sentinel(comm, [Group(comm, three_variables())]).compare(3)
 
     said = on_ranks(3, work)
     assert len(set(said)) == 1
@@ -144,7 +144,7 @@ def test_what_a_trainer_compares(update):
 
     model = keras.Sequential([keras.Input((4,), dtype="int32"), keras.layers.Embedding(5, 5)])
     trainer = Trainer(model, keras.optimizers.Adam(), SerialComm(), update, global_batch_size=2)
-    watched = [id(variable) for _, variable in trainer.sentinel.variables]
+    watched = [id(variable) for _, variable in trainer.sentinel.groups[0].variables]
     expected = [*model.weights, *(trainer.optimizer.variables if update == "allreduce" else [])]
     assert watched == [id(variable) for variable in expected]
 

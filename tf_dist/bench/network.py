@@ -139,7 +139,7 @@ def main_on_ranks(out: Path) -> None:
         )
         parts[way] = Parts(comm, *made)
         works[way] = parts[way].step
-        said += f"; {made[0].overlap.said}" if made[0].overlap.said else ""
+        said += f"; {made[0].passes.said}" if made[0].passes.said else ""
     works["mpi4py"] = ways.plain_mpi4py(comm, models.GPT, ROWS)
     works["compute"] = ways.compute_alone(models.GPT, ROWS)
     steps_ms = running.interleaved(comm, works, DROPPED + STEPS, DROPPED)

@@ -15,6 +15,7 @@ from math import prod
 
 from tf_dist.comm.base import Comm
 from tf_dist.errors import UsageError
+from tf_dist.parallel.parts import block
 
 AXES = ("data", "pipeline", "sequence", "tensor")
 DATA, PIPELINE, SEQUENCE, TENSOR = range(4)
@@ -82,6 +83,20 @@ def place(rank: int, shape: tuple[int, ...]) -> tuple[int, ...]:
         rank, here = divmod(rank, size)
         at.append(here)
     return tuple(reversed(at))
+
+
+def leaves_of(micro_batches: int, mesh: Mesh) -> tuple[range, list[range]]:
+    """What is summed in a step, as leaves of a tree (`tf_dist.parallel.tree`): those of each of the replicas.
+
+    A leaf is what one rank computes of a micro-batch: all of it, or its tokens where ranks share a sequence.
+    """
+    blocks, start = [], 0
+    for data in range(mesh.shape[DATA]):
+        mine = len(block(micro_batches, data, mesh.shape[DATA]))
+        for _ in range(mesh.shape[SEQUENCE]):
+            blocks.append(range(start, start + mine))
+            start += mine
+    return range(start), blocks
 
 
 def _data_ranks(ranks: int, pipeline: int, sequence: int, tensor: int) -> int:

@@ -20,7 +20,8 @@ import numpy as np
 
 from tf_dist.comm.base import Comm, Order
 from tf_dist.errors import NumericError
-from tf_dist.parallel.flat import aligned_empty, norm
+from tf_dist.parallel.flat import aligned_empty
+from tf_dist.parallel.mesh import Mesh
 
 # The columns of `Totals`: of each micro-batch, the summed loss, the number of targets and of right guesses;
 # and whether a rank wants to stop.
@@ -61,9 +62,18 @@ class Totals:
 
 
 class Replica(Protocol):
-    """A copy of the model and its optimizer, as flat float32 arrays of P parameters."""
+    """What a rank has of the model and its optimizer, as flat float32 arrays of P parameters."""
 
     parameters: int
+
+    def norm(self, gradient: np.ndarray, squares: np.ndarray | None = None) -> float:
+        """The norm of the whole gradient; a collective of `Mesh.model`, whose ranks have parts of it."""
+
+    def complete(self, gradient: np.ndarray) -> np.ndarray:
+        """Add what other ranks of `Mesh.model` have for the same weights, where there are such.
+
+        The gradient may lie in memory that ranks share: it is never written to.
+        """
 
     def apply(self, gradient: np.ndarray, scale: float) -> None:
         """Take one optimizer step with ``scale * gradient``."""
@@ -78,21 +88,21 @@ class Replica(Protocol):
         """Take over these weights."""
 
 
-Update = Callable[[list[np.ndarray], Order, Totals, float, Replica, Comm], float]
+Update = Callable[[list[np.ndarray], Order, Totals, float, Replica, Mesh], float]
 
 
 def allreduce(
-    terms: list[np.ndarray], order: Order, totals: Totals, clip_norm: float, replica: Replica, comm: Comm
+    terms: list[np.ndarray], order: Order, totals: Totals, clip_norm: float, replica: Replica, mesh: Mesh
 ) -> float:
     """Sum the gradients everywhere; every rank takes the same optimizer step.
 
     Args:
         terms: sums of the gradients of this rank's micro-batches, (P,) float32 each; they are used up.
-        order: in which the terms of all ranks are added.
+        order: in which the terms of all replicas are added.
         totals: of this rank; summed over ranks in place.
         clip_norm: largest global norm of the mean gradient; 0 for no clipping.
-        replica: this rank's model and optimizer.
-        comm: all ranks.
+        replica: what this rank has of model and optimizer.
+        mesh: all ranks; gradients are summed over `Mesh.replicas`.
 
     Returns:
         The global norm of the mean gradient before clipping.
@@ -100,41 +110,43 @@ def allreduce(
     Raises:
         NumericError: the gradient is not finite; no weight has changed.
     """
-    comm.barrier()  # waiting for slower ranks is counted apart from moving bytes
-    counts = totals.reduce(comm)
-    gradient, squares = comm.allreduce_terms(terms, order, _sum_buffer(terms, replica))
+    mesh.all.barrier()  # waiting for slower ranks is counted apart from moving bytes
+    counts = totals.reduce(mesh.all)
+    found = mesh.replicas.allreduce_terms(terms, order, _sum_buffer(terms, replica))
+    gradient = replica.complete(found.array)
     # Rank 0's norm for all: on a node with another processor it could differ in its last bit.
-    length = np.array([norm(gradient, squares) / max(counts[TOKENS], 1.0)])
-    comm.broadcast(length)
+    length = np.array([replica.norm(gradient, found.squares) / max(counts[TOKENS], 1.0)])
+    mesh.all.broadcast(length)
     replica.apply(gradient, _scale(float(length[0]), counts, clip_norm))
     return float(length[0])
 
 
 def master(
-    terms: list[np.ndarray], order: Order, totals: Totals, clip_norm: float, replica: Replica, comm: Comm
+    terms: list[np.ndarray], order: Order, totals: Totals, clip_norm: float, replica: Replica, mesh: Mesh
 ) -> float:
-    """Gather the gradients on rank 0, which alone takes the optimizer step and sends the weights.
+    """Gather the gradients on rank 0 of the replicas, which alone steps, and sends the weights.
 
     The parameter server of Li et al. (2014), in its synchronous form. Rank 0 holds R gradients and
     moves R times the bytes of any other: see ``docs/guide.md`` for what that costs. Arguments,
     result and errors are those of `allreduce`.
     """
-    comm.barrier()
-    counts = totals.reduce(comm)
-    total = comm.reduce_terms(terms, order, _sum_buffer(terms, replica))
+    mesh.all.barrier()
+    counts = totals.reduce(mesh.all)
+    total = mesh.replicas.reduce_terms(terms, order, _sum_buffer(terms, replica))
     length = np.zeros(1)
     if total is not None:
-        length[0] = norm(*total) / max(counts[TOKENS], 1.0)
-    comm.broadcast(length)
+        gradient = replica.complete(total.array)
+        length[0] = replica.norm(gradient, total.squares) / max(counts[TOKENS], 1.0)
+    mesh.all.broadcast(length)
     scale = _scale(float(length[0]), counts, clip_norm)
     weights = aligned_empty(replica.parameters)
     if total is not None:
-        replica.apply(total.array, scale)
+        replica.apply(gradient, scale)
         replica.read_weights(weights)
     else:
         replica.skip()
-    comm.broadcast(weights)
-    if comm.rank != 0:
+    mesh.replicas.broadcast(weights)
+    if mesh.replicas.rank != 0:
         replica.write_weights(weights)
     return float(length[0])
 

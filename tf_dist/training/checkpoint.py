@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,16 @@ MOST_DIMENSIONS, LONGEST = 32, 1 << 48
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
 
-def save(folder: Path, step: int, tensors: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> Path:
+Tensors = Mapping[str, np.ndarray] | Iterable[tuple[str, np.ndarray]]
+
+
+def save(folder: Path, step: int, tensors: Tensors, facts: Mapping[str, Any]) -> Path:
     """Write a checkpoint of ``tensors`` at ``folder/step-NNNNNNNN``; one rank calls this.
 
     Args:
         folder: holds the checkpoints; made if it is not there.
         step: optimizer steps taken.
-        tensors: by name.
+        tensors: by name; written one after another, so that they may be made as they are asked for.
         facts: JSON values to be kept with them.
 
     Raises:
@@ -84,24 +87,43 @@ def load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any], int]:
         CheckpointError: anything about it is not as it was written.
     """
     manifest = read_manifest(path)
+    return dict(read_tensors(path, manifest)), manifest["facts"], manifest["step"]
+
+
+def read_tensors(path: Path, manifest: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """Read and verify the tensors of a checkpoint one after another, by name.
+
+    Raises:
+        CheckpointError: anything about them is not as it was written.
+    """
     file_path = path / "tensors.bin"
     wanted = sum(entry["bytes"] for entry in manifest["tensors"])
     try:
         if file_path.stat().st_size != wanted:
             raise CheckpointError(f"{file_path} has {file_path.stat().st_size} bytes, not {wanted}")
-        tensors = {}
         with open(file_path, "rb") as file:
             for entry in manifest["tensors"]:
                 raw = file.read(entry["bytes"])
                 if zlib.crc32(raw) != entry["crc32"]:
                     raise CheckpointError(f"{file_path}: tensor {entry['name']!r} is damaged (CRC-32)")
                 dtype = np.dtype(entry["dtype"]).newbyteorder("<")
-                tensors[entry["name"]] = np.frombuffer(raw, dtype).reshape(entry["shape"])
+                yield entry["name"], np.frombuffer(raw, dtype).reshape(entry["shape"])
     except OSError as error:
         raise CheckpointError(f"cannot read {file_path}: {error.strerror}") from error
     except ValueError as error:  # an empty array whose other lengths overflow
         raise CheckpointError(f"{file_path}: {error}") from error
-    return tensors, manifest["facts"], manifest["step"]
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """Read all of a checkpoint, keeping one tensor at a time; its manifest.
+
+    Raises:
+        CheckpointError: anything about it is not as it was written.
+    """
+    manifest = read_manifest(path)
+    for _ in read_tensors(path, manifest):
+        pass
+    return manifest
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -146,7 +168,7 @@ def newest(folder: Path, say: Callable[[str], None] = print) -> Path | None:
     found = listing(folder)
     for path in reversed(found):
         try:
-            load(path)
+            verify(path)
             return path
         except CheckpointError as error:
             say(f"skipping {path.name}: {error}")
@@ -180,10 +202,10 @@ def prune(folder: Path, keep: int, step: int) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+def _write_tensors(path: Path, tensors: Tensors) -> list[dict[str, Any]]:
     entries = []
     with open(path, "xb") as file:
-        for name, tensor in tensors.items():
+        for name, tensor in tensors.items() if isinstance(tensors, Mapping) else tensors:
             array = np.ascontiguousarray(tensor)
             array = array.astype(array.dtype.newbyteorder("<"), copy=False)
             if array.dtype.name not in DTYPES:

@@ -28,6 +28,11 @@ class Split(NamedTuple):
         others = named([rank for group in self.groups for rank in group if rank not in self.astray])
         return f"{named(self.astray)} {'differs' if len(self.astray) == 1 else 'differ'} from {others}"
 
+    def renamed(self, ranks: Sequence[int]) -> Split:
+        """The same with rank i called ``ranks[i]``."""
+        groups = [[ranks[rank] for rank in group] for group in self.groups]
+        return Split(self.place, groups, [ranks[rank] for rank in self.astray])
+
 
 def splits(variables: Sequence[Any], comm: Comm) -> list[Split]:
     """The variables that are not the same on all ranks, by place; a collective.

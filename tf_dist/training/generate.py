@@ -6,7 +6,7 @@ right, where a causal model does not look, and slides once it is full.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,12 +56,26 @@ def generate(
     Raises:
         UsageError: the prompt is empty.
     """
-    if len(prompt_ids) == 0:
-        raise UsageError("the prompt is empty: give at least one character")
     logits_at = tf.function(
         lambda window_1xT, place: tf.cast(model(window_1xT, training=False)[0, place], tf.float32),
         input_signature=[tf.TensorSpec((1, seq_len), tf.int32), tf.TensorSpec((), tf.int32)],
     )
+    yield from write_on(logits_at, seq_len, prompt_ids, count, sampling)
+
+
+def write_on(
+    logits_at: Callable[[np.ndarray, int], Any],
+    seq_len: int,
+    prompt_ids: np.ndarray,
+    count: int,
+    sampling: Sampling,
+) -> Iterator[int]:
+    """As `generate`, with a function of token ids (1, T), and a place in them, to logits (V,).
+
+    Where ranks have a model in parts, all of them write on together, and choose alike.
+    """
+    if len(prompt_ids) == 0:
+        raise UsageError("the prompt is empty: give at least one character")
     random = np.random.default_rng(sampling.seed)
     ids = [int(i) for i in prompt_ids]
     for _ in range(count):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tf_dist.comm.agree import on_root, versions
 from tf_dist.comm.base import Comm
 from tf_dist.config import Config
@@ -13,10 +15,10 @@ from tf_dist.errors import CheckpointError, SavedAndStopped
 from tf_dist.parallel.buckets import spent
 from tf_dist.training import checkpoint, state
 from tf_dist.training.environment import bits_depend_on, changes
-from tf_dist.training.generate import Sampling, generate
+from tf_dist.training.generate import Sampling, write_on
 from tf_dist.training.plots import loss_curve
 from tf_dist.training.run import RunFolder
-from tf_dist.training.trainer import Trainer, weights_sha256
+from tf_dist.training.trainer import Trainer
 
 SAMPLE_TOKENS = 200
 
@@ -97,7 +99,7 @@ class Job:
         self._status()
 
     def _status(self, **changes: Any) -> None:
-        weights = weights_sha256(self.trainer.model) if self.comm.rank == 0 else None
+        weights = self.trainer.whole().weights_sha256()
         now = {"step": self.trainer.step, "val_loss": self.last.get("val_loss"), "weights_sha256": weights}
         self.run.status(**now, **changes)
 
@@ -113,11 +115,12 @@ class Job:
                 f"saved at step {self.trainer.step} of {steps} on a signal. The same command with "
                 f"--run-dir {self.run.path} goes on"
             )
+        self._status(state="done", exit_code=0)
+        sample = self._sample()
         if self.comm.rank == 0:
-            self._status(state="done", exit_code=0)
-            self._leave_behind()
+            self._leave_behind(sample)
 
-    def _leave_behind(self) -> None:
+    def _leave_behind(self, sample: str) -> None:
         say, run = self.run.say, self.run
         if "loss" in self.last:
             say(f"done at step {self.trainer.step}: {_summary(self.last)}")
@@ -130,15 +133,19 @@ class Job:
             say(f"loss curve   {picture}")
         else:
             say("no picture of the loss: `pip install matplotlib` draws one")
-        say(f"sample       (after the words before the arrow)\n{self._sample()}")
+        say(f"sample       (after the words before the arrow)\n{sample}")
         say(f"more text    python scripts/generate.py --run-dir {run.path} --prompt 'def '")
 
     def _sample(self) -> str:
-        """Text that the model continues from the beginning of the validation text."""
+        """Text that the model continues from the beginning of the validation text; a collective."""
         tokens = self.corpus.val if len(self.corpus.val) else self.corpus.train
         prompt = tokens[: min(16, self.config.seq_len)]
-        model, tokenizer = self.trainer.model, self.corpus.tokenizer
-        made = generate(model, self.config.seq_len, prompt, SAMPLE_TOKENS, Sampling())
+        passes, tokenizer = self.trainer.passes, self.corpus.tokenizer
+
+        def logits_at(window_1xT: np.ndarray, place: int) -> np.ndarray:
+            return np.asarray(passes.logits(window_1xT)[place])
+
+        made = write_on(logits_at, self.config.seq_len, prompt, SAMPLE_TOKENS, Sampling())
         return f"{tokenizer.decode(prompt)} => {tokenizer.decode(list(made))}\n"
 
 

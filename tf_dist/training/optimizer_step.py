@@ -17,8 +17,10 @@ import numpy as np
 import tensorflow as tf
 
 from tf_dist.errors import UsageError
+from tf_dist.parallel.parts import part_of
 from tf_dist.training import elementwise
 from tf_dist.training.flat_slots import FlatSlots
+from tf_dist.training.pieces import Piece, variable_piece
 
 # A variable of this many elements is a block of its own. To start a compiled pass takes some 20 us; to copy
 # this much weight into a vector and out of it takes as long.
@@ -66,9 +68,11 @@ class OptimizerStep:
 
     Attributes:
         reason: why each variable is stepped by itself; empty where that is not so.
+        whole_slots: whether the optimizer has all state of each of these variables.
     """
 
     reason = ""
+    whole_slots = True
 
     def __init__(self, optimizer: Any, variables: Sequence[Any], compiled: bool) -> None:
         self.optimizer, self.variables = optimizer, list(variables)
@@ -80,6 +84,15 @@ class OptimizerStep:
     def apply(self, gradient_P: Any, scale: Any) -> None:
         """Take one step with ``scale * gradient``, (P,) float32."""
         self._step(gradient_P, scale)
+
+    def slot_pieces(self, place: int, slot: str) -> list[Piece]:
+        """What this rank holds of the state ``slot`` (an attribute of the optimizer) of a variable."""
+        part = part_of(self.variables[place])
+        return [variable_piece(elementwise.slots_of(self.optimizer)[slot][place], part)]
+
+    def shared_variables(self) -> list[Any]:
+        """The optimizer's variables that are the same on all replicas."""
+        return list(self.optimizer.variables)
 
     def give_back(self) -> None:
         """Leave the optimizer as if it had stepped each variable by itself; `apply` may be called again."""

@@ -5,6 +5,7 @@ Legend: B rows of a micro-batch, T tokens, V vocabulary, P parameters.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -12,9 +13,12 @@ import numpy as np
 import tensorflow as tf
 
 from tf_dist.errors import UsageError
-from tf_dist.parallel.flat import ALIGNMENT_BYTES, FlatLayout
+from tf_dist.models.outline import materialize
+from tf_dist.parallel.flat import ALIGNMENT_BYTES, FlatLayout, norm
+from tf_dist.parallel.parts import part_of
 from tf_dist.training.loss import loss_and_sums
 from tf_dist.training.optimizer_step import optimizer_step
+from tf_dist.training.pieces import Piece, variable_piece
 from tf_dist.training.randomness import foreign_draws, generator_states, random_states
 
 
@@ -31,6 +35,9 @@ class Replica:
         seed: of dropout and everything else that is random in the model.
 
     Attributes:
+        variables: what it trains, in the order of the flat gradient; layout: where each lies in it.
+        parameters: P.
+        norm: of a gradient: of this rank's, until a `Trainer` knows that others have more of it.
         xla: whether XLA compiles forward and backward.
 
     Raises:
@@ -41,11 +48,14 @@ class Replica:
         self, model: keras.Model, optimizer: keras.optimizers.Optimizer, rows: int, seq_len: int, seed: int
     ) -> None:
         self.model, self.optimizer, self.seed = model, optimizer, seed
+        materialize(model.variables)
         self._check_model(seq_len)
         if not optimizer.built:
             optimizer.build(model.trainable_variables)
-        self.layout = FlatLayout([variable.shape for variable in model.trainable_variables])
+        self.variables = list(model.trainable_variables)
+        self.layout = FlatLayout([variable.shape for variable in self.variables])
         self.parameters = self.layout.total
+        self.norm: Callable[..., float] = norm
         self.optimizer_step = optimizer_step(optimizer, model.trainable_variables)
         self._generators = len(generator_states(model))
         self.rows, self.seq_len, self.xla = rows, seq_len, False
@@ -140,6 +150,21 @@ class Replica:
         return loss_and_sums(self.model, x_BxT, y_BxT, training=False)[1]
 
     # Weights -------------------------------------------------------------------------------------
+
+    def holds(self, variable: Any) -> bool:
+        """Whether this rank has a weight of the model."""
+        return True
+
+    def pieces_of(self, variable: Any) -> list[Piece]:
+        """What this rank holds of a weight of the model."""
+        return [variable_piece(variable, part_of(variable))] if self.holds(variable) else []
+
+    def complete(self, gradient: np.ndarray) -> np.ndarray:
+        """Add what other ranks have for the same weights: nothing, for all ranks have summed the same ones.
+
+        The gradient may lie in memory that ranks share: it is only read.
+        """
+        return gradient
 
     def apply(self, gradient: np.ndarray, scale: float) -> None:
         """Take one optimizer step with ``scale * gradient``, (P,) float32."""

@@ -13,7 +13,7 @@ checks or while gradients were computed, has entered sums that all ranks share, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,12 +30,20 @@ ADVICE = (
 )
 
 
+class Group(NamedTuple):
+    """What must be equal on all ranks of a Comm: Keras variables by name, in one order on all of them."""
+
+    comm: Comm
+    variables: Sequence[tuple[str, Any]]
+
+
 class Sentinel:
     """Compares all ranks' variables and number of collectives, now and then.
 
     Args:
         comm: all ranks.
-        variables: what must be equal: Keras variables by name, in one order on all ranks.
+        groups: of this rank, as many on every rank; where ranks have different parts of a model, each part is
+            held by a group of its own.
         every: steps between checks; 0: only before the first four steps.
         on_mismatch: "stop", or "restore": ranks that differ from the majority take over its values.
 
@@ -47,13 +55,13 @@ class Sentinel:
     """
 
     def __init__(
-        self, comm: Comm, variables: Sequence[tuple[str, Any]], every: int = 100, on_mismatch: str = "stop"
+        self, comm: Comm, groups: Sequence[Group], every: int = 100, on_mismatch: str = "stop"
     ) -> None:
         if on_mismatch not in CHOICES:
             raise UsageError(f"on_mismatch is {on_mismatch!r}: choose one of {', '.join(CHOICES)}")
         if every < 0:
             raise UsageError(f"check_every is {every}: it must be at least 0")
-        self.comm, self.variables, self.every, self.on_mismatch = comm, list(variables), every, on_mismatch
+        self.comm, self.groups, self.every, self.on_mismatch = comm, list(groups), every, on_mismatch
         self.say: Callable[[str], None] = self._print
         self._steps_seen = 0
 
@@ -76,22 +84,31 @@ class Sentinel:
         Raises:
             LaunchError: on every rank, with the same message, naming ranks and variable: ranks differ.
         """
-        found = self._splits(step)
+        self._check_calls(step)
+        troubles = [self._trouble(step, group) for group in self.groups]
+        # A group's ranks know of their own trouble, and all must end together.
+        told = next(filter(None, troubles), "")
+        if len(self.groups) > 1:
+            told = next(filter(None, self.comm.allgather_obj(told)), "")
+        if told:
+            raise LaunchError(f"{told}. {ADVICE}")
+
+    def _trouble(self, step: int, group: Group) -> str:
+        """What is wrong in a group, after it was put right where that was chosen and is possible."""
+        found = self._splits(group)
         if found and self.on_mismatch == "restore" and all(one.astray for one in found):
-            said = self._described(step, found)
+            said = self._described(step, group, found)
             for one in found:
-                self._restore(one)
+                self._restore(group, one)
             self.say(f"{said}. Restored from the others")
-            found = self._splits(step)
-        if found:
-            raise LaunchError(f"{self._described(step, found)}{self._why_not_restored(found)}. {ADVICE}")
+            found = self._splits(group)
+        return f"{self._described(step, group, found)}{self._why_not_restored(found)}" if found else ""
 
     # Comparing -----------------------------------------------------------------------------------
 
-    def _splits(self, step: int) -> list[Split]:
-        """The variables that are not equal everywhere."""
-        self._check_calls(step)
-        return splits([variable for _, variable in self.variables], self.comm)
+    def _splits(self, group: Group) -> list[Split]:
+        """The variables that are not equal on all ranks of a group."""
+        return splits([variable for _, variable in group.variables], group.comm)
 
     def _check_calls(self, step: int) -> None:
         calls_R = self.comm.calls_of_all()
@@ -106,12 +123,12 @@ class Sentinel:
             "so results may have gone to the wrong call. TF_DIST_DEBUG=1 finds the line"
         )
 
-    def _described(self, step: int, found: list[Split]) -> str:
-        name = self.variables[found[0].place][0]
-        many = f" (and {len(found) - 1} more of {len(self.variables)} variables)" if len(found) > 1 else ""
-        return (
-            f"before step {step + 1} the ranks no longer hold the same model: {found[0].who} in {name}{many}"
-        )
+    def _described(self, step: int, group: Group, found: list[Split]) -> str:
+        name, _ = group.variables[found[0].place]
+        ranks = group.comm.allgather_obj(self.comm.rank)  # a group counts its ranks from 0
+        first = found[0].renamed(ranks)
+        many = f" (and {len(found) - 1} more of {len(group.variables)} variables)" if len(found) > 1 else ""
+        return f"before step {step + 1} the ranks no longer hold the same model: {first.who} in {name}{many}"
 
     def _why_not_restored(self, found: list[Split]) -> str:
         if self.on_mismatch == "stop":
@@ -122,13 +139,13 @@ class Sentinel:
 
     # Restoring -----------------------------------------------------------------------------------
 
-    def _restore(self, found: Split) -> None:
-        """Give one variable of a majority rank to those that differ; a collective."""
-        variable = self.variables[found.place][1]
+    def _restore(self, group: Group, found: Split) -> None:
+        """Give one variable of a majority rank to those that differ; a collective of the group."""
+        variable = group.variables[found.place][1]
         array = np.array(np.asarray(variable.value))  # a copy: it is written to
         root = min(rank for group in found.groups for rank in group if rank not in found.astray)
-        self.comm.broadcast(array.reshape(-1), root)
-        if self.comm.rank in found.astray:
+        group.comm.broadcast(array.reshape(-1), root)
+        if group.comm.rank in found.astray:
             variable.assign(array)
 
     def _print(self, text: str) -> None:

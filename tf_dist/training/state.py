@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import keras
 import numpy as np
 
 from tf_dist.comm.agree import on_root
@@ -18,6 +17,7 @@ from tf_dist.config import Config
 from tf_dist.errors import CheckpointError
 from tf_dist.training import checkpoint
 from tf_dist.training.trainer import Trainer
+from tf_dist.training.whole import Entry
 
 # A checkpoint of another value for one of these is of another run. The rest may change on resume.
 FIXED = (
@@ -37,6 +37,16 @@ FREE = (
     "check_every",
     "on_mismatch",
     "autotune",
+    # How ranks share the work: a checkpoint knows nothing of it.
+    "tensor_parallel",
+    "pipeline_parallel",
+    "sequence_parallel",
+    "pipeline_schedule",
+    "pipeline_cuts",
+    "virtual_stages",
+    "micro_batches_in_flight",
+    "recompute",
+    "zero_stage",
 )
 
 
@@ -46,45 +56,48 @@ def save(trainer: Trainer, folder: Path, keep: int, facts: Mapping[str, Any]) ->
     Raises:
         CheckpointError: it could not be written.
     """
+    tensors = trainer.whole().tensors()
     if trainer.comm.rank == 0:
-        tensors = {name: np.asarray(variable.value) for name, variable in _variables(trainer)}
         position: dict[str, Any] = {"tokens": trainer.tokens, "elapsed_s": trainer.elapsed_s}
         position["tuned"] = {"xla": trainer.replica.xla}
         checkpoint.save(folder, trainer.step, tensors, {**position, **facts})
         checkpoint.prune(folder, keep, trainer.step)
+    else:
+        for _ in tensors:  # gives what rank 0 does not have
+            pass
     trainer.comm.barrier()
 
 
 def restore(trainer: Trainer, path: Path) -> None:
-    """Read a checkpoint on rank 0 and give its state to every rank.
+    """Read a checkpoint on rank 0 and give every rank what it holds of it.
 
     Raises:
-        CheckpointError: it does not hold this model and optimizer.
+        CheckpointError: it is damaged, or does not hold this model and optimizer.
     """
-    comm, variables = trainer.comm, _variables(trainer)
-    arrays = [np.array(keras.ops.convert_to_numpy(variable)) for _, variable in variables]
+    whole = trainer.whole()
 
-    def read() -> list[Any]:
-        tensors, facts, step = checkpoint.load(path)
-        # By place, not by name: Keras numbers layers anew in every process.
-        arrays[:] = [np.array(tensor) for tensor in tensors.values()]
-        _check_fits(arrays, variables, path)
+    def check() -> list[Any]:
+        manifest = checkpoint.verify(path)
+        _check_fits(manifest["tensors"], whole.entries, path)
+        facts = manifest["facts"]
         tuned = facts.get("tuned", {"xla": False})  # there was no XLA in the first checkpoints
-        return [step, facts["tokens"], facts["elapsed_s"], tuned]
+        return [manifest["step"], facts["tokens"], facts["elapsed_s"], tuned]
 
-    trainer.step, trainer.tokens, trainer.elapsed_s, tuned = on_root(comm, read)
+    trainer.step, trainer.tokens, trainer.elapsed_s, tuned = on_root(trainer.comm, check)
     trainer.tuning.go_on_with(tuned["xla"])
-    for (_, variable), array in zip(variables, arrays, strict=True):
-        comm.broadcast(array.reshape(-1))
-        variable.assign(array)
+    arrays = None
+    if trainer.comm.rank == 0:
+        manifest = checkpoint.read_manifest(path)
+        arrays = (array for _, array in checkpoint.read_tensors(path, manifest))
+    whole.take(arrays)
 
 
-def _check_fits(arrays: list[np.ndarray], variables: list[tuple[str, Any]], path: Path) -> None:
-    saved = [(array.shape, str(array.dtype)) for array in arrays]
-    wanted = [(tuple(variable.shape), variable.dtype) for _, variable in variables]
-    if saved != wanted:
+def _check_fits(saved: list[dict[str, Any]], entries: list[Entry], path: Path) -> None:
+    # By place, not by name: Keras numbers layers anew in every process.
+    found = [(tuple(tensor["shape"]), tensor["dtype"]) for tensor in saved]
+    if found != [(entry.shape, entry.dtype) for entry in entries]:
         raise CheckpointError(
-            f"{path} holds {len(saved)} tensors that are not the {len(wanted)} of this model and optimizer. "
+            f"{path} holds {len(found)} tensors that are not the {len(entries)} of this model and optimizer. "
             "Give the options it was made with, or start anew with --resume never"
         )
 
@@ -130,9 +143,3 @@ def check_same_run(
         )
     if changed:
         say("resuming with changed options: " + "; ".join(lines.values()))
-
-
-def _variables(trainer: Trainer) -> list[tuple[str, Any]]:
-    weights = [(f"weights/{i:04d}/{v.path}", v) for i, v in enumerate(trainer.model.weights)]
-    state = [(f"optimizer/{i:04d}/{v.path}", v) for i, v in enumerate(trainer.optimizer.variables)]
-    return weights + state

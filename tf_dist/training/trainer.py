@@ -10,7 +10,6 @@ import math
 import time
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import keras
 import numpy as np
@@ -25,14 +24,16 @@ from tf_dist.errors import DataError, UsageError
 from tf_dist.parallel import buckets
 from tf_dist.parallel.carrier import choose
 from tf_dist.parallel.flat import aligned_empty
+from tf_dist.parallel.mesh import DATA, Mesh, leaves_of
+from tf_dist.parallel.parts import part_of
 from tf_dist.parallel.tree import BlockSum, order
 from tf_dist.parallel.updates import CORRECT, LOSS, STOP, TOKENS, UPDATES, Totals
 from tf_dist.training.fit import Fit
-from tf_dist.training.hooked import Overlapping
+from tf_dist.training.passes import MicroBatch, WholePasses
 from tf_dist.training.replica import Replica
-from tf_dist.training.replicated import check_same
-from tf_dist.training.sentinel import Sentinel
+from tf_dist.training.sentinel import Group, Sentinel
 from tf_dist.training.tuning import Tuning
+from tf_dist.training.whole import Whole, whole_norm
 
 DEFAULT_SEQ_LEN = 128
 
@@ -62,6 +63,7 @@ class Trainer:
             checkpoint says that is restored.
         overlap: gradients leave during the backward pass: "auto", where ranks span nodes, "on", "off".
         chunk_bytes: pieces in which sums travel between ranks; 0: what is faster.
+        mesh: who shares what of the model; None: every rank has all of it.
 
     Attributes:
         tuning: whether XLA compiles forward and backward, and why.
@@ -94,6 +96,7 @@ class Trainer:
         xla: str = "auto",
         overlap: str = "auto",
         chunk_bytes: int = 0,
+        mesh: Mesh | None = None,
     ) -> None:
         if update not in UPDATES:
             raise UsageError(f"unknown update {update!r}: {', '.join(UPDATES)}")
@@ -107,38 +110,34 @@ class Trainer:
                 f"micro_batch_size {self.rows} does not divide global_batch_size {global_batch_size}"
             )
         self.model, self.optimizer, self.comm = model, optimizer, comm
+        self.mesh = mesh or Mesh(comm)
         self.update = UPDATES[update]
         self.global_batch_size, self.clip_norm, self.seed = global_batch_size, clip_norm, seed
         self.seq_len = seq_len or _static_seq_len(model) or DEFAULT_SEQ_LEN
+        self.micro_batches = global_batch_size // self.rows
+        self.my_micro_batches = share(self.micro_batches, self.mesh.at[DATA], self.mesh.shape[DATA])
         self.replica = Replica(model, optimizer, self.rows, self.seq_len, seed)
-        self._share_micro_batches(
-            range(global_batch_size // self.rows), allreduce, chunk_bytes, autotune != "off"
-        )
-        self._overlap(overlap)
+        self.replica.norm = whole_norm(self.replica, model.trainable_variables, self.mesh)
+        self.passes = self._passes(allreduce, chunk_bytes, autotune != "off", overlap)
         self.tuning = Tuning(self.replica, comm, autotune, xla)
-        self.sentinel = Sentinel(comm, self._shared_variables(update), check_every, on_mismatch)
+        self.sentinel = Sentinel(comm, self._held_by_several(update), check_every, on_mismatch)
         self.step, self.tokens, self.elapsed_s, self.input_s = 0, 0, 0.0, 0.0
-        self._ahead: tuple[Sequences, Sampler, Ahead[list[tuple[np.ndarray, np.ndarray]]]] | None = None
+        self._whole: Whole | None = None
+        self._ahead: tuple[Sequences, Sampler, Ahead[list[MicroBatch]]] | None = None
         self.stopped = self._stop_requested = False
         model.stop_training = False
 
-    def _share_micro_batches(
-        self, micro_batches: range, allreduce: str, chunk_bytes: int, measure: bool
-    ) -> None:
-        """Deal out neighbouring micro-batches to the ranks, and fix the order in which they are summed."""
-        blocks = [share(len(micro_batches), rank, self.comm.size) for rank in range(self.comm.size)]
-        self.micro_batches, self.my_micro_batches = len(micro_batches), blocks[self.comm.rank]
-        self._order = order(micro_batches, blocks)
+    def _passes(self, allreduce: str, chunk_bytes: int, measure: bool, overlap: str) -> WholePasses:
+        """Decide how micro-batches become gradients, and what carries their sums."""
+        leaves, blocks = leaves_of(self.micro_batches, self.mesh)
+        mine, comm = blocks[self.mesh.replicas.rank], self.mesh.replicas
+        self._order = order(leaves, blocks)
         length = self.replica.parameters
-        self.carrier = choose(self.comm, length, self._order, allreduce, chunk_bytes, measure)
-        self._sum = BlockSum(length, micro_batches, self.my_micro_batches, self.carrier.buffers)
-
-    def _overlap(self, wanted: str) -> None:
-        """Decide whether the gradients of a rank's last micro-batch leave while they are being computed."""
+        self.carrier = choose(comm, length, self._order, allreduce, chunk_bytes, measure)
+        self._sum = BlockSum(length, leaves, mine, self.carrier.buffers)
         why_not = "" if self.update is UPDATES["allreduce"] else "only --update allreduce sums everywhere"
-        layout = self.replica.layout
-        chosen = buckets.choose(self.comm, layout, self._order, self._sum, wanted, why_not)
-        self.overlap = Overlapping(self.replica, self._sum, self.my_micro_batches, chosen)
+        chosen = buckets.choose(comm, self.replica.layout, self._order, self._sum, overlap, why_not)
+        return WholePasses(self.replica, self.my_micro_batches, self._sum, chosen, self.mesh.speaks)
 
     # One step ------------------------------------------------------------------------------------
 
@@ -152,11 +151,9 @@ class Trainer:
         totals = Totals(self.micro_batches)
         if self._stop_requested or self.model.stop_training:
             totals.ask_to_stop()
-        batches = self._batches(sequences, sampler)
-        for micro_batch, (x_BxT, y_BxT) in zip(self.my_micro_batches, batches, strict=True):
-            totals.add(micro_batch, self._add_gradients(x_BxT, y_BxT, micro_batch))
-        terms = self.overlap.terms()
-        norm = self.update(terms, self._order, totals, self.clip_norm, self.replica, self.comm)
+        self.passes.train(self.step, self._batches(sequences, sampler), totals)
+        terms = self.passes.terms()
+        norm = self.update(terms, self._order, totals, self.clip_norm, self.replica, self.mesh)
         self.step += 1
         counts = totals.sum()
         self.tokens += int(counts[TOKENS])
@@ -169,12 +166,12 @@ class Trainer:
             "tokens": counts[TOKENS],
         }
 
-    def _batches(self, sequences: Sequences, sampler: Sampler) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The micro-batches of the step and of this rank, each (B, T) inputs and targets."""
+    def _batches(self, sequences: Sequences, sampler: Sampler) -> list[MicroBatch]:
+        """The micro-batches of the step that are this rank's."""
 
-        def make(step: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        def make(step: int) -> list[MicroBatch]:
             rows_G = sampler.batch(step)
-            return [sequences.rows(rows_G[number * self.rows :][: self.rows]) for number in mine]
+            return [self._micro_batch(sequences, number, rows_G[number * self.rows :]) for number in mine]
 
         mine = self.my_micro_batches
         begun = time.perf_counter()
@@ -184,14 +181,9 @@ class Trainer:
         self.input_s += time.perf_counter() - begun
         return batches
 
-    def _add_gradients(self, x_BxT: np.ndarray, y_BxT: np.ndarray, micro_batch: int) -> np.ndarray:
-        """Add a micro-batch's gradient to this rank's sums; its loss, targets and right guesses, (3,)."""
-        draw = (self.step, micro_batch)
-        if self.overlap.leaves(micro_batch):
-            return self.overlap.gradients(x_BxT, y_BxT, draw)
-        gradient, sums = self.replica.gradients(x_BxT, y_BxT, draw)
-        self._sum.add(gradient)
-        return sums
+    def _micro_batch(self, sequences: Sequences, number: int, indices: np.ndarray) -> MicroBatch:
+        """The first B of these rows."""
+        return MicroBatch(number, *sequences.rows(indices[: self.rows]))
 
     # Many steps ----------------------------------------------------------------------------------
 
@@ -305,10 +297,11 @@ class Trainer:
         """
         sequences = self.sequences(held_out)
         totals = Totals(math.ceil(len(sequences) / self.rows))
-        for batch in share(totals.micro_batches, self.comm.rank, self.comm.size):
-            indices_B = np.arange(batch * self.rows, (batch + 1) * self.rows)
-            indices_B[indices_B >= len(sequences)] = -1
-            totals.add(batch, self.replica.evaluate(*sequences.rows(indices_B)))
+        indices = np.arange(totals.micro_batches * self.rows)
+        indices[indices >= len(sequences)] = -1
+        mine = share(totals.micro_batches, self.mesh.at[DATA], self.mesh.shape[DATA])
+        batches = [self._micro_batch(sequences, number, indices[number * self.rows :]) for number in mine]
+        self.passes.evaluate(batches, totals)
         sums = totals.reduce(self.comm)
         if not sums[TOKENS]:
             raise DataError("there is no validation text: raise --val-fraction, or set --eval-every 0")
@@ -325,30 +318,44 @@ class Trainer:
     # Weights -------------------------------------------------------------------------------------
 
     def broadcast_weights(self) -> None:
-        """Give every rank the weights of rank 0."""
+        """Give all replicas of a part of the model the weights of the first one."""
         weights = aligned_empty(self.replica.parameters)
         self.replica.read_weights(weights)
-        self.comm.broadcast(weights)
+        self.mesh.replicas.broadcast(weights)
         self.replica.write_weights(weights)
 
-    def _shared_variables(self, update: str) -> list[tuple[str, Any]]:
-        """What must be the same on every rank, by name."""
-        weights = [(variable.path, variable) for variable in self.model.weights]
-        if update == "master":
-            return weights  # only rank 0 has an optimizer that takes steps: nothing to compare it with
-        return weights + [(variable.path, variable) for variable in self.optimizer.variables]
+    def _held_by_several(self, update: str) -> list[Group]:
+        """What must be the same on which ranks."""
+        weights = [(v.path, v) for v in self.model.weights if self.replica.holds(v)]
+        # With the master only one rank of the replicas takes steps: there is no optimizer to compare it with.
+        state = (
+            []
+            if update == "master"
+            else [(v.path, v) for v in self.replica.optimizer_step.shared_variables()]
+        )
+        groups = [Group(self.mesh.replicas, weights + state)]
+        if self.mesh.tensor.size > 1:
+            undivided = [(path, v) for path, v in weights if part_of(v).ranges is None]
+            groups.append(Group(self.mesh.tensor, undivided))
+        return groups
 
     def check_equal(self) -> str:
         """Compare the weights of all ranks, bit for bit.
 
         Returns:
-            Their SHA-256.
+            The SHA-256 of the whole model's.
 
         Raises:
             LaunchError: on every rank, naming the ranks and the first weight that differs.
         """
-        check_same(self.model, self.comm, f"after step {self.step}", with_optimizer=False)
-        return weights_sha256(self.model)
+        self.sentinel.compare(self.step)
+        return self.whole().weights_sha256()
+
+    def whole(self) -> Whole:
+        """The whole model and its optimizer, of which ranks hold parts."""
+        if self._whole is None:
+            self._whole = Whole(self.model, self.optimizer, self.replica, self.mesh)
+        return self._whole
 
 
 def weights_sha256(model: keras.Model) -> str:

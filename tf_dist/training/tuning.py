@@ -38,19 +38,22 @@ class Tuning:
         comm: all ranks.
         autotune: "full" to time both ways.
         xla: "on" or "off" whatever it costs; "auto": what autotune finds, else off.
+        cannot: why XLA cannot compile a rank's work, whatever the model; empty where it can.
 
     Attributes:
         said: a line for people.
 
     Raises:
-        UsageError: there is no such choice.
+        UsageError: there is no such choice, or XLA was asked for where it cannot be.
     """
 
-    def __init__(self, replica: Replica, comm: Comm, autotune: str, xla: str) -> None:
+    def __init__(self, replica: Replica, comm: Comm, autotune: str, xla: str, cannot: str = "") -> None:
         for name, word, known in (("autotune", autotune, AUTOTUNE), ("xla", xla, XLA)):
             if word not in known:
                 raise UsageError(f"unknown {name} {word!r}: choose one of {', '.join(known)}")
-        self._replica, self._comm = replica, comm
+        if cannot and xla == "on":
+            raise UsageError(f"--xla on: {cannot}. Use --xla off")
+        self._replica, self._comm, self._cannot = replica, comm, cannot
         self._wanted, self._measure, self._why = xla, autotune == "full", "as was asked for"
         self.said = ""
 
@@ -67,7 +70,9 @@ class Tuning:
         """
         if self.said:
             return
-        if self._wanted == "auto" and self._measure:
+        if self._cannot:
+            self.said = f"without XLA: {self._cannot}"
+        elif self._wanted == "auto" and self._measure:
             self._compare()
         elif self._wanted == "on":
             self._replica.use_xla(True)
