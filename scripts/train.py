@@ -77,6 +77,7 @@ def train(config: Config, mesh: Mesh, corpus: Prepared, run: RunFolder) -> None:
     threads.load_tensorflow()  # only now: a mistake in the flags or the data was said at once
     from tf_dist.models.build import build
     from tf_dist.training import optimizers, progress, run_callbacks
+    from tf_dist.training.arrange import PIPELINE_OPTIONS
     from tf_dist.training.banner import banner
     from tf_dist.training.job import Job
     from tf_dist.training.trainer import Trainer
@@ -103,6 +104,8 @@ def train(config: Config, mesh: Mesh, corpus: Prepared, run: RunFolder) -> None:
         overlap=config.overlap,
         chunk_bytes=config.chunk_bytes,
         mesh=mesh,
+        zero_stage=config.zero_stage,
+        pipeline={name: getattr(config, name) for name in PIPELINE_OPTIONS},
     )
     trainer.sentinel.say = run.say
     job = Job(config, comm, corpus, run, trainer)

@@ -80,7 +80,7 @@ def test_a_trainer_has_the_bits_of_one_rank(connected, serial, everyone, small_b
     same = logs == logs_serial and (flat(trained.model) == weights_serial).all()
     assert all(everyone(bool(same)))
     assert "gradients leave during the backward pass, in " in trained.passes.said
-    assert "in pieces of 0.25 KiB, as was asked for" in trained.carrier.said
+    assert "in pieces of 0.25 KiB, as was asked for" in trained.arrangement.said
 
 
 @several

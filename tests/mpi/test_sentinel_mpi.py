@@ -72,7 +72,7 @@ INJECTED = {
 
 
 def state(trained):
-    variables = [variable for _, variable in trained.sentinel.variables]
+    variables = [variable for _, variable in trained.sentinel.groups[0].variables]
     return b"".join(np.asarray(variable.value).tobytes() for variable in variables)
 
 

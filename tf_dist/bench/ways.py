@@ -22,6 +22,7 @@ from tf_dist.data.tokens import Sequences
 from tf_dist.models import lstm
 from tf_dist.models.build import build
 from tf_dist.parallel.flat import FlatLayout
+from tf_dist.training.passes import WholePasses
 from tf_dist.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -90,11 +91,12 @@ class Ours:
         self._taken: list[dict[str, float]] = []
         self._now: dict[str, float] = {}
         trainer = self.trainer
+        assert isinstance(trainer.passes, WholePasses)
         for owner, verb, part in (
             (trainer, "_batches", "input"),  # what of it the step waits for
             (trainer.replica, "gradients", "forward+backward"),
-            (trainer._sum, "add", "pack"),
-            (trainer._sum, "terms", "pack"),
+            (trainer.passes.sums, "add", "pack"),
+            (trainer.passes.sums, "terms", "pack"),
             (trainer.comm, "barrier", "wait"),
             (trainer.comm, "allreduce", "reduce"),
             (trainer.comm, "allreduce_terms", "reduce"),

@@ -34,7 +34,7 @@ def banner(
         f"{config.optimizer}, learning rate {config.learning_rate:g}, {config.schedule}; "
         f"update {config.update}",
         "compute": trainer.tuning.said,
-        "sums": "; ".join(filter(None, [trainer.carrier.said, trainer.passes.said])),
+        "sums": "; ".join(filter(None, [trainer.arrangement.said, trainer.passes.said])),
         "run": config.run_dir,
     }
     return "\n".join(f"{name:10}{text}" for name, text in lines.items())

@@ -12,7 +12,7 @@ from tf_dist.training.schedules import schedule
 
 
 def build(config: Config, model: keras.Model, steps: int) -> keras.optimizers.Optimizer:
-    """The optimizer that ``config.optimizer`` names, built for the model's variables.
+    """The optimizer that ``config.optimizer`` names; not built, for who uses it knows what this rank trains.
 
     Matrices decay; biases and the gains of normalisation do not, as in GPT-2 and nanoGPT.
 
@@ -40,7 +40,6 @@ def build(config: Config, model: keras.Model, steps: int) -> keras.optimizers.Op
     if optimizer.weight_decay:
         vectors = [variable for variable in model.trainable_variables if len(variable.shape) < 2]
         optimizer.exclude_from_weight_decay(var_list=vectors)
-    optimizer.build(model.trainable_variables)
     return optimizer
 
 

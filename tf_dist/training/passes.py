@@ -69,7 +69,7 @@ class WholePasses:
     def __init__(
         self, replica: Replica, micro_batches: Sequence[int], sums: BlockSum, overlap: Overlap, speaks: bool
     ) -> None:
-        self.replica, self._sums, self._speaks = replica, sums, speaks
+        self.replica, self.sums, self._speaks = replica, sums, speaks
         self.overlap = Overlapping(replica, sums, micro_batches, overlap)
         self._logits: Callable[..., Any] | None = None
 
@@ -86,7 +86,7 @@ class WholePasses:
                 sums = self.overlap.gradients(x_BxT, y_BxT, draw)
             else:
                 gradient, sums = self.replica.gradients(x_BxT, y_BxT, draw)
-                self._sums.add(gradient)
+                self.sums.add(gradient)
             if self._speaks:
                 totals.add(number, sums)
 

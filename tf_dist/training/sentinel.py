@@ -125,8 +125,9 @@ class Sentinel:
 
     def _described(self, step: int, group: Group, found: list[Split]) -> str:
         name, _ = group.variables[found[0].place]
-        ranks = group.comm.allgather_obj(self.comm.rank)  # a group counts its ranks from 0
-        first = found[0].renamed(ranks)
+        first = found[0]
+        if group.comm is not self.comm:  # a group counts its ranks from 0
+            first = first.renamed(group.comm.allgather_obj(self.comm.rank))
         many = f" (and {len(found) - 1} more of {len(group.variables)} variables)" if len(found) > 1 else ""
         return f"before step {step + 1} the ranks no longer hold the same model: {first.who} in {name}{many}"
 

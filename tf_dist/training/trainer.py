@@ -9,7 +9,8 @@ import hashlib
 import math
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -21,19 +22,16 @@ from tf_dist.data.ahead import Ahead
 from tf_dist.data.sampler import Sampler, share
 from tf_dist.data.tokens import Sequences
 from tf_dist.errors import DataError, UsageError
-from tf_dist.parallel import buckets
-from tf_dist.parallel.carrier import choose
 from tf_dist.parallel.flat import aligned_empty
-from tf_dist.parallel.mesh import DATA, Mesh, leaves_of
+from tf_dist.parallel.mesh import DATA, Mesh
 from tf_dist.parallel.parts import part_of
-from tf_dist.parallel.tree import BlockSum, order
-from tf_dist.parallel.updates import CORRECT, LOSS, STOP, TOKENS, UPDATES, Totals
+from tf_dist.parallel.updates import CORRECT, LOSS, STOP, TOKENS, Totals
+from tf_dist.training.arrange import Wishes, arrange
 from tf_dist.training.fit import Fit
-from tf_dist.training.passes import MicroBatch, WholePasses
-from tf_dist.training.replica import Replica
+from tf_dist.training.passes import MicroBatch
 from tf_dist.training.sentinel import Group, Sentinel
 from tf_dist.training.tuning import Tuning
-from tf_dist.training.whole import Whole, whole_norm
+from tf_dist.training.whole import Whole
 
 DEFAULT_SEQ_LEN = 128
 
@@ -64,6 +62,8 @@ class Trainer:
         overlap: gradients leave during the backward pass: "auto", where ranks span nodes, "on", "off".
         chunk_bytes: pieces in which sums travel between ranks; 0: what is faster.
         mesh: who shares what of the model; None: every rank has all of it.
+        zero_stage: what update "zero" divides: 1 optimizer state, 2 also gradients, 3 also weights.
+        pipeline: options of a pipeline by name, see `tf_dist.training.arrange.Wishes`.
 
     Attributes:
         tuning: whether XLA compiles forward and backward, and why.
@@ -97,9 +97,9 @@ class Trainer:
         overlap: str = "auto",
         chunk_bytes: int = 0,
         mesh: Mesh | None = None,
+        zero_stage: int = 1,
+        pipeline: Mapping[str, Any] | None = None,
     ) -> None:
-        if update not in UPDATES:
-            raise UsageError(f"unknown update {update!r}: {', '.join(UPDATES)}")
         if global_batch_size < 1 or (micro_batch_size or 0) < 0:
             raise UsageError(
                 f"global_batch_size {global_batch_size}, micro_batch_size {micro_batch_size}: at least 1"
@@ -111,33 +111,23 @@ class Trainer:
             )
         self.model, self.optimizer, self.comm = model, optimizer, comm
         self.mesh = mesh or Mesh(comm)
-        self.update = UPDATES[update]
         self.global_batch_size, self.clip_norm, self.seed = global_batch_size, clip_norm, seed
         self.seq_len = seq_len or _static_seq_len(model) or DEFAULT_SEQ_LEN
         self.micro_batches = global_batch_size // self.rows
-        self.my_micro_batches = share(self.micro_batches, self.mesh.at[DATA], self.mesh.shape[DATA])
-        self.replica = Replica(model, optimizer, self.rows, self.seq_len, seed)
-        self.replica.norm = whole_norm(self.replica, model.trainable_variables, self.mesh)
-        self.passes = self._passes(allreduce, chunk_bytes, autotune != "off", overlap)
-        self.tuning = Tuning(self.replica, comm, autotune, xla)
+        wishes = Wishes(
+            update, zero_stage, allreduce, chunk_bytes, autotune != "off", overlap, **(pipeline or {})
+        )
+        sizes = (self.rows, self.seq_len, seed, self.micro_batches)
+        self.arrangement = arrange(model, optimizer, self.mesh, *sizes, wishes)
+        self.replica, self.passes = self.arrangement.replica, self.arrangement.passes
+        self.my_micro_batches = self.arrangement.micro_batches
+        self.tuning = Tuning(self.replica, comm, autotune, xla, self.arrangement.no_xla)
         self.sentinel = Sentinel(comm, self._held_by_several(update), check_every, on_mismatch)
         self.step, self.tokens, self.elapsed_s, self.input_s = 0, 0, 0.0, 0.0
         self._whole: Whole | None = None
         self._ahead: tuple[Sequences, Sampler, Ahead[list[MicroBatch]]] | None = None
         self.stopped = self._stop_requested = False
         model.stop_training = False
-
-    def _passes(self, allreduce: str, chunk_bytes: int, measure: bool, overlap: str) -> WholePasses:
-        """Decide how micro-batches become gradients, and what carries their sums."""
-        leaves, blocks = leaves_of(self.micro_batches, self.mesh)
-        mine, comm = blocks[self.mesh.replicas.rank], self.mesh.replicas
-        self._order = order(leaves, blocks)
-        length = self.replica.parameters
-        self.carrier = choose(comm, length, self._order, allreduce, chunk_bytes, measure)
-        self._sum = BlockSum(length, leaves, mine, self.carrier.buffers)
-        why_not = "" if self.update is UPDATES["allreduce"] else "only --update allreduce sums everywhere"
-        chosen = buckets.choose(comm, self.replica.layout, self._order, self._sum, overlap, why_not)
-        return WholePasses(self.replica, self.my_micro_batches, self._sum, chosen, self.mesh.speaks)
 
     # One step ------------------------------------------------------------------------------------
 
@@ -152,8 +142,8 @@ class Trainer:
         if self._stop_requested or self.model.stop_training:
             totals.ask_to_stop()
         self.passes.train(self.step, self._batches(sequences, sampler), totals)
-        terms = self.passes.terms()
-        norm = self.update(terms, self._order, totals, self.clip_norm, self.replica, self.mesh)
+        terms, (_, _, update, _, order, *_) = self.passes.terms(), self.arrangement
+        norm = update(terms, order, totals, self.clip_norm, self.replica, self.mesh)
         self.step += 1
         counts = totals.sum()
         self.tokens += int(counts[TOKENS])
