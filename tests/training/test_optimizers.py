@@ -32,6 +32,8 @@ def model():
 
 
 def step(optimizer, model, value):
+    if not optimizer.built:
+        optimizer.build(model.trainable_variables)
     optimizer.apply([np.full(v.shape, value, np.float32) for v in model.trainable_variables])
     return {variable.path: variable.numpy() for variable in model.trainable_variables}
 
