@@ -99,7 +99,7 @@ class Fit:
             add_history=True,
             model=model,
             comm=trainer.comm,
-            lone_optimizer=trainer.arrangement.update is UPDATES["master"],
+            lone_optimizer=trainer.update is UPDATES["master"],
             epochs=math.ceil(self.steps / self.stretch),
             steps=self.stretch,
             verbose=1,  # for a ProgbarLogger among the callbacks; none is added

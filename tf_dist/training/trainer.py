@@ -120,7 +120,7 @@ class Trainer:
         sizes = (self.rows, self.seq_len, seed, self.micro_batches)
         self.arrangement = arrange(model, optimizer, self.mesh, *sizes, wishes)
         self.replica, self.passes = self.arrangement.replica, self.arrangement.passes
-        self.my_micro_batches = self.arrangement.micro_batches
+        self.update, self.my_micro_batches = self.arrangement.update, self.arrangement.micro_batches
         self.tuning = Tuning(self.replica, comm, autotune, xla, self.arrangement.no_xla)
         self.sentinel = Sentinel(comm, self._held_by_several(update), check_every, on_mismatch)
         self.step, self.tokens, self.elapsed_s, self.input_s = 0, 0, 0.0, 0.0
@@ -142,8 +142,8 @@ class Trainer:
         if self._stop_requested or self.model.stop_training:
             totals.ask_to_stop()
         self.passes.train(self.step, self._batches(sequences, sampler), totals)
-        terms, (_, _, update, _, order, *_) = self.passes.terms(), self.arrangement
-        norm = update(terms, order, totals, self.clip_norm, self.replica, self.mesh)
+        terms, order = self.passes.terms(), self.arrangement.order
+        norm = self.update(terms, order, totals, self.clip_norm, self.replica, self.mesh)
         self.step += 1
         counts = totals.sum()
         self.tokens += int(counts[TOKENS])
