@@ -1,6 +1,8 @@
 """Ranks as threads of one process: real collectives between them, without MPI."""
 
+import queue
 import threading
+from collections import defaultdict
 
 import numpy as np
 
@@ -17,6 +19,8 @@ class ThreadComm(Comm):
         super().__init__()
         self.rank, self.size = rank, size
         self._board, self._meeting = board, meeting
+        # Of all ranks: messages on their way, by (from, to). All find the one that the first of them made.
+        self._post = meeting.__dict__.setdefault("post", defaultdict(queue.Queue))
 
     def _everyone(self, value):
         self._board[self.rank] = value
@@ -52,8 +56,34 @@ class ThreadComm(Comm):
     def _barrier(self):
         self._everyone(None)
 
+    def _isend(self, array, to):
+        self._post[self.rank, to].put(array.copy())
+        return Arrived()
+
+    def _irecv(self, array, source):
+        return Expected(self._post[source, self.rank], array)
+
     def _allgather_bytes(self, raw):
         return self._everyone(raw)
+
+
+class Arrived:
+    """A message that has been sent."""
+
+    def wait(self):
+        pass
+
+
+class Expected:
+    """A message that is to come; those of one rank are to be waited for in the order of their `irecv`."""
+
+    def __init__(self, post, array):
+        self._post, self._array = post, array
+
+    def wait(self):
+        message = self._post.get(timeout=LIMIT_S)
+        assert message.dtype == self._array.dtype
+        self._array[:] = message
 
 
 def on_ranks(size, function, kind=ThreadComm):

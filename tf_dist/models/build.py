@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import keras
 
@@ -14,20 +15,21 @@ from tf_dist.config import Config
 from tf_dist.errors import UsageError
 
 
-def build(config: Config) -> keras.Model:
+def build(config: Config, layers: Any = None) -> keras.Model:
     """The model that ``config.model`` names, with initial weights drawn from ``config.seed``.
 
     It computes in ``config.precision``; its weights are float32 (Micikevicius et al. 2018).
-    ``config.vocab_size`` must be the tokenizer's.
+    ``config.vocab_size`` must be the tokenizer's. ``layers`` are what our own models take for layers that
+    ranks divide, as `tf_dist.models.transformer.Layers`; None: plain ones. A user's function makes its own.
 
     Raises:
         UsageError: the user's function cannot be found or does not return a fitting `keras.Model`.
     """
     keras.utils.set_random_seed(config.seed)
-    function = _users_function(config.model) if ":" in config.model else _own
+    function = _users_function(config.model) if ":" in config.model else None
     with _computing_in(config.precision):
-        model = function(config)
-        if function is not _own:
+        model = function(config) if function else _own(config, layers)
+        if function:
             check(model, config.model, config.vocab_size, config.seq_len)
     return model
 
@@ -48,7 +50,7 @@ def _computing_in(precision: str) -> Iterator[None]:
         keras.config.set_dtype_policy(before)
 
 
-def _own(config: Config) -> keras.Model:
+def _own(config: Config, layers: Any) -> keras.Model:
     sizes = (config.vocab_size, config.seq_len, config.layers, config.width)
     if config.model == "lstm":
         from tf_dist.models import lstm
@@ -56,7 +58,8 @@ def _own(config: Config) -> keras.Model:
         return lstm.build(*sizes, config.dropout, config.tie_embeddings)
     from tf_dist.models import transformer
 
-    return transformer.build(*sizes, config.heads, config.dropout, config.tie_embeddings)
+    options = (config.heads, config.dropout, config.tie_embeddings)
+    return transformer.build(*sizes, *options, layers or transformer.PLAIN)
 
 
 def check(model: object, name: str, vocab_size: int, seq_len: int) -> None:
