@@ -28,6 +28,7 @@ from tf_dist.errors import UsageError
 from tf_dist.flags import from_command_line
 from tf_dist.parallel.mesh import Mesh
 from tf_dist.parallel.parts import part_of
+from tf_dist.parallel.sequence import check_stages
 
 if TYPE_CHECKING:
     from tf_dist.data.prepared import Prepared
@@ -43,6 +44,7 @@ def main(argv: list[str]) -> None:
         answer(argv)
     comm = launch.join()
     config, _ = from_command_line(argv, __doc__ or "")
+    check_stages(config)
     agree(comm, {**config.as_dict(), **versions()}, "the run")
     threads.set_threads(comm, config.threads_per_rank)
     comm = launch.use_backend(comm, config.backend)
@@ -75,6 +77,7 @@ def answer(argv: list[str]) -> NoReturn:
 def train(config: Config, mesh: Mesh, corpus: Prepared, run: RunFolder) -> None:
     """Build what was asked for, resume, train, and leave text and a picture."""
     threads.load_tensorflow()  # only now: a mistake in the flags or the data was said at once
+    from tf_dist.layers.sequence import sequence_parallel
     from tf_dist.models.build import build
     from tf_dist.training import optimizers, progress, run_callbacks
     from tf_dist.training.arrange import PIPELINE_OPTIONS
@@ -83,7 +86,7 @@ def train(config: Config, mesh: Mesh, corpus: Prepared, run: RunFolder) -> None:
     from tf_dist.training.trainer import Trainer
 
     comm = mesh.all
-    model = build(config)
+    model = build(config, sequence_parallel(mesh.sequence, config.seq_len))
     agree(comm, {v.path: list(part_of(v).whole) for v in model.trainable_variables}, "the model")
     steps = planned_steps(config, len(corpus.train))
     trainer = Trainer(

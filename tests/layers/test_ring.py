@@ -3,7 +3,8 @@
 Legend: B rows, T tokens, H heads, K width of a head, s ranks.
 """
 
-import keras
+import dataclasses
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -13,7 +14,7 @@ from tf_dist.comm.base import SerialComm
 from tf_dist.config import Config
 from tf_dist.errors import UsageError
 from tf_dist.layers.ring import RingAttention
-from tf_dist.layers.sequence import SharedPositions, sequence_layers
+from tf_dist.layers.sequence import SharedPositions, sequence_parallel
 from tf_dist.models import attention
 from tf_dist.models.build import build
 from tf_dist.models.transformer import PLAIN, LearnedPositions
@@ -167,13 +168,13 @@ def test_positions_are_those_of_a_rank_s_tokens(s):
 
 
 def test_one_rank_has_the_plain_layers():
-    assert sequence_layers(SerialComm(), 7) is PLAIN
+    assert sequence_parallel(SerialComm(), 7) is PLAIN
 
 
 def test_ranks_must_divide_the_tokens():
-    outcomes = on_ranks(2, lambda comm: sequence_layers(comm, 9))
+    outcomes = on_ranks(2, lambda comm: sequence_parallel(comm, 9))
     assert all(isinstance(one, UsageError) for one in outcomes)
-    assert "--sequence-parallel 2 does not divide seq_len 9" in str(outcomes[0])
+    assert "sequence_parallel 2 does not divide seq_len 9" in str(outcomes[0])
 
 
 def test_first_weights_are_those_of_one_rank():
@@ -181,7 +182,7 @@ def test_first_weights_are_those_of_one_rank():
     whole = build(config)
 
     def work(comm):
-        return sequence_layers(comm, 12)
+        return sequence_parallel(comm, 12)
 
     for layers in results(on_ranks(2, work)):
         model = build(config, layers)
@@ -189,4 +190,8 @@ def test_first_weights_are_those_of_one_rank():
         for a, b in zip(model.trainable_variables, whole.trainable_variables, strict=True):
             assert a.path == b.path
             np.testing.assert_array_equal(a, b)
-    assert isinstance(model, keras.Model)
+        assert [layer.name for layer in model.layers if hasattr(layer, "tf_dist_talks")] == [
+            "layer_0_attention"
+        ]
+        with pytest.raises(UsageError, match=r"dropout 0\.1 with rows that ranks share"):
+            build(dataclasses.replace(config, dropout=0.1), layers)

@@ -8,6 +8,7 @@ Legend: B rows, T tokens, V vocabulary.
 import numpy as np
 import pytest
 
+from tf_dist.comm.base import SerialComm
 from tf_dist.config import Config
 from tf_dist.parallel.mesh import Mesh
 from tf_dist.parallel.sequence import columns
@@ -37,10 +38,10 @@ def replica_of(model, seq_len):
 
 def of_one_rank_and_shared(mesh, config=CONFIG):
     """A replica of whole rows, and one of this rank's columns of them."""
-    from tf_dist.layers.sequence import sequence_layers
+    from tf_dist.layers.sequence import sequence_parallel
     from tf_dist.models.build import build
 
-    shared = build(config, sequence_layers(mesh.sequence, config.seq_len))
+    shared = build(config, sequence_parallel(mesh.sequence, config.seq_len))
     return (
         replica_of(build(config), config.seq_len),
         replica_of(shared, config.seq_len // mesh.sequence.size),
@@ -85,6 +86,42 @@ def test_logits_are_those_of_one_rank(ring):
     mesh, whole, shared = ring
     x, _ = batch()
     assert_near(np.asarray(shared.model(mine(mesh, x))), mine(mesh, np.asarray(whole.model(x))))
+
+
+STEPS = 20
+TOKENS = np.random.default_rng(1).integers(0, V, 700).astype(np.uint16)
+HELD_OUT = np.random.default_rng(2).integers(0, V, 61).astype(np.uint16)
+
+
+def training(comm, mesh):
+    """Losses and norms of 20 steps of a tiny Transformer, its validation, and the logits of a row."""
+    import keras
+
+    from tf_dist.layers.sequence import sequence_parallel
+    from tf_dist.models.build import build
+    from tf_dist.training.trainer import Trainer
+
+    model = build(CONFIG, sequence_parallel(mesh.sequence, T))
+    sizes = {"global_batch_size": 4, "micro_batch_size": 2, "clip_norm": 1.0, "autotune": "off"}
+    trainer = Trainer(model, keras.optimizers.AdamW(1e-3), comm, mesh=mesh, **sizes)
+    assert trainer.seq_len == T
+    sequences = trainer.sequences(TOKENS)
+    sampler = trainer.sampler(sequences)
+    trainer.broadcast_weights()
+    logs = [trainer.train_step(sequences, sampler) for _ in range(STEPS)]
+    losses = np.array([[log["loss"], log["grad_norm"], log["tokens"]] for log in logs])
+    trainer.check_equal()
+    return losses, trainer.validate(HELD_OUT), trainer.passes.logits(TOKENS[None, :T].astype(np.int32))
+
+
+def test_training_is_that_of_one_rank(connected):
+    serial = SerialComm()
+    logs, result, logits = training(serial, Mesh(serial))
+    mesh = Mesh(connected, sequence=2 if connected.size == 4 else connected.size)
+    shared_logs, shared_result, shared_logits = training(connected, mesh)
+    np.testing.assert_allclose(shared_logs, logs, rtol=1e-5)
+    assert shared_result == pytest.approx(result, rel=1e-5)
+    np.testing.assert_allclose(shared_logits, logits, atol=1e-5)
 
 
 def with_gradients(function, *inputs):

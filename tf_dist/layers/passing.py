@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ class Ring:
             What `end` takes.
         """
         with tf.control_dependencies(after):
-            return tf.numpy_function(self._begin, tensors, tf.int64, stateful=True)
+            return _call(self._begin, tensors, tf.int64)
 
     def end(self, begun: Any, like: list[Any], after: list[Any]) -> list[Any]:
         """What the rank before gave.
@@ -50,8 +51,7 @@ class Ring:
             after: what is to be computed meanwhile.
         """
         with tf.control_dependencies(after):
-            arrived = tf.numpy_function(self._end, [begun], [one.dtype for one in like], stateful=True)
-        arrived = arrived if isinstance(arrived, list | tuple) else [arrived]
+            arrived = _call(self._end, [begun], [one.dtype for one in like])
         return [tf.ensure_shape(one, other.shape) for one, other in zip(arrived, like, strict=True)]
 
     def _begin(self, *arrays: np.ndarray) -> np.int64:
@@ -69,6 +69,12 @@ class Ring:
         for one in pending:
             one.wait()
         return room
+
+
+def _call(function: Callable[..., Any], inputs: list[Any], types: Any) -> Any:
+    """Call a function of arrays from inside a graph."""
+    plainly = tf.autograph.experimental.do_not_convert(function)
+    return tf.numpy_function(plainly, inputs, types, stateful=True)
 
 
 def _bytes(array: np.ndarray) -> np.ndarray:

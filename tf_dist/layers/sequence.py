@@ -11,13 +11,14 @@ import keras
 import tensorflow as tf
 
 from tf_dist.comm.base import Comm
+from tf_dist.errors import UsageError
 from tf_dist.layers.ring import RingAttention
 from tf_dist.models.transformer import PLAIN, Layers, LearnedPositions
 from tf_dist.parallel.parts import must_divide
 from tf_dist.parallel.sequence import columns, own_chunks
 
 
-def sequence_layers(comm: Comm, seq_len: int, layers: Layers = PLAIN) -> Layers:
+def sequence_parallel(comm: Comm, seq_len: int, layers: Layers = PLAIN) -> Layers:
     """What `tf_dist.models.transformer.build` makes the model of a rank from.
 
     All but attention is local to a token, so that only attention and positions are others. The model takes a
@@ -29,16 +30,24 @@ def sequence_layers(comm: Comm, seq_len: int, layers: Layers = PLAIN) -> Layers:
         layers: what else is divided.
 
     Raises:
-        UsageError: the ranks do not divide T.
+        UsageError: the ranks do not divide T; later, a layer with dropout is made.
     """
     if comm.size == 1:
         return layers
-    must_divide(comm.size, "seq_len", seq_len, "--sequence-parallel")
+    must_divide(comm.size, "seq_len", seq_len, "sequence_parallel")
+
+    def attention(heads: int, dropout: float, *args: Any, **options: Any) -> keras.layers.Layer:
+        if dropout:
+            raise UsageError(f"dropout {dropout:g} with rows that ranks share: set it to 0")
+        layer = layers.attention(heads, dropout, *args, **options)
+        layer.tf_dist_talks = True
+        return layer
 
     def positions(**options: Any) -> keras.layers.Layer:
         return SharedPositions(seq_len, comm.rank, comm.size, **options)
 
-    return layers._replace(attend=RingAttention(comm), positions=positions, sequence=comm.size)
+    ring = RingAttention(comm)
+    return layers._replace(attend=ring, attention=attention, positions=positions, sequence=comm.size)
 
 
 @keras.saving.register_keras_serializable("tf_dist")

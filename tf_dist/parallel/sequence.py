@@ -20,7 +20,6 @@ import numpy as np
 
 from tf_dist.config import Config
 from tf_dist.errors import UsageError
-from tf_dist.parallel.parts import must_divide
 
 
 class Seen(NamedTuple):
@@ -70,29 +69,15 @@ def seen(seq_len: int, rank: int, source: int, ranks: int) -> Seen:
     return Seen(slice(early, early + late), slice(0, early + late))
 
 
-def must_share(config: Config) -> None:
-    """Refuse what ``--sequence-parallel`` cannot do.
+def check_stages(config: Config) -> None:
+    """Refuse rows that are shared inside a pipeline.
 
     Raises:
-        UsageError: tokens that do not divide, a model other than the Transformer, dropout, or a pipeline.
+        UsageError: both degrees are more than 1.
     """
-    ranks = config.sequence_parallel
-    if ranks == 1:
-        return
-    option = f"--sequence-parallel {ranks}"
-    if config.model != "transformer":
+    if config.sequence_parallel > 1 and config.pipeline_parallel > 1:
         raise UsageError(
-            f"{option} is for --model transformer, not {config.model}: keys and values of attention can "
-            "travel between ranks, the state of a recurrence cannot. Use data ranks, or --tensor-parallel"
-        )
-    must_divide(ranks, "seq_len", config.seq_len, "--sequence-parallel")
-    if config.dropout:
-        raise UsageError(
-            f"{option} with --dropout {config.dropout:g}: ranks would drop other activations than one rank "
-            "does. Set --dropout 0, or leave out --sequence-parallel"
-        )
-    if config.pipeline_parallel > 1:
-        raise UsageError(
-            f"{option} with --pipeline-parallel {config.pipeline_parallel}: stages whose rows are shared do "
-            "not exist yet. Use one of the two, with --tensor-parallel or more data ranks"
+            f"sequence_parallel {config.sequence_parallel} with pipeline_parallel "
+            f"{config.pipeline_parallel}: stages whose rows are shared do not exist yet. Use one of the two, "
+            "with tensor_parallel or more data ranks"
         )

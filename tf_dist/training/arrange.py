@@ -13,8 +13,10 @@ from tf_dist.parallel.mesh import DATA, Mesh, leaves_of
 from tf_dist.parallel.parts import block
 from tf_dist.parallel.tree import BlockSum, order
 from tf_dist.parallel.updates import UPDATES, Update
-from tf_dist.training.passes import Passes, WholePasses
+from tf_dist.training.passes import Passes
 from tf_dist.training.replica import Replica
+from tf_dist.training.shared_rows import passes_of_rows
+from tf_dist.training.tuning import talks_inside
 from tf_dist.training.whole import whole_norm
 
 PIPELINE_OPTIONS = (
@@ -85,7 +87,7 @@ def arrange(
     """
     if wishes.update not in UPDATES:
         raise UsageError(f"unknown update {wishes.update!r}: {', '.join(UPDATES)}")
-    replica = Replica(model, optimizer, rows, seq_len, seed)
+    replica = Replica(model, optimizer, rows, seq_len // mesh.sequence.size, seed)
     replica.norm = whole_norm(replica, model.trainable_variables, mesh)
     _check_optimizer(replica, mesh)
     mine = block(count, mesh.at[DATA], mesh.shape[DATA])
@@ -97,8 +99,9 @@ def arrange(
     sums = BlockSum(replica.parameters, leaves, blocks[comm.rank], chosen.buffers)
     why_not = "" if wishes.update == "allreduce" else "only --update allreduce sums everywhere"
     overlap = buckets.choose(comm, replica.layout, terms, sums, wishes.overlap, why_not)
-    passes = WholePasses(replica, mine, sums, overlap, mesh.speaks)
-    return Arrangement(replica, passes, UPDATES[wishes.update], mine, terms, chosen.said)
+    passes = passes_of_rows(replica, mine, sums, overlap, mesh)
+    update = UPDATES[wishes.update]
+    return Arrangement(replica, passes, update, mine, terms, chosen.said, talks_inside(model))
 
 
 def _check_optimizer(replica: Replica, mesh: Mesh) -> None:

@@ -112,7 +112,8 @@ class Trainer:
         self.model, self.optimizer, self.comm = model, optimizer, comm
         self.mesh = mesh or Mesh(comm)
         self.global_batch_size, self.clip_norm, self.seed = global_batch_size, clip_norm, seed
-        self.seq_len = seq_len or _static_seq_len(model) or DEFAULT_SEQ_LEN
+        # Where ranks share rows, a rank's model takes a share of them.
+        self.seq_len = seq_len or (_static_seq_len(model) or DEFAULT_SEQ_LEN) * self.mesh.sequence.size
         self.micro_batches = global_batch_size // self.rows
         wishes = Wishes(
             update, zero_stage, allreduce, chunk_bytes, autotune != "off", overlap, **(pipeline or {})
