@@ -75,6 +75,7 @@ def answer(argv: list[str]) -> NoReturn:
 def train(config: Config, mesh: Mesh, corpus: Prepared, run: RunFolder) -> None:
     """Build what was asked for, resume, train, and leave text and a picture."""
     threads.load_tensorflow()  # only now: a mistake in the flags or the data was said at once
+    from tf_dist.layers import tensor_parallel
     from tf_dist.models.build import build
     from tf_dist.training import optimizers, progress, run_callbacks
     from tf_dist.training.arrange import PIPELINE_OPTIONS
@@ -83,7 +84,7 @@ def train(config: Config, mesh: Mesh, corpus: Prepared, run: RunFolder) -> None:
     from tf_dist.training.trainer import Trainer
 
     comm = mesh.all
-    model = build(config)
+    model = build(config, tensor_parallel(mesh.tensor))
     agree(comm, {v.path: list(part_of(v).whole) for v in model.trainable_variables}, "the model")
     steps = planned_steps(config, len(corpus.train))
     trainer = Trainer(

@@ -15,6 +15,7 @@ from tf_dist.parallel.tree import BlockSum, order
 from tf_dist.parallel.updates import UPDATES, Update
 from tf_dist.training.passes import Passes, WholePasses
 from tf_dist.training.replica import Replica
+from tf_dist.training.tuning import talks_inside
 from tf_dist.training.whole import whole_norm
 
 PIPELINE_OPTIONS = (
@@ -98,7 +99,8 @@ def arrange(
     why_not = "" if wishes.update == "allreduce" else "only --update allreduce sums everywhere"
     overlap = buckets.choose(comm, replica.layout, terms, sums, wishes.overlap, why_not)
     passes = WholePasses(replica, mine, sums, overlap, mesh.speaks)
-    return Arrangement(replica, passes, UPDATES[wishes.update], mine, terms, chosen.said)
+    update = UPDATES[wishes.update]
+    return Arrangement(replica, passes, update, mine, terms, chosen.said, talks_inside(model))
 
 
 def _check_optimizer(replica: Replica, mesh: Mesh) -> None:

@@ -12,6 +12,7 @@ import statistics
 import time
 from typing import TYPE_CHECKING
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -28,6 +29,14 @@ TIMED = 5
 # XLA must save this share of the time: less is noise, and its bits are not those of other runs.
 WORTH_IT = 0.03
 UNTRIED = "which was not tried: --autotune full finds out whether it is faster, with other last bits"
+
+
+def talks_inside(model: keras.Model) -> str:
+    """Why XLA cannot compile a model whose layers talk to other ranks (`tf_dist.layers`); else nothing."""
+    for layer in model._flatten_layers():
+        if getattr(layer, "tf_dist_talks", False):
+            return f"layer {layer.name!r} talks to other ranks inside a step, and XLA has no way out to them"
+    return ""
 
 
 class Tuning:
