@@ -77,16 +77,15 @@ def answer(argv: list[str]) -> NoReturn:
 def train(config: Config, mesh: Mesh, corpus: Prepared, run: RunFolder) -> None:
     """Build what was asked for, resume, train, and leave text and a picture."""
     threads.load_tensorflow()  # only now: a mistake in the flags or the data was said at once
-    from tf_dist.layers.sequence import sequence_parallel
-    from tf_dist.models.build import build
     from tf_dist.training import optimizers, progress, run_callbacks
     from tf_dist.training.arrange import PIPELINE_OPTIONS
     from tf_dist.training.banner import banner
     from tf_dist.training.job import Job
+    from tf_dist.training.model import model_for
     from tf_dist.training.trainer import Trainer
 
     comm = mesh.all
-    model = build(config, sequence_parallel(mesh.sequence, config.seq_len))
+    model = model_for(config, mesh)
     agree(comm, {v.path: list(part_of(v).whole) for v in model.trainable_variables}, "the model")
     steps = planned_steps(config, len(corpus.train))
     trainer = Trainer(

@@ -35,7 +35,7 @@ def test_it_is_frozen_and_defaults_are_not_shared():
 
 def test_every_option_has_a_heading_and_a_meaning():
     for field in FIELDS.values():
-        assert field.metadata["group"] in ("data", "model", "batch", "optimizer", "ranks", "run")
+        assert field.metadata["group"] in ("data", "model", "batch", "optimizer", "grid", "ranks", "run")
         assert field.metadata["text"]
 
 
@@ -73,6 +73,76 @@ def test_choices(name):
 )
 def test_values_that_cannot_hold_together(values, text):
     assert text in refusal(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        (
+            {"tensor_parallel": 3},
+            "tensor_parallel 3 does not divide heads 4 (4 = 1 x 3 + 1). Nearest that do: 2 and 4; or let "
+            "heads be 6",
+        ),
+        ({"tensor_parallel": 8}, "(4 = 0 x 8 + 4). Nearest that do: 2 and 4; or let heads be 8"),
+        (
+            {"model": "lstm", "width": 100, "tensor_parallel": 8},
+            "tensor_parallel 8 does not divide width 100 (100 = 12 x 8 + 4). Nearest that do: 5 and 10; or "
+            "let width be 104",
+        ),
+        (
+            {"sequence_parallel": 6},
+            "sequence_parallel 6 does not divide seq_len 64 (64 = 10 x 6 + 4). Nearest that do: 4 and 8; or "
+            "let seq_len be 66",
+        ),
+        ({"model": "lstm", "sequence_parallel": 2}, "cannot be shared with model lstm: each step of an LSTM"),
+        ({"model": "mine:build", "sequence_parallel": 2}, "it has its own layers"),
+        ({"sequence_parallel": 2, "dropout": 0.1}, "with dropout 0.1: ranks that share a row would draw"),
+        (
+            {"pipeline_parallel": 5},
+            "pipeline_parallel 5 is more than layers 4: each stage needs one. Use pipeline_parallel at most "
+            "4, or layers 5 or more",
+        ),
+        (
+            {"pipeline_parallel": 4, "pipeline_schedule": "interleaved"},
+            "pipeline_parallel 4 x virtual_stages 2 = 8 stages is more than layers 4: each stage needs one. "
+            "Use pipeline_parallel at most 2, or layers 8 or more",
+        ),
+        (
+            {"pipeline_parallel": 2, "pipeline_schedule": "interleaved", "virtual_stages": 5},
+            "Use another pipeline_schedule, or layers 10 or more",
+        ),
+        ({"zero_stage": 4}, "zero_stage is 4: there are stages 1, 2 and 3"),
+        (
+            {"update": "zero", "zero_stage": 2, "tensor_parallel": 2, "pipeline_parallel": 2},
+            "zero_stage 2 with tensor_parallel 2 and pipeline_parallel 2",
+        ),
+        ({"update": "zero", "zero_stage": 3, "pipeline_parallel": 2}, "Use zero_stage 1"),
+        ({"backend": "horovod", "tensor_parallel": 2}, "backend horovod cannot carry tensor_parallel 2: use"),
+        (
+            {"backend": "horovod", "sequence_parallel": 2, "update": "zero"},
+            "cannot carry sequence_parallel 2 and update zero",
+        ),
+    ],
+)
+def test_degrees_that_do_not_fit(values, text):
+    assert text in refusal(**values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"tensor_parallel": 4, "sequence_parallel": 8, "pipeline_parallel": 4},
+        {"pipeline_parallel": 2, "pipeline_schedule": "interleaved"},
+        {"virtual_stages": 8},  # nothing is interleaved
+        {"model": "lstm", "width": 6, "tensor_parallel": 3, "pipeline_parallel": 2, "dropout": 0.1},
+        {"model": "mine:build", "tensor_parallel": 3, "pipeline_parallel": 7},  # its layers know
+        {"update": "zero", "zero_stage": 3, "sequence_parallel": 2},
+        {"update": "zero", "tensor_parallel": 2, "pipeline_parallel": 2},
+        {"zero_stage": 3, "tensor_parallel": 2},  # not used
+    ],
+)
+def test_degrees_that_fit(values):
+    Config(**values)
 
 
 def test_a_seed_that_numpy_and_keras_cannot_take():

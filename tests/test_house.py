@@ -10,14 +10,14 @@ PACKAGE = sorted((ROOT / "tf_dist").rglob("*.py"))
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 TREES = {path: ast.parse(path.read_bytes()) for path in PACKAGE + SCRIPTS}
 
-BOTTOM = {"config", "flags", "errors", "files", "version"}
+BOTTOM = {"config", "degrees", "flags", "errors", "files", "version"}
 ROOMS = {"bench", "comm", "data", "layers", "models", "parallel", "training"}
 MAY_IMPORT = {
     "comm": BOTTOM,
     "data": BOTTOM,
     "models": BOTTOM,
     "parallel": BOTTOM | {"comm"},
-    "layers": BOTTOM | {"comm", "parallel", "models"},
+    "layers": BOTTOM | {"comm", "models", "parallel"},
     "training": BOTTOM | ROOMS - {"bench"},
     "bench": BOTTOM | ROOMS,
     **dict.fromkeys(BOTTOM, BOTTOM),

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from tf_dist.degrees import check_degrees
 from tf_dist.errors import UsageError
 
 
@@ -132,6 +133,7 @@ class Config:
                 f"unknown model {self.model!r}: transformer, lstm or package.module:function"
                 + did_you_mean(self.model, ("transformer", "lstm"))
             )
+        check_degrees(self)
 
     @property
     def micro_batch_rows(self) -> int:

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 
 from tf_dist.config import Config
 from tf_dist.errors import UsageError
+from tf_dist.models import lstm, transformer
+from tf_dist.models.transformer import PLAIN, Layers
 
 
-def build(config: Config, layers: Any = None) -> keras.Model:
+def build(config: Config, layers: Layers = PLAIN) -> keras.Model:
     """The model that ``config.model`` names, with initial weights drawn from ``config.seed``.
 
     It computes in ``config.precision``; its weights are float32 (Micikevicius et al. 2018).
-    ``config.vocab_size`` must be the tokenizer's. ``layers`` are what our own models take for layers that
-    ranks divide, as `tf_dist.models.transformer.Layers`; None: plain ones. A user's function makes its own.
+    ``config.vocab_size`` must be the tokenizer's.
+
+    Args:
+        config: of the run.
+        layers: what the model is made of, where ranks divide it. A user's function that takes two arguments
+            gets them as the second one.
 
     Raises:
         UsageError: the user's function cannot be found or does not return a fitting `keras.Model`.
@@ -28,10 +35,31 @@ def build(config: Config, layers: Any = None) -> keras.Model:
     keras.utils.set_random_seed(config.seed)
     function = _users_function(config.model) if ":" in config.model else None
     with _computing_in(config.precision):
-        model = function(config) if function else _own(config, layers)
-        if function:
-            check(model, config.model, config.vocab_size, config.seq_len)
+        if function is None:
+            return _own(config, layers)
+        model = function(config, layers) if _takes_layers(function) else function(config)
+        check(model, config.model, config.vocab_size, config.seq_len)
+        if config.tensor_parallel > 1 and layers is not PLAIN:  # not where a run is read back whole
+            _check_divided(model, config)
     return model
+
+
+def _takes_layers(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function).bind(None, None)
+    except TypeError:
+        return False
+    return True
+
+
+def _check_divided(model: keras.Model, config: Config) -> None:
+    """Refuse a model that ranks were asked to share and that is whole on each of them."""
+    if not any(hasattr(variable, "tf_dist_part") for variable in model.weights):
+        raise UsageError(
+            f"tensor_parallel is {config.tensor_parallel}, but no weight of {config.model} is divided: let "
+            "the function take a second argument, and make layers with it (column_dense, row_dense, "
+            "attention, lstm, embedding), or use --tensor-parallel 1"
+        )
 
 
 @contextlib.contextmanager
@@ -50,16 +78,11 @@ def _computing_in(precision: str) -> Iterator[None]:
         keras.config.set_dtype_policy(before)
 
 
-def _own(config: Config, layers: Any) -> keras.Model:
+def _own(config: Config, layers: Layers) -> keras.Model:
     sizes = (config.vocab_size, config.seq_len, config.layers, config.width)
     if config.model == "lstm":
-        from tf_dist.models import lstm
-
-        return lstm.build(*sizes, config.dropout, config.tie_embeddings)
-    from tf_dist.models import transformer
-
-    options = (config.heads, config.dropout, config.tie_embeddings)
-    return transformer.build(*sizes, *options, layers or transformer.PLAIN)
+        return lstm.build(*sizes, config.dropout, config.tie_embeddings, layers.lstm, layers.embedding)
+    return transformer.build(*sizes, config.heads, config.dropout, config.tie_embeddings, layers)
 
 
 def check(model: object, name: str, vocab_size: int, seq_len: int) -> None:

@@ -50,18 +50,24 @@ class LSTM(keras.layers.LSTM):
             mask_TxBx1 = None if mask_TxBx1 is None else tf.reverse(mask_TxBx1, [0])
         # The state is a sum over all steps: in a short type it would stop growing where a step is small.
         dtype = x_TxBxE.dtype if x_TxBxE.dtype.size >= tf.float32.size else tf.float32
-        masks_BxH = None
-        if training and 0 < self.recurrent_dropout < 1:
-            masks_BxH = self.cell.get_recurrent_dropout_mask(initial_state[0])
-        h_TxBxH, h_BxH, c_BxH = _recurrence(
+        h_TxBxH, h_BxH, c_BxH = self._all_steps(
             tf.cast(self._input_projection(x_TxBxE, training), dtype),
             tf.convert_to_tensor(self.cell.recurrent_kernel),
             [tf.cast(state_BxH, dtype) for state_BxH in initial_state],
             mask_TxBx1,
-            None if masks_BxH is None else [tf.cast(mask_BxH, dtype) for mask_BxH in masks_BxH],
+            training,
         )
         h_TxBxH, h_BxH, c_BxH = (tf.cast(a, self.compute_dtype) for a in (h_TxBxH, h_BxH, c_BxH))
         return *self._outputs(h_TxBxH, h_BxH, mask_TxBx1), [h_BxH, c_BxH]
+
+    def _all_steps(
+        self, z_TxBxG: Any, kernel_HxG: Any, state: list[Any], mask_TxBx1: Any, training: bool
+    ) -> tuple[Any, Any, Any]:
+        """The states h of all steps (T, B, H), and the last h and c; see `recurrence`."""
+        if not (training and 0 < self.recurrent_dropout < 1):
+            return recurrence(z_TxBxG, kernel_HxG, state, mask_TxBx1, Products)
+        masks_BxH = [tf.cast(m, state[0].dtype) for m in self.cell.get_recurrent_dropout_mask(state[0])]
+        return recurrence(z_TxBxG, kernel_HxG, state, mask_TxBx1, lambda w: _DroppedProducts(w, masks_BxH))
 
     def _is_plain(self) -> bool:
         return (
@@ -118,8 +124,8 @@ def _product(x_TxBxN: Any, w_NxM: Any) -> Any:
     return tf.ensure_shape(z, (*x_TxBxN.shape[:2], w_NxM.shape[1]))
 
 
-def _recurrence(
-    z_TxBxG: Any, kernel_HxG: Any, state: list[Any], mask_TxBx1: Any, masks_BxH: list[Any] | None
+def recurrence(
+    z_TxBxG: Any, kernel_HxG: Any, state: list[Any], mask_TxBx1: Any, products: Callable[[Any], Products]
 ) -> tuple[Any, Any, Any]:
     """The states h of all steps, (T, B, H), and the last h and c, with a gradient of our own.
 
@@ -128,19 +134,20 @@ def _recurrence(
         kernel_HxG: R.
         state: the h and c to begin with, (B, H).
         mask_TxBx1: steps to take; the others leave the state as it is. Or None.
-        masks_BxH: recurrent dropout's mask for each gate, the same in all steps (Gal & Ghahramani 2016). Or
-            None.
+        products: makes of R what multiplies with it.
     """
 
     @tf.custom_gradient  # type: ignore[untyped-decorator]
     def run(z_TxBxG: Any, kernel_HxG: Any, h_BxH: Any, c_BxH: Any) -> Any:
-        product = _Products(kernel_HxG) if masks_BxH is None else _DroppedProducts(kernel_HxG, masks_BxH)
+        product = products(kernel_HxG)
         h_TxBxH, last_h_BxH, last_c_BxH, saved = _forward(z_TxBxG, product, h_BxH, c_BxH, mask_TxBx1)
+        h_TxBxH = product.whole(h_TxBxH)
 
-        def backward(dh_TxBxH: Any, dh_BxH: Any, dc_BxH: Any, *_: Any) -> Any:
-            dz_TxBxG, dh_BxH, dc_BxH = _backward(dh_TxBxH, dh_BxH, dc_BxH, product, mask_TxBx1, saved)
+        def backward(dh_TxBxH: Any, dlast_h_BxH: Any, dlast_c_BxH: Any, *_: Any) -> Any:
+            upstream = product.own(dh_TxBxH), dlast_h_BxH, dlast_c_BxH
+            dz_TxBxG, dh_BxH, dc_BxH = _backward(*upstream, product, mask_TxBx1, saved)
             # Two products, so that h is not copied to put the first state before the others.
-            dkernel_HxG = product.kernel_gradient(h_BxH[None], dz_TxBxG[:1])
+            dkernel_HxG = product.kernel_gradient(product.whole(h_BxH)[None], dz_TxBxG[:1])
             dkernel_HxG += product.kernel_gradient(h_TxBxH[:-1], dz_TxBxG[1:])
             return dz_TxBxG, dkernel_HxG, dh_BxH, dc_BxH
 
@@ -169,15 +176,27 @@ def _once(function: Callable[..., Any]) -> Any:
     return tf.custom_gradient(lambda *inputs: (function(*inputs), refuse))
 
 
-class _Products:
-    """The products with R: of h in a step, of dz in a step back, and R's gradient over all steps."""
+class Products:
+    """The products with R: of h in a step, of dz in a step back, and R's gradient over all steps.
+
+    Ranks that share the units (`tf_dist.layers.lstm`) have their own columns of R, and in the loops their own
+    units of h; `whole` and `own` stand between these and all units.
+    """
 
     def __init__(self, kernel_HxG: Any) -> None:
         self.kernel_HxG = kernel_HxG
 
+    def whole(self, h: Any) -> Any:
+        """Return all units of h, (..., H)."""
+        return h
+
+    def own(self, dh: Any) -> Any:
+        """Return those of them that the loops have."""
+        return dh
+
     def forward(self, h_BxH: Any) -> Any:
         """The product h R, (B, G)."""
-        return self.product(h_BxH, self.kernel_HxG)
+        return self.product(self.whole(h_BxH), self.kernel_HxG)
 
     @staticmethod
     def product(x: Any, w: Any) -> Any:
@@ -200,8 +219,11 @@ class _Products:
         return tf.matmul(x, y, transpose_a=True)
 
 
-class _DroppedProducts(_Products):
-    """The same where each gate sees an h of its own, masked by recurrent dropout."""
+class _DroppedProducts(Products):
+    """The same where each gate sees an h of its own, masked by recurrent dropout.
+
+    One mask for each gate, the same in all steps (Gal & Ghahramani 2016).
+    """
 
     def __init__(self, kernel_HxG: Any, masks_BxH: list[Any]) -> None:
         super().__init__(kernel_HxG)
@@ -226,7 +248,7 @@ class _DroppedProducts(_Products):
         return tf.concat([self.outer(h_TxBxH * mask, dz_TxBxH) for dz_TxBxH, mask in gates], axis=1)
 
 
-def _forward(z_TxBxG: Any, product: _Products, h_BxH: Any, c_BxH: Any, mask_TxBx1: Any) -> tuple[Any, ...]:
+def _forward(z_TxBxG: Any, product: Products, h_BxH: Any, c_BxH: Any, mask_TxBx1: Any) -> tuple[Any, ...]:
     """All steps: the states h (T, B, H), the last h and c, and what the way back needs of each step."""
     T = z_TxBxG.shape[0] or tf.shape(z_TxBxG)[0]
 
@@ -249,7 +271,7 @@ def _forward(z_TxBxG: Any, product: _Products, h_BxH: Any, c_BxH: Any, mask_TxBx
 
 
 def _backward(
-    dh_TxBxH: Any, dh_BxH: Any, dc_BxH: Any, product: _Products, mask_TxBx1: Any, saved: list[Any]
+    dh_TxBxH: Any, dh_BxH: Any, dc_BxH: Any, product: Products, mask_TxBx1: Any, saved: list[Any]
 ) -> tuple[Any, Any, Any]:
     """All steps from the last to the first.
 
@@ -258,7 +280,7 @@ def _backward(
         dh_BxH: that of the last h, as a state.
         dc_BxH: that of the last c.
         product: the products with R.
-        mask_TxBx1: see `_recurrence`.
+        mask_TxBx1: see `recurrence`.
         saved: from `_forward`.
 
     Returns:

@@ -5,6 +5,9 @@ Legend: B rows, T tokens, H units of each layer, V vocabulary, L layers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import keras
 from keras import layers
 
@@ -19,16 +22,18 @@ def build(
     width: int,
     dropout: float = 0.0,
     tie_embeddings: bool = True,
-    recurrent_layer: type[keras.layers.LSTM] = fast_lstm.LSTM,
+    recurrent_layer: Callable[..., Any] = fast_lstm.LSTM,
+    embedding_layer: Callable[..., Any] = layers.ReversibleEmbedding,
 ) -> keras.Model:
     """An LSTM language model, (B, T) token ids -> (B, T, V) logits.
 
     Dropout stands before, between and after the layers, never inside the recurrence. With tied
     embeddings the output layer is the embedding matrix again (Press & Wolf 2017). With
     ``recurrent_layer=keras.layers.LSTM`` the model has the same variables, and is slower on a CPU.
+    Layers that take the same arguments and share their work among ranks are in `tf_dist.layers`.
     """
     tokens_BxT = keras.Input((seq_len,), dtype="int32", name="tokens")
-    embedding = layers.ReversibleEmbedding(
+    embedding = embedding_layer(
         vocab_size,
         width,
         tie_weights=tie_embeddings,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import keras
 from keras import layers
 
-from tf_dist.models import attention
+from tf_dist.models import attention, fast_lstm
 from tf_dist.models.fast_layers import LayerNormalization, gelu
 from tf_dist.models.head import with_head
 
@@ -38,30 +38,39 @@ class CausalSelfAttention(layers.Layer):
         super().__init__(**kwargs)
         self.heads, self.dropout, self.output_stddev = heads, dropout, output_stddev
         self.attend = attend
+        self.own_heads = heads
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         """Make the two projections: one for queries, keys and values together, one for the output."""
         width = input_shape[-1]
         assert width is not None
-        self.query_key_value = layers.Dense(
+        self.query_key_value = self._expanding(
             3 * width, kernel_initializer=normal(0.02), name="query_key_value"
         )
-        self.output_projection = layers.Dense(
+        self.output_projection = self._contracting(
             width, kernel_initializer=normal(self.output_stddev), name="output_projection"
         )
         self.attention_dropout = layers.Dropout(self.dropout)
         self.query_key_value.build(input_shape)
-        self.output_projection.build(input_shape)
+        self.output_projection.build((*input_shape[:-1], width // self.heads * self.own_heads))
+
+    # Where ranks share the heads (`tf_dist.layers.attention`) a subclass has own_heads of them, projections
+    # to and from these, and their part of what dropout draws for all.
+    def _expanding(self, units: int, **options: Any) -> layers.Layer:
+        return layers.Dense(units, **options)
+
+    def _contracting(self, units: int, **options: Any) -> layers.Layer:
+        return layers.Dense(units, **options)
+
+    def _drop(self, weights_BxHxTxT: Any) -> Any:
+        return self.attention_dropout(weights_BxHxTxT, training=True)
 
     def call(self, x_BxTxD: Any, training: bool = False) -> Any:
         """Return the attended values, (B, T, D)."""
-        q_BxHxTxK, k_BxHxTxK, v_BxHxTxK = attention.split_heads(self.query_key_value(x_BxTxD), self.heads)
+        qkv_BxTx3D = self.query_key_value(x_BxTxD)
+        q_BxHxTxK, k_BxHxTxK, v_BxHxTxK = attention.split_heads(qkv_BxTx3D, self.own_heads)
         if training and self.dropout:
-
-            def drop(weights_BxHxTxT: Any) -> Any:
-                return self.attention_dropout(weights_BxHxTxT, training=True)
-
-            attended_BxHxTxK = attention.attention_with_dropout(q_BxHxTxK, k_BxHxTxK, v_BxHxTxK, drop)
+            attended_BxHxTxK = attention.attention_with_dropout(q_BxHxTxK, k_BxHxTxK, v_BxHxTxK, self._drop)
         else:
             attended_BxHxTxK = self.attend(q_BxHxTxK, k_BxHxTxK, v_BxHxTxK)
         return self.output_projection(attention.join_heads(attended_BxHxTxK))
@@ -97,18 +106,25 @@ def normal(stddev: float) -> keras.initializers.Initializer:
 
 
 class Layers(NamedTuple):
-    """What a Transformer is made of, where ranks may divide it (`tf_dist.layers`).
+    """What models are made of where ranks may divide it (`tf_dist.layers`); as it is here they do not.
 
     attend: queries, keys and values -> attended values, like `tf_dist.models.attention.attention`.
     attention: (heads, dropout, output_stddev, attend, name=) -> a layer like `CausalSelfAttention`.
     positions: (name=) -> a layer like `LearnedPositions`.
     sequence: s, how many ranks share the tokens of a row: the model takes T / s of them.
+    embedding: like `keras.layers.ReversibleEmbedding`.
+    column_dense, row_dense: like `keras.layers.Dense`; what one returns goes to the other, and nowhere else.
+    lstm: like `keras.layers.LSTM`.
     """
 
     attend: Callable[..., Any] = attention.attention
     attention: Callable[..., Any] = CausalSelfAttention
     positions: Callable[..., Any] = LearnedPositions
     sequence: int = 1
+    embedding: Callable[..., Any] = layers.ReversibleEmbedding
+    column_dense: Callable[..., Any] = layers.Dense
+    row_dense: Callable[..., Any] = layers.Dense
+    lstm: Callable[..., Any] = fast_lstm.LSTM
 
 
 PLAIN = Layers()
@@ -132,7 +148,7 @@ def build(
     """
     residual_stddev = 0.02 / (2 * layer_count) ** 0.5
     tokens_BxT = keras.Input((seq_len // layers.sequence,), dtype="int32", name="tokens")
-    embedding = keras.layers.ReversibleEmbedding(
+    embedding = layers.embedding(
         vocab_size, width, tie_weights=tie_embeddings, embeddings_initializer=normal(0.02), name="embedding"
     )
     x_BxTxD = layers.positions(name="positions")(embedding(tokens_BxT))
@@ -147,13 +163,15 @@ def _block(
     x_BxTxD: Any, width: int, heads: int, dropout: float, stddev: float, name: str, layers: Layers
 ) -> Any:
     """One layer: attention, then a feed-forward network four times as wide, each on a normed input."""
-    Dense, Dropout = keras.layers.Dense, keras.layers.Dropout
+    Dropout = keras.layers.Dropout
     h = LayerNormalization(epsilon=1e-5, name=f"{name}_attention_norm")(x_BxTxD)
     h = layers.attention(heads, dropout, stddev, attend=layers.attend, name=f"{name}_attention")(h)
     x_BxTxD = x_BxTxD + Dropout(dropout, name=f"{name}_attention_dropout")(h)
     h = LayerNormalization(epsilon=1e-5, name=f"{name}_feed_forward_norm")(x_BxTxD)
-    h = Dense(4 * width, activation=gelu, kernel_initializer=normal(0.02), name=f"{name}_feed_forward_in")(h)
-    h = Dense(width, kernel_initializer=normal(stddev), name=f"{name}_feed_forward_out")(h)
+    h = layers.column_dense(
+        4 * width, activation=gelu, kernel_initializer=normal(0.02), name=f"{name}_feed_forward_in"
+    )(h)
+    h = layers.row_dense(width, kernel_initializer=normal(stddev), name=f"{name}_feed_forward_out")(h)
     return x_BxTxD + Dropout(dropout, name=f"{name}_feed_forward_dropout")(h)
 
 

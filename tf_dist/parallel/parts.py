@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tf_dist.errors import UsageError
+from tf_dist.degrees import must_divide as must_divide
 
 
 @dataclass(frozen=True)
@@ -61,29 +61,6 @@ def stretches(groups: int, length: int, rank: int, size: int) -> tuple[range, ..
     """A rank's `block` of each of ``groups`` neighbours of ``length``: gates of an LSTM, or q, k and v."""
     mine = block(length, rank, size)
     return tuple(range(g * length + mine.start, g * length + mine.stop) for g in range(groups))
-
-
-def must_divide(degree: int, what: str, number: int, option: str) -> None:
-    """Refuse a degree of parallelism that does not divide a model, and say what would.
-
-    Args:
-        degree: of parallelism.
-        what: is divided, for instance "heads".
-        number: how many of them there are.
-        option: the flag that sets the degree.
-
-    Raises:
-        UsageError: with the arithmetic, and the nearest values that work.
-    """
-    if number % degree == 0:
-        return
-    fits = [n for n in range(1, number + 1) if number % n == 0]
-    near = sorted(sorted(fits, key=lambda n: (abs(n - degree), n))[:2])
-    raise UsageError(
-        f"{option} {degree} does not divide {what} {number} ({number} = {number // degree} x {degree} + "
-        f"{number % degree}). Nearest that do: {' and '.join(map(str, near))}; or let {what} be "
-        f"{(number // degree + 1) * degree}"
-    )
 
 
 def part_of(variable: Any) -> Part:

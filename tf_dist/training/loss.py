@@ -5,12 +5,16 @@ Legend: B rows, T tokens, D width, V vocabulary, N = B T, C chunks, S tokens of 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from tf_dist.models.head import head_of
+from tf_dist.layers import VocabularyParallelEmbedding, collectives
+from tf_dist.layers.cross_entropy import cross_entropy as divided_cross_entropy
+from tf_dist.models.head import Head, head_of
 
 # Targets of padding: they have no loss and are not counted.
 IGNORED = -1
@@ -31,6 +35,8 @@ def loss_and_sums(model: keras.Model, x_BxT: Any, y_BxT: Any, training: bool) ->
         training: whether the model drops, and the loss is differentiated.
     """
     head = head_of(model)
+    if head is not None and isinstance(head.embedding, VocabularyParallelEmbedding):
+        return _from_shared_head(head, head.embedding, x_BxT, y_BxT, training)
     if head is None or y_BxT.shape.num_elements() * head.vocab_size < CHUNKED_FROM:
         return _from_logits(model(x_BxT, training=training), y_BxT)
     return _from_states(head.trunk(x_BxT, training=training), head.table(), y_BxT, training)
@@ -48,12 +54,37 @@ def _from_logits(logits_BxTxV: Any, y_BxT: Any) -> tuple[Any, Any]:
     return loss, tf.stack([loss, _count(counted_BxT), correct])
 
 
-def _from_states(states_BxTxD: Any, table_VxD: Any, y_BxT: Any, training: bool) -> tuple[Any, Any]:
+def _from_shared_head(
+    head: Head, embedding: VocabularyParallelEmbedding, x_BxT: Any, y_BxT: Any, training: bool
+) -> tuple[Any, Any]:
+    """The same where ranks share the vocabulary: no rank ever has the logits of all of it."""
+    comm, parts = embedding.comm, embedding.parts
+    states_BxTxD = collectives.copied(comm, head.trunk(x_BxT, training=training))
+    share = partial(divided_cross_entropy, comm, part=parts[comm.rank])
+    return _from_states(states_BxTxD, head.table(), y_BxT, training, share, max(map(len, parts)))
+
+
+def _from_states(
+    states_BxTxD: Any,
+    table_VxD: Any,
+    y_BxT: Any,
+    training: bool,
+    cross_entropy: Callable[[Any, Any], tuple[Any, Any, Any]] | None = None,
+    widest: int = 0,
+) -> tuple[Any, Any]:
     """The same from what the logits are the product of, some tokens at a time.
 
     The loss is a sum, so that its gradient is known but for a factor while a chunk's logits are there: it
     is taken at once, and nothing is computed twice (as in Liger Kernel, Hsu et al. 2024). Chunks are of
     tokens: of the vocabulary, each would have to be computed again when the softmax's sum is known.
+
+    Args:
+        states_BxTxD: see `Head`.
+        table_VxD: all of the vocabulary, or this rank's part.
+        y_BxT: targets.
+        training: whether there will be a gradient.
+        cross_entropy: logits and targets to losses, their gradients, and which logits are the highest.
+        widest: logits of a token on the rank that has most: all ranks must make the same chunks. 0: V.
     """
     y_N = tf.reshape(y_BxT, (-1,))
     counted_N = y_N != IGNORED
@@ -62,7 +93,9 @@ def _from_states(states_BxTxD: Any, table_VxD: Any, y_BxT: Any, training: bool) 
 
     @tf.custom_gradient  # type: ignore[untyped-decorator]
     def run(states_NxD: Any, table_VxD: Any) -> Any:
-        sums, dstates_NxD, dtable_VxD = _chunk_by_chunk(states_NxD, table_VxD, y_N, training)
+        C = -(-y_N.shape[0] * (widest or table_VxD.shape[0]) // CHUNK)
+        made = _chunk_by_chunk(states_NxD, table_VxD, y_N, training, C, cross_entropy or _cross_entropy)
+        sums, dstates_NxD, dtable_VxD = made
 
         def gradient(dloss: Any, *_: Any) -> Any:
             assert training, "this loss was asked for without a gradient"
@@ -74,10 +107,26 @@ def _from_states(states_BxTxD: Any, table_VxD: Any, y_BxT: Any, training: bool) 
     return loss, tf.stack([loss, _count(counted_N), correct])
 
 
-def _chunk_by_chunk(states_NxD: Any, table_VxD: Any, y_N: Any, training: bool) -> tuple[Any, Any, Any]:
+def _cross_entropy(logits_SxV: Any, y_S: Any) -> tuple[Any, Any, Any]:
+    """Losses, their gradients for the logits, and which targets have the highest logit."""
+    right_S = tf.equal(tf.argmax(logits_SxV, axis=-1, output_type=tf.int32), y_S)
+    with tf.control_dependencies([right_S]):
+        losses_S, dlogits_SxV = tf.raw_ops.SparseSoftmaxCrossEntropyWithLogits(
+            features=logits_SxV, labels=tf.maximum(y_S, 0)
+        )
+    return losses_S, dlogits_SxV, right_S
+
+
+def _chunk_by_chunk(
+    states_NxD: Any,
+    table_VxD: Any,
+    y_N: Any,
+    training: bool,
+    C: int,
+    cross_entropy: Callable[[Any, Any], tuple[Any, Any, Any]],
+) -> tuple[Any, Any, Any]:
     """The sums, [loss, correct]; and the gradients of states and table (float32), or zeros."""
     (N, D), V = states_NxD.shape, table_VxD.shape[0]
-    C = -(-N * V // CHUNK)
     S = -(-N // C)
     states_CxSxD = tf.reshape(tf.pad(states_NxD, ((0, C * S - N), (0, 0))), (C, S, D))
     y_CxS = tf.reshape(tf.pad(y_N, ((0, C * S - N),), constant_values=IGNORED), (C, S))
@@ -86,13 +135,9 @@ def _chunk_by_chunk(states_NxD: Any, table_VxD: Any, y_N: Any, training: bool) -
     def step(c: Any, sums: Any, dtable_VxD: Any, dstates: Any) -> Any:
         states_SxD, y_S = states_CxSxD[c], y_CxS[c]
         logits_SxV = tf.cast(tf.matmul(states_SxD, short_VxD, transpose_b=True), tf.float32)
-        correct = _count(tf.equal(tf.argmax(logits_SxV, axis=-1, output_type=tf.int32), y_S))
-        with tf.control_dependencies([correct]):
-            losses_S, dlogits_SxV = tf.raw_ops.SparseSoftmaxCrossEntropyWithLogits(
-                features=logits_SxV, labels=tf.maximum(y_S, 0)
-            )
+        losses_S, dlogits_SxV, right_S = cross_entropy(logits_SxV, y_S)
         counted_S = tf.cast(y_S != IGNORED, tf.float32)
-        sums += tf.stack([tf.reduce_sum(losses_S * counted_S), correct])
+        sums += tf.stack([tf.reduce_sum(losses_S * counted_S), _count(right_S)])
         if training:
             dlogits_SxV = tf.cast(dlogits_SxV * counted_S[:, None], short_VxD.dtype)
             dstates = dstates.write(c, tf.cast(tf.matmul(dlogits_SxV, short_VxD), tf.float32))

@@ -1,0 +1,66 @@
+"""Self-attention whose heads are divided among ranks (Megatron-LM, Shoeybi et al. 2019).
+
+Legend: B rows, T tokens, D width, H heads, h of them on this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tf_dist.comm.base import Comm
+from tf_dist.layers.dense import ColumnParallelDense, RowParallelDense
+from tf_dist.layers.divided import talks
+from tf_dist.models import attention
+from tf_dist.models.transformer import CausalSelfAttention
+from tf_dist.parallel.parts import block, must_divide
+
+
+class ParallelSelfAttention(CausalSelfAttention):
+    """`CausalSelfAttention` with H / R heads on each of R ranks: (B, T, D) on all -> (B, T, D) on all.
+
+    Queries, keys and values are divided by columns and the output's projection by rows. Attention weights
+    are dropped as in the whole layer: every rank draws the mask of all heads, and uses that of its own.
+
+    Args:
+        heads: H, over all ranks.
+        dropout: share of attention weights dropped in training.
+        output_stddev: standard deviation of the output projection's initial weights.
+        attend: as in `CausalSelfAttention`; gets this rank's heads.
+        comm: the ranks.
+
+    Raises:
+        UsageError: the number of ranks does not divide the heads.
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        dropout: float,
+        output_stddev: float,
+        attend: Callable[..., Any] = attention.attention,
+        *,
+        comm: Comm,
+        **kwargs: Any,
+    ) -> None:
+        must_divide(comm.size, "heads", heads, "tensor_parallel")
+        super().__init__(heads, dropout, output_stddev, attend, **kwargs)
+        self._comm = comm
+        self.own_heads = len(block(heads, comm.rank, comm.size))
+        talks(self)
+
+    def _expanding(self, units: int, **kwargs: Any) -> keras.layers.Layer:
+        return ColumnParallelDense(units, self._comm, groups=3, **kwargs)
+
+    def _contracting(self, units: int, **kwargs: Any) -> keras.layers.Layer:
+        return RowParallelDense(units, self._comm, **kwargs)
+
+    def _drop(self, weights_BxhxTxT: Any) -> Any:
+        shape = tf.shape(weights_BxhxTxT)
+        everyone = tf.concat([shape[:1], [self.heads], shape[2:]], axis=0)
+        mask_BxHxTxT = self.attention_dropout(tf.ones(everyone, weights_BxhxTxT.dtype), training=True)
+        own = block(self.heads, self._comm.rank, self._comm.size)
+        return weights_BxhxTxT * mask_BxHxTxT[:, own.start : own.stop]

@@ -1,0 +1,94 @@
+"""An LSTM whose units are divided among ranks.
+
+A rank has the gates of its own units. h is needed whole in the next step, so that it is gathered in each: an
+exchange of (B, H / R) a step on the way forward, and one of (B, H) on the way back. The output is whole, and
+behind the layer nothing is left to be said.
+
+Legend: B rows, T steps, E width of the input, H units, h of them on this rank, G = 4 h.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tf_dist.comm.base import Comm
+from tf_dist.errors import UsageError
+from tf_dist.layers import collectives
+from tf_dist.layers.divided import divide, talks
+from tf_dist.models import fast_lstm
+from tf_dist.parallel.parts import Part, block, stretches
+
+
+class ParallelLSTM(fast_lstm.LSTM):
+    """`fast_lstm.LSTM` with H / R units on each of R ranks: (B, T, E) on all -> (B, T, H) on all.
+
+    Weights, their names and first values are those of the whole layer. The numbers are, within rounding.
+
+    Args:
+        units: H, over all ranks.
+        comm: the ranks.
+        kwargs: as for `keras.layers.LSTM`, without ``recurrent_dropout``.
+
+    Raises:
+        UsageError: fewer units than ranks, or options with which the recurrence cannot be divided.
+    """
+
+    def __init__(self, units: int, comm: Comm, **kwargs: Any) -> None:
+        super().__init__(units, **kwargs)
+        if units < comm.size:
+            raise UsageError(f"{self.name}: {units} units cannot be divided among {comm.size} ranks")
+        if self.recurrent_dropout:
+            raise UsageError(f"{self.name}: recurrent_dropout is not supported where the units are divided")
+        self._comm = comm
+        self._parts = [block(units, rank, comm.size) for rank in range(comm.size)]
+        ranges = stretches(4, units, comm.rank, comm.size)
+        divide(self.cell, lambda _, shape: Part(shape, len(shape) - 1, ranges))
+        talks(self)
+
+    def inner_loop(self, sequences: Any, initial_state: Any, mask: Any, training: bool = False) -> Any:
+        """Run all steps, as in `fast_lstm.LSTM`.
+
+        Raises:
+            UsageError: other activations than tanh and sigmoid, unroll, cuDNN or a GPU.
+        """
+        if not self._is_plain():
+            raise UsageError(
+                f"{self.name}: units can be divided on a CPU, with the activations tanh and sigmoid, and "
+                "without unroll and use_cudnn"
+            )
+        return super().inner_loop(sequences, initial_state, mask, training=training)
+
+    def _input_projection(self, x_TxBxE: Any, training: bool) -> Any:
+        return super()._input_projection(collectives.copied(self._comm, x_TxBxE), training)
+
+    def _all_steps(
+        self, z_TxBxG: Any, kernel_HxG: Any, state: list[Any], mask_TxBx1: Any, training: bool
+    ) -> tuple[Any, Any, Any]:
+        own_state = [collectives.own_part(self._comm, state_BxH, self._parts) for state_BxH in state]
+        h_TxBxH, _, c_Bxh = fast_lstm.recurrence(z_TxBxG, kernel_HxG, own_state, mask_TxBx1, self._products)
+        if self.return_state or self.stateful:  # else nobody looks at c
+            c_Bxh = collectives.gathered(self._comm, c_Bxh, self._parts)
+        return h_TxBxH, h_TxBxH[-1], c_Bxh
+
+    def _products(self, kernel_HxG: Any) -> fast_lstm.Products:
+        return _SharedProducts(kernel_HxG, self._comm, self._parts)
+
+
+class _SharedProducts(fast_lstm.Products):
+    """The products of a rank that has some of the units, and with them columns of R."""
+
+    def __init__(self, kernel_HxG: Any, comm: Comm, parts: list[range]) -> None:
+        super().__init__(kernel_HxG)
+        self._comm, self._parts = comm, parts
+
+    def whole(self, h: Any) -> Any:
+        return collectives.gathered(self._comm, h, self._parts)
+
+    def own(self, dh: Any) -> Any:
+        own = self._parts[self._comm.rank]
+        return dh[..., own.start : own.stop]
+
+    def backward(self) -> Callable[[Any], Any]:
+        partial_product = super().backward()
+        return lambda dz_BxG: self.own(collectives.summed(self._comm, partial_product(dz_BxG)))
