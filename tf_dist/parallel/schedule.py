@@ -199,7 +199,9 @@ def simulate(streams: Sequence[Sequence[Instruction]], costs: Mapping[str, float
                 busy[rank] += costs[one.kind]
                 next_up[rank] += 1
                 moved = True
-    stuck = {rank: stream[next_up[rank]] for rank, stream in enumerate(streams) if next_up[rank] < len(stream)}
+    stuck = {
+        rank: stream[next_up[rank]] for rank, stream in enumerate(streams) if next_up[rank] < len(stream)
+    }
     if stuck:
         raise RuntimeError(f"ranks wait for each other: {stuck}")
     return Simulation(max(clock, default=0.0), busy)

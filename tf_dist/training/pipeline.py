@@ -122,7 +122,10 @@ class PipelineReplica(Weights):
         stream = options.streams(ranks, max(1, micro_batches))[rank]
         self.stages, self.runs = {}, {}
         for chunk in mine:
-            shape = (rows, *(size or seq_len for size in ([graph.input, *(c.tensor for c in cuts)][chunk].shape[1:])))
+            shape = (
+                rows,
+                *(size or seq_len for size in ([graph.input, *(c.tensor for c in cuts)][chunk].shape[1:])),
+            )
             self._make_stage(chunk, segments[chunk], shape, stream)
 
     def _make_stage(
@@ -248,9 +251,7 @@ class PipelinePasses:
         self._terms = len(subtrees(leaves, block))
         self._flat: list[np.ndarray] = []
         self._sums = {
-            chunk: [
-                BlockSum(run.stop - run.start, leaves, block, partial(self._homes, run)) for run in runs
-            ]
+            chunk: [BlockSum(run.stop - run.start, leaves, block, partial(self._homes, run)) for run in runs]
             for chunk, runs in replica.runs.items()
         }
         self._messages = Messages(replica.mesh.pipeline, replica.chunks)

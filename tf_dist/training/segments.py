@@ -226,7 +226,9 @@ def _products(node: Any) -> float:
     layer, x = node.operation, node.input_tensors[0]
     if isinstance(layer, keras.layers.Embedding) and not node.arguments.kwargs.get("reverse"):
         return 0.0
-    matrices = [tuple(v.shape) for v in used(node) if len(v.shape) > 1 and tuple(v.shape) != tuple(x.shape[1:])]
+    matrices = [
+        tuple(v.shape) for v in used(node) if len(v.shape) > 1 and tuple(v.shape) != tuple(x.shape[1:])
+    ]
     attends = hasattr(layer, "heads") or hasattr(layer, "num_heads")
     return sum(map(prod, matrices)) + (2.0 * prod(x.shape[1:]) if attends else 0.0)
 

@@ -205,4 +205,3 @@ class Stage:
 
             self._logits = tf.function(graph, [tf.TensorSpec((1, *self.x.shape[1:]), self.x.dtype)])
         return self._logits(x)
-
