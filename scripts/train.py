@@ -15,6 +15,7 @@ Exit codes: 0 done, 64 usage, 65 bad data, 69 backend missing, 70 a rank failed,
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import signal
 import sys
@@ -76,6 +77,7 @@ def train(config: Config, mesh: Mesh, corpus: Prepared, run: RunFolder) -> None:
     """Build what was asked for, resume, train, and leave text and a picture."""
     threads.load_tensorflow()  # only now: a mistake in the flags or the data was said at once
     from tf_dist.models.build import build
+    from tf_dist.models.outline import outline
     from tf_dist.training import optimizers, progress, run_callbacks
     from tf_dist.training.arrange import PIPELINE_OPTIONS
     from tf_dist.training.banner import banner
@@ -83,7 +85,9 @@ def train(config: Config, mesh: Mesh, corpus: Prepared, run: RunFolder) -> None:
     from tf_dist.training.trainer import Trainer
 
     comm = mesh.all
-    model = build(config)
+    # Where ranks share the layers, each makes the weights of its own alone.
+    with outline() if mesh.pipeline.size > 1 else contextlib.nullcontext():
+        model = build(config)
     agree(comm, {v.path: list(part_of(v).whole) for v in model.trainable_variables}, "the model")
     steps = planned_steps(config, len(corpus.train))
     trainer = Trainer(

@@ -31,7 +31,7 @@ SQUARES_BLOCK = 4096
 # Sums of terms travel in one piece (of as much as MPI can count): on one node each piece costs a meeting of
 # the ranks. Between nodes smaller ones are faster: see `tf_dist.parallel.carrier`.
 DEFAULT_CHUNK_BYTES = 1 << 30
-# Tags of messages between two ranks: MPI promises tags up to 32,767, and other messages use those below 32,000.
+# Tags of messages between two ranks: MPI promises 32,768 of them, and other messages use the first 32,000.
 TAGS = 768
 # Elements that are added to all terms before the next ones, whole blocks of squares: they stay in the cache.
 ADDED_AT_ONCE = 32 * SQUARES_BLOCK

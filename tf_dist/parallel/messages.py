@@ -74,7 +74,7 @@ class Messages:
         pending.wait()
         self.waited_s += time.perf_counter() - begun
         self._post(message, inbox)
-        return array.view(inbox.dtype).reshape(inbox.shape)
+        return np.reshape(array.view(inbox.dtype), inbox.shape)
 
     def send(self, message: Message, array: np.ndarray) -> None:
         """Begin to send; the array must stay as it is, and is kept until it has left."""

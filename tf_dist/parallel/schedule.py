@@ -45,7 +45,7 @@ class Instruction(NamedTuple):
 
 
 class Message(NamedTuple):
-    """What leaves a chunk: ``kind`` F: activations for the next one; B: their gradient, for the one before."""
+    """What leaves a chunk. ``kind`` F: activations for the next one; B: a gradient for the one before."""
 
     kind: str
     chunk: int

@@ -14,12 +14,15 @@ from tf_dist.parallel.parts import block
 from tf_dist.parallel.tree import BlockSum, order
 from tf_dist.parallel.updates import UPDATES, Update
 from tf_dist.training.passes import Passes, WholePasses
-from tf_dist.training.replica import Replica
+from tf_dist.training.pipeline import Pipeline, PipelinePasses, PipelineReplica
+from tf_dist.training.replica import Replica, Weights
 from tf_dist.training.whole import whole_norm
 
 PIPELINE_OPTIONS = (
     "pipeline_schedule", "pipeline_cuts", "virtual_stages", "micro_batches_in_flight", "recompute",
 )  # fmt: skip
+
+NO_XLA = "the layers of a pipeline's rank are compiled in steps"
 
 
 class Wishes(NamedTuple):
@@ -49,7 +52,7 @@ class Arrangement(NamedTuple):
     where it can.
     """
 
-    replica: Replica
+    replica: Replica | PipelineReplica
     passes: Passes
     update: Update
     micro_batches: range
@@ -85,23 +88,41 @@ def arrange(
     """
     if wishes.update not in UPDATES:
         raise UsageError(f"unknown update {wishes.update!r}: {', '.join(UPDATES)}")
-    replica = Replica(model, optimizer, rows, seq_len, seed)
+    mine = block(count, mesh.at[DATA], mesh.shape[DATA])
+    replica: Replica | PipelineReplica
+    if mesh.pipeline.size > 1:
+        replica = PipelineReplica(model, optimizer, mesh, rows, seq_len, seed, _pipeline(wishes), len(mine))
+    else:
+        replica = Replica(model, optimizer, rows, seq_len, seed)
     replica.norm = whole_norm(replica, model.trainable_variables, mesh)
     _check_optimizer(replica, mesh)
-    mine = block(count, mesh.at[DATA], mesh.shape[DATA])
     leaves, blocks = leaves_of(count, mesh)
     terms, comm = order(leaves, blocks), mesh.replicas
     chosen = carrier.choose(
         comm, replica.parameters, terms, wishes.allreduce, wishes.chunk_bytes, wishes.measure
     )
+    update = UPDATES[wishes.update]
+    if isinstance(replica, PipelineReplica):
+        pipelined = PipelinePasses(replica, leaves, blocks[comm.rank], chosen.buffers)
+        return Arrangement(replica, pipelined, update, mine, terms, chosen.said, NO_XLA)
     sums = BlockSum(replica.parameters, leaves, blocks[comm.rank], chosen.buffers)
     why_not = "" if wishes.update == "allreduce" else "only --update allreduce sums everywhere"
     overlap = buckets.choose(comm, replica.layout, terms, sums, wishes.overlap, why_not)
     passes = WholePasses(replica, mine, sums, overlap, mesh.speaks)
-    return Arrangement(replica, passes, UPDATES[wishes.update], mine, terms, chosen.said)
+    return Arrangement(replica, passes, update, mine, terms, chosen.said)
 
 
-def _check_optimizer(replica: Replica, mesh: Mesh) -> None:
+def _pipeline(wishes: Wishes) -> Pipeline:
+    return Pipeline(
+        wishes.pipeline_schedule,
+        wishes.pipeline_cuts,
+        wishes.virtual_stages,
+        wishes.micro_batches_in_flight,
+        wishes.recompute == "on",
+    )
+
+
+def _check_optimizer(replica: Weights, mesh: Mesh) -> None:
     """Refuse an optimizer that looks at whole variables, or at all of them, where no rank has them."""
     reason = replica.optimizer_step.reason
     if reason and not mesh.plain:

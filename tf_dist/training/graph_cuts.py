@@ -84,7 +84,8 @@ def _bytes(value: Any) -> int:
         return 0
     element = data.shape_and_type[0]
     size = prod(dim.size for dim in element.shape.dim)
-    return int(tf.raw_ops.TensorListLength(input_handle=value)) * size * tf.as_dtype(element.dtype).size
+    length = int(tf.raw_ops.TensorListLength(input_handle=value))
+    return length * int(size) * int(tf.as_dtype(element.dtype).size)
 
 
 def _bound(graph: Any, inputs: set[str]) -> set[Any]:

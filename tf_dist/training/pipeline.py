@@ -120,7 +120,8 @@ class PipelineReplica(Weights):
         self.shared = self._find_shared(segments, ranks)
         self._generators = generator_states(model)
         stream = options.streams(ranks, max(1, micro_batches))[rank]
-        self.stages, self.runs = {}, {}
+        self.stages: dict[int, Stage] = {}
+        self.runs: dict[int, list[slice]] = {}
         for chunk in mine:
             shape = (
                 rows,
@@ -155,8 +156,8 @@ class PipelineReplica(Weights):
         for variable in (v for segment in segments for v in segment.trainable):
             if id(variable) in seen:
                 raise UsageError(
-                    f"weight {variable.path} is used in two stages of one rank: choose other --pipeline-cuts, or "
-                    "another schedule than interleaved"
+                    f"weight {variable.path} is used in two stages of one rank: choose other "
+                    "--pipeline-cuts, or another schedule than interleaved"
                 )
             seen.add(id(variable))
 
@@ -170,8 +171,8 @@ class PipelineReplica(Weights):
             if len(holders[id(variable)]) > 1:
                 if variable.regularizer is not None:
                     raise UsageError(
-                        f"weight {variable.path} is used in several stages and has a regularizer, which would "
-                        "count in each: untie it (--no-tie-embeddings), or leave the regularizer out"
+                        f"weight {variable.path} is used in several stages and has a regularizer, which "
+                        "would count in each: untie it (--no-tie-embeddings), or leave the regularizer out"
                     )
                 where = slice(self.layout.starts[place], self.layout.starts[place + 1])
                 found.append((where, sorted(holders[id(variable)])))

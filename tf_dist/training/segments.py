@@ -77,8 +77,8 @@ class LayerGraph:
         function = getattr(model, "_functional", model)
         if not isinstance(function, keras.src.models.Functional):
             raise UsageError(
-                f"model {model.name!r} is a {type(model).__name__}: only functional and sequential models say "
-                "which layer follows which, and can be cut into stages. Build it by keras.Model(inputs, "
+                f"model {model.name!r} is a {type(model).__name__}: only functional and sequential models "
+                "say which layer follows which, and can be cut into stages. Build it by keras.Model(inputs, "
                 "outputs), or set --pipeline-parallel 1"
             )
         if len(function.inputs) != 1 or len(function.outputs) != 1:
@@ -190,7 +190,7 @@ def balanced(graph: LayerGraph, count: int) -> list[int]:
     for _ in range(count - 1):
         longer = []
         for at, end in enumerate(ends):
-            found = (inf, inf, ())
+            found: tuple[float, float, tuple[int, ...]] = (inf, inf, ())
             for before in range(1, at):
                 most, squares, cuts = best[before]
                 more = end - ends[before]

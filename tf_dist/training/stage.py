@@ -25,8 +25,8 @@ class Way:
     """How a stage is compiled.
 
     first: it takes token ids, and has no gradient to send. last: it makes the loss. split: the gradient of
-    the weights is a step of its own (zero-bubble). recompute: the way back begins with a forward pass, so that
-    only the stage's input is kept. at_once: the last stage's forward pass is part of the way back, which
+    the weights is a step of its own (zero-bubble). recompute: the way back begins with a forward pass, so
+    that only the stage's input is kept. at_once: the last stage's forward pass is part of the way back, which
     follows at once.
     """
 
@@ -38,7 +38,7 @@ class Way:
 
 
 class Given(NamedTuple):
-    """What a micro-batch brings along: targets (B, T), how many of them count, states (G, 2) of generators."""
+    """What comes with a micro-batch: targets (B, T), how many of them count, generators' states (G, 2)."""
 
     y_BxT: Any
     count: Any
@@ -171,7 +171,7 @@ class Stage:
             targets = [target, sum(own) * count] if own else [target]
         if not self.way.first and scope.state_mapping[shared] is not begin:
             raise UsageError(
-                f"a layer of stage {self.segment.model.name!r} draws by keras.random without a seed generator: "
+                f"a layer of stage {self.segment.model.name!r} draws by keras.random without a generator: "
                 "what it draws depends on all that was drawn before, in other stages. Give it one "
                 "(self.seed_generator = keras.random.SeedGenerator(), and seed=self.seed_generator)"
             )
