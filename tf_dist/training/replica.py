@@ -18,6 +18,7 @@ from tf_dist.parallel.flat import ALIGNMENT_BYTES, FlatLayout, norm
 from tf_dist.parallel.parts import part_of
 from tf_dist.training.loss import loss_and_sums
 from tf_dist.training.optimizer_step import optimizer_step
+from tf_dist.training.optimizers import spare_vectors
 from tf_dist.training.pieces import Piece, variable_piece
 from tf_dist.training.randomness import foreign_draws, generator_states, random_states
 
@@ -38,6 +39,7 @@ class Weights:
     def __init__(self, optimizer: keras.optimizers.Optimizer, variables: Sequence[Any]) -> None:
         self.optimizer, self.variables = optimizer, list(variables)
         if not optimizer.built:
+            spare_vectors(optimizer)
             optimizer.build(self.variables)
         self.layout = FlatLayout([variable.shape for variable in self.variables])
         self.parameters = self.layout.total
