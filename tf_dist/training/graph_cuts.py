@@ -38,12 +38,15 @@ class GraphCuts:
         made_at = _steps_of(fetches, _bound(traced.graph, given), given)
         needed = [_needed(number, fetches[number], made_at, given) for number in range(len(fetches))]
         self._needed = [list(tensors) for tensors in needed]
+        tensors = {name: tensor for one in needed for name, tensor in one.items()}
         # What steps after this one need, of what is there once it has run.
         self._later = [set[str]() for _ in fetches]
         for number in reversed(range(len(fetches) - 1)):
-            own = {name for names in self._inputs[number + 1 :] for name in names}
-            self._later[number] = (self._later[number + 1] | set(self._needed[number + 1])) - own
-        tensors = {name: tensor for one in needed for name, tensor in one.items()}
+            wanted = self._later[number + 1] | set(self._needed[number + 1])
+            given_later = {name for names in self._inputs[number + 1 :] for name in names}
+            self._later[number] = {
+                name for name in wanted - given_later if name in given or made_at[tensors[name].op] <= number
+            }
         self._kept: list[list[str]] = []
         self._functions: list[Callable[..., list[Any]]] = []
         for number, wanted in enumerate(fetches):
@@ -148,9 +151,8 @@ def _part(graph: Any, mine: set[Any], feeds: list[Any], results: list[Any]) -> C
         known.update(zip(names, made, strict=True))
         return [known[tensor.name] for tensor in results]
 
-    function: Callable[..., list[Any]] = tf.function(
-        run, [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in feeds], autograph=False
-    )
+    specs = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in feeds]
+    function: Callable[..., list[Any]] = tf.function(run, specs, autograph=False).get_concrete_function()
     return function
 
 

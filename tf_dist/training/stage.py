@@ -5,7 +5,7 @@ Legend: B rows of a micro-batch, T tokens, G random generators of the whole mode
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -79,8 +79,7 @@ class Stage:
         self._dy = tf.TensorSpec(self.out_shape, self.out_dtype)
         self._targets = tf.TensorSpec((shape[0], seq_len), tf.int32)
         self._trace()
-        self._evaluate = tf.function(self._evaluate_graph, [self.x, self._targets] if way.last else [self.x])
-        self._logits: Any = None
+        self._without_gradients: dict[str, Any] = {}
 
     # Training ------------------------------------------------------------------------------------
 
@@ -187,21 +186,27 @@ class Stage:
 
     def evaluate(self, x: Any, y_BxT: Any) -> Any:
         """The results of `forward`, without dropout, and with nothing kept."""
-        return self._evaluate(x, y_BxT) if self.way.last else self._evaluate(x)
-
-    def _evaluate_graph(self, x: Any, y_BxT: Any = None) -> Any:
-        if self.way.last:
-            return loss_and_sums(self.segment.model, x, y_BxT, training=False)[1]
-        return self.segment.model(x, training=False)
+        if not self.way.last:
+            return self._compiled("evaluate", self._outputs, self.x)(tf.convert_to_tensor(x))
+        function = self._compiled("evaluate", self._sums, self.x, self._targets)
+        return function(tf.convert_to_tensor(x), tf.convert_to_tensor(y_BxT))
 
     def logits(self, x: Any) -> Any:
         """The activations of one row; of the last stage its logits, float32."""
-        if self._logits is None:
-            model = self.segment.model
+        row = tf.TensorSpec((1, *self.x.shape[1:]), self.x.dtype)
+        return self._compiled("logits", self._logits if self.way.last else self._outputs, row)(x)
 
-            def graph(x: Any) -> Any:
-                out = model(x, training=False)
-                return tf.cast(out, tf.float32) if self.way.last else out
+    def _compiled(self, name: str, graph: Callable[..., Any], *signature: Any) -> Any:
+        """A function, traced when it is first asked for."""
+        if name not in self._without_gradients:
+            self._without_gradients[name] = tf.function(graph, signature).get_concrete_function()
+        return self._without_gradients[name]
 
-            self._logits = tf.function(graph, [tf.TensorSpec((1, *self.x.shape[1:]), self.x.dtype)])
-        return self._logits(x)
+    def _outputs(self, x: Any) -> Any:
+        return self.segment.model(x, training=False)
+
+    def _logits(self, x: Any) -> Any:
+        return tf.cast(self._outputs(x), tf.float32)
+
+    def _sums(self, x: Any, y_BxT: Any) -> Any:
+        return loss_and_sums(self.segment.model, x, y_BxT, training=False)[1]
