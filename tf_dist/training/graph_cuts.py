@@ -42,10 +42,12 @@ class GraphCuts:
         # What steps after this one need, of what is there once it has run.
         self._later = [set[str]() for _ in fetches]
         for number in reversed(range(len(fetches) - 1)):
-            wanted = self._later[number + 1] | set(self._needed[number + 1])
+            wanted_later = self._later[number + 1] | set(self._needed[number + 1])
             given_later = {name for names in self._inputs[number + 1 :] for name in names}
             self._later[number] = {
-                name for name in wanted - given_later if name in given or made_at[tensors[name].op] <= number
+                name
+                for name in wanted_later - given_later
+                if name in given or made_at[tensors[name].op] <= number
             }
         self._kept: list[list[str]] = []
         self._functions: list[Callable[..., list[Any]]] = []

@@ -50,7 +50,7 @@ def build(config: Config, model: keras.Model, steps: int) -> keras.optimizers.Op
 
 def spare_vectors(optimizer: Any) -> None:
     """Exclude from weight decay what `build` would have, of an outline whose weights have been made since."""
-    vectors = getattr(optimizer, "tf_dist_no_decay", list)()
+    vectors: list[Any] = getattr(optimizer, "tf_dist_no_decay", list)()
     if vectors:
         made = [variable for variable in vectors if not is_outline(variable)]
         optimizer.exclude_from_weight_decay(var_list=made)
