@@ -31,6 +31,8 @@ SQUARES_BLOCK = 4096
 # Sums of terms travel in one piece (of as much as MPI can count): on one node each piece costs a meeting of
 # the ranks. Between nodes smaller ones are faster: see `tf_dist.parallel.carrier`.
 DEFAULT_CHUNK_BYTES = 1 << 30
+# Tags of messages between two ranks: MPI promises 32,768 of them, and other messages use the first 32,000.
+TAGS = 768
 # Elements that are added to all terms before the next ones, whole blocks of squares: they stay in the cache.
 ADDED_AT_ONCE = 32 * SQUARES_BLOCK
 
@@ -82,6 +84,9 @@ class Pending(Protocol):
 
     def wait(self) -> None:
         """Return once the array may be used again."""
+
+    def done(self) -> bool:
+        """Whether `wait` would return at once."""
 
 
 @dataclass
@@ -271,14 +276,20 @@ class Comm(ABC):
 
     # Between two ranks ---------------------------------------------------------------------------
 
-    def isend(self, array: np.ndarray, to: int) -> Pending:
-        """Begin to send; messages to one rank arrive in the order in which they were sent."""
-        self.record.sent_bytes += array.nbytes
-        return _Timed(self._isend(_flat(array), to), self.record, f"send to rank {to}")
+    def isend(self, array: np.ndarray, to: int, tag: int = 0) -> Pending:
+        """Begin to send; messages of one tag to one rank arrive in the order in which they were sent.
 
-    def irecv(self, array: np.ndarray, source: int) -> Pending:
-        """Begin to receive, into an array of the length and dtype of what is sent."""
-        return _Timed(self._irecv(_flat(array), source), self.record, f"receive from rank {source}")
+        Args:
+            array: contiguous and one-dimensional.
+            to: a rank.
+            tag: 0 to `TAGS` - 1; what is received with it.
+        """
+        self.record.sent_bytes += array.nbytes
+        return _Timed(self._isend(_flat(array), to, tag), self.record, f"send to rank {to}")
+
+    def irecv(self, array: np.ndarray, source: int, tag: int = 0) -> Pending:
+        """Begin to receive, into an array of the length and dtype of what is sent with this tag."""
+        return _Timed(self._irecv(_flat(array), source, tag), self.record, f"receive from rank {source}")
 
     # Smaller groups ------------------------------------------------------------------------------
 
@@ -305,10 +316,10 @@ class Comm(ABC):
 
     # What a transport provides -------------------------------------------------------------------
 
-    def _isend(self, array: np.ndarray, to: int) -> Pending:
+    def _isend(self, array: np.ndarray, to: int, tag: int) -> Pending:
         raise self._cannot("send to a single rank")
 
-    def _irecv(self, array: np.ndarray, source: int) -> Pending:
+    def _irecv(self, array: np.ndarray, source: int, tag: int) -> Pending:
         raise self._cannot("receive from a single rank")
 
     def _reduce_scatter_terms(
@@ -418,6 +429,9 @@ class _Timed:
         self._pending.wait()
         self._record.waiting = None
         self._record.comm_s += time.monotonic() - begun
+
+    def done(self) -> bool:
+        return self._pending.done()
 
 
 def add_in_order(terms: Sequence[np.ndarray], additions: Sequence[tuple[int, int]]) -> np.ndarray:

@@ -144,11 +144,11 @@ class MPIComm(Comm):
         self._node.Bcast(first)
         return int(first[0])
 
-    def _isend(self, array: np.ndarray, to: int) -> Pending:
-        return _Message(self._mpi.Isend(array, to, MESSAGE_TAG), array)
+    def _isend(self, array: np.ndarray, to: int, tag: int) -> Pending:
+        return _Message(self._mpi.Isend(array, to, MESSAGE_TAG + tag), array)
 
-    def _irecv(self, array: np.ndarray, source: int) -> Pending:
-        return _Message(self._mpi.Irecv(array, source, MESSAGE_TAG), array)
+    def _irecv(self, array: np.ndarray, source: int, tag: int) -> Pending:
+        return _Message(self._mpi.Irecv(array, source, MESSAGE_TAG + tag), array)
 
     def _sub(self, shape: Sequence[int], axes: Sequence[int]) -> Comm:
         # reorder=False: a rank stays who it is, so that the innermost axis lies on neighbouring ranks.
@@ -269,6 +269,9 @@ class _Message:
 
     def wait(self) -> None:
         self._request.Wait()
+
+    def done(self) -> bool:
+        return bool(self._request.Test())
 
 
 def _chunks(array: np.ndarray) -> list[np.ndarray]:

@@ -15,6 +15,7 @@ import keras
 from tf_dist.config import Config
 from tf_dist.errors import UsageError
 from tf_dist.models import lstm, transformer
+from tf_dist.models.outline import is_outline
 from tf_dist.models.transformer import PLAIN, Layers
 
 
@@ -89,7 +90,10 @@ def check(model: object, name: str, vocab_size: int, seq_len: int) -> None:
     """Raise UsageError unless ``model`` maps (B, T) int32 to (B, T, V)."""
     if not isinstance(model, keras.Model):
         raise UsageError(f"{name} returned a {type(model).__name__}, not a keras.Model")
-    tokens_BxT = keras.ops.zeros((1, seq_len), dtype="int32")
+    if any(map(is_outline, model.variables)):
+        tokens_BxT = keras.KerasTensor((1, seq_len), dtype="int32")
+    else:
+        tokens_BxT = keras.ops.zeros((1, seq_len), dtype="int32")
     try:
         shape = tuple(model(tokens_BxT).shape)  # also builds a subclassed model
     except Exception as error:

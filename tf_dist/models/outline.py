@@ -12,14 +12,23 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from keras.src.backend.common import global_state
 from keras.src.backend.common.stateless_scope import StatelessScope
+
+# Where Keras notes variables that it has still to make.
+WAITING = "uninitialized_variables"
 
 
 @contextlib.contextmanager
 def outline() -> Iterator[None]:
     """Models that are built here have no weights yet: `materialize` makes them."""
-    with StatelessScope(initialize_variables=False):
-        yield
+    waiting = list(global_state.get_global_attribute(WAITING) or [])
+    try:
+        with StatelessScope(initialize_variables=False):
+            yield
+    finally:
+        # Else Keras would make them all when it next leaves such a scope, for any model.
+        global_state.set_global_attribute(WAITING, waiting)
 
 
 def is_outline(variable: Any) -> bool:

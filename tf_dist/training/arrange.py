@@ -14,7 +14,8 @@ from tf_dist.parallel.parts import block
 from tf_dist.parallel.tree import BlockSum, order
 from tf_dist.parallel.updates import UPDATES, Update
 from tf_dist.training.passes import Passes
-from tf_dist.training.replica import Replica
+from tf_dist.training.pipeline import Pipeline, PipelinePasses, PipelineReplica
+from tf_dist.training.replica import Replica, Weights
 from tf_dist.training.shared_rows import passes_of_rows
 from tf_dist.training.tuning import talks_inside
 from tf_dist.training.whole import whole_norm
@@ -22,6 +23,8 @@ from tf_dist.training.whole import whole_norm
 PIPELINE_OPTIONS = (
     "pipeline_schedule", "pipeline_cuts", "virtual_stages", "micro_batches_in_flight", "recompute",
 )  # fmt: skip
+
+NO_XLA = "the layers of a pipeline's rank are compiled in steps"
 
 
 class Wishes(NamedTuple):
@@ -51,7 +54,7 @@ class Arrangement(NamedTuple):
     where it can.
     """
 
-    replica: Replica
+    replica: Replica | PipelineReplica
     passes: Passes
     update: Update
     micro_batches: range
@@ -87,24 +90,41 @@ def arrange(
     """
     if wishes.update not in UPDATES:
         raise UsageError(f"unknown update {wishes.update!r}: {', '.join(UPDATES)}")
-    replica = Replica(model, optimizer, rows, seq_len // mesh.sequence.size, seed)
+    mine = block(count, mesh.at[DATA], mesh.shape[DATA])
+    replica: Replica | PipelineReplica
+    if mesh.pipeline.size > 1:
+        replica = PipelineReplica(model, optimizer, mesh, rows, seq_len, seed, _pipeline(wishes), len(mine))
+    else:
+        replica = Replica(model, optimizer, rows, seq_len // mesh.sequence.size, seed)
     replica.norm = whole_norm(replica, model.trainable_variables, mesh)
     _check_optimizer(replica, mesh)
-    mine = block(count, mesh.at[DATA], mesh.shape[DATA])
     leaves, blocks = leaves_of(count, mesh)
     terms, comm = order(leaves, blocks), mesh.replicas
     chosen = carrier.choose(
         comm, replica.parameters, terms, wishes.allreduce, wishes.chunk_bytes, wishes.measure
     )
+    update = UPDATES[wishes.update]
+    if isinstance(replica, PipelineReplica):
+        pipelined = PipelinePasses(replica, leaves, blocks[comm.rank], chosen.buffers)
+        return Arrangement(replica, pipelined, update, mine, terms, chosen.said, NO_XLA)
     sums = BlockSum(replica.parameters, leaves, blocks[comm.rank], chosen.buffers)
     why_not = "" if wishes.update == "allreduce" else "only --update allreduce sums everywhere"
     overlap = buckets.choose(comm, replica.layout, terms, sums, wishes.overlap, why_not)
     passes = passes_of_rows(replica, mine, sums, overlap, mesh)
-    update = UPDATES[wishes.update]
     return Arrangement(replica, passes, update, mine, terms, chosen.said, talks_inside(model))
 
 
-def _check_optimizer(replica: Replica, mesh: Mesh) -> None:
+def _pipeline(wishes: Wishes) -> Pipeline:
+    return Pipeline(
+        wishes.pipeline_schedule,
+        wishes.pipeline_cuts,
+        wishes.virtual_stages,
+        wishes.micro_batches_in_flight,
+        wishes.recompute == "on",
+    )
+
+
+def _check_optimizer(replica: Weights, mesh: Mesh) -> None:
     """Refuse an optimizer that looks at whole variables, or at all of them, where no rank has them."""
     reason = replica.optimizer_step.reason
     if reason and not mesh.plain:

@@ -8,6 +8,7 @@ import keras
 
 from tf_dist.config import Config, did_you_mean
 from tf_dist.errors import UsageError
+from tf_dist.models.outline import is_outline
 from tf_dist.training.schedules import schedule
 
 
@@ -39,8 +40,20 @@ def build(config: Config, model: keras.Model, steps: int) -> keras.optimizers.Op
         raise UsageError(f"optimizer {config.optimizer} with {config.optimizer_args}: {error}") from error
     if optimizer.weight_decay:
         vectors = [variable for variable in model.trainable_variables if len(variable.shape) < 2]
-        optimizer.exclude_from_weight_decay(var_list=vectors)
+        if any(map(is_outline, vectors)):
+            # Keras knows variables by their values: to be asked again when there are some.
+            optimizer.tf_dist_no_decay = lambda: vectors
+        else:
+            optimizer.exclude_from_weight_decay(var_list=vectors)
     return optimizer
+
+
+def spare_vectors(optimizer: Any) -> None:
+    """Exclude from weight decay what `build` would have, of an outline whose weights have been made since."""
+    vectors: list[Any] = getattr(optimizer, "tf_dist_no_decay", list)()
+    if vectors:
+        made = [variable for variable in vectors if not is_outline(variable)]
+        optimizer.exclude_from_weight_decay(var_list=made)
 
 
 def _optimizer_class(name: str) -> Any:

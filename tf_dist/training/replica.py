@@ -5,7 +5,7 @@ Legend: B rows of a micro-batch, T tokens, V vocabulary, P parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -18,11 +18,83 @@ from tf_dist.parallel.flat import ALIGNMENT_BYTES, FlatLayout, norm
 from tf_dist.parallel.parts import part_of
 from tf_dist.training.loss import loss_and_sums
 from tf_dist.training.optimizer_step import optimizer_step
+from tf_dist.training.optimizers import spare_vectors
 from tf_dist.training.pieces import Piece, variable_piece
 from tf_dist.training.randomness import foreign_draws, generator_states, random_states
 
 
-class Replica:
+class Weights:
+    """What a rank trains of a model, as flat arrays, and the optimizer that changes it.
+
+    Args:
+        optimizer: any Keras optimizer.
+        variables: Keras variables with their values, in the order of the whole model.
+
+    Attributes:
+        variables: what it trains, in the order of the flat gradient; layout: where each lies in it.
+        parameters: P.
+        norm: of a gradient: of this rank's, until a `Trainer` knows that others have more of it.
+    """
+
+    def __init__(self, optimizer: keras.optimizers.Optimizer, variables: Sequence[Any]) -> None:
+        self.optimizer, self.variables = optimizer, list(variables)
+        if not optimizer.built:
+            spare_vectors(optimizer)
+            optimizer.build(self.variables)
+        self.layout = FlatLayout([variable.shape for variable in self.variables])
+        self.parameters = self.layout.total
+        self.norm: Callable[..., float] = norm
+        self.optimizer_step = optimizer_step(optimizer, self.variables)
+        self._read = tf.function(lambda: concat(self._trainable_values()), input_signature=[])
+        self._write = tf.function(self._write_graph, [tf.TensorSpec((self.parameters,), tf.float32)])
+
+    def holds(self, variable: Any) -> bool:
+        """Whether this rank has a weight of the model."""
+        return True
+
+    def pieces_of(self, variable: Any) -> list[Piece]:
+        """What this rank holds of a weight of the model."""
+        return [variable_piece(variable, part_of(variable))] if self.holds(variable) else []
+
+    def complete(self, gradient: np.ndarray) -> np.ndarray:
+        """Add what other ranks have for the same weights: nothing, for all ranks have summed the same ones.
+
+        The gradient may lie in memory that ranks share: it is only read.
+        """
+        return gradient
+
+    def apply(self, gradient: np.ndarray, scale: float) -> None:
+        """Take one optimizer step with ``scale * gradient``, (P,) float32."""
+        self.optimizer_step.apply(as_tensor(gradient), np.float32(scale))
+
+    def skip(self) -> None:
+        """Count a step that was taken elsewhere, so that learning-rate schedules go on."""
+        self.optimizer.iterations.assign_add(1)
+
+    def read_weights(self, out: np.ndarray) -> None:
+        """Copy the trainable weights to ``out``, (P,) float32."""
+        np.copyto(out, np.asarray(self._read()))
+
+    def write_weights(self, weights: np.ndarray) -> None:
+        """Set the trainable weights from (P,) float32; it is copied.
+
+        Not aliased: TensorFlow's variables would keep living in the caller's buffer.
+        """
+        self._write(tf.convert_to_tensor(weights))
+
+    def _write_graph(self, weights_P: Any) -> None:
+        for variable, value in zip(self.variables, self._split(weights_P), strict=True):
+            variable.assign(value)
+
+    def _split(self, flat_P: Any) -> list[Any]:
+        parts = tf.split(flat_P, self.layout.sizes)
+        return [tf.reshape(part, shape) for part, shape in zip(parts, self.layout.shapes, strict=True)]
+
+    def _trainable_values(self) -> list[Any]:
+        return [variable.value for variable in self.variables]
+
+
+class Replica(Weights):
     """Gradients, evaluation and the optimizer step of a Keras language model.
 
     Each function is traced once: micro-batches always have the shape (B, T).
@@ -35,9 +107,6 @@ class Replica:
         seed: of dropout and everything else that is random in the model.
 
     Attributes:
-        variables: what it trains, in the order of the flat gradient; layout: where each lies in it.
-        parameters: P.
-        norm: of a gradient: of this rank's, until a `Trainer` knows that others have more of it.
         xla: whether XLA compiles forward and backward.
 
     Raises:
@@ -47,16 +116,12 @@ class Replica:
     def __init__(
         self, model: keras.Model, optimizer: keras.optimizers.Optimizer, rows: int, seq_len: int, seed: int
     ) -> None:
-        self.model, self.optimizer, self.seed = model, optimizer, seed
+        self.model, self.seed = model, seed
         materialize(model.variables)
-        self._check_model(seq_len)
-        if not optimizer.built:
-            optimizer.build(model.trainable_variables)
-        self.variables = list(model.trainable_variables)
-        self.layout = FlatLayout([variable.shape for variable in self.variables])
-        self.parameters = self.layout.total
-        self.norm: Callable[..., float] = norm
-        self.optimizer_step = optimizer_step(optimizer, model.trainable_variables)
+        if not model.built:
+            model(np.zeros((1, seq_len), np.int32))
+        check_model(model)
+        super().__init__(optimizer, model.trainable_variables)
         self._generators = len(generator_states(model))
         self.rows, self.seq_len, self.xla = rows, seq_len, False
         self._compile(rows, seq_len)
@@ -65,24 +130,8 @@ class Replica:
         """Let XLA compile forward and backward, or not: the same but for rounding and what dropout drops."""
         self.xla = xla
 
-    def _check_model(self, seq_len: int) -> None:
-        if not self.model.built:
-            self.model(np.zeros((1, seq_len), np.int32))
-        if not self.model.trainable_variables:
-            raise UsageError(f"model {self.model.name!r} has no trainable variables: nothing can be learnt")
-        for variable in self.model.trainable_variables:
-            if variable.dtype != "float32":
-                raise UsageError(f"variable {variable.path} is {variable.dtype}: only float32 can be trained")
-        for layer in self.model._flatten_layers():
-            if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable:
-                raise UsageError(
-                    f"layer {layer.name!r} is BatchNormalization: each rank would keep its own averages. "
-                    "Use LayerNormalization, or set layer.trainable = False"
-                )
-
     def _compile(self, rows: int, seq_len: int) -> None:
         batch_BxT = tf.TensorSpec((rows, seq_len), tf.int32)
-        flat_P = tf.TensorSpec((self.parameters,), tf.float32)
         states = tf.TensorSpec((self._generators, 2), tf.int64)
         self.gradients_signature = [batch_BxT, batch_BxT, states]
         self._gradients = {
@@ -95,8 +144,6 @@ class Replica:
             for xla in (False, True)
         }
         self._evaluate = tf.function(self._evaluate_graph, input_signature=[batch_BxT, batch_BxT])
-        self._read = tf.function(lambda: _concat(self._trainable_values()), input_signature=[])
-        self._write = tf.function(self._write_graph, input_signature=[flat_P])
 
     # Forward and backward ------------------------------------------------------------------------
 
@@ -131,7 +178,7 @@ class Replica:
 
     def _gradients_graph(self, x_BxT: Any, y_BxT: Any, states: Any) -> tuple[Any, Any]:
         parts, sums = self.gradients_and_sums(x_BxT, y_BxT, states)
-        return _concat(parts), sums
+        return concat(parts), sums
 
     def gradients_and_sums(self, x_BxT: Any, y_BxT: Any, states: Any) -> tuple[list[Any], Any]:
         """Inside a graph: the gradient of each trainable variable, dense, and the sums of `gradients`."""
@@ -149,59 +196,28 @@ class Replica:
     def _evaluate_graph(self, x_BxT: Any, y_BxT: Any) -> Any:
         return loss_and_sums(self.model, x_BxT, y_BxT, training=False)[1]
 
-    # Weights -------------------------------------------------------------------------------------
 
-    def holds(self, variable: Any) -> bool:
-        """Whether this rank has a weight of the model."""
-        return True
-
-    def pieces_of(self, variable: Any) -> list[Piece]:
-        """What this rank holds of a weight of the model."""
-        return [variable_piece(variable, part_of(variable))] if self.holds(variable) else []
-
-    def complete(self, gradient: np.ndarray) -> np.ndarray:
-        """Add what other ranks have for the same weights: nothing, for all ranks have summed the same ones.
-
-        The gradient may lie in memory that ranks share: it is only read.
-        """
-        return gradient
-
-    def apply(self, gradient: np.ndarray, scale: float) -> None:
-        """Take one optimizer step with ``scale * gradient``, (P,) float32."""
-        self.optimizer_step.apply(_as_tensor(gradient), np.float32(scale))
-
-    def skip(self) -> None:
-        """Count a step that was taken elsewhere, so that learning-rate schedules go on."""
-        self.optimizer.iterations.assign_add(1)
-
-    def read_weights(self, out: np.ndarray) -> None:
-        """Copy the trainable weights to ``out``, (P,) float32."""
-        np.copyto(out, np.asarray(self._read()))
-
-    def write_weights(self, weights: np.ndarray) -> None:
-        """Set the trainable weights from (P,) float32; it is copied.
-
-        Not aliased: TensorFlow's variables would keep living in the caller's buffer.
-        """
-        self._write(tf.convert_to_tensor(weights))
-
-    def _write_graph(self, weights_P: Any) -> None:
-        for variable, value in zip(self.model.trainable_variables, self._split(weights_P), strict=True):
-            variable.assign(value)
-
-    def _split(self, flat_P: Any) -> list[Any]:
-        parts = tf.split(flat_P, self.layout.sizes)
-        return [tf.reshape(part, shape) for part, shape in zip(parts, self.layout.shapes, strict=True)]
-
-    def _trainable_values(self) -> list[Any]:
-        return [variable.value for variable in self.model.trainable_variables]
+def check_model(model: keras.Model) -> None:
+    """Raise UsageError where a built model holds variables that ranks could not keep equal."""
+    if not model.trainable_variables:
+        raise UsageError(f"model {model.name!r} has no trainable variables: nothing can be learnt")
+    for variable in model.trainable_variables:
+        if variable.dtype != "float32":
+            raise UsageError(f"variable {variable.path} is {variable.dtype}: only float32 can be trained")
+    for layer in model._flatten_layers():
+        if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable:
+            raise UsageError(
+                f"layer {layer.name!r} is BatchNormalization: each rank would keep its own averages. "
+                "Use LayerNormalization, or set layer.trainable = False"
+            )
 
 
-def _concat(parts: list[Any]) -> Any:
+def concat(parts: list[Any]) -> Any:
+    """Arrays of any shapes as one vector."""
     return tf.concat([tf.reshape(part, (-1,)) for part in parts], axis=0)
 
 
-def _as_tensor(array: np.ndarray) -> Any:
+def as_tensor(array: np.ndarray) -> Any:
     """The same memory as a tensor where it is aligned: `tf.convert_to_tensor` would copy it."""
     if array.ctypes.data % ALIGNMENT_BYTES or not array.flags.writeable:
         return tf.convert_to_tensor(array)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from typing import TYPE_CHECKING
+from typing import Any
 
 import keras
 import numpy as np
@@ -18,9 +18,6 @@ import tensorflow as tf
 
 from tf_dist.comm.base import Comm
 from tf_dist.errors import UsageError
-
-if TYPE_CHECKING:
-    from tf_dist.training.replica import Replica
 
 AUTOTUNE = ("exact", "full", "off")
 XLA = ("auto", "on", "off")
@@ -43,7 +40,7 @@ class Tuning:
     """How forward and backward are compiled.
 
     Args:
-        replica: computes gradients.
+        replica: a `tf_dist.training.replica.Replica`, which computes gradients; where XLA cannot, any other.
         comm: all ranks.
         autotune: "full" to time both ways.
         xla: "on" or "off" whatever it costs; "auto": what autotune finds, else off.
@@ -56,7 +53,7 @@ class Tuning:
         UsageError: there is no such choice, or XLA was asked for where it cannot be.
     """
 
-    def __init__(self, replica: Replica, comm: Comm, autotune: str, xla: str, cannot: str = "") -> None:
+    def __init__(self, replica: Any, comm: Comm, autotune: str, xla: str, cannot: str = "") -> None:
         for name, word, known in (("autotune", autotune, AUTOTUNE), ("xla", xla, XLA)):
             if word not in known:
                 raise UsageError(f"unknown {name} {word!r}: choose one of {', '.join(known)}")

@@ -22,7 +22,7 @@ from tf_dist.parallel.norms import GlobalNorm, Run
 from tf_dist.parallel.parts import Part, part_of
 from tf_dist.training import elementwise
 from tf_dist.training.pieces import Piece, variable_piece
-from tf_dist.training.replica import Replica
+from tf_dist.training.replica import Weights
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Whole:
         mesh: all ranks.
     """
 
-    def __init__(self, model: keras.Model, optimizer: Any, replica: Replica, mesh: Mesh) -> None:
+    def __init__(self, model: keras.Model, optimizer: Any, replica: Weights, mesh: Mesh) -> None:
         self.mesh = mesh
         self.weights = _weights(model, replica)
         self.state = _optimizer_state(model, optimizer, replica)
@@ -120,7 +120,7 @@ class Whole:
 # What a rank holds ----------------------------------------------------------------------------------
 
 
-def _weights(model: keras.Model, replica: Replica) -> list[Entry]:
+def _weights(model: keras.Model, replica: Weights) -> list[Entry]:
     entries = []
     for number, variable in enumerate(model.weights):
         part = part_of(variable)
@@ -130,7 +130,7 @@ def _weights(model: keras.Model, replica: Replica) -> list[Entry]:
     return entries
 
 
-def _optimizer_state(model: keras.Model, optimizer: Any, replica: Replica) -> list[Entry]:
+def _optimizer_state(model: keras.Model, optimizer: Any, replica: Weights) -> list[Entry]:
     """The optimizer's variables as it would have made them for the whole model."""
     if len(replica.variables) == len(model.trainable_variables) and replica.optimizer_step.whole_slots:
         return [
@@ -141,7 +141,7 @@ def _optimizer_state(model: keras.Model, optimizer: Any, replica: Replica) -> li
     return made.entries()
 
 
-def _with_parts(optimizer: Any, replica: Replica) -> list[tuple[Any, Part]]:
+def _with_parts(optimizer: Any, replica: Weights) -> list[tuple[Any, Part]]:
     """An optimizer's variables; state of a part of a weight is the same part of the weight's state."""
     parts = {
         id(slot): part_of(variable)
@@ -157,7 +157,7 @@ Named = tuple[str, tuple[int, ...], str, list[Piece]]
 class _Slots:
     """The optimizer's variables of a rank that has slots for some weights only, or for a stretch of them."""
 
-    def __init__(self, model: keras.Model, optimizer: Any, replica: Replica) -> None:
+    def __init__(self, model: keras.Model, optimizer: Any, replica: Weights) -> None:
         self.model, self.optimizer, self.replica = model, optimizer, replica
         self._place = {id(variable): place for place, variable in enumerate(replica.variables)}
 
@@ -238,7 +238,7 @@ def _place(whole: np.ndarray, part: Part, start: int, stop: int, values: np.ndar
 # The norm -------------------------------------------------------------------------------------------
 
 
-def whole_norm(replica: Replica, trainable: Sequence[Any], mesh: Mesh) -> GlobalNorm:
+def whole_norm(replica: Weights, trainable: Sequence[Any], mesh: Mesh) -> GlobalNorm:
     """The global norm of a gradient of which each rank of `Mesh.model` has a part; a collective.
 
     Args:

@@ -1,0 +1,204 @@
+"""Pipelines over real ranks, against the same training on one rank: p is the number of ranks.
+
+Untied models end with the bits of one rank, whatever the schedule; tied ones within 1e-6, for the gradient of
+the table is then added in another order. Keras is imported inside functions: ``connected`` comes first.
+"""
+
+import functools
+
+import numpy as np
+import pytest
+
+from tf_dist.comm.base import SerialComm
+from tf_dist.parallel.mesh import Mesh
+from tf_dist.parallel.schedule import SCHEDULES
+
+V, T, D, B = 13, 6, 8, 2  # vocabulary, tokens, width, rows of a micro-batch
+STEPS = 3
+TOKENS = np.random.default_rng(1).integers(0, V, 400).astype(np.uint16)
+HELD_OUT = TOKENS[:101]
+ROW = TOKENS[None, :T].astype(np.int32)
+
+
+def chain(policy="float32"):
+    """Quickly traced, and with many places to cut at."""
+    import keras
+    from keras import layers
+
+    tokens = keras.Input((T,), dtype="int32")
+    x = layers.Embedding(V, D, dtype=policy)(tokens)
+    for _ in range(8):
+        x = layers.Dense(D, activation="tanh", dtype=policy)(x)
+        x = layers.Dropout(0.2, dtype=policy)(x)
+    return keras.Model(tokens, layers.Dense(V, dtype=policy)(x))
+
+
+def gpt(tied):
+    from tf_dist.models import transformer
+
+    return transformer.build(V, T, 3, D, 2, 0.2, tied)
+
+
+def lstm(tied):
+    from tf_dist.models import lstm
+
+    return lstm.build(V, T, 3, D, 0.2, tied)
+
+
+MODELS = {
+    "chain": chain,
+    "bfloat16": functools.partial(chain, "mixed_bfloat16"),
+    "transformer": functools.partial(gpt, False),
+    "tied transformer": functools.partial(gpt, True),
+    "lstm": functools.partial(lstm, False),
+    "tied lstm": functools.partial(lstm, True),
+}
+
+
+def trained(name, comm, micro_batches=5, mesh=None, **pipeline):
+    """A trainer after some steps, and all that it was told."""
+    import keras
+
+    from tf_dist.models.outline import outline
+    from tf_dist.training.trainer import Trainer
+
+    keras.utils.set_random_seed(1)
+    with outline():
+        model = MODELS[name]()
+    made = Trainer(
+        model, keras.optimizers.AdamW(1e-2, weight_decay=0.01), comm,
+        global_batch_size=B * micro_batches, micro_batch_size=B, seq_len=T, clip_norm=0.5, seed=3,
+        autotune="off", mesh=mesh, pipeline=pipeline,
+    )  # fmt: skip
+    sequences = made.sequences(TOKENS)
+    sampler = made.sampler(sequences)
+    logs = [made.train_step(sequences, sampler) for _ in range(STEPS)]
+    return made, logs, made.validate(HELD_OUT), made.passes.logits(ROW)
+
+
+@functools.cache
+def alone(name, micro_batches=5):
+    """The same training on one rank, done by each rank for itself; its weights and their hash."""
+    made, logs, result, logits = trained(name, SerialComm(), micro_batches)
+    whole = made.whole()
+    weights = np.concatenate([array.ravel() for _, array in whole.tensors(whole.weights)])
+    return logs, result, logits, whole.weights_sha256(), weights
+
+
+def assert_equal(outcome, expected, everyone):
+    """In bits: weights, losses, norms, validation and logits, on every rank."""
+    made, logs, result, logits = outcome
+    assert made.whole().weights_sha256() == expected[3]
+    assert all(everyone((logs, result) == expected[:2]))
+    assert all(everyone(np.array_equal(logits, expected[2])))
+
+
+def pipelined(name, comm, micro_batches=5, **pipeline):
+    return trained(name, comm, micro_batches, Mesh(comm, pipeline=comm.size), **pipeline)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_schedule_is_one_rank(connected, everyone, schedule):
+    outcome = pipelined("chain", connected, pipeline_schedule=schedule)
+    assert_equal(outcome, alone("chain"), everyone)
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule", "recompute"),
+    [
+        ("transformer", "interleaved", "on"),
+        ("transformer", "zero-bubble", "off"),
+        ("lstm", "zero-bubble", "on"),
+        ("lstm", "gpipe", "off"),
+        ("bfloat16", "1f1b", "off"),
+    ],
+)
+def test_models_without_ties_are_one_rank(connected, everyone, name, schedule, recompute):
+    if schedule == "interleaved" and connected.size == 4:
+        schedule = "1f1b"  # eight stages of three layers would cut blocks in pieces without weights
+    outcome = pipelined(name, connected, pipeline_schedule=schedule, recompute=recompute)
+    assert_equal(outcome, alone(name), everyone)
+
+
+@pytest.mark.parametrize(("name", "schedule"), [("tied transformer", "1f1b"), ("tied lstm", "zero-bubble")])
+def test_tied_tables_are_one_rank_within_rounding(connected, everyone, name, schedule):
+    logs_alone, result_alone, logits_alone, _, weights_alone = alone(name)
+    made, logs, result, logits = pipelined(name, connected, pipeline_schedule=schedule)
+    whole = made.whole()
+    tensors = [array.ravel() for _, array in whole.tensors(whole.weights)]
+    if connected.rank == 0:
+        assert float(np.abs(np.concatenate(tensors) - weights_alone).max()) <= 1e-6
+    for mine, theirs in zip([*logs, result], [*logs_alone, result_alone], strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-5)
+    np.testing.assert_allclose(logits, logits_alone, atol=1e-5)
+    check_the_ends_have_one_table(made, everyone)
+
+
+def check_the_ends_have_one_table(made, everyone):
+    """First and last stage hold it, and end each step with the same bits of it."""
+    tables = [v for v in made.replica.variables if v.path == "embedding/embeddings"]
+    held = [one for one in everyone([np.asarray(v.value).tobytes() for v in tables]) if one]
+    assert len(held) == min(2, made.comm.size)
+    assert held[0] == held[-1]
+
+
+def test_fewer_micro_batches_than_stages(connected, everyone):
+    for schedule in ("1f1b", "interleaved"):
+        outcome = pipelined("chain", connected, 1, pipeline_schedule=schedule)
+        assert_equal(outcome, alone("chain", 1), everyone)
+
+
+def test_pipelines_beside_each_other_and_one_without_work(connected, everyone):
+    """Two pipelines, and where there is one micro-batch only, the second does nothing and hangs nobody."""
+    if connected.size % 2:
+        pytest.skip("two pipelines need an even number of ranks")
+    for micro_batches in (1, 3):
+        mesh = Mesh(connected, pipeline=connected.size // 2)
+        outcome = trained("chain", connected, micro_batches, mesh, pipeline_schedule="zero-bubble")
+        assert_equal(outcome, alone("chain", micro_batches), everyone)
+
+
+def test_activations_kept_and_bytes_sent(connected, everyone):
+    """GPipe keeps all micro-batches, 1f1b as many as there are ranks from here to the end, recompute none."""
+    if connected.size == 1:
+        pytest.skip("a pipeline has two ranks or more")
+    m, p, rank = 5, connected.size, connected.rank
+    kept = {}
+    for schedule, more in (
+        ("gpipe", {}), ("gpipe", {"micro_batches_in_flight": 2}), ("1f1b", {}), ("1f1b", {"recompute": "on"}),
+    ):  # fmt: skip
+        outcome = pipelined("chain", connected, m, pipeline_schedule=schedule, **more)
+        assert_equal(outcome, alone("chain", m), everyone)
+        passes = outcome[0].passes
+        assert passes.kept_bytes == 0, "after a step nothing is kept"
+        assert 0 <= passes.spent.waited_s <= passes.spent.elapsed_s
+        kept[schedule, *more] = passes.peak_kept_bytes
+    if rank < p - 1:
+        each, rest = divmod(kept["gpipe",], m)
+        assert rest == 0
+        assert kept["gpipe", "micro_batches_in_flight"] == 2 * each
+        assert kept["1f1b",] == min(m, p - rank) * each
+    assert kept["1f1b", "recompute"] < kept["1f1b",] or rank == p - 1
+    check_bytes_sent(outcome[0], m)
+
+
+def check_bytes_sent(made, micro_batches):
+    """A neighbour on either side gets (B, T, D) float32 of each micro-batch."""
+    sequences = made.sequences(TOKENS)
+    batches = made._batches(sequences, made.sampler(sequences))
+    before = made.comm.sent_bytes
+
+    class Nowhere:
+        def add(self, number, sums):
+            pass
+
+    made.passes.train(9, batches, Nowhere())
+    neighbours = (made.comm.rank > 0) + (made.comm.rank < made.comm.size - 1)
+    assert made.comm.sent_bytes - before == neighbours * micro_batches * 4 * B * T * D
+
+
+def test_cuts_by_hand(connected, everyone):
+    """Stages as uneven as can be."""
+    cuts = ",".join(str(2 * i + 1) for i in range(connected.size - 1))
+    outcome = pipelined("chain", connected, pipeline_cuts=cuts)
+    assert_equal(outcome, alone("chain"), everyone)
