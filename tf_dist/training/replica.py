@@ -50,16 +50,19 @@ class Replica:
         self.model, self.optimizer, self.seed = model, optimizer, seed
         materialize(model.variables)
         self._check_model(seq_len)
-        if not optimizer.built:
-            optimizer.build(model.trainable_variables)
         self.variables = list(model.trainable_variables)
         self.layout = FlatLayout([variable.shape for variable in self.variables])
         self.parameters = self.layout.total
         self.norm: Callable[..., float] = norm
-        self.optimizer_step = optimizer_step(optimizer, model.trainable_variables)
+        self.optimizer_step = self._make_step()
         self._generators = len(generator_states(model))
         self.rows, self.seq_len, self.xla = rows, seq_len, False
         self._compile(rows, seq_len)
+
+    def _make_step(self) -> Any:
+        if not self.optimizer.built:
+            self.optimizer.build(self.variables)
+        return optimizer_step(self.optimizer, self.variables)
 
     def use_xla(self, xla: bool) -> None:
         """Let XLA compile forward and backward, or not: the same but for rounding and what dropout drops."""
@@ -168,7 +171,7 @@ class Replica:
 
     def apply(self, gradient: np.ndarray, scale: float) -> None:
         """Take one optimizer step with ``scale * gradient``, (P,) float32."""
-        self.optimizer_step.apply(_as_tensor(gradient), np.float32(scale))
+        self.optimizer_step.apply(as_tensor(gradient), np.float32(scale))
 
     def skip(self) -> None:
         """Count a step that was taken elsewhere, so that learning-rate schedules go on."""
@@ -201,8 +204,8 @@ def _concat(parts: list[Any]) -> Any:
     return tf.concat([tf.reshape(part, (-1,)) for part in parts], axis=0)
 
 
-def _as_tensor(array: np.ndarray) -> Any:
+def as_tensor(array: np.ndarray) -> Any:
     """The same memory as a tensor where it is aligned: `tf.convert_to_tensor` would copy it."""
-    if array.ctypes.data % ALIGNMENT_BYTES or not array.flags.writeable:
+    if array.ctypes.data % ALIGNMENT_BYTES or not array.flags.writeable or not array.size:
         return tf.convert_to_tensor(array)
     return tf.experimental.dlpack.from_dlpack(array.__dlpack__())

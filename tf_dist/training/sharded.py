@@ -1,0 +1,101 @@
+"""A replica whose optimizer keeps the state of one shard of the weights: ZeRO's first two stages.
+
+Legend: P parameters, S of them in this rank's shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tf_dist.comm.base import Comm, slices_of_blocks
+from tf_dist.training.replica import Replica, as_tensor
+from tf_dist.training.shard_step import ShardStep
+
+
+class ShardedReplica(Replica):
+    """As `Replica`, but it steps this rank's shard of the weights, and takes the others' from whoever has them.
+
+    Args:
+        model: token ids (B, T) int32 -> logits (B, T, V).
+        optimizer: an elementwise Keras optimizer, not yet built.
+        rows: B, the rows of a micro-batch.
+        seq_len: T.
+        seed: of dropout and everything else that is random in the model.
+        comm: the ranks that share the optimizer's state; nothing is asked of them yet.
+
+    Attributes:
+        shards: the elements of each rank, (R,).
+
+    Raises:
+        UsageError: the optimizer is built already, or is not elementwise.
+    """
+
+    optimizer_step: ShardStep
+
+    def __init__(
+        self,
+        model: keras.Model,
+        optimizer: keras.optimizers.Optimizer,
+        rows: int,
+        seq_len: int,
+        seed: int,
+        comm: Comm,
+    ) -> None:
+        self._comm = comm
+        super().__init__(model, optimizer, rows, seq_len, seed)
+        whole = {piece.number for piece in self.optimizer_step.pieces if piece.whole}
+        self._others = [i for i in range(len(self.layout.sizes)) if i not in whole]
+        self._writers: dict[tuple[int, ...], Any] = {}
+
+    def _make_step(self) -> ShardStep:
+        self.shards = slices_of_blocks(self.parameters, self._comm.size)
+        return ShardStep(self.optimizer, self.model.trainable_variables, self.shards[self._comm.rank])
+
+    def apply(self, gradient: np.ndarray, scale: float) -> None:
+        """Take one optimizer step of this rank's shard with ``scale * gradient``, (S,) float32."""
+        self.optimizer_step.apply(gradient, scale)
+
+    def read_shard(self, out: np.ndarray) -> None:
+        """Copy this rank's shard of the weights to ``out``, (S,)."""
+        self.optimizer_step.read(out)
+
+    def write_others(self, weights: np.ndarray) -> None:
+        """Set the variables that this rank's step has not changed from all weights, (P,)."""
+        self.write_variables(self._others, weights, 0)
+
+    def write_weights(self, weights: np.ndarray) -> None:
+        """Set the trainable weights from (P,) float32; it is copied to where they are."""
+        self.write_variables(range(len(self.layout.sizes)), weights, 0)
+
+    def write_variables(self, numbers: Sequence[int], weights: np.ndarray, first: int) -> None:
+        """Set some variables from a stretch of the flat array that begins with its element ``first``."""
+        key = (first, weights.size, *numbers)
+        if key not in self._writers:
+            self._writers[key] = self._writer(numbers, weights.size, first)
+        self._writers[key](as_tensor(weights))
+
+    def _writer(self, numbers: Sequence[int], length: int, first: int) -> Any:
+        starts, shapes, variables = self.layout.starts, self.layout.shapes, self.model.trainable_variables
+
+        def graph(weights: Any) -> None:
+            for i in numbers:
+                part = weights[starts[i] - first : starts[i + 1] - first]
+                assign_in_place(variables[i].value, tf.reshape(part, shapes[i]))
+
+        return tf.function(graph, [tf.TensorSpec((length,), tf.float32)], autograph=False)
+
+
+def assign_in_place(variable: Any, value: Any) -> None:
+    """Copy to where a TensorFlow variable lies: `assign` would let it live in the memory of ``value``."""
+    rank = len(variable.shape)
+    if rank == 0:
+        variable.assign(tf.identity(value))
+        return
+    tf.raw_ops.ResourceStridedSliceAssign(
+        ref=variable.handle, begin=[0] * rank, end=list(variable.shape), strides=[1] * rank, value=value
+    )
