@@ -4,7 +4,8 @@ Micro-batches are leaves of the tree (`tree.py`), dealt out by turns: in round k
 gradient comes in stretches of the flat array, the same ones in the same order on every rank. Of each stretch a
 rank sends every owner what is its own; the owner adds what it has got from all ranks, leaf after leaf, as the
 tree wants it. So the sum has the bits of one rank, and nobody ever holds a gradient of all weights: an owner
-keeps at most log2(M) + 1 sums of its shard for M leaves, one of which is the result.
+keeps at most log2(M) + 1 sums for M leaves, one of which is the result; the others are gone once a stretch has
+all of its leaves.
 
 A rank without a leaf in the last round still receives. While a stretch is on its way the next one is made: what
 was sent is waited for a little later. Every rank begins all its messages of a few pieces before it waits for any
@@ -61,64 +62,57 @@ class ShardSums:
         shards: the elements of each rank, (R,), back to back.
         micro_batches: M.
         stretches: of the flat array, in the order in which gradients come; together everything.
+
+    Attributes:
+        rounds: how often each stretch is added in a step, on all ranks alike.
     """
 
     def __init__(
         self, comm: Comm, shards: Sequence[slice], micro_batches: int, stretches: Sequence[slice]
     ) -> None:
         self._comm, self._micro_batches = comm, micro_batches
+        self.rounds = -(-micro_batches // comm.size)
         self._mine = shards[comm.rank]
-        self.sum = aligned_empty(self._mine.stop - self._mine.start)
+        self._sum = aligned_empty(self._mine.stop - self._mine.start)
         self._groups = [_grouped(_cut(stretch, shards)) for stretch in stretches]
         self._firsts = [stretch.start for stretch in stretches]
-        self._trees: dict[_Piece, TreeSum] = {}
+        self._trees: dict[_Piece, tuple[TreeSum, list[int]]] = {}
         self._under_way: deque[_Sending] = deque()
         self._free: list[np.ndarray] = []
-        self._round = 0
 
-    @property
-    def rounds(self) -> int:
-        """How often each stretch is added in a step: on all ranks alike."""
-        return -(-self._micro_batches // self._comm.size)
-
-    def begin(self) -> None:
-        """A step begins: the sum is no longer valid."""
-        self._round = -1
-        self._under_way.clear()
-
-    def next_round(self) -> None:
-        """From now on the gradients are those of the next micro-batches, one a rank at most."""
-        self._round += 1
-
-    def add(self, stretch: int, gradients: Sequence[np.ndarray]) -> None:
-        """Give away a stretch of the gradient of this rank's micro-batch of the round.
+    def add(self, stretch: int, turn: int, gradients: Sequence[np.ndarray]) -> None:
+        """Give away a stretch of the gradient of this rank's micro-batch of a round.
 
         Args:
-            stretch: by number; all of them in order, in every round.
-            gradients: arrays that together are this stretch; none where this rank has no micro-batch.
+            stretch: by number.
+            turn: the round; of each stretch they come in order.
+            gradients: arrays that together are this stretch; none where this rank has no micro-batch. They may
+                be looked at until the next `add`, or `result`.
         """
         flat = None
         if gradients:
             flat = np.concatenate([one.reshape(-1) for one in gradients]) if len(gradients) > 1 else None
             flat = gradients[0].reshape(-1) if flat is None else flat
+        leaves = min(self._comm.size, self._micro_batches - turn * self._comm.size)
         for group in self._groups[stretch]:
-            self._under_way.append(self._start(group, flat, self._firsts[stretch]))
+            self._under_way.append(self._start(group, flat, self._firsts[stretch], leaves))
             if len(self._under_way) == 2:
                 self._finish(self._under_way.popleft())
 
     def result(self) -> np.ndarray:
-        """This rank's shard of the sum, (S,), once all rounds are over; valid until the next step begins."""
+        """This rank's shard of the sum, (S,), once all was added; valid until the next `add`."""
         while self._under_way:
             self._finish(self._under_way.popleft())
-        for tree in self._trees.values():
-            tree.result()
-        return self.sum
+        assert not self._trees, "a stretch has not come from all micro-batches"
+        return self._sum
 
-    def _start(self, pieces: Sequence[_Piece], flat: np.ndarray | None, first: int) -> _Sending:
-        rank, sent, coming = self._comm.rank, [], []
-        leaves = min(self._comm.size, self._micro_batches - self._round * self._comm.size)
+    def _start(
+        self, pieces: Sequence[_Piece], flat: np.ndarray | None, first: int, leaves: int
+    ) -> _Sending:
+        sent: list[Pending] = []
+        coming = []
         for piece in pieces:
-            if piece.owner == rank:
+            if piece.owner == self._comm.rank:
                 coming.append((piece, [self._receive(piece, leaf) for leaf in range(leaves)]))
             elif flat is not None:
                 sent.append(self._comm.isend(flat[piece.start - first : piece.stop - first], piece.owner))
@@ -132,23 +126,29 @@ class ShardSums:
 
     def _finish(self, sending: _Sending) -> None:
         for piece, leaves in sending.coming:
-            tree = self._tree(piece)
             for leaf in leaves:
                 if leaf is None:
                     assert sending.flat is not None
-                    tree.add(sending.flat[piece.start - sending.first : piece.stop - sending.first])
+                    self._add(piece, sending.flat[piece.start - sending.first : piece.stop - sending.first])
                 else:
-                    leaf[0].wait()
-                    tree.add(leaf[1][: piece.stop - piece.start])
-                    self._free.append(leaf[1])
+                    message, room = leaf
+                    message.wait()
+                    self._add(piece, room[: piece.stop - piece.start])
+                    self._free.append(room)
         for message in sending.sent:
             message.wait()
 
-    def _tree(self, piece: _Piece) -> TreeSum:
+    def _add(self, piece: _Piece, leaf: np.ndarray) -> None:
         if piece not in self._trees:
-            tree = self._trees[piece] = TreeSum(piece.stop - piece.start)
-            tree.home = self.sum[piece.start - self._mine.start : piece.stop - self._mine.start]
-        return self._trees[piece]
+            made = TreeSum(piece.stop - piece.start)
+            made.home = self._sum[piece.start - self._mine.start : piece.stop - self._mine.start]
+            self._trees[piece] = made, [self._micro_batches]
+        tree, missing = self._trees[piece]
+        tree.add(leaf)
+        missing[0] -= 1
+        if not missing[0]:
+            tree.result()
+            del self._trees[piece]
 
 
 def _cut(stretch: slice, shards: Sequence[slice]) -> list[_Piece]:

@@ -16,22 +16,31 @@ by itself. So no bit depends on how many ranks share the work.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
 
-from tf_dist.comm.base import SQUARES_BLOCK, Comm, Order, block_squares, slices_of_blocks
-from tf_dist.parallel.flat import aligned_empty, norm, norm_of
-from tf_dist.parallel.updates import TOKENS, Totals, scale_of
+from tf_dist.comm.base import Order
+from tf_dist.errors import UsageError
+from tf_dist.parallel.flat import aligned_empty
+from tf_dist.parallel.mesh import Mesh
+from tf_dist.parallel.updates import TOKENS, UPDATES, Totals, scale_of
 
 SHARED = "a shared window"
 
 
 class Sharded(Protocol):
-    """A copy of the model that steps a shard of its flat array of P parameters."""
+    """What a rank has of the model, of whose flat array of P parameters it steps a shard."""
 
     parameters: int
+    shards: Sequence[slice]
+
+    def norm(self, gradient: np.ndarray, squares: np.ndarray | None = None) -> float:
+        """The norm of the whole gradient from this rank's shard of it; a collective of all ranks."""
+
+    def complete(self, gradient: np.ndarray) -> np.ndarray:
+        """As of `tf_dist.parallel.updates.Replica`."""
 
     def apply(self, gradient: np.ndarray, scale: float) -> None:
         """Take one optimizer step of this rank's shard."""
@@ -42,27 +51,28 @@ class Sharded(Protocol):
     def write_others(self, weights: np.ndarray) -> None:
         """Take over the shards of the other ranks from all weights, (P,)."""
 
+    def spread(self) -> None:
+        """Give every rank the weights that it is to have, from those who step them; a collective."""
 
-def zero(
-    terms: list[np.ndarray], order: Order, totals: Totals, clip_norm: float, replica: Sharded, comm: Comm
+
+def zero_1(
+    terms: list[np.ndarray], order: Order, totals: Totals, clip_norm: float, replica: Sharded, mesh: Mesh
 ) -> float:
     """Stage 1: each rank sums and steps its shard; all gather the new weights.
 
     Arguments, result and errors are those of `tf_dist.parallel.updates.allreduce`. A rank sends as many bytes.
     """
-    comm.barrier()
-    counts = totals.reduce(comm)
-    shards = slices_of_blocks(replica.parameters, comm.size)
+    mesh.all.barrier()
+    counts = totals.reduce(mesh.all)
+    comm, shards = mesh.replicas, replica.shards
     mine = shards[comm.rank]
     whole = terms[0] if terms else aligned_empty(replica.parameters)
-    if comm.carried_by == SHARED:  # nothing is sent, and the sum lies where all can see it
-        whole, squares = comm.allreduce_terms(terms, order, whole)
-        length = norm(whole, squares) if comm.rank == 0 else 0.0
+    if comm.carried_by == SHARED or mesh.model.size > 1:
+        # In a window nothing is sent, and the sum lies where all can see it.
+        whole = replica.complete(comm.allreduce_terms(terms, order, whole).array)
     else:
         comm.reduce_scatter_terms(terms, order, shards, whole[mine])
-        length = norm_of_shards(whole[mine], shards, comm)
-    # Also the barrier behind which nobody looks at another rank's part of the sum any more.
-    length = agreed(length, comm) / max(counts[TOKENS], 1.0)
+    length = _agreed(replica, whole[mine], counts, mesh)
     replica.apply(whole[mine], scale_of(length, counts, clip_norm))
     replica.read_shard(whole[mine])
     comm.allgather(whole, shards)
@@ -70,41 +80,52 @@ def zero(
     return length
 
 
-def agreed(length: float, comm: Comm) -> float:
-    """Rank 0's number for all: on a node with another processor it could differ in its last bit."""
-    number = np.array([length])
-    comm.broadcast(number)
-    return float(number[0])
-
-
-def norm_of_shards(shard: np.ndarray, shards: Sequence[slice], comm: Comm) -> float:
-    """`tf_dist.parallel.flat.norm` of an array of which each rank has a shard; a collective.
+def zero_2_and_3(
+    terms: list[np.ndarray], order: Order, totals: Totals, clip_norm: float, replica: Sharded, mesh: Mesh
+) -> float:
+    """Stages 2 and 3: each rank has its shard of the sum already, and steps it.
 
     Args:
-        shard: this rank's.
-        shards: of all ranks, by `slices_of_blocks`.
-        comm: these ranks.
+        terms: this rank's shard of the summed gradient, alone.
+        order: not used; the sum was made in its order.
+        totals: of this rank; summed over ranks in place.
+        clip_norm: largest global norm of the mean gradient; 0 for no clipping.
+        replica: what this rank has of model and optimizer.
+        mesh: all ranks.
 
     Returns:
-        The same bits as for the whole array, unless its squares leave the range of float32.
+        The global norm of the mean gradient before clipping.
+
+    Raises:
+        NumericError: the gradient is not finite; no weight has changed.
     """
-    blocks = [slice(part.start // SQUARES_BLOCK, part.stop // SQUARES_BLOCK) for part in shards]
-    mine = blocks[comm.rank]
-    squares = np.empty(blocks[-1].stop, np.float32)
-    block_squares(shard, squares[mine])
-    comm.allgather(squares, blocks)
-    rest = shard[(mine.stop - mine.start) * SQUARES_BLOCK :]  # the last rank's alone
-
-    def exactly() -> float:
-        return _summed(float(np.einsum("i,i->", shard, shard, dtype=np.float64)), comm)
-
-    with np.errstate(over="ignore", invalid="ignore"):
-        return norm_of(squares, _summed(float(np.einsum("i,i->", rest, rest)), comm), exactly)
+    mesh.all.barrier()
+    counts = totals.reduce(mesh.all)
+    length = _agreed(replica, terms[0], counts, mesh)
+    replica.apply(terms[0], scale_of(length, counts, clip_norm))
+    replica.spread()
+    return length
 
 
-def _summed(number: float, comm: Comm) -> float:
-    """The sum of a number of each rank, in rank order."""
-    numbers = np.zeros(comm.size)
-    numbers[comm.rank] = number
-    comm.allreduce(numbers)
-    return float(numbers.sum())
+STAGES = {1: zero_1, 2: zero_2_and_3, 3: zero_2_and_3}
+
+
+def chosen(update: str, stage: int) -> Callable[..., float]:
+    """The update of that name, and for "zero" of that stage.
+
+    Raises:
+        UsageError: there is none.
+    """
+    known = [*UPDATES, "zero"]
+    if update not in known:
+        raise UsageError(f"unknown update {update!r}: {', '.join(known)}")
+    if update == "zero" and stage not in STAGES:
+        raise UsageError(f"zero_stage is {stage}: 1, 2 or 3")
+    return STAGES[stage] if update == "zero" else UPDATES[update]
+
+
+def _agreed(replica: Sharded, shard: np.ndarray, counts: np.ndarray, mesh: Mesh) -> float:
+    """The norm of the mean gradient; rank 0's, for it could differ on a node with another processor."""
+    length = np.array([replica.norm(shard) / max(counts[TOKENS], 1.0)])
+    mesh.all.broadcast(length)
+    return float(length[0])

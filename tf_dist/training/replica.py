@@ -12,9 +12,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tf_dist.comm.base import Comm
 from tf_dist.errors import UsageError
 from tf_dist.models.outline import materialize
-from tf_dist.parallel.flat import ALIGNMENT_BYTES, FlatLayout, norm
+from tf_dist.parallel.flat import ALIGNMENT_BYTES, FlatLayout, aligned_empty, norm
 from tf_dist.parallel.parts import part_of
 from tf_dist.training.loss import loss_and_sums
 from tf_dist.training.optimizer_step import optimizer_step
@@ -48,7 +49,7 @@ class Replica:
         self, model: keras.Model, optimizer: keras.optimizers.Optimizer, rows: int, seq_len: int, seed: int
     ) -> None:
         self.model, self.optimizer, self.seed = model, optimizer, seed
-        materialize(model.variables)
+        self._materialize()
         self._check_model(seq_len)
         self.variables = list(model.trainable_variables)
         self.layout = FlatLayout([variable.shape for variable in self.variables])
@@ -58,6 +59,9 @@ class Replica:
         self._generators = len(generator_states(model))
         self.rows, self.seq_len, self.xla = rows, seq_len, False
         self._compile(rows, seq_len)
+
+    def _materialize(self) -> None:
+        materialize(self.model.variables)
 
     def _make_step(self) -> Any:
         if not self.optimizer.built:
@@ -187,6 +191,13 @@ class Replica:
         Not aliased: TensorFlow's variables would keep living in the caller's buffer.
         """
         self._write(tf.convert_to_tensor(weights))
+
+    def give_weights(self, comm: Comm) -> None:
+        """Give all replicas the weights of the first one; a collective of theirs."""
+        weights = aligned_empty(self.parameters)
+        self.read_weights(weights)
+        comm.broadcast(weights)
+        self.write_weights(weights)
 
     def _write_graph(self, weights_P: Any) -> None:
         for variable, value in zip(self.model.trainable_variables, self._split(weights_P), strict=True):

@@ -10,8 +10,7 @@ Legend: P parameters, S of them in this rank's shard.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -19,13 +18,14 @@ import numpy as np
 from tf_dist.errors import UsageError
 from tf_dist.models.outline import first_value, is_outline, materialize
 from tf_dist.parallel.flat import FlatLayout
+from tf_dist.parallel.parts import part_of
 from tf_dist.training import elementwise
 from tf_dist.training.optimizer_step import BlockStep
+from tf_dist.training.pieces import Piece, variable_piece
 from tf_dist.training.replica import as_tensor
 
 
-@dataclass(frozen=True)
-class Piece:
+class Stretch(NamedTuple):
     """What a shard has of one variable.
 
     number: of the variable, in the order of the flat array. inner: its elements, as of a flat array. variable: a
@@ -49,14 +49,16 @@ class ShardStep:
         shard: this rank's elements of the flat array; may be empty.
 
     Attributes:
-        pieces: what the shard is made of.
+        stretches: what the shard is made of.
         reason: empty; see `OptimizerStep`.
+        whole_slots: False; see `OptimizerStep`.
 
     Raises:
         UsageError: the optimizer is built already, or needs more than a shard.
     """
 
     reason = ""
+    whole_slots = False
 
     def __init__(self, optimizer: Any, variables: Sequence[Any], shard: slice) -> None:
         if optimizer.built:
@@ -67,10 +69,11 @@ class ShardStep:
         self.optimizer, self.shard, self.variables = optimizer, shard, list(variables)
         layout = FlatLayout([variable.shape for variable in variables])
         decays = [_decays(optimizer, variable) for variable in variables]
-        self.pieces = [_piece(i, variables[i], inner) for i, inner in pieces(layout, shard)]
-        held = [piece.variable for piece in self.pieces]
+        # A rank without a shard has an optimizer as well, which counts steps, and slots of no elements.
+        self.stretches = [_stretch(i, variables[i], inner) for i, inner in _within(layout, shard)]
+        held = [stretch.variable for stretch in self.stretches]
         if optimizer.weight_decay is not None:
-            undecayed = [piece.variable for piece in self.pieces if not decays[piece.number]]
+            undecayed = [one.variable for one in self.stretches if not decays[one.number]]
             optimizer.exclude_from_weight_decay(var_list=undecayed)
         optimizer.build(held)
         self._refuse(variables)
@@ -99,26 +102,53 @@ class ShardStep:
 
     def _take_parts(self) -> None:
         """Let the parts of variables be those of the model, whoever has set them there."""
-        for piece in self.pieces:
-            whole = self.variables[piece.number]
-            if not piece.whole and not is_outline(whole):
-                piece.variable.assign(read(whole)[piece.inner.start : piece.inner.stop])
+        for one in self.stretches:
+            variable = self.variables[one.number]
+            if not one.whole and not is_outline(variable):
+                one.variable.assign(values_of(variable)[one.inner.start : one.inner.stop])
 
     def read(self, out_S: np.ndarray) -> None:
-        """Copy this shard of the weights, after a step, to ``out``."""
+        """Copy this shard of the weights, as the last step has left it, to ``out``."""
         start = 0
-        for piece in self.pieces:
-            np.copyto(out_S[start : start + len(piece.inner)], read(piece.variable))
-            start += len(piece.inner)
+        for one in self.stretches:
+            np.copyto(out_S[start : start + len(one.inner)], values_of(one.variable))
+            start += len(one.inner)
+
+    # What a checkpoint asks ----------------------------------------------------------------------
+
+    def slot_pieces(self, place: int, slot: str) -> list[Piece]:
+        """What this rank holds of the state ``slot`` (an attribute of the optimizer) of a variable."""
+        held = elementwise.slots_of(self.optimizer)[slot]
+        return [
+            self._as_piece(one, variable)
+            for one, variable in zip(self.stretches, held, strict=True)
+            if one.number == place and one.inner
+        ]
+
+    def weight_pieces(self, place: int) -> list[Piece]:
+        """What this shard has of a variable of the model."""
+        return [self._as_piece(one, one.variable) for one in self.stretches if one.number == place and one.inner]
+
+    def _as_piece(self, one: Stretch, held: Any) -> Piece:
+        part = part_of(self.variables[one.number])
+        if one.whole:
+            return variable_piece(held, part)
+        read = lambda: np.asarray(held.value).reshape(-1)  # noqa: E731 - as short as it can be
+        return Piece(part, one.inner.start, one.inner.stop, read, held.assign)
+
+    def shared_variables(self) -> list[Any]:
+        """The optimizer's variables that are the same on all replicas: its single numbers."""
+        slots = {id(v) for slot in elementwise.slots_of(self.optimizer).values() for v in slot}
+        return [variable for variable in self.optimizer.variables if id(variable) not in slots]
 
 
-def _piece(number: int, variable: Any, inner: range) -> Piece:
+def _stretch(number: int, variable: Any, inner: range) -> Stretch:
     if len(inner) == int(np.prod(variable.shape, dtype=np.int64)):
         materialize([variable])
-        return Piece(number, inner, variable, whole=True)
-    values = first_value(variable).reshape(-1) if is_outline(variable) else read(variable)
+        return Stretch(number, inner, variable, whole=True)
+    values = first_value(variable).reshape(-1) if is_outline(variable) else values_of(variable)
     part = keras.Variable(values[inner.start : inner.stop], dtype="float32", name=variable.name)
-    return Piece(number, inner, part, whole=False)
+    return Stretch(number, inner, part, whole=False)
 
 
 def _decays(optimizer: Any, variable: Any) -> bool:
@@ -129,17 +159,17 @@ def _decays(optimizer: Any, variable: Any) -> bool:
     return elementwise.decays(optimizer, variable)
 
 
-def pieces(layout: FlatLayout, part: slice) -> list[tuple[int, range]]:
-    """Which variables lie in a part of the flat array, and which of their elements do."""
+def _within(layout: FlatLayout, shard: slice) -> list[tuple[int, range]]:
+    """Which variables lie in a shard, and which of their elements do; nothing of the first one, if none."""
     found = []
     for i, (start, size) in enumerate(zip(layout.starts, layout.sizes, strict=False)):
-        inner = range(max(0, part.start - start), min(size, part.stop - start))
+        inner = range(max(0, shard.start - start), min(size, shard.stop - start))
         if inner:
             found.append((i, inner))
-    return found
+    return found or [(0, range(0))]
 
 
-def read(variable: Any) -> np.ndarray:
+def values_of(variable: Any) -> np.ndarray:
     """The values of a Keras variable as a flat array, which must only be read, and soon: nothing is copied.
 
     While somebody has it, TensorFlow does not change the variable in place.

@@ -13,8 +13,12 @@ import numpy as np
 import tensorflow as tf
 
 from tf_dist.comm.base import Comm, slices_of_blocks
+from tf_dist.parallel.buckets import BUCKET_BYTES, divide
+from tf_dist.parallel.flat import aligned_empty
+from tf_dist.parallel.mesh import Mesh
 from tf_dist.training.replica import Replica, as_tensor
-from tf_dist.training.shard_step import ShardStep
+from tf_dist.training.shard_step import ShardStep, values_of
+from tf_dist.training.whole import whole_norm
 
 
 class ShardedReplica(Replica):
@@ -26,10 +30,10 @@ class ShardedReplica(Replica):
         rows: B, the rows of a micro-batch.
         seq_len: T.
         seed: of dropout and everything else that is random in the model.
-        comm: the ranks that share the optimizer's state; nothing is asked of them yet.
+        mesh: all ranks; those of `Mesh.replicas` share the optimizer's state. A collective.
 
     Attributes:
-        shards: the elements of each rank, (R,).
+        shards: the elements of each of these ranks, (R,).
 
     Raises:
         UsageError: the optimizer is built already, or is not elementwise.
@@ -44,17 +48,20 @@ class ShardedReplica(Replica):
         rows: int,
         seq_len: int,
         seed: int,
-        comm: Comm,
+        mesh: Mesh,
     ) -> None:
-        self._comm = comm
+        self._comm = mesh.replicas
         super().__init__(model, optimizer, rows, seq_len, seed)
-        whole = {piece.number for piece in self.optimizer_step.pieces if piece.whole}
+        self.norm = whole_norm(self, model.trainable_variables, mesh, self.shards[self._comm.rank])
+        whole = {one.number for one in self.optimizer_step.stretches if one.whole}
+        # A part of a variable is stepped beside the model's own.
         self._others = [i for i in range(len(self.layout.sizes)) if i not in whole]
         self._writers: dict[tuple[int, ...], Any] = {}
+        self._room = np.empty(0, np.float32)
 
     def _make_step(self) -> ShardStep:
         self.shards = slices_of_blocks(self.parameters, self._comm.size)
-        return ShardStep(self.optimizer, self.model.trainable_variables, self.shards[self._comm.rank])
+        return ShardStep(self.optimizer, self.variables, self.shards[self._comm.rank])
 
     def apply(self, gradient: np.ndarray, scale: float) -> None:
         """Take one optimizer step of this rank's shard with ``scale * gradient``, (S,) float32."""
@@ -68,9 +75,29 @@ class ShardedReplica(Replica):
         """Set the variables that this rank's step has not changed from all weights, (P,)."""
         self.write_variables(self._others, weights, 0)
 
-    def write_weights(self, weights: np.ndarray) -> None:
-        """Set the trainable weights from (P,) float32; it is copied to where they are."""
-        self.write_variables(range(len(self.layout.sizes)), weights, 0)
+    def spread(self) -> None:
+        """Give every rank all weights, from those who step them; a collective.
+
+        Some variables at a time, so that nobody needs room for all of them twice.
+        """
+        starts = self.layout.starts
+        for bucket in divide(self.layout.sizes, BUCKET_BYTES, BUCKET_BYTES):
+            first, last = starts[bucket.start], starts[bucket.stop]
+            if self._room.size < last - first:
+                self._room = aligned_empty(last - first)
+            room = self._room[: last - first]
+            for one in self.optimizer_step.stretches:
+                if one.number in bucket and one.inner:
+                    start = starts[one.number] + one.inner.start - first
+                    np.copyto(room[start : start + len(one.inner)], values_of(one.variable))
+            gather(room, first, self.shards, self._comm)
+            others = [i for i in bucket if i in self._others]
+            if others:
+                self.write_variables(others, room, first)
+
+    def give_weights(self, comm: Comm) -> None:
+        """Let every rank begin with the weights of those who step them; a collective."""
+        self.spread()
 
     def write_variables(self, numbers: Sequence[int], weights: np.ndarray, first: int) -> None:
         """Set some variables from a stretch of the flat array that begins with its element ``first``."""
@@ -88,6 +115,21 @@ class ShardedReplica(Replica):
                 assign_in_place(variables[i].value, tf.reshape(part, shapes[i]))
 
         return tf.function(graph, [tf.TensorSpec((length,), tf.float32)], autograph=False)
+
+
+def gather(room: np.ndarray, first: int, shards: Sequence[slice], comm: Comm) -> None:
+    """Fill a stretch of the flat array, of which each rank has set what is its own; a collective.
+
+    Args:
+        room: the stretch.
+        first: its first element's place in the flat array.
+        shards: the elements of each rank.
+        comm: these ranks. Each sends what it has to all others, as ZeRO's authors do it: mostly one of them.
+    """
+    for owner, shard in enumerate(shards):
+        start, stop = max(first, shard.start), min(first + room.size, shard.stop)
+        if start < stop:
+            comm.broadcast(room[start - first : stop - first], owner)
 
 
 def assign_in_place(variable: Any, value: Any) -> None:

@@ -238,13 +238,17 @@ def _place(whole: np.ndarray, part: Part, start: int, stop: int, values: np.ndar
 # The norm -------------------------------------------------------------------------------------------
 
 
-def whole_norm(replica: Replica, trainable: Sequence[Any], mesh: Mesh) -> GlobalNorm:
+def whole_norm(
+    replica: Replica, trainable: Sequence[Any], mesh: Mesh, shard: slice | None = None
+) -> GlobalNorm:
     """The global norm of a gradient of which each rank of `Mesh.model` has a part; a collective.
 
     Args:
         replica: what this rank trains.
         trainable: the trainable variables of the whole model, in order.
         mesh: all ranks. Weights that several ranks of ``mesh.model`` have count on the first of them.
+        shard: the elements of the replica's gradient that this rank alone has of all replicas, and that the
+            norm will be asked for; None: each replica has all of them.
     """
     layout = FlatLayout([part_of(variable).whole for variable in trainable])
     number = {id(variable): place for place, variable in enumerate(trainable)}
@@ -259,7 +263,16 @@ def whole_norm(replica: Replica, trainable: Sequence[Any], mesh: Mesh) -> Global
             continue
         whole = layout.starts[place] if part.ranges is None else None
         _append(runs, Run(start, prod(part.shape), whole))
-    return GlobalNorm(mesh.model, runs, layout.total)
+    if shard is None:
+        return GlobalNorm(mesh.model, runs, layout.total)
+    return GlobalNorm(mesh.all, [_inside(run, shard) for run in runs], layout.total)
+
+
+def _inside(run: Run, shard: slice) -> Run:
+    """What a shard has of a run, counted from the beginning of the shard; may be empty."""
+    start, stop = max(run.start, shard.start), min(run.start + run.size, shard.stop)
+    whole = None if run.whole is None else run.whole + start - run.start
+    return Run(start - shard.start, max(0, stop - start), whole)
 
 
 def _everyones(mine: list[int], mesh: Mesh) -> list[list[int]]:
