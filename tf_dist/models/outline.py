@@ -12,14 +12,21 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from keras.src.backend.common import global_state
 from keras.src.backend.common.stateless_scope import StatelessScope
 
 
 @contextlib.contextmanager
 def outline() -> Iterator[None]:
     """Models that are built here have no weights yet: `materialize` makes them."""
-    with StatelessScope(initialize_variables=False):
-        yield
+    # Keras notes variables without a value, and would make all of them where its next such scope ends.
+    noted = "uninitialized_variables"
+    before = list(global_state.get_global_attribute(noted, []))
+    try:
+        with StatelessScope(initialize_variables=False):
+            yield
+    finally:
+        global_state.set_global_attribute(noted, before)
 
 
 def is_outline(variable: Any) -> bool:

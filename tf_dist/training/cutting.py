@@ -40,13 +40,14 @@ def segments(model: keras.Model, together: int = TOGETHER) -> list[Segment]:
     made: list[Segment] = []
     begun = 0
     for end in range(1, len(tensors)):
-        wider = _segment(tensors[begun], tensors[end], place)
-        if made and begun < end - 1 and sum(sizes[i] for i in wider.numbers) <= together:
+        one = _segment(tensors[end - 1], tensors[end], place)
+        wider = _segment(tensors[begun], tensors[end], place) if made else one
+        if made and (not one.numbers or sum(sizes[i] for i in wider.numbers) <= together):
             made[-1] = wider
-            continue
-        begun = end - 1
-        made.append(_segment(tensors[begun], tensors[end], place))
-    _keep_head(model, made)
+        else:
+            begun = end - 1
+            made.append(one)
+    _keep_head(model, made[-1].model, tensors[begun])
     seen: set[int] = set()
     for one in made:
         one.own = [number for number in one.numbers if number not in seen]
@@ -59,12 +60,11 @@ def _segment(first: Any, last: Any, place: dict[int, int]) -> Segment:
     return Segment(inner, sorted({place[id(variable)] for variable in inner.trainable_variables}))
 
 
-def _keep_head(model: keras.Model, made: list[Segment]) -> None:
-    """Let the last segment know the head of the whole model, so that its loss can be taken in chunks."""
+def _keep_head(model: keras.Model, last: keras.Model, first: Any) -> None:
+    """Let the last segment, which begins with the tensor ``first``, know the head of the whole model, so that its loss can be taken in chunks."""
     head = head_of(model)
     if head is not None:
-        last = made[-1].model
-        with_known_head(last, Head(keras.Model(last.inputs[0], head.trunk.outputs[0]), head.embedding))
+        with_known_head(last, Head(keras.Model(first, head.trunk.outputs[0]), head.embedding))
 
 
 def _cuts(model: keras.Model) -> list[Any]:

@@ -82,8 +82,7 @@ class GatheredReplica(Replica):
         self.norm = whole_norm(self, model.trainable_variables, mesh, self.shards[self.comm.rank])
         self._place = {id(variable): number for number, variable in enumerate(self.variables)}
         self.functions = [
-            SegmentFunctions(self, segment, at == len(self.segments) - 1)
-            for at, segment in enumerate(self.segments)
+            SegmentFunctions(self, segment, self.segments[at + 1 :]) for at, segment in enumerate(self.segments)
         ]
 
     def _materialize(self) -> None:
@@ -161,42 +160,41 @@ class SegmentFunctions:
     Args:
         replica: whose segment it is.
         segment: the layers.
-        last: whether logits come out of it, and the loss is to be taken.
+        later: the segments behind it. Where there are none, the loss is taken.
     """
 
-    def __init__(self, replica: GatheredReplica, segment: Segment, last: bool) -> None:
-        self._segment, self._last = segment, last
+    def __init__(self, replica: GatheredReplica, segment: Segment, later: Sequence[Segment]) -> None:
+        self._segment, self._last = segment, not later
         self._variables = [replica.variables[number] for number in segment.numbers]
         own = {id(variable) for variable in segment.model.variables}
         every = generator_states(replica.model)
         self._generators = [
             (i, v) for i, v in enumerate(every) if id(v) in own or i == len(every) - 1
         ]
-        self._shared = [number not in segment.own for number in segment.numbers]
-        ids = tf.TensorSpec((replica.rows, replica.seq_len), tf.int32)
-        came = segment.model.inputs[0]
-        into = ids if not came.dtype.startswith(("float", "bfloat")) else _spec(came, replica.rows)
-        self._states = tf.TensorSpec((len(every), 2), tf.int64)
+        came, ids = segment.model.inputs[0], tf.TensorSpec((replica.rows, replica.seq_len), tf.int32)
+        into = ids if not replica.segments.index(segment) else _spec(came, replica.rows)
+        states = tf.TensorSpec((len(every), 2), tf.int64)
         weights = [tf.TensorSpec(variable.shape, tf.float32) for variable in self._variables]
-        out = ids if last else _spec(segment.model.outputs[0], replica.rows)
-        self.forward = tf.function(self._forward_graph, input_signature=[self._states, into, weights])
-        self.evaluate = tf.function(self._evaluate_graph, input_signature=[into, weights])
-        self.sums = tf.function(self._sums_graph, input_signature=[into, ids, weights])
-        self.backward = tf.function(self._backward_graph)
-        self._signature = (self._states, into, out, ids, weights)
+        used_again = {number for one in later for number in one.numbers}
+        held = [
+            spec if number in used_again else tf.TensorSpec(())
+            for spec, number in zip(weights, segment.numbers, strict=True)
+        ]
+        out = _spec(segment.model.outputs[0], replica.rows) if later else tf.TensorSpec((0,))
+        self.forward = tf.function(self._forward_graph, [states, into, weights])
+        self.evaluate = tf.function(self._evaluate_graph, [into, weights])
+        self.sums = tf.function(self._sums_graph, [into, ids, weights])
+        self.backward = tf.function(self._backward_graph, [states, into, out, ids, weights, held])
 
     def foreign_draws(self) -> list[str]:
         """TensorFlow's random operations in it that cannot be made repeatable."""
-        into, weights = self._signature[1], self._signature[4]
-        if self._last:
-            return foreign_draws(self.sums.get_concrete_function(into, self._signature[3], weights))
-        return foreign_draws(self.forward.get_concrete_function(self._states, into, weights))
+        return foreign_draws(self.backward.get_concrete_function())
 
     def _scope(self, states: Any, weights: Any) -> StatelessScope:
         standing = list(zip(self._variables, weights, strict=True))
         if states is not None:
             standing += [(variable, tf.cast(states[i], variable.dtype)) for i, variable in self._generators]
-        return StatelessScope(state_mapping=standing)
+        return StatelessScope(state_mapping=standing, initialize_variables=False)
 
     def _forward_graph(self, states: Any, came: Any, weights: Any) -> Any:
         with self._scope(states, weights):
@@ -218,10 +216,10 @@ class SegmentFunctions:
         Args:
             states: of the seed generators.
             came: what came in.
-            wanted: the gradient of what went out; of the last segment nothing.
+            wanted: the gradient of what went out; for the last segment nothing.
             y_BxT: targets.
             weights: of the segment.
-            held: gradients of its weights from later segments, or zero-dimensional ones where there are none.
+            held: for each, its gradient from later segments; a single number where these do not use it.
         """
         sources = [came, *weights] if came.dtype.is_floating else list(weights)
         with tf.GradientTape() as tape, self._scope(states, weights):
