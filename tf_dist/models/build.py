@@ -12,6 +12,7 @@ import keras
 
 from tf_dist.config import Config
 from tf_dist.errors import UsageError
+from tf_dist.models.outline import outline
 
 
 def build(config: Config) -> keras.Model:
@@ -25,7 +26,9 @@ def build(config: Config) -> keras.Model:
     """
     keras.utils.set_random_seed(config.seed)
     function = _users_function(config.model) if ":" in config.model else _own
-    with _computing_in(config.precision):
+    # Where ranks have shards of the weights, nobody makes all of them.
+    sharded = config.update == "zero" and config.zero_stage == 3
+    with _computing_in(config.precision), outline() if sharded else contextlib.nullcontext():
         model = function(config)
         if function is not _own:
             check(model, config.model, config.vocab_size, config.seq_len)

@@ -16,16 +16,15 @@ by itself. So no bit depends on how many ranks share the work.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 
 from tf_dist.comm.base import Order
-from tf_dist.errors import UsageError
 from tf_dist.parallel.flat import aligned_empty
 from tf_dist.parallel.mesh import Mesh
-from tf_dist.parallel.updates import TOKENS, UPDATES, Totals, scale_of
+from tf_dist.parallel.updates import TOKENS, Totals, scale_of
 
 SHARED = "a shared window"
 
@@ -108,20 +107,6 @@ def zero_2_and_3(
 
 
 STAGES = {1: zero_1, 2: zero_2_and_3, 3: zero_2_and_3}
-
-
-def chosen(update: str, stage: int) -> Callable[..., float]:
-    """The update of that name, and for "zero" of that stage.
-
-    Raises:
-        UsageError: there is none.
-    """
-    known = [*UPDATES, "zero"]
-    if update not in known:
-        raise UsageError(f"unknown update {update!r}: {', '.join(known)}")
-    if update == "zero" and stage not in STAGES:
-        raise UsageError(f"zero_stage is {stage}: 1, 2 or 3")
-    return STAGES[stage] if update == "zero" else UPDATES[update]
 
 
 def _agreed(replica: Sharded, shard: np.ndarray, counts: np.ndarray, mesh: Mesh) -> float:

@@ -8,13 +8,17 @@ import keras
 
 from tf_dist.comm.base import Order
 from tf_dist.errors import UsageError
-from tf_dist.parallel import buckets, carrier
+from tf_dist.parallel import buckets, carrier, zero
 from tf_dist.parallel.mesh import DATA, Mesh, leaves_of
 from tf_dist.parallel.parts import block
+from tf_dist.parallel.scatter import dealt
 from tf_dist.parallel.tree import BlockSum, order
 from tf_dist.parallel.updates import UPDATES, Update
+from tf_dist.training.gathered import GatheredReplica, GatheringPasses
+from tf_dist.training.leaving import LeavingPasses
 from tf_dist.training.passes import Passes, WholePasses
 from tf_dist.training.replica import Replica
+from tf_dist.training.sharded import ShardedReplica
 from tf_dist.training.whole import whole_norm
 
 PIPELINE_OPTIONS = (
@@ -83,11 +87,21 @@ def arrange(
     Raises:
         UsageError: it does not fit.
     """
-    if wishes.update not in UPDATES:
-        raise UsageError(f"unknown update {wishes.update!r}: {', '.join(UPDATES)}")
-    replica = Replica(model, optimizer, rows, seq_len, seed)
+    if wishes.update not in (*UPDATES, "zero"):
+        raise UsageError(f"unknown update {wishes.update!r}: {', '.join((*UPDATES, 'zero'))}")
+    sizes = (rows, seq_len, seed)
+    if wishes.update == "zero" and wishes.zero_stage > 1:
+        return _zero_2_or_3(model, optimizer, mesh, sizes, count, wishes.zero_stage)
+    if wishes.update == "zero":
+        return _summing(ShardedReplica(model, optimizer, *sizes, mesh), mesh, count, wishes, zero.STAGES[1])
+    replica = Replica(model, optimizer, *sizes)
     replica.norm = whole_norm(replica, model.trainable_variables, mesh)
     _check_optimizer(replica, mesh)
+    return _summing(replica, mesh, count, wishes, UPDATES[wishes.update])
+
+
+def _summing(replica: Replica, mesh: Mesh, count: int, wishes: Wishes, update: Any) -> Arrangement:
+    """Each rank sums the gradients of its own micro-batches, which are neighbours; then all ranks do."""
     mine = block(count, mesh.at[DATA], mesh.shape[DATA])
     leaves, blocks = leaves_of(count, mesh)
     terms, comm = order(leaves, blocks), mesh.replicas
@@ -98,7 +112,34 @@ def arrange(
     why_not = "" if wishes.update == "allreduce" else "only --update allreduce sums everywhere"
     overlap = buckets.choose(comm, replica.layout, terms, sums, wishes.overlap, why_not)
     passes = WholePasses(replica, mine, sums, overlap, mesh.speaks)
-    return Arrangement(replica, passes, UPDATES[wishes.update], mine, terms, chosen.said)
+    return Arrangement(replica, passes, update, mine, terms, chosen.said)
+
+
+def _zero_2_or_3(
+    model: keras.Model, optimizer: Any, mesh: Mesh, sizes: tuple[int, int, int], count: int, stage: int
+) -> Arrangement:
+    """All ranks add each micro-batch's gradient at once, so micro-batches are dealt out by turns."""
+    if stage not in zero.STAGES:
+        raise UsageError(f"zero_stage is {stage}: 1 (optimizer state), 2 (also gradients) or 3 (also weights)")
+    if not mesh.plain:
+        raise UsageError(
+            f"{mesh}: --zero-stage {stage} needs every rank along the data axis alone. Use --zero-stage 1, or "
+            "leave --tensor-parallel, --pipeline-parallel and --sequence-parallel at 1"
+        )
+    replica: Replica
+    passes: Passes
+    if stage == 3:
+        replica = GatheredReplica(model, optimizer, *sizes, mesh)
+        passes = GatheringPasses(replica, count, mesh.speaks)
+        why = "weights come and go while a step is computed"
+    else:
+        replica = ShardedReplica(model, optimizer, *sizes, mesh)
+        passes = LeavingPasses(replica, count, mesh.replicas, mesh.speaks)
+        why = "gradients leave during the backward pass"
+    mine = dealt(count, mesh.at[DATA], mesh.shape[DATA])
+    leaves, blocks = leaves_of(count, mesh)
+    said = "by their owners, as they are made"
+    return Arrangement(replica, passes, zero.STAGES[stage], mine, order(leaves, blocks), said, why)
 
 
 def _check_optimizer(replica: Replica, mesh: Mesh) -> None:

@@ -8,6 +8,7 @@ import keras
 
 from tf_dist.config import Config, did_you_mean
 from tf_dist.errors import UsageError
+from tf_dist.models.outline import is_outline
 from tf_dist.training.schedules import schedule
 
 
@@ -39,7 +40,9 @@ def build(config: Config, model: keras.Model, steps: int) -> keras.optimizers.Op
         raise UsageError(f"optimizer {config.optimizer} with {config.optimizer_args}: {error}") from error
     if optimizer.weight_decay:
         vectors = [variable for variable in model.trainable_variables if len(variable.shape) < 2]
-        optimizer.exclude_from_weight_decay(var_list=vectors)
+        # Keras knows a variable by its value, which one of an outline does not have yet.
+        optimizer.tf_dist_undecayed = frozenset(id(variable) for variable in vectors)
+        optimizer.exclude_from_weight_decay(var_list=[one for one in vectors if not is_outline(one)])
     return optimizer
 
 
