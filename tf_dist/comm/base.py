@@ -248,7 +248,8 @@ class Comm(ABC):
         """Fill ``array`` everywhere: rank r has the elements ``parts[r]`` of it, and gives them to all.
 
         Args:
-            array: of all elements, of which this rank has set its own.
+            array: of all elements, of which this rank has set its own. One in memory that all ranks share,
+                as the sum of `allreduce_terms` may be, costs a barrier.
             parts: of all ranks, the same on every rank: back to back, in rank order, together everything.
         """
         with self._collective("allgather", array):

@@ -167,6 +167,9 @@ class MPIComm(Comm):
             self._mpi.Bcast(part, root=root)
 
     def _allgather(self, array: np.ndarray, parts: Sequence[slice]) -> None:
+        if any(window.covers(array) for window in self._windows.values()) and self._node.size == self.size:
+            self._node.Barrier()  # all look at one place, and each has written its own part
+            return
         counts, starts = [part.stop - part.start for part in parts], [part.start for part in parts]
         self.record.sent_bytes += counts[self.rank] * array.itemsize * (self.size - 1)
         self._mpi.Allgatherv(MPI.IN_PLACE, [array, (counts, starts)])

@@ -113,6 +113,7 @@ class Window:
         start = -memory.ctypes.data % PAGE_BYTES
         everything = memory[start : start + size - PAGE_BYTES].view(np.float32)
         step, count = _rounded(length), sum(share.counts)
+        self._memory = everything
         buffers = [everything[at * step : at * step + length] for at in range(max(count, 1) + 1)]
         self._result = share.left[0] if share.left else 0
         other = list(buffers[:-1])
@@ -139,6 +140,10 @@ class Window:
     def turn(self) -> None:
         """A sum was made in `everyones` by other means, and all ranks of the node know."""
         self._turn = 1 - self._turn
+
+    def covers(self, array: np.ndarray) -> bool:
+        """Whether an array lies in this window."""
+        return bool(np.may_share_memory(self._memory, array))
 
     def holds(self, terms: Sequence[np.ndarray]) -> bool:
         """Whether these are this rank's `buffers`; none are, where it has none."""

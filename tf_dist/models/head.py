@@ -40,7 +40,14 @@ def with_head(
 ) -> keras.Model:
     """The model from token ids to logits (B, T, V), which knows its `Head`."""
     model = keras.Model(tokens_BxT, embedding(states_BxTxD, reverse=True), name=name)
-    model.tf_dist_head = Head(keras.Model(tokens_BxT, states_BxTxD, name=f"{name}_trunk"), embedding)
+    return with_known_head(
+        model, Head(keras.Model(tokens_BxT, states_BxTxD, name=f"{name}_trunk"), embedding)
+    )
+
+
+def with_known_head(model: keras.Model, head: Head) -> keras.Model:
+    """The same model, which knows its `Head` from now on."""
+    model.tf_dist_head = head
     return model
 
 

@@ -117,7 +117,7 @@ def allreduce(
     # Rank 0's norm for all: on a node with another processor it could differ in its last bit.
     length = np.array([replica.norm(gradient, found.squares) / max(counts[TOKENS], 1.0)])
     mesh.all.broadcast(length)
-    replica.apply(gradient, _scale(float(length[0]), counts, clip_norm))
+    replica.apply(gradient, scale_of(float(length[0]), counts, clip_norm))
     return float(length[0])
 
 
@@ -138,7 +138,7 @@ def master(
         gradient = replica.complete(total.array)
         length[0] = replica.norm(gradient, total.squares) / max(counts[TOKENS], 1.0)
     mesh.all.broadcast(length)
-    scale = _scale(float(length[0]), counts, clip_norm)
+    scale = scale_of(float(length[0]), counts, clip_norm)
     weights = aligned_empty(replica.parameters)
     if total is not None:
         replica.apply(gradient, scale)
@@ -159,7 +159,7 @@ def _sum_buffer(terms: list[np.ndarray], replica: Replica) -> np.ndarray:
     return terms[0] if terms else aligned_empty(replica.parameters)
 
 
-def _scale(norm: float, counts: np.ndarray, clip_norm: float) -> float:
+def scale_of(norm: float, counts: np.ndarray, clip_norm: float) -> float:
     """What turns the summed gradient into the mean gradient, clipped to ``clip_norm``."""
     if not np.isfinite(norm):
         loss = counts[LOSS] / max(counts[TOKENS], 1.0)

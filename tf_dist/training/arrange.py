@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import keras
 
 from tf_dist.comm.base import Order
 from tf_dist.errors import UsageError
-from tf_dist.parallel import buckets, carrier
+from tf_dist.parallel import buckets, carrier, zero
 from tf_dist.parallel.mesh import DATA, Mesh, leaves_of
 from tf_dist.parallel.parts import block
+from tf_dist.parallel.scatter import dealt
 from tf_dist.parallel.tree import BlockSum, order
-from tf_dist.parallel.updates import UPDATES, Update
+from tf_dist.parallel.updates import UPDATES
+from tf_dist.training.gathered import GatheredReplica, GatheringPasses
+from tf_dist.training.leaving import LeavingPasses
 from tf_dist.training.passes import Passes
 from tf_dist.training.pipeline import Pipeline, PipelinePasses, PipelineReplica
 from tf_dist.training.replica import Replica, Weights
+from tf_dist.training.sharded import ShardedPipelineReplica, ShardedReplica
 from tf_dist.training.shared_rows import passes_of_rows
 from tf_dist.training.tuning import talks_inside
 from tf_dist.training.whole import whole_norm
@@ -56,7 +61,7 @@ class Arrangement(NamedTuple):
 
     replica: Replica | PipelineReplica
     passes: Passes
-    update: Update
+    update: Callable[..., float]
     micro_batches: range
     order: Order
     said: str
@@ -88,22 +93,36 @@ def arrange(
     Raises:
         UsageError: it does not fit.
     """
-    if wishes.update not in UPDATES:
-        raise UsageError(f"unknown update {wishes.update!r}: {', '.join(UPDATES)}")
+    if wishes.update not in (*UPDATES, "zero"):
+        raise UsageError(f"unknown update {wishes.update!r}: {', '.join((*UPDATES, 'zero'))}")
+    sizes = (rows, seq_len // mesh.sequence.size, seed)
+    if wishes.update == "zero" and wishes.zero_stage > 1:
+        return _zero_2_or_3(model, optimizer, mesh, sizes, count, wishes.zero_stage)
     mine = block(count, mesh.at[DATA], mesh.shape[DATA])
     replica: Replica | PipelineReplica
+    sharded = wishes.update == "zero"
     if mesh.pipeline.size > 1:
-        replica = PipelineReplica(model, optimizer, mesh, rows, seq_len, seed, _pipeline(wishes), len(mine))
+        kind = ShardedPipelineReplica if sharded else PipelineReplica
+        replica = kind(model, optimizer, mesh, *sizes, _pipeline(wishes), len(mine))
+    elif sharded:
+        replica = ShardedReplica(model, optimizer, *sizes, mesh)
     else:
-        replica = Replica(model, optimizer, rows, seq_len // mesh.sequence.size, seed)
+        replica = Replica(model, optimizer, *sizes)
     replica.norm = whole_norm(replica, model.trainable_variables, mesh)
     _check_optimizer(replica, mesh)
+    return _summing(replica, mesh, mine, count, wishes)
+
+
+def _summing(
+    replica: Replica | PipelineReplica, mesh: Mesh, mine: range, count: int, wishes: Wishes
+) -> Arrangement:
+    """Each rank sums the gradients of its own micro-batches, which are neighbours; then all ranks do."""
     leaves, blocks = leaves_of(count, mesh)
     terms, comm = order(leaves, blocks), mesh.replicas
     chosen = carrier.choose(
         comm, replica.parameters, terms, wishes.allreduce, wishes.chunk_bytes, wishes.measure
     )
-    update = UPDATES[wishes.update]
+    update = zero.STAGES[1] if wishes.update == "zero" else UPDATES[wishes.update]
     if isinstance(replica, PipelineReplica):
         pipelined = PipelinePasses(replica, leaves, blocks[comm.rank], chosen.buffers)
         return Arrangement(replica, pipelined, update, mine, terms, chosen.said, NO_XLA)
@@ -111,7 +130,37 @@ def arrange(
     why_not = "" if wishes.update == "allreduce" else "only --update allreduce sums everywhere"
     overlap = buckets.choose(comm, replica.layout, terms, sums, wishes.overlap, why_not)
     passes = passes_of_rows(replica, mine, sums, overlap, mesh)
-    return Arrangement(replica, passes, update, mine, terms, chosen.said, talks_inside(model))
+    return Arrangement(replica, passes, update, mine, terms, chosen.said, talks_inside(replica.model))
+
+
+def _zero_2_or_3(
+    model: keras.Model, optimizer: Any, mesh: Mesh, sizes: tuple[int, int, int], count: int, stage: int
+) -> Arrangement:
+    """All ranks add each micro-batch's gradient at once, so micro-batches are dealt out by turns."""
+    if stage not in zero.STAGES:
+        raise UsageError(
+            f"zero_stage is {stage}: 1 (optimizer state), 2 (also gradients) or 3 (also weights)"
+        )
+    if not mesh.plain:
+        raise UsageError(
+            f"{mesh}: --zero-stage {stage} needs every rank along the data axis alone. Use --zero-stage 1, or "
+            "leave --tensor-parallel, --pipeline-parallel and --sequence-parallel at 1"
+        )
+    replica: GatheredReplica | ShardedReplica
+    passes: Passes
+    if stage == 3:
+        replica = GatheredReplica(model, optimizer, *sizes, mesh)
+        passes = GatheringPasses(replica, count, mesh.speaks)
+        why = "weights come and go while a step is computed"
+    else:
+        replica = ShardedReplica(model, optimizer, *sizes, mesh)
+        passes = LeavingPasses(replica, count, mesh.replicas, mesh.speaks)
+        why = "gradients leave during the backward pass"
+    replica.norm = whole_norm(replica, model.trainable_variables, mesh)
+    mine = dealt(count, mesh.at[DATA], mesh.shape[DATA])
+    leaves, blocks = leaves_of(count, mesh)
+    said = "by their owners, as they are made"
+    return Arrangement(replica, passes, zero.STAGES[stage], mine, order(leaves, blocks), said, why)
 
 
 def _pipeline(wishes: Wishes) -> Pipeline:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import tensorflow as tf
 
-from tf_dist.parallel.buckets import Buckets, Overlap
+from tf_dist.parallel.buckets import Overlap
 from tf_dist.parallel.tree import BlockSum
 from tf_dist.training.replica import Replica
 
@@ -67,7 +67,16 @@ class Overlapping:
         return self._sums.terms()
 
 
-def hooked_gradients(replica: Replica, buckets: Buckets) -> Callable[..., Any]:
+class TakesBuckets(Protocol):
+    """Who takes gradients bucket by bucket."""
+
+    divided: list[range]
+
+    def add(self, number: int, gradients: Sequence[np.ndarray]) -> None:
+        """Take those of a bucket's variables."""
+
+
+def hooked_gradients(replica: Replica, buckets: TakesBuckets) -> Callable[..., Any]:
     """A compiled function like that of `Replica.gradients` which hands its gradients over to buckets.
 
     Returns:
@@ -88,7 +97,7 @@ def hooked_gradients(replica: Replica, buckets: Buckets) -> Callable[..., Any]:
     return function
 
 
-def _hook(buckets: Buckets, number: int) -> Callable[..., list[Any]]:
+def _hook(buckets: TakesBuckets, number: int) -> Callable[..., list[Any]]:
     def hook(*gradients: np.ndarray) -> list[Any]:
         buckets.add(number, gradients)
         return []

@@ -50,10 +50,14 @@ def build(config: Config, model: keras.Model, steps: int) -> keras.optimizers.Op
 
 def spare_vectors(optimizer: Any) -> None:
     """Exclude from weight decay what `build` would have, of an outline whose weights have been made since."""
-    vectors: list[Any] = getattr(optimizer, "tf_dist_no_decay", list)()
-    if vectors:
-        made = [variable for variable in vectors if not is_outline(variable)]
+    made = [variable for variable in spared(optimizer) if not is_outline(variable)]
+    if made:
         optimizer.exclude_from_weight_decay(var_list=made)
+
+
+def spared(optimizer: Any) -> list[Any]:
+    """What `build` would have excluded from weight decay, had it had values."""
+    return list(getattr(optimizer, "tf_dist_no_decay", list)())
 
 
 def _optimizer_class(name: str) -> Any:

@@ -12,9 +12,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tf_dist.comm.base import Comm
 from tf_dist.errors import UsageError
 from tf_dist.models.outline import materialize
-from tf_dist.parallel.flat import ALIGNMENT_BYTES, FlatLayout, norm
+from tf_dist.parallel.flat import ALIGNMENT_BYTES, FlatLayout, aligned_empty, norm
 from tf_dist.parallel.parts import part_of
 from tf_dist.training.loss import loss_and_sums
 from tf_dist.training.optimizer_step import optimizer_step
@@ -38,15 +39,23 @@ class Weights:
 
     def __init__(self, optimizer: keras.optimizers.Optimizer, variables: Sequence[Any]) -> None:
         self.optimizer, self.variables = optimizer, list(variables)
-        if not optimizer.built:
-            spare_vectors(optimizer)
-            optimizer.build(self.variables)
         self.layout = FlatLayout([variable.shape for variable in self.variables])
         self.parameters = self.layout.total
         self.norm: Callable[..., float] = norm
-        self.optimizer_step = optimizer_step(optimizer, self.variables)
+        self.optimizer_step = self._make_step()
         self._read = tf.function(lambda: concat(self._trainable_values()), input_signature=[])
         self._write = tf.function(self._write_graph, [tf.TensorSpec((self.parameters,), tf.float32)])
+
+    def _make_step(self) -> Any:
+        if not self.optimizer.built:
+            spare_vectors(self.optimizer)
+            self.optimizer.build(self.variables)
+        return optimizer_step(self.optimizer, self.variables)
+
+    @property
+    def own_shard(self) -> slice | None:
+        """The elements of its flat array that this rank steps for all replicas; None: each steps all."""
+        return None
 
     def holds(self, variable: Any) -> bool:
         """Whether this rank has a weight of the model."""
@@ -81,6 +90,13 @@ class Weights:
         Not aliased: TensorFlow's variables would keep living in the caller's buffer.
         """
         self._write(tf.convert_to_tensor(weights))
+
+    def give_weights(self, comm: Comm) -> None:
+        """Give all replicas the weights of the first one; a collective of theirs."""
+        weights = aligned_empty(self.parameters)
+        self.read_weights(weights)
+        comm.broadcast(weights)
+        self.write_weights(weights)
 
     def _write_graph(self, weights_P: Any) -> None:
         for variable, value in zip(self.variables, self._split(weights_P), strict=True):
@@ -117,7 +133,7 @@ class Replica(Weights):
         self, model: keras.Model, optimizer: keras.optimizers.Optimizer, rows: int, seq_len: int, seed: int
     ) -> None:
         self.model, self.seed = model, seed
-        materialize(model.variables)
+        self._materialize()
         if not model.built:
             model(np.zeros((1, seq_len), np.int32))
         check_model(model)
@@ -125,6 +141,9 @@ class Replica(Weights):
         self._generators = len(generator_states(model))
         self.rows, self.seq_len, self.xla = rows, seq_len, False
         self._compile(rows, seq_len)
+
+    def _materialize(self) -> None:
+        materialize(self.model.variables)
 
     def use_xla(self, xla: bool) -> None:
         """Let XLA compile forward and backward, or not: the same but for rounding and what dropout drops."""
@@ -219,6 +238,6 @@ def concat(parts: list[Any]) -> Any:
 
 def as_tensor(array: np.ndarray) -> Any:
     """The same memory as a tensor where it is aligned: `tf.convert_to_tensor` would copy it."""
-    if array.ctypes.data % ALIGNMENT_BYTES or not array.flags.writeable:
+    if array.ctypes.data % ALIGNMENT_BYTES or not array.flags.writeable or not array.size:
         return tf.convert_to_tensor(array)
     return tf.experimental.dlpack.from_dlpack(array.__dlpack__())

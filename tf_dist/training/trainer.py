@@ -22,7 +22,6 @@ from tf_dist.data.ahead import Ahead
 from tf_dist.data.sampler import Sampler, share
 from tf_dist.data.tokens import Sequences
 from tf_dist.errors import DataError, UsageError
-from tf_dist.parallel.flat import aligned_empty
 from tf_dist.parallel.mesh import DATA, Mesh
 from tf_dist.parallel.parts import part_of
 from tf_dist.parallel.updates import CORRECT, LOSS, STOP, TOKENS, Totals
@@ -310,10 +309,7 @@ class Trainer:
 
     def broadcast_weights(self) -> None:
         """Give all replicas of a part of the model the weights of the first one."""
-        weights = aligned_empty(self.replica.parameters)
-        self.replica.read_weights(weights)
-        self.mesh.replicas.broadcast(weights)
-        self.replica.write_weights(weights)
+        self.replica.give_weights(self.mesh.replicas)
 
     def _held_by_several(self, update: str) -> list[Group]:
         """What must be the same on which ranks."""

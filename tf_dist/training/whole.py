@@ -245,6 +245,9 @@ def whole_norm(replica: Weights, trainable: Sequence[Any], mesh: Mesh) -> Global
         replica: what this rank trains.
         trainable: the trainable variables of the whole model, in order.
         mesh: all ranks. Weights that several ranks of ``mesh.model`` have count on the first of them.
+
+    Returns:
+        The norm, to be asked with this rank's gradient, or where it steps a shard, with this of it.
     """
     layout = FlatLayout([part_of(variable).whole for variable in trainable])
     number = {id(variable): place for place, variable in enumerate(trainable)}
@@ -259,7 +262,17 @@ def whole_norm(replica: Weights, trainable: Sequence[Any], mesh: Mesh) -> Global
             continue
         whole = layout.starts[place] if part.ranges is None else None
         _append(runs, Run(start, prod(part.shape), whole))
-    return GlobalNorm(mesh.model, runs, layout.total)
+    shard = replica.own_shard
+    if shard is None:
+        return GlobalNorm(mesh.model, runs, layout.total)
+    return GlobalNorm(mesh.all, [_inside(run, shard) for run in runs], layout.total)
+
+
+def _inside(run: Run, shard: slice) -> Run:
+    """What a shard has of a run, counted from the beginning of the shard; may be empty."""
+    start, stop = max(run.start, shard.start), min(run.start + run.size, shard.stop)
+    whole = None if run.whole is None else run.whole + start - run.start
+    return Run(start - shard.start, max(0, stop - start), whole)
 
 
 def _everyones(mine: list[int], mesh: Mesh) -> list[list[int]]:

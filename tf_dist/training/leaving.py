@@ -1,0 +1,65 @@
+"""Passes whose gradients leave for their owners as TensorFlow makes them: ZeRO's second stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from tf_dist.comm.base import Comm
+from tf_dist.parallel.buckets import BUCKET_BYTES, LAST_BUCKET_BYTES, divide
+from tf_dist.parallel.scatter import ShardSums
+from tf_dist.parallel.updates import Totals
+from tf_dist.training.hooked import hooked_gradients
+from tf_dist.training.passes import MicroBatch, WholePasses
+from tf_dist.training.sharded import ShardedReplica
+
+
+class LeavingPasses(WholePasses):
+    """As `WholePasses`, but of the summed gradient each rank has its shard alone.
+
+    Args:
+        replica: this rank's.
+        micro_batches: of a global batch; a rank's are `tf_dist.parallel.scatter.dealt`.
+        comm: the ranks that share gradients.
+        speaks: whether this rank counts losses.
+
+    Attributes:
+        divided: the variables of each bucket, in the order in which gradients leave.
+    """
+
+    said = "gradients leave for their owners during the backward pass"
+
+    def __init__(self, replica: ShardedReplica, micro_batches: int, comm: Comm, speaks: bool) -> None:
+        self.replica, self._speaks = replica, speaks
+        self._logits: Callable[..., Any] | None = None
+        starts = replica.layout.starts
+        self.divided = divide(replica.layout.sizes, BUCKET_BYTES, LAST_BUCKET_BYTES)
+        stretches = [slice(starts[bucket.start], starts[bucket.stop]) for bucket in self.divided]
+        self._shard_sums = ShardSums(comm, replica.shards, micro_batches, stretches)
+        self._turn = 0
+        self._gradients: Callable[..., Any] | None = None
+
+    def train(self, step: int, batches: Sequence[MicroBatch], totals: Totals) -> None:
+        """As in `Passes`; a collective."""
+        if self._gradients is None:
+            self._gradients = hooked_gradients(self.replica, self)
+        for turn in range(self._shard_sums.rounds):
+            self._turn = turn
+            if turn >= len(batches):
+                for bucket in range(len(self.divided)):
+                    self.add(bucket, [])
+                continue
+            number, x_BxT, y_BxT = batches[turn]
+            sums = self._gradients(x_BxT, y_BxT, self.replica.random_states((step, number)))
+            if self._speaks:
+                totals.add(number, np.asarray(sums, np.float64))
+
+    def add(self, bucket: int, gradients: Sequence[np.ndarray]) -> None:
+        """Let the gradients of a bucket's variables leave; none where this rank has no micro-batch."""
+        self._shard_sums.add(bucket, self._turn, gradients)
+
+    def terms(self) -> list[np.ndarray]:
+        """This rank's shard of the sum, alone."""
+        return [self._shard_sums.result()]

@@ -1,0 +1,162 @@
+"""A replica whose optimizer keeps the state of one shard of the weights: ZeRO's first two stages.
+
+Legend: P parameters, S of them in this rank's shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tf_dist.comm.base import Comm, slices_of_blocks
+from tf_dist.parallel.buckets import BUCKET_BYTES, divide
+from tf_dist.parallel.flat import aligned_empty
+from tf_dist.parallel.mesh import Mesh
+from tf_dist.training.pipeline import PipelineReplica
+from tf_dist.training.replica import Replica, Weights, as_tensor
+from tf_dist.training.shard_step import ShardStep, values_of
+
+
+class Sharded(Weights):
+    """As `Weights`, but it steps this rank's shard of them, and takes the others' from whoever has them.
+
+    To be mixed in before what knows the model; that sets ``mesh`` before it is made.
+
+    Attributes:
+        mesh: all ranks; those of `Mesh.replicas` share the optimizer's state.
+        shards: the elements of each of these ranks, (R,).
+    """
+
+    mesh: Mesh
+    optimizer_step: ShardStep
+
+    def _make_step(self) -> ShardStep:
+        self._comm = self.mesh.replicas
+        self.shards = slices_of_blocks(self.parameters, self._comm.size)
+        step = ShardStep(self.optimizer, self.variables, self.own_shard)
+        whole = {one.number for one in step.stretches if one.whole}
+        # A part of a variable is stepped beside the model's own.
+        self._others = [i for i in range(len(self.layout.sizes)) if i not in whole]
+        self._writers: dict[tuple[int, ...], Any] = {}
+        self._room = np.empty(0, np.float32)
+        return step
+
+    @property
+    def own_shard(self) -> slice:
+        """The elements of the flat array that this rank steps."""
+        return self.shards[self._comm.rank]
+
+    def apply(self, gradient: np.ndarray, scale: float) -> None:
+        """Take one optimizer step of this rank's shard with ``scale * gradient``, (S,) float32."""
+        self.optimizer_step.apply(gradient, scale)
+
+    def read_shard(self, out: np.ndarray) -> None:
+        """Copy this rank's shard of the weights to ``out``, (S,)."""
+        self.optimizer_step.read(out)
+
+    def write_others(self, weights: np.ndarray) -> None:
+        """Set the variables that this rank's step has not changed from all weights, (P,)."""
+        self.write_variables(self._others, weights, 0)
+
+    def spread(self) -> None:
+        """Give every rank all weights, from those who step them; a collective.
+
+        Some variables at a time, so that nobody needs room for all of them twice.
+        """
+        starts = self.layout.starts
+        for bucket in divide(self.layout.sizes, BUCKET_BYTES, BUCKET_BYTES):
+            first, last = starts[bucket.start], starts[bucket.stop]
+            if self._room.size < last - first:
+                self._room = aligned_empty(last - first)
+            room = self._room[: last - first]
+            for one in self.optimizer_step.stretches:
+                if one.number in bucket and one.inner:
+                    start = starts[one.number] + one.inner.start - first
+                    np.copyto(room[start : start + len(one.inner)], values_of(one.variable))
+            gather(room, first, self.shards, self._comm)
+            others = [i for i in bucket if i in self._others]
+            if others:
+                self.write_variables(others, room, first)
+
+    def give_weights(self, comm: Comm) -> None:
+        """Let every rank begin with the weights of those who step them; a collective."""
+        self.spread()
+
+    def write_variables(self, numbers: Sequence[int], weights: np.ndarray, first: int) -> None:
+        """Set some variables from a stretch of the flat array that begins with its element ``first``."""
+        key = (first, weights.size, *numbers)
+        if key not in self._writers:
+            self._writers[key] = self._writer(numbers, weights.size, first)
+        self._writers[key](as_tensor(weights))
+
+    def _writer(self, numbers: Sequence[int], length: int, first: int) -> Any:
+        starts, shapes, variables = self.layout.starts, self.layout.shapes, self.variables
+
+        def graph(weights: Any) -> None:
+            for i in numbers:
+                part = weights[starts[i] - first : starts[i + 1] - first]
+                assign_in_place(variables[i].value, tf.reshape(part, shapes[i]))
+
+        return tf.function(graph, [tf.TensorSpec((length,), tf.float32)], autograph=False)
+
+
+class ShardedReplica(Sharded, Replica):
+    """As `Replica`, with a shard of the optimizer's state.
+
+    Args:
+        model: token ids (B, T) int32 -> logits (B, T, V).
+        optimizer: an elementwise Keras optimizer, not yet built.
+        rows: B, the rows of a micro-batch.
+        seq_len: T.
+        seed: of dropout and everything else that is random in the model.
+        mesh: all ranks. A collective.
+
+    Raises:
+        UsageError: the optimizer is built already, or is not elementwise.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        optimizer: keras.optimizers.Optimizer,
+        rows: int,
+        seq_len: int,
+        seed: int,
+        mesh: Mesh,
+    ) -> None:
+        self.mesh = mesh
+        super().__init__(model, optimizer, rows, seq_len, seed)
+
+
+class ShardedPipelineReplica(Sharded, PipelineReplica):
+    """As `PipelineReplica`, with a shard of its optimizer's state."""
+
+
+def gather(room: np.ndarray, first: int, shards: Sequence[slice], comm: Comm) -> None:
+    """Fill a stretch of the flat array, of which each rank has set what is its own; a collective.
+
+    Args:
+        room: the stretch.
+        first: its first element's place in the flat array.
+        shards: the elements of each rank.
+        comm: these ranks. Each sends what it has to all others, as ZeRO's authors do it: mostly one of them.
+    """
+    for owner, shard in enumerate(shards):
+        start, stop = max(first, shard.start), min(first + room.size, shard.stop)
+        if start < stop:
+            comm.broadcast(room[start - first : stop - first], owner)
+
+
+def assign_in_place(variable: Any, value: Any) -> None:
+    """Copy to where a TensorFlow variable lies: `assign` would let it live in the memory of ``value``."""
+    rank = len(variable.shape)
+    if rank == 0:
+        variable.assign(tf.identity(value))
+        return
+    tf.raw_ops.ResourceStridedSliceAssign(
+        ref=variable.handle, begin=[0] * rank, end=list(variable.shape), strides=[1] * rank, value=value
+    )
