@@ -1,0 +1,140 @@
+"""Every grid of these ranks against one rank: training, validation, logits, checkpoints, the sentinel.
+
+The model is small: 4 layers and 12 heads, which 2, 3 and 4 ranks can share.
+"""
+
+import re
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+from tf_dist.comm.base import SerialComm
+from tf_dist.config import Config
+from tf_dist.errors import LaunchError
+from tf_dist.parallel.mesh import Mesh
+
+V, T, G, B = 30, 12, 8, 2
+SIZES = {"vocab_size": V, "seq_len": T, "layers": 4, "width": 24, "heads": 12, "seed": 7}
+STEPS = 4
+TOKENS = np.random.default_rng(1).integers(0, V, 700).astype(np.uint16)
+HELD_OUT = np.random.default_rng(2).integers(0, V, 100).astype(np.uint16)
+N = MPI.COMM_WORLD.size
+
+
+def grids():
+    """Pipeline x tensor, where both divide the ranks: data parallelism takes the rest."""
+    return [(p, t) for p in range(1, N + 1) for t in range(1, N + 1) if N % (p * t) == 0]
+
+
+def trainer(comm, pipeline=1, tensor=1, sequence=1, model="transformer", **more):
+    from tf_dist.training import optimizers
+    from tf_dist.training.model import model_for
+    from tf_dist.training.trainer import Trainer
+
+    mesh = Mesh(comm, pipeline, sequence, tensor)
+    degrees = {"pipeline_parallel": pipeline, "tensor_parallel": tensor, "sequence_parallel": sequence}
+    update, stage = more.get("update", "allreduce"), more.get("zero_stage", 1)
+    config = Config(**SIZES, model=model, **degrees, update=update, zero_stage=stage, learning_rate=1e-2)
+    built = model_for(config, mesh)
+    return Trainer(
+        built, optimizers.build(config, built, 20), comm,
+        global_batch_size=G, micro_batch_size=B, seq_len=T, clip_norm=0.5, seed=3, mesh=mesh, **more,
+    )  # fmt: skip
+
+
+def steps_of(trained, count=STEPS):
+    sequences = trained.sequences(TOKENS)
+    sampler = trained.sampler(sequences)
+    return [trained.train_step(sequences, sampler) for _ in range(count)]
+
+
+def tensors(trained):
+    """All tensors by name; whole on rank 0. Keras numbers the optimizers of a process."""
+    made = trained.whole().tensors()
+    return {re.sub(r"adam_w(_\d+)?", "adam_w", name): np.array(array) for name, array in made}
+
+
+@pytest.fixture(scope="module", params=["transformer", "lstm"])
+def serial(request, connected):
+    """The training on one rank, done by each rank for itself."""
+    alone = trainer(SerialComm(), model=request.param)
+    logs = steps_of(alone)
+    x = np.arange(T, dtype=np.int32)[None] % V
+    return request.param, logs, alone.validate(HELD_OUT), alone.passes.logits(x), tensors(alone)
+
+
+def near(found, expected, tolerance):
+    for name in expected:
+        assert found[name] == pytest.approx(expected[name], abs=tolerance), name
+
+
+@pytest.mark.parametrize("update", ["allreduce", "zero"])
+@pytest.mark.parametrize(("pipeline", "tensor"), grids())
+def test_a_grid_is_one_rank(connected, everyone, serial, pipeline, tensor, update):
+    model, logs_alone, result_alone, logits_alone, tensors_alone = serial
+    trained = trainer(connected, pipeline, tensor, model=model, update=update)
+    logs = steps_of(trained)
+    assert everyone(logs) == [everyone(logs)[0]] * N
+    for mine, theirs in zip(logs, logs_alone, strict=True):
+        near(mine, theirs, 1e-5)
+    near(trained.validate(HELD_OUT), result_alone, 1e-5)
+    x = np.arange(T, dtype=np.int32)[None] % V
+    logits = trained.passes.logits(x)
+    worst = max(everyone(float(np.abs(logits - logits_alone).max())))
+    assert worst < 1e-3
+    found = tensors(trained)
+    if connected.rank == 0:
+        assert list(found) == list(tensors_alone)
+        shapes = [(array.shape, array.dtype) for array in found.values()]
+        assert shapes == [(array.shape, array.dtype) for array in tensors_alone.values()]
+    same = [np.array_equal(found[name], tensors_alone[name]) for name in found] if connected.rank == 0 else []
+    # Ranks that have whole layers compute what one rank computes, but for the sum of a tied embedding.
+    if (pipeline, tensor) == (1, 1):
+        assert all(same)
+    trained.check_equal()
+
+
+@pytest.mark.parametrize("update", ["allreduce", "zero"])
+@pytest.mark.parametrize(("pipeline", "tensor"), grids())
+def test_a_checkpoint_knows_no_grid(connected, everyone, tmp_path, pipeline, tensor, update):
+    """Saved on a grid, gone on with on one rank, on data ranks alone, and on the other grids."""
+    from tf_dist.training import state
+
+    folder = MPI.COMM_WORLD.bcast(str(tmp_path))
+    saved = trainer(connected, pipeline, tensor, update=update)
+    steps_of(saved, 2)
+    before = tensors(saved)
+    state.save(saved, type(tmp_path)(folder), 1, {})
+    path = type(tmp_path)(folder) / "step-00000002"
+    expected = steps_of(saved, 1)
+    for other in [(1, 1), *grids()[-2:]]:
+        resumed = trainer(connected, *other)
+        state.restore(resumed, path)
+        assert resumed.step == 2
+        after = tensors(resumed)
+        if connected.rank == 0:
+            assert all(np.array_equal(before[name], after[name]) for name in before)
+        near(steps_of(resumed, 1)[0], expected[0], 1e-5)
+    alone = trainer(SerialComm())
+    state.restore(alone, path)
+    near(steps_of(alone, 1)[0], expected[0], 1e-5)
+
+
+@pytest.mark.parametrize(("pipeline", "tensor"), grids())
+def test_a_rank_that_differs_is_named_on_the_whole_grid(connected, everyone, pipeline, tensor):
+    if pipeline == N:
+        pytest.skip("every rank has other weights: there is nobody to compare it with")
+    trained = trainer(connected, pipeline, tensor)
+    steps_of(trained, 1)
+    if connected.rank == N - 1:
+        whole = [v for v in trained.replica.variables if v.path.endswith("norm/gamma")]
+        whole[0].assign(whole[0] + np.float32(1e-6))
+    try:
+        trained.sentinel.compare(1)
+        said = "nothing"
+    except LaunchError as error:
+        said = str(error)
+    assert everyone(said) == [said] * N
+    assert (f"rank {N - 1}" in said) == (N > 1), said
+    assert ("norm/gamma" in said) == (N > 1), said
