@@ -10,6 +10,7 @@
     python scripts/bench.py memory           # memory of a rank, against a formula
     python scripts/bench.py nanogpt          # time to a validation loss, against PyTorch
     python scripts/bench.py network          # two emulated hosts: sums and steps, ours with overlap, Horovod
+    python scripts/bench.py parallel         # every grid of 2 and 4 ranks: tokens/s, bytes, memory, bubbles
     python scripts/bench.py --report         # the targets, and what the newest JSON files say of them
 
 `make bench` runs all of them, `make bench-NAME` one (with ARGS=gpt-0.81M of one model). They start their own
@@ -24,9 +25,11 @@ import sys
 
 from tf_dist.bench import running
 
-NAMES = ("exact", "exact-cost", "comm", "optimizer", "step", "scaling", "memory", "nanogpt", "network")
+NAMES = (
+    "exact", "exact-cost", "comm", "optimizer", "step", "scaling", "memory", "nanogpt", "network", "parallel",
+)  # fmt: skip
 # These take words: names of models, or the path of a text.
-WITH_WORDS = ("step", "scaling", "memory", "nanogpt")
+WITH_WORDS = ("step", "scaling", "memory", "nanogpt", "parallel")
 
 
 def main(argv: list[str]) -> int:
@@ -37,7 +40,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="which; none: all")
     parser.add_argument("--report", action="store_true", help="print the targets as a table for Markdown")
     parser.add_argument(
-        "--rounds", type=int, help="how often step, scaling and nanogpt go through their jobs"
+        "--rounds", type=int, help="how often step, scaling, nanogpt and parallel go through their jobs"
     )
     arguments = parser.parse_args(argv)
     if arguments.rounds:
