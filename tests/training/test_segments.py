@@ -97,7 +97,6 @@ def test_cuts_that_are_refused_before_tensorflow_starts():
         )
 
 
-
 @pytest.mark.parametrize("count", [2, 3, 4])
 def test_the_dearest_segment_is_as_cheap_as_can_be(count):
     graph = LayerGraph(gpt(3))
