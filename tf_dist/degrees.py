@@ -81,6 +81,7 @@ def _check_pipeline(config: Config) -> None:
     ranks, layers = config.pipeline_parallel, config.layers
     interleaved = config.pipeline_schedule == "interleaved"
     each = config.virtual_stages if interleaved else 1
+    _check_cuts(config.pipeline_cuts, ranks * each)
     if ":" in config.model or ranks * each <= layers:  # of a user's model only the graph tells
         return
     stages = f"pipeline_parallel {ranks}"
@@ -91,6 +92,16 @@ def _check_pipeline(config: Config) -> None:
         f"{stages} is more than layers {layers}: each stage needs one. Use {fits}, or layers {ranks * each} "
         "or more"
     )
+
+
+def _check_cuts(text: str, stages: int) -> None:
+    """Whether there are as many numbers as cuts; which of them can be had, the model's graph tells."""
+    cuts = [word.strip() for word in text.split(",")] if text else []
+    if cuts and not (all(map(str.isdecimal, cuts)) and len(cuts) == stages - 1):
+        raise UsageError(
+            f"pipeline_cuts {text!r}: {stages - 1} layers with which a stage begins are needed for {stages} "
+            f"stages, as in {','.join(map(str, range(1, stages)))}"
+        )
 
 
 def _check_zero(config: Config) -> None:

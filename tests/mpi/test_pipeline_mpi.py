@@ -8,13 +8,14 @@ import functools
 
 import numpy as np
 import pytest
+from mpi4py import MPI
 
 from tf_dist.comm.base import SerialComm
 from tf_dist.parallel.mesh import Mesh
-from tf_dist.parallel.schedule import SCHEDULES
 
+WORLD = MPI.COMM_WORLD.Dup()
 V, T, D, B = 13, 6, 8, 2  # vocabulary, tokens, width, rows of a micro-batch
-STEPS = 3
+STEPS = 2
 TOKENS = np.random.default_rng(1).integers(0, V, 400).astype(np.uint16)
 HELD_OUT = TOKENS[:101]
 ROW = TOKENS[None, :T].astype(np.int32)
@@ -36,13 +37,13 @@ def chain(policy="float32"):
 def gpt(tied):
     from tf_dist.models import transformer
 
-    return transformer.build(V, T, 3, D, 2, 0.2, tied)
+    return transformer.build(V, T, 2, D, 2, 0.2, tied)
 
 
 def lstm(tied):
     from tf_dist.models import lstm
 
-    return lstm.build(V, T, 3, D, 0.2, tied)
+    return lstm.build(V, T, 2, D, 0.2, tied)
 
 
 MODELS = {
@@ -76,9 +77,23 @@ def trained(name, comm, micro_batches=5, mesh=None, **pipeline):
     return made, logs, made.validate(HELD_OUT), made.passes.logits(ROW)
 
 
-@functools.cache
-def alone(name, micro_batches=5):
-    """The same training on one rank, done by each rank for itself; its weights and their hash."""
+@pytest.fixture(scope="module")
+def alone(connected):
+    """``alone(name, micro_batches)``: the same training on one rank, which the first one does for all."""
+    if connected.size == 1:
+        pytest.skip("a pipeline has two ranks or more")
+    known = {}
+
+    def train(name, micro_batches=5):
+        if (name, micro_batches) not in known:
+            mine = on_one_rank(name, micro_batches) if connected.rank == 0 else None
+            known[name, micro_batches] = WORLD.bcast(mine)
+        return known[name, micro_batches]
+
+    return train
+
+
+def on_one_rank(name, micro_batches):
     made, logs, result, logits = trained(name, SerialComm(), micro_batches)
     whole = made.whole()
     weights = np.concatenate([array.ravel() for _, array in whole.tensors(whole.weights)])
@@ -97,8 +112,9 @@ def pipelined(name, comm, micro_batches=5, **pipeline):
     return trained(name, comm, micro_batches, Mesh(comm, pipeline=comm.size), **pipeline)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_every_schedule_is_one_rank(connected, everyone, schedule):
+@pytest.mark.parametrize("schedule", ["interleaved", "zero-bubble"])
+def test_schedules_are_one_rank(connected, alone, everyone, schedule):
+    """The other two: `test_activations_kept_and_bytes_sent`."""
     outcome = pipelined("chain", connected, pipeline_schedule=schedule)
     assert_equal(outcome, alone("chain"), everyone)
 
@@ -109,19 +125,18 @@ def test_every_schedule_is_one_rank(connected, everyone, schedule):
         ("transformer", "interleaved", "on"),
         ("transformer", "zero-bubble", "off"),
         ("lstm", "zero-bubble", "on"),
-        ("lstm", "gpipe", "off"),
         ("bfloat16", "1f1b", "off"),
     ],
 )
-def test_models_without_ties_are_one_rank(connected, everyone, name, schedule, recompute):
+def test_models_without_ties_are_one_rank(connected, alone, everyone, name, schedule, recompute):
     if schedule == "interleaved" and connected.size == 4:
-        schedule = "1f1b"  # eight stages of three layers would cut blocks in pieces without weights
+        schedule = "1f1b"  # eight stages of two layers: one would have no weights
     outcome = pipelined(name, connected, pipeline_schedule=schedule, recompute=recompute)
     assert_equal(outcome, alone(name), everyone)
 
 
 @pytest.mark.parametrize(("name", "schedule"), [("tied transformer", "1f1b"), ("tied lstm", "zero-bubble")])
-def test_tied_tables_are_one_rank_within_rounding(connected, everyone, name, schedule):
+def test_tied_tables_are_one_rank_within_rounding(connected, alone, everyone, name, schedule):
     logs_alone, result_alone, logits_alone, _, weights_alone = alone(name)
     made, logs, result, logits = pipelined(name, connected, pipeline_schedule=schedule)
     whole = made.whole()
@@ -142,13 +157,12 @@ def check_the_ends_have_one_table(made, everyone):
     assert held[0] == held[-1]
 
 
-def test_fewer_micro_batches_than_stages(connected, everyone):
-    for schedule in ("1f1b", "interleaved"):
-        outcome = pipelined("chain", connected, 1, pipeline_schedule=schedule)
-        assert_equal(outcome, alone("chain", 1), everyone)
+def test_fewer_micro_batches_than_stages(connected, alone, everyone):
+    outcome = pipelined("chain", connected, 1, pipeline_schedule="interleaved")
+    assert_equal(outcome, alone("chain", 1), everyone)
 
 
-def test_pipelines_beside_each_other_and_one_without_work(connected, everyone):
+def test_pipelines_beside_each_other_and_one_without_work(connected, alone, everyone):
     """Two pipelines, and where there is one micro-batch only, the second does nothing and hangs nobody."""
     if connected.size % 2:
         pytest.skip("two pipelines need an even number of ranks")
@@ -158,15 +172,11 @@ def test_pipelines_beside_each_other_and_one_without_work(connected, everyone):
         assert_equal(outcome, alone("chain", micro_batches), everyone)
 
 
-def test_activations_kept_and_bytes_sent(connected, everyone):
-    """GPipe keeps all micro-batches, 1f1b as many as there are ranks from here to the end, recompute none."""
-    if connected.size == 1:
-        pytest.skip("a pipeline has two ranks or more")
+def test_activations_kept_and_bytes_sent(connected, alone, everyone):
+    """GPipe keeps all micro-batches, or as many as it may; 1f1b as many as there are ranks to the end."""
     m, p, rank = 5, connected.size, connected.rank
     kept = {}
-    for schedule, more in (
-        ("gpipe", {}), ("gpipe", {"micro_batches_in_flight": 2}), ("1f1b", {}), ("1f1b", {"recompute": "on"}),
-    ):  # fmt: skip
+    for schedule, more in (("gpipe", {}), ("gpipe", {"micro_batches_in_flight": 2}), ("1f1b", {})):
         outcome = pipelined("chain", connected, m, pipeline_schedule=schedule, **more)
         assert_equal(outcome, alone("chain", m), everyone)
         passes = outcome[0].passes
@@ -178,7 +188,6 @@ def test_activations_kept_and_bytes_sent(connected, everyone):
         assert rest == 0
         assert kept["gpipe", "micro_batches_in_flight"] == 2 * each
         assert kept["1f1b",] == min(m, p - rank) * each
-    assert kept["1f1b", "recompute"] < kept["1f1b",] or rank == p - 1
     check_bytes_sent(outcome[0], m)
 
 
@@ -197,7 +206,7 @@ def check_bytes_sent(made, micro_batches):
     assert made.comm.sent_bytes - before == neighbours * micro_batches * 4 * B * T * D
 
 
-def test_cuts_by_hand(connected, everyone):
+def test_cuts_by_hand(connected, alone, everyone):
     """Stages as uneven as can be."""
     cuts = ",".join(str(2 * i + 1) for i in range(connected.size - 1))
     outcome = pipelined("chain", connected, pipeline_cuts=cuts)

@@ -1,5 +1,6 @@
 """A model cut into segments: where, and that the segments together are the model."""
 
+import functools
 from itertools import combinations, pairwise
 
 import keras
@@ -8,6 +9,7 @@ import pytest
 import tensorflow as tf
 from keras import layers
 
+from tf_dist.config import Config
 from tf_dist.errors import UsageError
 from tf_dist.models import lstm, transformer
 from tf_dist.models.outline import is_outline, materialize, outline
@@ -80,6 +82,21 @@ def test_costs_are_multiply_adds_for_each_token():
     assert costs(graph.nodes)[0] == D
 
 
+@pytest.mark.parametrize(("kind", "most"), [("transformer", 2 * 3 + 3), ("lstm", 3 + 2)])
+def test_as_many_stages_as_a_model_has_parts_with_weights(kind, most):
+    model = gpt(3) if kind == "transformer" else lstm.build(V, T, 3, 8, 0.1)
+    assert len(cut(model, most)) == most
+    refusal(choose, LayerGraph(model), most + 1)
+
+
+def test_cuts_that_are_refused_before_tensorflow_starts():
+    Config(pipeline_parallel=3, pipeline_cuts="1,2")
+    for cuts in ("1", "1,2,3", "a,b", "1,"):
+        assert "2 layers with which a stage begins are needed" in refusal(
+            functools.partial(Config, pipeline_parallel=3, pipeline_cuts=cuts)
+        )
+
+
 @pytest.mark.parametrize("count", [2, 3, 4])
 def test_the_dearest_segment_is_as_cheap_as_can_be(count):
     graph = LayerGraph(gpt(3))
@@ -116,6 +133,10 @@ def test_cuts_that_cannot_be():
         text = refusal(choose, graph, 3, wanted)
         assert text.startswith(f"--pipeline-cuts {wanted}"), text
         assert said in text
+    bare = LayerGraph(chain(layers.Dropout(0.1), layers.Dense(8), layers.Activation("relu")))
+    assert len(bare.points) == 4
+    assert "has too few layers with weights for 5 stages" in refusal(choose, bare, 5)
+    assert all(segment.trainable for segment in bare.segments(choose(bare, 3)))
     short = LayerGraph(chain(layers.Dense(8, name="a")))
     assert "can be cut at 2 places, 4 stages need 3 cuts: a stage can begin with 1 (a)" in refusal(
         choose, short, 4

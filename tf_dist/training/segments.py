@@ -176,28 +176,44 @@ def choose(graph: LayerGraph, count: int, wanted: str = "") -> list[CutPoint]:
         )
     if wanted.strip():
         return _wanted(graph.points, count, wanted)
-    return [graph.points[at] for at in balanced(graph, count)]
+    cuts = balanced(graph, count)
+    if cuts is None:
+        raise UsageError(
+            f"model {graph.model.name!r} has too few layers with weights for {count} stages: use fewer "
+            "stages or more layers"
+        )
+    return [graph.points[at] for at in cuts]
 
 
-def balanced(graph: LayerGraph, count: int) -> list[int]:
+def balanced(graph: LayerGraph, count: int) -> list[int] | None:
     """The cuts, as numbers of cut points, for which the dearest of ``count`` segments is the cheapest.
 
-    Among such, those with the smallest sum of squared costs, as far as dynamic programming finds them.
+    Among such, those with the smallest sum of squared costs, as far as dynamic programming finds them. Every
+    segment has something to train; None: there are no such cuts.
     """
+    places = [0, *(point.place for point in graph.points), len(graph.nodes)]
     sums = [0.0, *accumulate(costs(graph.nodes))]
-    ends = [0.0, *(sums[point.place] for point in graph.points), sums[-1]]
-    best: list[tuple[float, float, tuple[int, ...]]] = [(end, end * end, ()) for end in ends]
+    weights = [0, *accumulate(sum(v.trainable for v in used(node)) for node in graph.nodes)]
+
+    def segment(start: int, stop: int) -> float:
+        """What the nodes between two places cost; infinite where they have no weights."""
+        return sums[stop] - sums[start] if weights[stop] > weights[start] else inf
+
+    # For each number of cuts so far, and each end of the last segment: the cost, and where the cuts are.
+    best: list[tuple[float, float, tuple[int, ...]]] = [
+        (segment(0, stop), segment(0, stop) ** 2, ()) for stop in places
+    ]
     for _ in range(count - 1):
-        longer = []
-        for at, end in enumerate(ends):
+        longer: list[tuple[float, float, tuple[int, ...]]] = []
+        for end, stop in enumerate(places):
             found: tuple[float, float, tuple[int, ...]] = (inf, inf, ())
-            for before in range(1, at):
+            for before in range(1, end):
                 most, squares, cuts = best[before]
-                more = end - ends[before]
+                more = segment(places[before], stop)
                 found = min(found, (max(most, more), squares + more * more, (*cuts, before - 1)))
             longer.append(found)
         best = longer
-    return list(best[-1][2])
+    return list(best[-1][2]) if best[-1][0] < inf else None
 
 
 def costs(nodes: Sequence[Any]) -> list[float]:
