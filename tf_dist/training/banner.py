@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from math import prod
 
 from tf_dist.comm.base import Comm
 from tf_dist.comm.threads import Place, places
 from tf_dist.config import Config
 from tf_dist.data.prepared import Prepared
 from tf_dist.data.sampler import share
+from tf_dist.parallel.parts import part_of
 from tf_dist.training.environment import slow_bfloat16
 from tf_dist.training.trainer import Trainer
 from tf_dist.version import __version__
@@ -24,15 +26,16 @@ def banner(
     rows, T = config.global_batch_size, config.seq_len
     lines = {
         "tf_dist": f"{__version__}: {_ranks(config, comm)}",
+        **({} if trainer.mesh.plain else {"grid": _grid(trainer)}),
         "data": f"{' '.join(config.data)}: {tokens['train']:,} tokens ({text_bytes:,} bytes) to train on, "
         f"{tokens['val']:,} held out",
         "tokenizer": f"{meta['tokenizer_kind']} of {meta['vocab_size']:,}, in {corpus.path}",
-        "model": f"{config.model}, {trainer.replica.parameters:,} parameters{_precision(config)}",
+        "model": f"{config.model}, {_parameters(trainer):,} parameters{_precision(config)}",
         "batch": f"{rows} sequences x {T} tokens = {rows * T:,} tokens a step, as {config.micro_batches} "
-        f"micro-batches of {config.micro_batch_rows}; {_shares(config, comm)}",
+        f"micro-batches of {config.micro_batch_rows}; {_shares(config, trainer)}",
         "training": f"{steps:,} steps = {steps / steps_per_epoch:.2f} epochs, from step {trainer.step}; "
         f"{config.optimizer}, learning rate {config.learning_rate:g}, {config.schedule}; "
-        f"update {config.update}",
+        f"update {config.update}{f', stage {config.zero_stage}' if config.update == 'zero' else ''}",
         "compute": trainer.tuning.said,
         "sums": "; ".join(filter(None, [trainer.arrangement.said, trainer.passes.said])),
         "run": config.run_dir,
@@ -66,9 +69,21 @@ def _idle_cores(config: Config, place: Place, size: int) -> str:
     return f". It may use {len(place.cores)} of {cores} cores: start more ranks, or mpirun --bind-to none"
 
 
-def _shares(config: Config, comm: Comm) -> str:
+def _parameters(trainer: Trainer) -> int:
+    """Of the whole model, whatever this rank has of it."""
+    return sum(prod(part_of(variable).whole) for variable in trainer.model.trainable_variables)
+
+
+def _grid(trainer: Trainer) -> str:
+    """Who shares what; this rank's part of the weights, which is rank 0's where it is shown."""
+    mine = trainer.replica.parameters
+    return f"{trainer.mesh}; rank 0 has {mine:,} of the parameters"
+
+
+def _shares(config: Config, trainer: Trainer) -> str:
     """How many micro-batches each rank takes, and a warning where some have none."""
-    shares = [len(share(config.micro_batches, rank, comm.size)) for rank in range(comm.size)]
+    size = trainer.mesh.data.size
+    shares = [len(share(config.micro_batches, rank, size)) for rank in range(size)]
     if min(shares) == max(shares):
         return f"{shares[0]} for each rank"
     text = f"ranks take {min(shares)} to {max(shares)}"
