@@ -19,7 +19,7 @@ class ThreadComm(Comm):
         super().__init__()
         self.rank, self.size = rank, size
         self._board, self._meeting = board, meeting
-        # Of all ranks: messages on their way, by (from, to, tag). All find the one that the first of them made.
+        # Of all ranks: messages on their way, by (from, to, tag). All find the one that the first one made.
         self._post = meeting.__dict__.setdefault("post", defaultdict(queue.Queue))
 
     def _everyone(self, value):
