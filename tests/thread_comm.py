@@ -19,7 +19,7 @@ class ThreadComm(Comm):
         super().__init__()
         self.rank, self.size = rank, size
         self._board, self._meeting = board, meeting
-        # Of all ranks: messages on their way, by (from, to). All find the one that the first of them made.
+        # Of all ranks: messages on their way, by (from, to, tag). All find the one that the first one made.
         self._post = meeting.__dict__.setdefault("post", defaultdict(queue.Queue))
 
     def _everyone(self, value):
@@ -56,12 +56,12 @@ class ThreadComm(Comm):
     def _barrier(self):
         self._everyone(None)
 
-    def _isend(self, array, to):
-        self._post[self.rank, to].put(array.copy())
+    def _isend(self, array, to, tag):
+        self._post[self.rank, to, tag].put(array.copy())
         return Arrived()
 
-    def _irecv(self, array, source):
-        return Expected(self._post[source, self.rank], array)
+    def _irecv(self, array, source, tag):
+        return Expected(self._post[source, self.rank, tag], array)
 
     def _allgather_bytes(self, raw):
         return self._everyone(raw)
@@ -72,6 +72,9 @@ class Arrived:
 
     def wait(self):
         pass
+
+    def done(self):
+        return True
 
 
 class Expected:
@@ -84,6 +87,9 @@ class Expected:
         message = self._post.get(timeout=LIMIT_S)
         assert message.dtype == self._array.dtype
         self._array[:] = message
+
+    def done(self):
+        return not self._post.empty()
 
 
 def on_ranks(size, function, kind=ThreadComm):

@@ -5,6 +5,8 @@ Keras is imported inside functions: ``connected`` comes first, as in a user's sc
 Legend: B rows, T tokens, V vocabulary.
 """
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -15,6 +17,7 @@ from tf_dist.parallel.sequence import columns
 
 B, T, V = 2, 12, 13
 CONFIG = Config(vocab_size=V, seq_len=T, width=16, layers=2, heads=2, global_batch_size=B)
+ONE_LAYER = dataclasses.replace(CONFIG, layers=1)  # quicker to trace, four times
 
 
 def batch(seed=0):
@@ -36,7 +39,7 @@ def replica_of(model, seq_len):
     return Replica(model, keras.optimizers.SGD(0.1), B, seq_len, seed=1)
 
 
-def of_one_rank_and_shared(mesh, config=CONFIG):
+def of_one_rank_and_shared(mesh, config=ONE_LAYER):
     """A replica of whole rows, and one of this rank's columns of them."""
     from tf_dist.layers.sequence import sequence_parallel
     from tf_dist.models.build import build
@@ -93,18 +96,16 @@ TOKENS = np.random.default_rng(1).integers(0, V, 700).astype(np.uint16)
 HELD_OUT = np.random.default_rng(2).integers(0, V, 61).astype(np.uint16)
 
 
-def training(comm, mesh):
+def training(comm, mesh, **options):
     """Losses and norms of 20 steps of a tiny Transformer, its validation, and the logits of a row."""
     import keras
 
-    from tf_dist.layers.sequence import sequence_parallel
-    from tf_dist.models.build import build
+    from tf_dist.training.model import model_for
     from tf_dist.training.trainer import Trainer
 
-    model = build(CONFIG, sequence_parallel(mesh.sequence, T))
-    sizes = {"global_batch_size": 4, "micro_batch_size": 2, "clip_norm": 1.0, "autotune": "off"}
-    trainer = Trainer(model, keras.optimizers.AdamW(1e-3), comm, mesh=mesh, **sizes)
-    assert trainer.seq_len == T
+    sizes = {"global_batch_size": 4, "micro_batch_size": 2, "seq_len": T, "clip_norm": 1.0}
+    optimizer = keras.optimizers.AdamW(1e-3)
+    trainer = Trainer(model_for(CONFIG, mesh), optimizer, comm, mesh=mesh, autotune="off", **sizes, **options)
     sequences = trainer.sequences(TOKENS)
     sampler = trainer.sampler(sequences)
     trainer.broadcast_weights()
@@ -114,14 +115,25 @@ def training(comm, mesh):
     return losses, trainer.validate(HELD_OUT), trainer.passes.logits(TOKENS[None, :T].astype(np.int32))
 
 
-def test_training_is_that_of_one_rank(connected):
-    serial = SerialComm()
-    logs, result, logits = training(serial, Mesh(serial))
-    mesh = Mesh(connected, sequence=2 if connected.size == 4 else connected.size)
-    shared_logs, shared_result, shared_logits = training(connected, mesh)
-    np.testing.assert_allclose(shared_logs, logs, rtol=1e-5)
-    assert shared_result == pytest.approx(result, rel=1e-5)
-    np.testing.assert_allclose(shared_logits, logits, atol=1e-5)
+@pytest.fixture(scope="module")
+def serial(connected):
+    """The training on one rank."""
+    alone = SerialComm()
+    return training(alone, Mesh(alone))
+
+
+@pytest.mark.parametrize("other", ["data", "tensor"])
+def test_training_is_that_of_one_rank(connected, serial, other):
+    """Rows shared by all ranks; of four ranks by two, beside data with ZeRO, or tensor."""
+    size, four = connected.size, connected.size == 4
+    if other == "tensor" and not four:
+        pytest.skip("needs four ranks")
+    mesh = Mesh(connected, sequence=2 if four else size, tensor=2 if other == "tensor" else 1)
+    update = "zero" if other == "data" and four else "allreduce"
+    logs, result, logits = training(connected, mesh, update=update)
+    np.testing.assert_allclose(logs, serial[0], rtol=1e-5)
+    assert result == pytest.approx(serial[1], rel=1e-5)
+    np.testing.assert_allclose(logits, serial[2], atol=1e-5)
 
 
 def with_gradients(function, *inputs):
