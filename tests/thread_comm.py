@@ -53,6 +53,10 @@ class ThreadComm(Comm):
         rows = np.stack(self._everyone(array.copy()))
         return rows if self.rank == root else None
 
+    def _allgather(self, array, parts):
+        for part, theirs in zip(parts, self._everyone(array.copy()), strict=True):
+            array[part] = theirs[part]
+
     def _barrier(self):
         self._everyone(None)
 

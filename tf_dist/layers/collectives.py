@@ -7,7 +7,8 @@ arrays whose last axis is divided: `gathered` and `own_part`.
 
 They call NumPy in the middle of a compiled step, `tf.numpy_function(stateful=True)`. TensorFlow runs stateful
 calls in the order in which the graph was written, and every rank writes the same graph: so all ranks talk in
-one order, on the way back, in evaluation and with any number of threads, too. XLA cannot compile them.
+one order, on the way back, in evaluation and with any number of threads, too, once `keep_order` has switched
+off what breaks this promise. XLA cannot compile them.
 
 All ranks get the same bits: MPI requires it of a sum (MPI 4.1, section 6.9.6), and a window has one sum that
 all look at. They must: weights which every rank holds would drift apart otherwise.
@@ -30,6 +31,16 @@ from tf_dist.parallel.flat import aligned_empty
 # Sums of this many elements and more (256 KiB) lie in a shared window, where there is one: the fewer cores a
 # rank has the more it saves (docs/decisions/0019-tensor-parallel.md has the figures).
 WINDOW_FROM = 1 << 16
+
+
+def keep_order() -> None:
+    """Let TensorFlow run stateful calls in the order of the program, as it promises; for the whole process.
+
+    Its graphs say so, by control edges, but Grappler's dependency optimizer takes some of them away around
+    loops (TensorFlow 2.21): a call behind the loop of an LSTM overtook another one, on one rank and not on
+    the other, and both waited for ever. Graphs that have run already stay as they are.
+    """
+    tf.config.optimizer.set_experimental_options({"dependency_optimization": False})
 
 
 def copied(comm: Comm, x: Any) -> Any:

@@ -43,11 +43,12 @@ def cross_entropy(comm: Comm, logits_Nxv: Any, y_N: Any, part: range) -> tuple[A
         collectives.stacked(comm, tf.stack(facts)), axis=1
     )
     top_N = tf.reduce_max(highest_RxN, 0)
-    log_sum_N = top_N + tf.math.log(tf.reduce_sum(sums_RxN * tf.exp(highest_RxN - top_N), 0))
-    losses_N = log_sum_N - tf.reduce_sum(targets_RxN, 0)
+    sum_N = tf.reduce_sum(sums_RxN * tf.exp(highest_RxN - top_N), 0)
+    # Differences from the highest logit throughout: large logits differ by less than they are rounded to.
+    losses_N = tf.math.log(sum_N) + (top_N - tf.reduce_sum(targets_RxN, 0))
     # Where ranks share the highest logit the first one has the lower token, as argmax has it.
     winner_N = tf.argmax(highest_RxN, 0, tf.int32)
     right_N = tf.gather(tf.transpose(right_RxN), winner_N, axis=1, batch_dims=1) > 0
     # one_hot of what is not here is zero.
-    dlogits_Nxv = tf.exp(logits_Nxv - log_sum_N[:, None]) - tf.one_hot(own_N, len(part))
+    dlogits_Nxv = tf.exp(logits_Nxv - top_N[:, None]) / sum_N[:, None] - tf.one_hot(own_N, len(part))
     return losses_N, dlogits_Nxv, right_N

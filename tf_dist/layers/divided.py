@@ -10,6 +10,7 @@ import keras
 import tensorflow as tf
 
 from tf_dist.errors import UsageError
+from tf_dist.layers.collectives import keep_order
 from tf_dist.parallel.parts import Part
 
 # From a weight's name and its shape in the whole layer to this rank's part; None: it is not divided.
@@ -74,6 +75,7 @@ def divide(layer: keras.layers.Layer, part_of: PartOf) -> None:
 
 
 def talks(layer: keras.layers.Layer) -> None:
-    """Mark a layer that talks to other ranks when it is called: XLA cannot compile it."""
+    """Mark a layer that talks to other ranks when it is called: XLA cannot compile it, and order counts."""
+    keep_order()
     layer.tf_dist_talks = True
     layer.supports_jit = False  # so that `model.compile` does not try
