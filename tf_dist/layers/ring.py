@@ -19,6 +19,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_dist.comm.base import Comm
+from tf_dist.layers.collectives import keep_order
 from tf_dist.layers.passing import Ring
 from tf_dist.models.attention import BLOCK, MASKED, attention
 from tf_dist.parallel.sequence import chunks, seen
@@ -47,6 +48,7 @@ class RingAttention:
     """
 
     def __init__(self, comm: Comm, block: int = BLOCK) -> None:
+        keep_order()
         self._ring, self._block = Ring(comm), block
 
     def __call__(self, q_BxHxLxK: Any, k_BxHxLxK: Any, v_BxHxLxK: Any) -> Any:

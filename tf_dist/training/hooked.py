@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import tensorflow as tf
 
+from tf_dist.layers.collectives import keep_order
 from tf_dist.parallel.buckets import Overlap
 from tf_dist.parallel.tree import BlockSum
 from tf_dist.training.replica import Replica
@@ -83,6 +84,7 @@ def hooked_gradients(replica: Replica, buckets: TakesBuckets) -> Callable[..., A
         A function of token ids, targets and random states, to the summed loss, targets and right guesses. An
         error in a bucket comes out of it as TensorFlow's.
     """
+    keep_order()  # buckets leave in one order on all ranks
     # Made here, where AutoGraph does not rewrite them.
     hooks = [_hook(buckets, number) for number in range(len(buckets.divided))]
 
