@@ -159,8 +159,9 @@ def _zero_2_or_3(
     replica.norm = whole_norm(replica, model.trainable_variables, mesh)
     mine = dealt(count, mesh.at[DATA], mesh.shape[DATA])
     leaves, blocks = leaves_of(count, mesh)
+    update: Any = zero.STAGES[stage]
     said = "by their owners, as they are made"
-    return Arrangement(replica, passes, zero.STAGES[stage], mine, order(leaves, blocks), said, why)
+    return Arrangement(replica, passes, update, mine, order(leaves, blocks), said, why)
 
 
 def _pipeline(wishes: Wishes) -> Pipeline:
