@@ -158,12 +158,7 @@ def _stretch(number: int, variable: Any, inner: range) -> Stretch:
 def _decays(optimizer: Any, variable: Any) -> bool:
     """Whether a variable of the model decays; one of an outline has nothing that Keras could know it by."""
     if is_outline(variable):
-<<<<<<< HEAD
         return optimizer.weight_decay is not None and all(one is not variable for one in spared(optimizer))
-=======
-        undecayed: frozenset[int] = getattr(optimizer, "tf_dist_undecayed", frozenset())
-        return optimizer.weight_decay is not None and id(variable) not in undecayed
->>>>>>> 2c0a3e9 (Lint)
     return elementwise.decays(optimizer, variable)
 
 
