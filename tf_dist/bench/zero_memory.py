@@ -7,10 +7,10 @@ way, is taken off. The formulas are those of Rajbhandari et al. (2020) for float
 
     allreduce  16            zero 1  8 + 8 / R        zero 2  4 + 12 / R        zero 3  16 / R
 
-They count weights, one gradient and two moments. What a rank has beyond them: gradients of a micro-batch while
-they are computed (all of them with allreduce and stage 1, and the same once more as one array; some buckets, or
-a segment, in stages 2 and 3); sums of a tree with more than two micro-batches (`4 log2(M) / R`); terms of the
-other ranks in a shared window; and activations, which a row of few tokens keeps small.
+They count weights, one gradient and two moments. What a rank has beyond them: gradients of a micro-batch
+while they are computed (all of them with allreduce and stage 1, and the same once more as one array; some
+buckets, or a segment, in stages 2 and 3); sums of a tree with more than two micro-batches (`4 log2(M) / R`);
+terms of the other ranks in a shared window; and activations, which a row of few tokens keeps small.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from tf_dist.comm.base import Comm
 
 MODULE = "tf_dist.bench.zero_memory"
-# 39.4 million parameters, in halves of layers of 1.6 and 3.3 million, which are gathered one at a time. Deeper
-# models have more graphs, whose memory is not counted by any formula.
+# 39.4 million parameters, in halves of layers of 1.6 and 3.3 million, which are gathered one at a time.
+# Deeper models have more graphs, whose memory is not counted by any formula.
 SIZES: dict[str, Any] = {"model": "transformer", "layers": 8, "width": 640, "heads": 4, "seq_len": 16}
 WAYS = ("allreduce", "zero-1", "zero-2", "zero-3")
 WARM_UP, STEPS = 2, 4
