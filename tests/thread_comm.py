@@ -19,7 +19,7 @@ class ThreadComm(Comm):
         super().__init__()
         self.rank, self.size = rank, size
         self._board, self._meeting = board, meeting
-        # Of all ranks: messages on their way, by (from, to). All find the one that the first of them made.
+        # Of all ranks: messages on their way, by (from, to, tag); the first rank makes it, all find it.
         self._post = meeting.__dict__.setdefault("post", defaultdict(queue.Queue))
 
     def _everyone(self, value):
@@ -56,12 +56,12 @@ class ThreadComm(Comm):
     def _barrier(self):
         self._everyone(None)
 
-    def _isend(self, array, to):
-        self._post[self.rank, to].put(array.copy())
+    def _isend(self, array, to, tag):
+        self._post[self.rank, to, tag].put(array.copy())
         return Arrived()
 
-    def _irecv(self, array, source):
-        return Expected(self._post[source, self.rank], array)
+    def _irecv(self, array, source, tag):
+        return Expected(self._post[source, self.rank, tag], array)
 
     def _allgather_bytes(self, raw):
         return self._everyone(raw)

@@ -1,4 +1,4 @@
-"""Sums of which each rank keeps a shard: the bits of one rank, for any number of ranks, leaves and stretches."""
+"""Sums of which each rank keeps a shard: the bits of one rank, however many ranks, leaves and stretches."""
 
 import itertools
 

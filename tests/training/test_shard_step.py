@@ -1,4 +1,6 @@
-"""A shard's step against that of whole variables: the same bits of weights and state. Legend: P parameters."""
+"""A shard's step against that of whole variables: the same bits. Legend: P parameters."""
+
+import itertools
 
 import keras
 import numpy as np
@@ -57,7 +59,7 @@ def test_shards_have_the_bits_of_whole_variables(kind):
     weights = flat(v.value for v in variables)
     state = {name: flat(np.asarray(v.value) for v in slot) for name, slot in slots_of(optimizer).items()}
     for cuts in CUTS:
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in itertools.pairwise(cuts):
             own, sharded = made(kind)
             step = ShardStep(sharded, own, slice(start, stop))
             for gradient in GRADIENTS:

@@ -45,7 +45,7 @@ def formula(way: str, ranks: int) -> float:
 
 
 def measured(way: str, ranks: int, folder: Path) -> dict[str, Any]:
-    """Start a job, and return what its ranks take: ``bytes_per_parameter``, mean of ranks; and the formula."""
+    """Start a job; what its ranks take, ``bytes_per_parameter`` of the mean rank, and the formula."""
     found: dict[str, Any] = running.measured(ranks, MODULE, way, folder=folder)
     return {**found, "formula": formula(way, ranks)}
 

@@ -143,7 +143,7 @@ def _zero_2_or_3(
         )
     if not mesh.plain:
         raise UsageError(
-            f"{mesh}: --zero-stage {stage} needs every rank along the data axis alone. Use --zero-stage 1, or "
+            f"{mesh}: --zero-stage {stage} needs all ranks along the data axis. Use --zero-stage 1, or "
             "leave --tensor-parallel, --pipeline-parallel and --sequence-parallel at 1"
         )
     replica: GatheredReplica | ShardedReplica
