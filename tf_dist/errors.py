@@ -78,9 +78,9 @@ def of_memory(error: BaseException) -> BaseException:
         return error
     first = next(iter(str(error).strip().splitlines()), "")
     return OutOfMemory(
-        f"a rank is out of memory{': ' + first[:200] if first else ''}. More ranks can share the model: --update "
-        "zero --zero-stage 3 (weights, gradients and optimizer state), --pipeline-parallel or --tensor-parallel; "
-        "a smaller --micro-batch-size makes activations smaller"
+        f"a rank is out of memory{': ' + first[:200] if first else ''}. More ranks can share the model: "
+        "--update zero --zero-stage 3 (weights, gradients and optimizer state), --pipeline-parallel or "
+        "--tensor-parallel; a smaller --micro-batch-size makes activations smaller"
     )
 
 

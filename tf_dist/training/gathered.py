@@ -10,7 +10,7 @@ Layers take weights as arguments here: Keras's `StatelessScope` lets a tensor st
 
 A weight that several segments use, as a tied embedding, is gathered for each of them. Its gradient from later
 ones is held back until the first one is differentiated, and added there as TensorFlow would have done in one
-graph: to it the rows of tokens, one after another.
+graph.
 
 Legend: B rows of a micro-batch, T tokens, V vocabulary, P parameters, S of them in this rank's shard.
 """
@@ -251,11 +251,8 @@ def _spec(tensor: Any, rows: int) -> tf.TensorSpec:
 
 def _with_held(part: Any, held: Any) -> Any:
     """The gradient of a weight with that of later segments, dense."""
-    if not held.shape.rank:
-        return tf.convert_to_tensor(part)
-    if isinstance(part, tf.IndexedSlices):
-        return tf.tensor_scatter_nd_add(held, part.indices[:, None], part.values)
-    return held + part
+    part = tf.convert_to_tensor(part)
+    return held + part if held.shape.rank else part
 
 
 class Rooms:
