@@ -9,7 +9,7 @@ import pytest
 from tf_dist.comm.base import SerialComm
 
 V, T, B = 29, 8, 2
-STEPS = 5
+STEPS = 3
 TOKENS = np.random.default_rng(1).integers(0, V, 1500).astype(np.uint16)
 HELD_OUT = np.random.default_rng(2).integers(0, V, 333).astype(np.uint16)
 
