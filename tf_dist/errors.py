@@ -37,6 +37,12 @@ class BackendMissing(TfDistError, ImportError):
     exit_code = 69
 
 
+class OutOfMemory(TfDistError, MemoryError):
+    """A rank has not got the memory that it asked for."""
+
+    exit_code = 71
+
+
 class SavedAndStopped(TfDistError):
     """The job was asked to stop, saved a checkpoint and can be started again."""
 
@@ -59,6 +65,23 @@ class LaunchError(TfDistError, RuntimeError):
     """The job was started in a way that cannot work, or its ranks do not agree."""
 
     exit_code = 78
+
+
+def of_memory(error: BaseException) -> BaseException:
+    """`OutOfMemory` for what Python, NumPy or TensorFlow raise where memory is refused; others as they are.
+
+    C++ that meets the limit where it does not expect it ends the process (std::bad_alloc): nobody can say
+    more.
+    """
+    refused = isinstance(error, MemoryError) or type(error).__name__ == "ResourceExhaustedError"
+    if not refused or isinstance(error, OutOfMemory):
+        return error
+    first = next(iter(str(error).strip().splitlines()), "")
+    return OutOfMemory(
+        f"a rank is out of memory{': ' + first[:200] if first else ''}. More ranks can share the model: "
+        "--update zero --zero-stage 3 (weights, gradients and optimizer state), --pipeline-parallel or "
+        "--tensor-parallel; a smaller --micro-batch-size makes activations smaller"
+    )
 
 
 _hidden: list[TfDistError] = []

@@ -27,7 +27,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from tf_dist.comm.base import Comm, named
-from tf_dist.errors import SavedAndStopped, TfDistError, behind
+from tf_dist.errors import SavedAndStopped, TfDistError, behind, of_memory
 
 # How long a failing rank waits for the others to fail too, before it speaks for itself.
 RENDEZVOUS_S = 1.0
@@ -87,7 +87,7 @@ class Ending:
     def _on_exception(
         self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
     ) -> None:
-        error = behind(error)
+        error = of_memory(behind(error))
         foreseen = isinstance(error, TfDistError)
         message = f"error: {error}" if foreseen else "".join(traceback.format_exception(kind, error, trace))
         code = error.exit_code if isinstance(error, TfDistError) else EXIT_RANK_FAILED

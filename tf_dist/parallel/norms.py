@@ -85,7 +85,8 @@ class GlobalNorm:
             if TINY < total < np.inf:
                 return float(np.sqrt(total))
         own = [gradient[run.start : run.start + run.size] for run in self._runs]
-        sums = np.array([sum(float(np.einsum("i,i->", part, part, dtype=np.float64)) for part in own)])
+        squares_of = [float(np.einsum("i,i->", part, part, dtype=np.float64)) for part in own]
+        sums = np.array([sum(squares_of, 0.0)])  # float64 also on a rank that has nothing
         with np.errstate(invalid="ignore"):
             self.comm.allreduce(sums)
             return float(np.sqrt(sums[0]))

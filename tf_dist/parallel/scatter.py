@@ -1,15 +1,15 @@
-"""Sums of gradients of which each rank keeps its shard alone: gradients leave for their owners as they are made.
+"""Sums of gradients of which each rank keeps its shard: gradients leave for their owners as they are made.
 
 Micro-batches are leaves of the tree (`tree.py`), dealt out by turns: in round k, rank r has leaf k R + r. A
-gradient comes in stretches of the flat array, the same ones in the same order on every rank. Of each stretch a
-rank sends every owner what is its own; the owner adds what it has got from all ranks, leaf after leaf, as the
-tree wants it. So the sum has the bits of one rank, and nobody ever holds a gradient of all weights: an owner
-keeps at most log2(M) + 1 sums for M leaves, one of which is the result; the others are gone once a stretch has
-all of its leaves.
+gradient comes in stretches of the flat array, the same ones in the same order on every rank. Of each stretch
+a rank sends every owner what is its own; the owner adds what it has got from all ranks, leaf after leaf, as
+the tree wants it. So the sum has the bits of one rank, and nobody ever holds a gradient of all weights: an
+owner keeps at most log2(M) + 1 sums for M leaves, one of which is the result; the others are gone once a
+stretch has all of its leaves.
 
-A rank without a leaf in the last round still receives. While a stretch is on its way the next one is made: what
-was sent is waited for a little later. Every rank begins all its messages of a few pieces before it waits for any
-of them or of later ones, and pieces have one order, so nobody waits in a circle.
+A rank without a leaf in the last round still receives. While a stretch is on its way the next one is made:
+what was sent is waited for a little later. Every rank begins all its messages of a few pieces before it waits
+for any of them or of later ones, and pieces have one order, so nobody waits in a circle.
 
 Legend: P parameters, S of them in this rank's shard, R ranks, M micro-batches.
 """
@@ -26,8 +26,8 @@ from tf_dist.comm.base import Comm, Pending
 from tf_dist.parallel.flat import aligned_empty
 from tf_dist.parallel.tree import TreeSum
 
-# Elements of a message (1 MiB), and how many of them are begun together: of so much an owner has the leaves of
-# all ranks in memory at a time, twice.
+# Elements of a message (1 MiB), and how many of them are begun together: of so much an owner has the leaves
+# of all ranks in memory at a time, twice.
 PIECE = 1 << 18
 TOGETHER = 4
 
@@ -86,8 +86,8 @@ class ShardSums:
         Args:
             stretch: by number.
             turn: the round; of each stretch they come in order.
-            gradients: arrays that together are this stretch; none where this rank has no micro-batch. They may
-                be looked at until the next `add`, or `result`.
+            gradients: arrays that together are this stretch; none where this rank has no micro-batch. They
+                may be looked at until the next `add`, or `result`.
         """
         flat = None
         if gradients:
@@ -100,7 +100,7 @@ class ShardSums:
                 self._finish(self._under_way.popleft())
 
     def result(self) -> np.ndarray:
-        """This rank's shard of the sum, (S,), once all was added; valid until the next `add`."""
+        """The rank's shard of the sum, (S,), once all was added; valid until the next `add`."""
         while self._under_way:
             self._finish(self._under_way.popleft())
         assert not self._trees, "a stretch has not come from all micro-batches"

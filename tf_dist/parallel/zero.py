@@ -1,8 +1,8 @@
 """ZeRO: what data-parallel ranks all have alike is divided among them (Rajbhandari et al. 2020).
 
 The flat array of P parameters is cut into one shard for each of R ranks. In stage 1 each rank keeps the
-optimizer's state of its shard alone; in stage 2 also the summed gradient; in stage 3 also the weights. Bytes of
-a rank for each float32 parameter, with Adam's two moments and beside activations:
+optimizer's state of its shard alone; in stage 2 also the summed gradient; in stage 3 also the weights. Bytes
+of a rank for each float32 parameter, with Adam's two moments and beside activations:
 
     allreduce   16            weights 4, gradient 4, moments 8
     stage 1     8 + 8 / R     reduce-scatter of the gradient, step of the shard, allgather of the weights
@@ -10,8 +10,8 @@ a rank for each float32 parameter, with Adam's two moments and beside activation
     stage 3     16 / R        weights come when a layer needs them, and go again
 
 Shards are cut at whole blocks of squares, so that the global norm is made of the very sums that a rank alone
-would have made; gradients are added in the order of the tree, and an elementwise optimizer changes each weight
-by itself. So no bit depends on how many ranks share the work.
+would have made; gradients are added in the order of the tree, and an elementwise optimizer changes each
+weight by itself. So no bit depends on how many ranks share the work.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def zero_1(
 ) -> float:
     """Stage 1: each rank sums and steps its shard; all gather the new weights.
 
-    Arguments, result and errors are those of `tf_dist.parallel.updates.allreduce`. A rank sends as many bytes.
+    Arguments, result and errors are those of `tf_dist.parallel.updates.allreduce`. A rank sends as many
+    bytes.
     """
     mesh.all.barrier()
     counts = totals.reduce(mesh.all)

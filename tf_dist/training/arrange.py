@@ -143,7 +143,7 @@ def _zero_2_or_3(
         )
     if not mesh.plain:
         raise UsageError(
-            f"{mesh}: --zero-stage {stage} needs every rank along the data axis alone. Use --zero-stage 1, or "
+            f"{mesh}: --zero-stage {stage} needs all ranks along the data axis. Use --zero-stage 1, or "
             "leave --tensor-parallel, --pipeline-parallel and --sequence-parallel at 1"
         )
     replica: GatheredReplica | ShardedReplica
@@ -159,8 +159,9 @@ def _zero_2_or_3(
     replica.norm = whole_norm(replica, model.trainable_variables, mesh)
     mine = dealt(count, mesh.at[DATA], mesh.shape[DATA])
     leaves, blocks = leaves_of(count, mesh)
+    update: Any = zero.STAGES[stage]
     said = "by their owners, as they are made"
-    return Arrangement(replica, passes, zero.STAGES[stage], mine, order(leaves, blocks), said, why)
+    return Arrangement(replica, passes, update, mine, order(leaves, blocks), said, why)
 
 
 def _pipeline(wishes: Wishes) -> Pipeline:

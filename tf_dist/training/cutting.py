@@ -19,8 +19,8 @@ TOGETHER = 1 << 20
 class Segment:
     """Some consecutive layers of a model.
 
-    model: from the tensor that comes in to the one that goes out; shares the layers of the whole model. numbers:
-    its trainable variables, by place in the whole model. own: those that no earlier segment uses.
+    model: from the tensor that comes in to the one that goes out; shares the layers of the whole model.
+    numbers: its trainable variables, by place in the whole model. own: those that no earlier segment uses.
     """
 
     model: keras.Model
@@ -61,19 +61,22 @@ def _segment(first: Any, last: Any, place: dict[int, int]) -> Segment:
 
 
 def _keep_head(model: keras.Model, last: keras.Model, first: Any) -> None:
-    """Let the last segment, which begins with the tensor ``first``, know the head of the whole model, so that its loss can be taken in chunks."""
+    """Let the last segment know the head of the whole model, so that its loss can be taken in chunks.
+
+    ``first`` is the whole model's tensor with which the segment begins.
+    """
     head = head_of(model)
     if head is not None:
         with_known_head(last, Head(keras.Model(first, head.trunk.outputs[0]), head.embedding))
 
 
 def _cuts(model: keras.Model) -> list[Any]:
-    """The tensors between the layers of which each is all that later layers know of earlier ones, in order."""
+    """The tensors that are, each of them, all that later layers know of earlier ones; in order."""
     by_depth = getattr(model, "_nodes_by_depth", None)
     if by_depth is None or len(model.inputs) != 1 or len(model.outputs) != 1:
         raise UsageError(
-            f"model {model.name!r} cannot be cut into segments: it is not a functional keras.Model with one input "
-            "and one output. Use --zero-stage 2, or make it by keras.Model(tokens, logits)"
+            f"model {model.name!r} cannot be cut into segments: it is not a functional keras.Model with one "
+            "input and one output. Use --zero-stage 2, or make it by keras.Model(tokens, logits)"
         )
     nodes = [
         node for depth in sorted(by_depth, reverse=True) for node in by_depth[depth] if not node.is_input

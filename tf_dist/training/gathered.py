@@ -1,18 +1,18 @@
-"""A model of whose weights each rank holds a shard between uses: ZeRO's third stage (Rajbhandari et al. 2020).
+"""A model of whose weights each rank holds a shard between uses: ZeRO's third stage.
 
-The model is cut into segments (`cutting.py`). Before a segment is used its weights come from the ranks that
-step them, into memory that the next segment uses again. On the way forward only what goes into each segment is
-kept; on the way back its weights come once more, it is computed again and differentiated, and its gradients
-leave for their owners (`tf_dist.parallel.scatter`). What is random depends on (seed, step, micro-batch) alone, so
-that the second time drops what the first one did.
+That is of Rajbhandari et al. (2020). The model is cut into segments (`cutting.py`). Before a segment is used
+its weights come from the ranks that step them, into memory that the next segment uses again. On the way
+forward only what goes into each segment is kept; on the way back its weights come once more, it is computed
+again and differentiated, and its gradients leave for their owners (`tf_dist.parallel.scatter`). What is
+random depends on (seed, step, micro-batch) alone, so that the second time drops what the first one did.
 
 Layers take weights as arguments here: Keras's `StatelessScope` lets a tensor stand for a variable.
 
 A weight that several segments use, as a tied embedding, is gathered for each of them. Its gradient from later
 ones is held back until the first one is differentiated, and added there as TensorFlow would have done in one
-graph: to it the rows of tokens, one after another.
+graph.
 
-Legend: B rows of a micro-batch, T tokens, V vocabulary, P parameters, S of them in this rank's shard, R ranks.
+Legend: B rows of a micro-batch, T tokens, V vocabulary, P parameters, S of them in this rank's shard.
 """
 
 from __future__ import annotations
@@ -46,11 +46,12 @@ EVALUATED_TOGETHER = 8
 
 
 class GatheredReplica(Replica):
-    """This rank's shard of the weights and of the optimizer's state, and the model's segments as functions.
+    """The rank's shard of the weights and of the optimizer's state, and the model's segments as functions.
 
     Args:
-        model: functional, token ids (B, T) int32 -> logits (B, T, V); best an outline, for this rank's shard is
-            all that gets memory. Of another model the weights are taken away: it computes no more by itself.
+        model: functional, token ids (B, T) int32 -> logits (B, T, V); best an outline, for this rank's shard
+            is all that gets memory. Of another model the weights are taken away: it computes no more by
+            itself.
         optimizer: an elementwise Keras optimizer, not yet built.
         rows: B, the rows of a micro-batch.
         seq_len: T.
@@ -104,8 +105,8 @@ class GatheredReplica(Replica):
             for number in set(segment.numbers) - set(segment.own):
                 if getattr(self.variables[number], "regularizer", None) is not None:
                     raise UsageError(
-                        f"variable {self.variables[number].path} has a regularizer and is used in several parts of "
-                        "the model, where it would count several times. Use --zero-stage 2"
+                        f"variable {self.variables[number].path} has a regularizer and is used in several "
+                        "parts of the model, where it would count several times. Use --zero-stage 2"
                     )
 
     # What the Trainer asks -----------------------------------------------------------------------
@@ -250,11 +251,8 @@ def _spec(tensor: Any, rows: int) -> tf.TensorSpec:
 
 def _with_held(part: Any, held: Any) -> Any:
     """The gradient of a weight with that of later segments, dense."""
-    if not held.shape.rank:
-        return tf.convert_to_tensor(part)
-    if isinstance(part, tf.IndexedSlices):
-        return tf.tensor_scatter_nd_add(held, part.indices[:, None], part.values)
-    return held + part
+    part = tf.convert_to_tensor(part)
+    return held + part if held.shape.rank else part
 
 
 class Rooms:
@@ -314,8 +312,8 @@ def runs(numbers: Sequence[int]) -> Iterator[range]:
 class GatheringPasses:
     """Forward and backward, segment by segment, with weights that come and go; all of it is collective.
 
-    Where no weight serves several segments, all micro-batches of a rank go through a segment while its weights
-    are there: they come twice in a step, whatever the number of micro-batches.
+    Where no weight serves several segments, all micro-batches of a rank go through a segment while its
+    weights are there: they come twice in a step, whatever the number of micro-batches.
 
     Args:
         replica: this rank's shard.
@@ -352,7 +350,7 @@ class GatheringPasses:
             self._backward(step, turns, mine, came, totals)
 
     def terms(self) -> list[np.ndarray]:
-        """This rank's shard of the sum, alone."""
+        """The rank's shard of the sum, alone."""
         return [self._sums.result()]
 
     def _forward(self, step: int, mine: Sequence[MicroBatch]) -> list[list[Any]]:

@@ -61,5 +61,5 @@ class LeavingPasses(WholePasses):
         self._shard_sums.add(bucket, self._turn, gradients)
 
     def terms(self) -> list[np.ndarray]:
-        """This rank's shard of the sum, alone."""
+        """The rank's shard of the sum, alone."""
         return [self._shard_sums.result()]

@@ -22,7 +22,7 @@ FOREIGN = frozenset(
 )  # fmt: skip
 
 
-def random_states(seed: int, draw: tuple[int, int], count: int) -> np.ndarray:
+def random_states(seed: int, draw: tuple[int, ...], count: int) -> np.ndarray:
     """States for ``count`` Keras seed generators, (count, 2) int64, from (seed, step, micro-batch) alone.
 
     `numpy.random.SeedSequence` mixes its words so that neighbouring steps share nothing, by an

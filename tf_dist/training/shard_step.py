@@ -1,8 +1,8 @@
 """The optimizer's step of one shard of the flat array of all weights (ZeRO, Rajbhandari et al. 2020).
 
 A shard is made of pieces: whole variables, and at its ends parts of two. The optimizer is built for these, so
-that its state is nowhere longer than the shard; the step itself is that of whole variables (`BlockStep`), for an
-elementwise optimizer makes the same numbers of a part.
+that its state is nowhere longer than the shard; the step itself is that of whole variables (`BlockStep`), for
+an elementwise optimizer makes the same numbers of a part.
 
 Legend: P parameters, S of them in this rank's shard.
 """
@@ -29,9 +29,9 @@ from tf_dist.training.replica import as_tensor
 class Stretch(NamedTuple):
     """What a shard has of one variable.
 
-    number: of the variable, in the order of the flat array. inner: its elements, as of a flat array. variable: a
-    Keras variable that holds them: the model's own where it is whole, else one of shape (len(inner),). whole:
-    which of these it is.
+    number: of the variable, in the order of the flat array. inner: its elements, as of a flat array.
+    variable: a Keras variable that holds them: the model's own where it is whole, else one of shape
+    (len(inner),). whole: which of these it is.
     """
 
     number: int
@@ -64,8 +64,8 @@ class ShardStep:
     def __init__(self, optimizer: Any, variables: Sequence[Any], shard: slice) -> None:
         if optimizer.built:
             raise UsageError(
-                f"optimizer {optimizer.name!r} has been built for whole variables: --update zero takes one that "
-                "has not been, and builds it for a shard"
+                f"optimizer {optimizer.name!r} has been built for whole variables: --update zero takes one "
+                "that has not been, and builds it for a shard"
             )
         self.optimizer, self.shard, self.variables = optimizer, shard, list(variables)
         layout = FlatLayout([variable.shape for variable in variables])
@@ -87,10 +87,10 @@ class ShardStep:
         if reason:
             names = ", ".join(sorted(kind.__name__ for kind in elementwise.ELEMENTWISE))
             raise UsageError(
-                f"--update zero cannot use this optimizer: {reason}, and a rank has a shard of the weights only. "
-                f"Optimizers that can be used: {names}, and subclasses of yours with `elementwise = True`; without "
-                "clipnorm, global_clipnorm, use_ema and gradient accumulation (--clip-norm is the Trainer's, and "
-                "works). Or use --update allreduce"
+                f"--update zero cannot use this optimizer: {reason}, and a rank has a shard of the weights "
+                f"only. Optimizers that can be used: {names}, and subclasses of yours with "
+                "`elementwise = True`; without clipnorm, global_clipnorm, use_ema and gradient accumulation "
+                "(--clip-norm is the Trainer's, and works). Or use --update allreduce"
             )
 
     def apply(self, gradient_S: np.ndarray, scale: float) -> None:

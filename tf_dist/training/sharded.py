@@ -22,7 +22,7 @@ from tf_dist.training.shard_step import ShardStep, values_of
 
 
 class Sharded(Weights):
-    """As `Weights`, but it steps this rank's shard of them, and takes the others' from whoever has them.
+    """As `Weights`, but it steps this rank's shard of them, and takes the others' from them.
 
     To be mixed in before what knows the model; that sets ``mesh`` before it is made.
 

@@ -1,0 +1,106 @@
+"""ZeRO over real ranks, against the same training on one: all stages, with the state of the whole optimizer.
+
+Keras is imported inside functions: ``connected`` comes first, as in a user's script.
+"""
+
+import numpy as np
+import pytest
+
+from tf_dist.comm.base import SerialComm
+
+V, T, B = 29, 8, 2
+STEPS = 3
+TOKENS = np.random.default_rng(1).integers(0, V, 1500).astype(np.uint16)
+HELD_OUT = np.random.default_rng(2).integers(0, V, 333).astype(np.uint16)
+
+
+def trained(comm, update, stage=1, micro_batches=3, weightless=False, tied=True, **more):
+    """Some steps of a small Transformer; what is left of it, as the whole model has it on rank 0."""
+    import contextlib
+
+    import keras
+
+    from tf_dist.models import transformer
+    from tf_dist.models.outline import outline
+    from tf_dist.training.trainer import Trainer
+
+    keras.utils.set_random_seed(1)
+    with outline() if weightless else contextlib.nullcontext():
+        model = transformer.build(V, T, 2, 32, 4, dropout=0.1, tie_embeddings=tied)
+    trainer = Trainer(
+        model, keras.optimizers.AdamW(1e-2, weight_decay=0.01), comm, update, zero_stage=stage,
+        global_batch_size=B * micro_batches, micro_batch_size=B, seq_len=T, clip_norm=1.0, seed=3,
+        autotune="off", **more,
+    )  # fmt: skip
+    logs = trainer.fit(TOKENS, steps=STEPS, validation=HELD_OUT, eval_every=STEPS)
+    state = [np.array(array) for _, array in trainer.whole().tensors()]
+    logits = trainer.passes.logits(np.arange(T, dtype=np.int32)[None])
+    return trainer.check_equal(), logs, state, logits
+
+
+@pytest.fixture(scope="module")
+def serial(connected):
+    """By each rank for itself: as allreduce has it."""
+    return trained(SerialComm(), "allreduce")
+
+
+def check_same(found, wanted, comm):
+    assert found[0] == wanted[0]  # the hash of the weights
+    assert (found[1]["loss"], found[1]["val_loss"]) == (wanted[1]["loss"], wanted[1]["val_loss"])
+    # Of one row, or of as many as a micro-batch has: a product of other sizes, so rounded otherwise.
+    np.testing.assert_allclose(found[3], wanted[3], rtol=0, atol=1e-5)
+    if comm.rank == 0:
+        for mine, theirs in zip(found[2], wanted[2], strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+
+
+@pytest.mark.parametrize("allreduce", ["window", "messages"])
+def test_stage_1_has_the_bits_of_allreduce(connected, serial, allreduce):
+    if connected.size == 1 and allreduce == "window":
+        pytest.skip("one rank has no window")
+    check_same(trained(connected, "zero", 1, allreduce=allreduce), serial, connected)
+
+
+def test_stage_2_has_the_bits_of_allreduce(connected, serial):
+    check_same(trained(connected, "zero", 2), serial, connected)
+
+
+def test_stage_3_in_one_segment_has_the_bits_of_allreduce(connected, serial):
+    check_same(trained(connected, "zero", 3, weightless=True), serial, connected)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_stage_3_in_segments_has_the_bits_of_one_rank(connected, monkeypatch, tied):
+    from tf_dist.training import gathered
+    from tf_dist.training.cutting import segments
+
+    monkeypatch.setattr(gathered, "segments", lambda model: segments(model, together=3000))
+    options = {"tied": tied, "micro_batches": 5}
+    alone = trained(SerialComm(), "zero", 3, **options)
+    found = trained(connected, "zero", 3, weightless=True, **options)
+    check_same(found, alone, connected)
+    plain = trained(SerialComm(), "allreduce", **options)
+    for mine, theirs in zip(alone[2], plain[2], strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-6)
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weight(connected, everyone):
+    import keras
+
+    from tf_dist.errors import NumericError
+    from tf_dist.models import transformer
+    from tf_dist.training.trainer import Trainer
+
+    keras.utils.set_random_seed(1)
+    model = transformer.build(V, T, 1, 16, 2)
+    model.trainable_variables[0].assign(np.full((V, 16), np.nan, np.float32))
+    before = [np.array(np.asarray(variable.value)) for variable in model.trainable_variables]
+    trainer = Trainer(
+        model, keras.optimizers.SGD(1.0), connected, "zero", zero_stage=2,
+        global_batch_size=B, micro_batch_size=B, seq_len=T, check_every=0,
+    )  # fmt: skip
+    sequences = trainer.sequences(TOKENS)
+    with pytest.raises(NumericError):
+        trainer.train_step(sequences, trainer.sampler(sequences))
+    for old, variable in zip(before, model.trainable_variables, strict=True):
+        np.testing.assert_array_equal(old, np.asarray(variable.value))
