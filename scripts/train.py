@@ -28,7 +28,6 @@ from tf_dist.errors import UsageError
 from tf_dist.flags import from_command_line
 from tf_dist.parallel.mesh import Mesh
 from tf_dist.parallel.parts import part_of
-from tf_dist.parallel.sequence import check_stages
 
 if TYPE_CHECKING:
     from tf_dist.data.prepared import Prepared
@@ -44,7 +43,6 @@ def main(argv: list[str]) -> None:
         answer(argv)
     comm = launch.join()
     config, _ = from_command_line(argv, __doc__ or "")
-    check_stages(config)
     agree(comm, {**config.as_dict(), **versions()}, "the run")
     threads.set_threads(comm, config.threads_per_rank)
     comm = launch.use_backend(comm, config.backend)

@@ -117,6 +117,11 @@ def test_values_that_cannot_hold_together(values, text):
             "zero_stage 2 with tensor_parallel 2 and pipeline_parallel 2",
         ),
         ({"update": "zero", "zero_stage": 3, "pipeline_parallel": 2}, "Use zero_stage 1"),
+        (
+            {"update": "zero", "zero_stage": 2, "sequence_parallel": 2},
+            "zero_stage 2 with sequence_parallel 2",
+        ),
+        ({"sequence_parallel": 2, "pipeline_parallel": 4}, "sequence_parallel 2 with pipeline_parallel 4: "),
         ({"backend": "horovod", "tensor_parallel": 2}, "backend horovod cannot carry tensor_parallel 2: use"),
         (
             {"backend": "horovod", "sequence_parallel": 2, "update": "zero"},
@@ -131,12 +136,13 @@ def test_degrees_that_do_not_fit(values, text):
 @pytest.mark.parametrize(
     "values",
     [
-        {"tensor_parallel": 4, "sequence_parallel": 8, "pipeline_parallel": 4},
+        {"tensor_parallel": 4, "sequence_parallel": 8},
+        {"tensor_parallel": 4, "pipeline_parallel": 4},
         {"pipeline_parallel": 2, "pipeline_schedule": "interleaved"},
         {"virtual_stages": 8},  # nothing is interleaved
         {"model": "lstm", "width": 6, "tensor_parallel": 3, "pipeline_parallel": 2, "dropout": 0.1},
         {"model": "mine:build", "tensor_parallel": 3, "pipeline_parallel": 7},  # its layers know
-        {"update": "zero", "zero_stage": 3, "sequence_parallel": 2},
+        {"update": "zero", "zero_stage": 1, "sequence_parallel": 2},
         {"update": "zero", "tensor_parallel": 2, "pipeline_parallel": 2},
         {"zero_stage": 3, "tensor_parallel": 2},  # not used
     ],

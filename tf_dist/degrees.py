@@ -70,6 +70,11 @@ def _check_sequence(config: Config) -> None:
             f"{config.model}: {why}. Use sequence_parallel 1, or model transformer"
         )
     must_divide(degree, "seq_len", config.seq_len, "sequence_parallel")
+    if config.pipeline_parallel > 1:
+        raise UsageError(
+            f"sequence_parallel {degree} with pipeline_parallel {config.pipeline_parallel}: stages whose rows "
+            "are shared do not exist yet. Use one of the two, with tensor_parallel or more data ranks"
+        )
     if config.dropout:
         raise UsageError(
             f"sequence_parallel {degree} with dropout {config.dropout:g}: ranks that share a row would draw "
@@ -108,11 +113,11 @@ def _check_zero(config: Config) -> None:
     stage = config.zero_stage
     if stage > 3:
         raise UsageError(f"zero_stage is {stage}: there are stages 1, 2 and 3")
-    shared = [name for name in AXES[:2] if getattr(config, name) > 1]
+    shared = [name for name in AXES if getattr(config, name) > 1]
     if config.update == "zero" and stage > 1 and shared:
         degrees = " and ".join(f"{name} {getattr(config, name)}" for name in shared)
         raise UsageError(
-            f"zero_stage {stage} with {degrees}: weights that ranks share already are not divided once more. "
+            f"zero_stage {stage} with {degrees}: gradients and weights are divided among data ranks alone. "
             "Use zero_stage 1, which divides the optimizer's state, or degrees of 1"
         )
 

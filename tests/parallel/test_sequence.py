@@ -1,11 +1,8 @@
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tf_dist.config import Config
-from tf_dist.errors import UsageError
-from tf_dist.parallel.sequence import check_stages, columns, own_chunks, seen
+from tf_dist.parallel.sequence import columns, own_chunks, seen
 
 sizes = st.tuples(st.integers(1, 9), st.integers(1, 12))
 
@@ -42,10 +39,3 @@ def test_pairs_of_tokens_that_are_seen_are_those_before(size):
 
 def test_columns_of_one_rank_are_the_row():
     np.testing.assert_array_equal(columns(5, 0, 1), np.arange(5))
-
-
-def test_stages_do_not_share_rows():
-    for fits in ({"sequence_parallel": 2}, {"pipeline_parallel": 2}, {}):
-        check_stages(Config(**fits))
-    with pytest.raises(UsageError, match="sequence_parallel 2 with pipeline_parallel 4: "):
-        check_stages(Config(sequence_parallel=2, pipeline_parallel=4))

@@ -279,8 +279,8 @@ class Run:
 
         self.comm, self.way = comm, way
         mesh = Mesh(comm, way.pipeline, way.sequence, way.tensor)
-        zero = {"update": "zero" if way.zero else "allreduce", "zero_stage": max(1, way.zero)}
-        degrees = {
+        zero: dict[str, Any] = {"update": "zero" if way.zero else "allreduce", "zero_stage": max(1, way.zero)}
+        degrees: dict[str, Any] = {
             "pipeline_parallel": way.pipeline,
             "sequence_parallel": way.sequence,
             "tensor_parallel": way.tensor,
@@ -293,7 +293,7 @@ class Run:
             global_batch_size=ROWS * MICRO_BATCHES,
             micro_batch_size=ROWS,
             seq_len=sizes["seq_len"],
-            clip_norm=ways.CLIP_NORM,
+            clip_norm=models.CLIP_NORM,
             check_every=0,
             mesh=mesh,
             pipeline={"pipeline_schedule": way.schedule},

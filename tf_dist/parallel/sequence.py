@@ -18,9 +18,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tf_dist.config import Config
-from tf_dist.errors import UsageError
-
 
 class Seen(NamedTuple):
     """Queries of one rank and keys of another, in their local order, all of which come before all queries."""
@@ -67,17 +64,3 @@ def seen(seq_len: int, rank: int, source: int, ranks: int) -> Seen:
     if source < rank:
         return Seen(slice(0, early + late), slice(0, early))
     return Seen(slice(early, early + late), slice(0, early + late))
-
-
-def check_stages(config: Config) -> None:
-    """Refuse rows that are shared inside a pipeline.
-
-    Raises:
-        UsageError: both degrees are more than 1.
-    """
-    if config.sequence_parallel > 1 and config.pipeline_parallel > 1:
-        raise UsageError(
-            f"sequence_parallel {config.sequence_parallel} with pipeline_parallel "
-            f"{config.pipeline_parallel}: stages whose rows are shared do not exist yet. Use one of the two, "
-            "with tensor_parallel or more data ranks"
-        )
