@@ -72,8 +72,8 @@ def _check_sequence(config: Config) -> None:
     must_divide(degree, "seq_len", config.seq_len, "sequence_parallel")
     if config.pipeline_parallel > 1:
         raise UsageError(
-            f"sequence_parallel {degree} with pipeline_parallel {config.pipeline_parallel}: stages whose rows "
-            "are shared do not exist yet. Use one of the two, with tensor_parallel or more data ranks"
+            f"sequence_parallel {degree} with pipeline_parallel {config.pipeline_parallel}: stages whose "
+            "rows are shared do not exist yet. Use one of the two, with tensor_parallel or more data ranks"
         )
     if config.dropout:
         raise UsageError(

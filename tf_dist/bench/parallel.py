@@ -1,10 +1,10 @@
-"""Every grid of 2 and of 4 ranks on one model: tokens/s, talk, bytes sent, memory, bubbles, and their formulas.
+"""Every grid of 2 and 4 ranks on one model: tokens/s, talk, bytes, memory, bubbles, and their formulas.
 
     python scripts/bench.py parallel             # one node, and two emulated hosts where that can be
     python scripts/bench.py parallel one-node    # or hosts, zero (bytes per parameter), rows (long ones)
 
-A Transformer of 6.4 million parameters, the same 16 rows of 128 tokens in each step, in 8 micro-batches. A job
-is one grid. It trains a tiny model in the same way first, whose memory is the baseline; then the model, in
+A Transformer of 6.4 million parameters, the same 16 rows of 128 tokens in each step, in 8 micro-batches. A
+job is one grid. It trains a tiny model in the same way first, whose memory is the baseline; then the model, in
 steps that are timed; then once more with sums by messages, so that bytes can be counted. With more ranks than
 cores (marked by a star) times say how much work there is in all, and nothing about speed.
 """
@@ -16,7 +16,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -152,7 +152,7 @@ def hosts_command() -> list[str]:
     return [*command, "--hosts", "2", "--rate", RATE]
 
 
-def measured(ways: dict[int, Sequence[Way]], by: Sequence[str] = ()) -> list[dict[str, Any]]:
+def measured(ways: Mapping[int, Sequence[Way]], by: Sequence[str] = ()) -> list[dict[str, Any]]:
     """A job for each way and round; of each way the medians of all rounds."""
     found: dict[tuple[int, Way], list[dict[str, Any]]] = {}
     for _ in range(running.ROUNDS):
@@ -192,9 +192,8 @@ MEDIANS = ("talk_ms", "sent", "held", "bubble")
 
 def sizes_of(parameters: int) -> cost.Sizes:
     """The model, as the formulas want it."""
-    keys = ("layers", "width", "heads")
-    numbers = [SIZES[key] for key in keys]
-    return cost.Sizes(parameters, *numbers, models.VOCABULARY, SIZES["seq_len"], ROWS)
+    shape = {key: int(SIZES[key]) for key in ("layers", "width", "heads", "seq_len")}
+    return cost.Sizes(parameters=parameters, vocabulary=models.VOCABULARY, rows=ROWS, **shape)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -245,6 +244,8 @@ def main_on_ranks(word: str, out: Path) -> None:
     from tf_dist.comm import launch
 
     comm = launch.connect()
+    from tf_dist.layers import collectives
+
     way = of_word(word)
     baseline = Run(comm, way, TINY).peak_pss()
     run = Run(comm, way, SIZES)
@@ -252,6 +253,7 @@ def main_on_ranks(word: str, out: Path) -> None:
     held = comm.allgather_obj(run.peak_pss() - baseline)
     found |= {"held": max(held), "held_of_ranks": held, "parameters": run.parameters()}
     del run
+    collectives.WINDOW_FROM = 1 << 62
     sent = comm.allgather_obj(Run(comm, way, SIZES, allreduce="messages").sent_bytes())
     found |= {"sent": max(sent), "sent_of_ranks": sent}
     if comm.rank == 0:
