@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tf_dist.bench import comm, exact, exact_cost, memory, nanogpt, report, running, scaling, step
+from tf_dist.bench import comm, exact, exact_cost, memory, nanogpt, parallel, report, running, scaling, step
 
 sys.path.insert(0, str(Path(__file__).parent))
 import canned
@@ -110,6 +110,27 @@ def saved(folder, name, found, stamp="20260101-000000"):
     path.write_text(json.dumps({"machine": {"cores": 2, "processor": "a processor"}, **found}))
 
 
+def grid_rows():
+    job = {"steps_ms": [10.0, 20.0, 30.0], "talk_ms": 4.0, "sent": 2e6, "held": 3e6, "bubble": 0.25}
+    job["parameters"] = 1_000_000
+    ways = [parallel.Way(), parallel.Way(tensor=2), parallel.Way(pipeline=2, schedule="gpipe")]
+    return [parallel.summary(2, way, [job, job]) for way in ways]
+
+
+def test_the_table_of_grids_has_formulas_beside_what_was_counted():
+    rows = {tuple(line[:2]): line for line in lines(parallel.table(grid_rows()))}
+    assert rows["data", "2"][3:6] == ["102,400", "1.00", "4"]
+    # The sum of 4 MB of gradients by two ranks: each sends as much.
+    assert rows["data", "2"][6:8] == ["2.0", "4.0"]
+    # 8 micro-batches through 2 ranks: one in nine of the time.
+    assert rows["pipeline", "2,"][-4:] == ["25", "%", "11", "%"]
+
+
+def test_words_name_ways_and_back():
+    for ways in (*parallel.WAYS.values(), *parallel.ON_HOSTS.values()):
+        assert [parallel.of_word(way.word) for way in ways] == list(ways)
+
+
 def test_the_targets_are_read_from_the_newest_files(tmp_path):
     models = {name: canned.step_model() for name in ("gpt-10.7M", "gpt-0.81M", "lstm-1.08M")}
     saved(tmp_path, "step", {"models": {}}, stamp="20250101-000000")
@@ -149,6 +170,7 @@ def test_targets_without_files_or_peers_are_not_measured(tmp_path):
 @pytest.mark.parametrize(
     "draw",
     [
+        lambda path: parallel.picture({"one node": grid_rows()}, path),
         lambda path: step.picture({"gpt-0.81M": canned.step_model()}, path),
         lambda path: comm.picture([canned.comm_job(2), canned.comm_job(4)], path),
         lambda path: memory.picture([canned.memory_job()], path),

@@ -4,9 +4,9 @@
     python scripts/bench.py parallel one-node    # or hosts, zero (bytes per parameter), rows (long ones)
 
 A Transformer of 6.4 million parameters, the same 16 rows of 128 tokens in each step, in 8 micro-batches. A
-job is one grid. It trains a tiny model in the same way first, whose memory is the baseline; then the model, in
-steps that are timed; then once more with sums by messages, so that bytes can be counted. With more ranks than
-cores (marked by a star) times say how much work there is in all, and nothing about speed.
+job is one grid. It trains a tiny model in the same way first, whose memory is the baseline; then the model,
+in steps that are timed; then once more with sums by messages, so that bytes can be counted. With more ranks
+than cores (marked by a star) times say how much work there is in all, and nothing about speed.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ class Way(NamedTuple):
 def of_word(word: str) -> Way:
     """The way that has this word."""
     *numbers, schedule = word.split("_")
-    return Way(*map(int, numbers), schedule)
+    pipeline, sequence, tensor, zero = map(int, numbers)
+    return Way(pipeline, sequence, tensor, zero, schedule)
 
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero-bubble")
