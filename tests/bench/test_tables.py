@@ -191,7 +191,7 @@ def test_targets_without_files_or_peers_are_not_measured(tmp_path):
             path,
         ),
     ],
-    ids=["step", "comm", "memory", "nanogpt", "exact", "exact-cost", "scaling"],
+    ids=["parallel", "step", "comm", "memory", "nanogpt", "exact", "exact-cost", "scaling"],
 )
 def test_every_benchmark_has_a_picture(draw, tmp_path):
     path = draw(tmp_path / "folder" / "picture.png")
