@@ -88,7 +88,7 @@ class Sentinel:
         troubles = [self._trouble(step, group) for group in self.groups]
         # A group's ranks know of their own trouble, and all must end together.
         told = next(filter(None, troubles), "")
-        if len(self.groups) > 1:
+        if any(group.comm is not self.comm for group in self.groups):
             told = next(filter(None, self.comm.allgather_obj(told)), "")
         if told:
             raise LaunchError(f"{told}. {ADVICE}")

@@ -244,24 +244,26 @@ def whole_norm(replica: Weights, trainable: Sequence[Any], mesh: Mesh) -> Global
     Args:
         replica: what this rank trains.
         trainable: the trainable variables of the whole model, in order.
-        mesh: all ranks. Weights that several ranks of ``mesh.model`` have count on the first of them.
+        mesh: all ranks. What several ranks of ``mesh.model`` have counts on the first of them.
 
     Returns:
         The norm, to be asked with this rank's gradient, or where it steps a shard, with this of it.
     """
     layout = FlatLayout([part_of(variable).whole for variable in trainable])
     number = {id(variable): place for place, variable in enumerate(trainable)}
-    mine = [number[id(variable)] for variable in replica.variables]
-    first = {
-        place: rank for rank, places in reversed(list(enumerate(_everyones(mine, mesh)))) for place in places
-    }
+    parts = [part_of(variable) for variable in replica.variables]
+    mine: list[Any] = [
+        [number[id(v)], _pairs(part)] for v, part in zip(replica.variables, parts, strict=True)
+    ]
+    first: dict[str, int] = {}
+    for rank, theirs in enumerate(mesh.model.allgather_obj(mine)):
+        for held in theirs:
+            first.setdefault(str(held), rank)
     runs: list[Run] = []
-    for place, variable, start in zip(mine, replica.variables, replica.layout.starts[:-1], strict=True):
-        part = part_of(variable)
-        if part.ranges is None and first[place] != mesh.model.rank:
-            continue
-        whole = layout.starts[place] if part.ranges is None else None
-        _append(runs, Run(start, prod(part.shape), whole))
+    for held, part, start in zip(mine, parts, replica.layout.starts[:-1], strict=True):
+        if first[str(held)] == mesh.model.rank:
+            whole = layout.starts[held[0]] if part.ranges is None else None
+            _append(runs, Run(start, prod(part.shape), whole))
     shard = replica.own_shard
     if shard is None:
         return GlobalNorm(mesh.model, runs, layout.total)
@@ -273,11 +275,6 @@ def _inside(run: Run, shard: slice) -> Run:
     start, stop = max(run.start, shard.start), min(run.start + run.size, shard.stop)
     whole = None if run.whole is None else run.whole + start - run.start
     return Run(start - shard.start, max(0, stop - start), whole)
-
-
-def _everyones(mine: list[int], mesh: Mesh) -> list[list[int]]:
-    """Which trainable variables each rank of `Mesh.model` has."""
-    return list(mesh.model.allgather_obj(mine))
 
 
 def _append(runs: list[Run], run: Run) -> None:
