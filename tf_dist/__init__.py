@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tf_dist.comm.base import Comm as Comm
 from tf_dist.comm.launch import connect as connect
+from tf_dist.parallel.mesh import Mesh as Mesh
 from tf_dist.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from tf_dist.training.shard import shard as shard
     from tf_dist.training.trainer import Trainer as Trainer
 
-__all__ = ["Comm", "Trainer", "__version__", "callbacks", "connect", "distribute", "shard"]
+__all__ = ["Comm", "Mesh", "Trainer", "__version__", "callbacks", "connect", "distribute", "shard"]
 _HOME = {"Trainer": "trainer", "distribute": "distribute", "shard": "shard"}
 
 
