@@ -9,8 +9,9 @@
 A run's folder holds config.yaml, metrics.jsonl, status.json, tokenizer.json, checkpoints/, logs/ and
 loss.png; the same line with --run-dir FOLDER goes on where it stopped.
 
-Exit codes: 0 done, 64 usage, 65 bad data, 69 backend missing, 70 a rank failed, 75 saved on a signal
-(start me again), 76 not a number, 77 no checkpoint that can be used, 78 launch or configuration mistake.
+Exit codes: 0 done, 64 usage, 65 bad data, 69 backend missing, 70 a rank failed, 71 out of
+memory, 75 saved on a signal (start me again), 76 not a number, 77 no checkpoint that can be used, 78 launch
+or configuration mistake.
 """
 
 from __future__ import annotations
@@ -80,11 +81,13 @@ def train(config: Config, mesh: Mesh, corpus: Prepared, run: RunFolder) -> None:
     from tf_dist.training.banner import banner
     from tf_dist.training.job import Job
     from tf_dist.training.model import model_for
+    from tf_dist.training.state_room import check_room
     from tf_dist.training.trainer import Trainer
 
     comm = mesh.all
     model = model_for(config, mesh)
     agree(comm, {v.path: list(part_of(v).whole) for v in model.trainable_variables}, "the model")
+    check_room(model, config, mesh)
     steps = planned_steps(config, len(corpus.train))
     trainer = Trainer(
         model,

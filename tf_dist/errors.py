@@ -77,10 +77,15 @@ def of_memory(error: BaseException) -> BaseException:
     if not refused or isinstance(error, OutOfMemory):
         return error
     first = next(iter(str(error).strip().splitlines()), "")
-    return OutOfMemory(
-        f"a rank is out of memory{': ' + first[:200] if first else ''}. More ranks can share the model: "
-        "--update zero --zero-stage 3 (weights, gradients and optimizer state), --pipeline-parallel or "
-        "--tensor-parallel; a smaller --micro-batch-size makes activations smaller"
+    return OutOfMemory(f"a rank is out of memory{': ' + first[:200] if first else ''}. {ways_out()}")
+
+
+def ways_out() -> str:
+    """What helps where memory is too small."""
+    return (
+        "More ranks can share the model: --update zero --zero-stage 3 (weights, gradients and optimizer "
+        "state), --pipeline-parallel or --tensor-parallel; a smaller --micro-batch-size makes activations "
+        "smaller"
     )
 
 

@@ -21,6 +21,8 @@ from tf_dist.training.run import RunFolder
 from tf_dist.training.trainer import Trainer
 
 SAMPLE_TOKENS = 200
+# Where all weights travel for each token (the third stage of ZeRO): of a large model many would take minutes.
+SAMPLE_TOKENS_OF_TRAVELLERS = 20
 
 
 class Job:
@@ -145,7 +147,9 @@ class Job:
         def logits_at(window_1xT: np.ndarray, place: int) -> np.ndarray:
             return np.asarray(passes.logits(window_1xT)[place])
 
-        made = write_on(logits_at, self.config.seq_len, prompt, SAMPLE_TOKENS, Sampling())
+        travel = self.config.update == "zero" and self.config.zero_stage == 3
+        count = SAMPLE_TOKENS_OF_TRAVELLERS if travel else SAMPLE_TOKENS
+        made = write_on(logits_at, self.config.seq_len, prompt, count, Sampling())
         return f"{tokenizer.decode(prompt)} => {tokenizer.decode(list(made))}\n"
 
 

@@ -1,0 +1,98 @@
+"""Limits on memory: where they are read, and what is refused."""
+
+import resource
+
+import pytest
+
+from tf_dist.comm import room
+from tf_dist.comm.base import SerialComm
+from tf_dist.errors import OutOfMemory
+
+GIB = 2**30
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """Files of a machine with nothing in them yet, and a process without a limit of its own."""
+    monkeypatch.setattr(room, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(room, "CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(room.resource, "getrlimit", lambda name: (resource.RLIM_INFINITY,) * 2)
+
+    def write(name, text):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+    return write
+
+
+def by_name():
+    return {limit.what: (limit.total, limit.free) for limit in room.limits()}
+
+
+def test_where_nothing_can_be_read_nothing_is_refused(machine):
+    assert room.limits() == []
+    room.refuse_too_much(SerialComm(), 1 << 60, "nothing")
+
+
+def test_limits_of_a_process(machine, monkeypatch):
+    machine("proc/self/status", "Name:\tpython\nVmSize:\t 1048576 kB\nVmData:\t  524288 kB\nThreads:\t3\n")
+    monkeypatch.setattr(room.resource, "getrlimit", lambda name: (3 * GIB, resource.RLIM_INFINITY))
+    assert by_name() == {
+        "the address space of a process (ulimit -v)": (3 * GIB, 2 * GIB),
+        "the data of a process (ulimit -d)": (3 * GIB, 5 * GIB // 2),
+    }
+
+
+def test_memory_of_the_node(machine):
+    machine("proc/meminfo", "MemTotal: 4194304 kB\nMemAvailable: 2097152 kB\nSwapFree: 1048576 kB\n")
+    assert by_name() == {"the node's memory": (4 * GIB, 3 * GIB)}
+
+
+def test_cgroups_around_a_process(machine):
+    machine("proc/self/cgroup", "0::/job/step\n")
+    machine("cgroup/job/step/memory.max", "max\n")
+    machine("cgroup/job/memory.max", f"{2 * GIB}\n")
+    machine("cgroup/job/memory.stat", f"anon {GIB}\nfile {GIB}\nshmem 0\nfile_dirty 7\n")
+    assert by_name() == {"the memory of cgroup /job": (2 * GIB, GIB)}
+
+
+def test_cgroups_of_version_1_are_left_alone(machine):
+    machine("proc/self/cgroup", "5:memory:/job\n")
+    assert by_name() == {}
+
+
+def test_the_limit_of_this_very_process():
+    status = {limit.what: limit for limit in room.limits()}
+    assert 0 < status["the node's memory"].free <= status["the node's memory"].total * 2
+
+
+# What is refused -----------------------------------------------------------------------------------
+
+
+def asked(wanted, *found):
+    return [wanted, [list(limit) for limit in found]]
+
+
+def test_one_rank_asks_for_too_much():
+    own = room.Limit("its space", "", 4 * GIB, GIB)
+    assert room._refusal([asked(GIB, own), asked(GIB, own)]) == ""
+    said = room._refusal([asked(GIB, own), asked(2 * GIB, own)])
+    assert "rank 1 will need at least 2.00 GiB more" in said
+    assert "its space, 4.00 GiB, 1.00 GiB are left" in said
+
+
+def test_ranks_of_a_node_share_its_memory_and_those_of_others_do_not():
+    here, there = (room.Limit("the node's memory", host, 4 * GIB, 3 * GIB) for host in ("a", "b"))
+    assert room._refusal([asked(2 * GIB, here), asked(2 * GIB, there)]) == ""
+    assert "2 ranks together will need at least 4.00 GiB" in room._refusal([asked(2 * GIB, here)] * 2)
+
+
+def test_a_refusal_has_a_code_the_arithmetic_and_a_way_out(machine):
+    machine("proc/meminfo", "MemTotal: 4194304 kB\nMemAvailable: 2097152 kB\n")
+    room.refuse_too_much(SerialComm(), 2 * GIB, "weights")
+    with pytest.raises(OutOfMemory) as caught:
+        room.refuse_too_much(SerialComm(), 2 * GIB + 1, "weights")
+    assert caught.value.exit_code == 71
+    for words in ("2.00 GiB more", "the node's memory, 4.00 GiB", "(weights)", "--zero-stage 3"):
+        assert words in str(caught.value)
