@@ -59,8 +59,9 @@ def zero_1(
 ) -> float:
     """Stage 1: each rank sums and steps its shard; all gather the new weights.
 
-    Arguments, result and errors are those of `tf_dist.parallel.updates.allreduce`. A rank sends as many
-    bytes.
+    Arguments, result and errors are those of `tf_dist.parallel.updates.allreduce`. By messages a rank sends
+    as many bytes. With a shared window on each of several nodes, or with other axes than data, it sends more:
+    the sum is a whole allreduce there, and the allgather of the weights comes on top.
     """
     mesh.all.barrier()
     counts = totals.reduce(mesh.all)
@@ -74,9 +75,10 @@ def zero_1(
         comm.reduce_scatter_terms(terms, order, shards, whole[mine])
     length = _agreed(replica, whole[mine], counts, mesh)
     replica.apply(whole[mine], scale_of(length, counts, clip_norm))
-    replica.read_shard(whole[mine])
-    comm.allgather(whole, shards)
-    replica.write_others(whole)
+    if comm.size > 1:
+        replica.read_shard(whole[mine])
+        comm.allgather(whole, shards)
+        replica.write_others(whole)
     return length
 
 

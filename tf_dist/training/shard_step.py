@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from tf_dist.errors import UsageError
 from tf_dist.models.outline import first_value, is_outline, materialize
@@ -23,7 +24,7 @@ from tf_dist.training import elementwise
 from tf_dist.training.optimizer_step import BlockStep
 from tf_dist.training.optimizers import spare_vectors, spared
 from tf_dist.training.pieces import Piece, variable_piece
-from tf_dist.training.replica import as_tensor
+from tf_dist.training.replica import as_tensor, concat
 
 
 class Stretch(NamedTuple):
@@ -80,6 +81,9 @@ class ShardStep:
         optimizer.build(held)
         self._refuse(variables)
         self._step = BlockStep(optimizer, held)
+        # One call: to read a variable from outside takes as long as to copy a small one many times.
+        values = [variable.value for variable in held]
+        self._read = tf.function(lambda: concat(values), input_signature=[])
 
     def _refuse(self, variables: Sequence[Any]) -> None:
         # All ranks look at all variables, so that all of them refuse.
@@ -111,10 +115,7 @@ class ShardStep:
 
     def read(self, out_S: np.ndarray) -> None:
         """Copy this shard of the weights, as the last step has left it, to ``out``."""
-        start = 0
-        for one in self.stretches:
-            np.copyto(out_S[start : start + len(one.inner)], values_of(one.variable))
-            start += len(one.inner)
+        np.copyto(out_S, np.asarray(self._read()))
 
     # What a checkpoint asks ----------------------------------------------------------------------
 

@@ -60,7 +60,8 @@ class Sharded(Weights):
 
     def write_others(self, weights: np.ndarray) -> None:
         """Set the variables that this rank's step has not changed from all weights, (P,)."""
-        self.write_variables(self._others, weights, 0)
+        if self._others:
+            self.write_variables(self._others, weights, 0)
 
     def spread(self) -> None:
         """Give every rank all weights, from those who step them; a collective.
