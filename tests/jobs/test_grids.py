@@ -79,7 +79,6 @@ def test_a_grid_trains_and_validates_as_one_rank(runs, ranks, name):
     [
         ((8, "2x2x2"), 1, ()),
         ((4, "2x2x1"), 4, ()),
-        ((4, "2x2x1"), 2, ("--pipeline-parallel", "2", "--pipeline-schedule", "gpipe")),
     ],
 )
 def test_a_run_goes_on_with_another_grid(run_job, runs, small, tmp_path, first, then, more):

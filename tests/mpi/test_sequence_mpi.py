@@ -9,6 +9,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from mpi4py import MPI
 
 from tf_dist.comm.base import SerialComm
 from tf_dist.config import Config
@@ -151,7 +152,7 @@ def with_gradients(function, *inputs):
     return [np.asarray(tf.cast(one, tf.float32)) for one in compiled(*inputs)]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"] if MPI.COMM_WORLD.size < 3 else ["float32"])
 def test_rings_beside_each_other(connected, dtype):
     """Of a grid of data x sequence, each ring has its own rows, in either type."""
     import tensorflow as tf

@@ -124,7 +124,8 @@ class Sentinel:
         )
 
     def _described(self, step: int, group: Group, found: list[Split]) -> str:
-        name, _ = group.variables[found[0].place]
+        # Its first rank's name for all: Keras numbers layers in each process by itself.
+        name = group.comm.broadcast_obj(group.variables[found[0].place][0])
         first = found[0]
         if group.comm is not self.comm:  # a group counts its ranks from 0
             first = first.renamed(group.comm.allgather_obj(self.comm.rank))
