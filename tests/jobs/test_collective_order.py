@@ -128,10 +128,10 @@ def test_a_limit_that_is_no_number(run_job, tmp_path, one_error):
 COUNTED = """
 import numpy as np
 from tf_dist.comm import launch
-from tf_dist.training.sentinel import Sentinel
+from tf_dist.training.sentinel import Group, Sentinel
 
 comm = launch.join()
-sentinel = Sentinel(comm, [], every=10)
+sentinel = Sentinel(comm, [Group(comm, [])], every=10)
 for step in range(40):
     sentinel.watch(step)
     told = np.full(4, float(step))
