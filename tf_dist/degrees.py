@@ -1,4 +1,4 @@
-"""Degrees of parallelism, and what they must fit: refused before TensorFlow starts, with values that work."""
+"""Degrees of parallelism: what they must fit, with values that do, and which share each rank has."""
 
 from __future__ import annotations
 
@@ -50,6 +50,21 @@ def must_divide(degree: int, what: str, number: int, option: str) -> None:
         f"{number % degree}). Nearest that do: {' and '.join(map(str, near))}; or let {what} be "
         f"{(number // degree + 1) * degree}"
     )
+
+
+def share(n_items: int, rank: int, size: int) -> range:
+    """The block of ``range(n_items)`` that is this rank's: contiguous, and balanced to within one.
+
+    Earlier ranks take the ones too many; with fewer items than ranks the last ranks get none.
+
+    Raises:
+        UsageError: a negative number of items, or ``rank`` is not in ``range(size)``.
+    """
+    if n_items < 0 or not 0 <= rank < size:
+        raise UsageError(f"no share of {n_items} items for rank {rank} of {size}.")
+    each, more = divmod(n_items, size)
+    start = rank * each + min(rank, more)
+    return range(start, start + each + (rank < more))
 
 
 def _check_tensor(config: Config) -> None:

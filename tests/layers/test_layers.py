@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 
 from tests.thread_comm import on_ranks
+from tf_dist.degrees import share
 from tf_dist.errors import UsageError
 from tf_dist.layers import (
     ColumnParallelDense,
@@ -21,7 +22,7 @@ from tf_dist.layers import (
 from tf_dist.layers.cross_entropy import cross_entropy
 from tf_dist.models.fast_lstm import LSTM
 from tf_dist.models.transformer import CausalSelfAttention
-from tf_dist.parallel.parts import block, part_of
+from tf_dist.parallel.parts import part_of
 
 B, T, D = 2, 5, 12
 RANKS = [1, 2, 3]
@@ -185,7 +186,7 @@ def test_cross_entropy(size):
     losses, gradients = tf.raw_ops.SparseSoftmaxCrossEntropyWithLogits(features=logits, labels=y)
 
     def on_rank(comm):
-        part = block(11, comm.rank, comm.size)
+        part = share(11, comm.rank, comm.size)
         own = tf.constant(logits[:, part.start : part.stop])
         return part, *(np.asarray(a) for a in cross_entropy(comm, own, tf.constant(y), part))
 

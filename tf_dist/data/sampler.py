@@ -12,6 +12,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from tf_dist.degrees import share as share
 from tf_dist.errors import UsageError
 
 Indices = npt.NDArray[np.int64]
@@ -26,21 +27,6 @@ BLOCK_PLACES = 4096
 GOLDEN = 0x9E3779B97F4A7C15
 MIX_1 = 0xBF58476D1CE4E5B9
 MIX_2 = 0x94D049BB133111EB
-
-
-def share(n_items: int, rank: int, size: int) -> range:
-    """The block of ``range(n_items)`` that is this rank's: contiguous, and balanced to within one.
-
-    Earlier ranks take the ones too many; with fewer items than ranks the last ranks get none.
-
-    Raises:
-        UsageError: a negative number of items, or ``rank`` is not in ``range(size)``.
-    """
-    if n_items < 0 or not 0 <= rank < size:
-        raise UsageError(f"no share of {n_items} items for rank {rank} of {size}.")
-    each, more = divmod(n_items, size)
-    start = rank * each + min(rank, more)
-    return range(start, start + each + (rank < more))
 
 
 def mix(value: int) -> int:

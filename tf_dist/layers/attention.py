@@ -12,11 +12,11 @@ import keras
 import tensorflow as tf
 
 from tf_dist.comm.base import Comm
+from tf_dist.degrees import must_divide, share
 from tf_dist.layers.dense import ColumnParallelDense, RowParallelDense
 from tf_dist.layers.divided import talks
 from tf_dist.models import attention
 from tf_dist.models.transformer import CausalSelfAttention
-from tf_dist.parallel.parts import block, must_divide
 
 
 class ParallelSelfAttention(CausalSelfAttention):
@@ -49,7 +49,7 @@ class ParallelSelfAttention(CausalSelfAttention):
         must_divide(comm.size, "heads", heads, "tensor_parallel")
         super().__init__(heads, dropout, output_stddev, attend, **kwargs)
         self._comm = comm
-        self.own_heads = len(block(heads, comm.rank, comm.size))
+        self.own_heads = len(share(heads, comm.rank, comm.size))
         talks(self)
 
     def _expanding(self, units: int, **kwargs: Any) -> keras.layers.Layer:
@@ -62,5 +62,5 @@ class ParallelSelfAttention(CausalSelfAttention):
         shape = tf.shape(weights_BxhxTxT)
         everyone = tf.concat([shape[:1], [self.heads], shape[2:]], axis=0)
         mask_BxHxTxT = self.attention_dropout(tf.ones(everyone, weights_BxhxTxT.dtype), training=True)
-        own = block(self.heads, self._comm.rank, self._comm.size)
+        own = share(self.heads, self._comm.rank, self._comm.size)
         return weights_BxhxTxT * mask_BxHxTxT[:, own.start : own.stop]

@@ -15,10 +15,11 @@ import keras
 import tensorflow as tf
 
 from tf_dist.comm.base import Comm
+from tf_dist.degrees import share
 from tf_dist.errors import UsageError
 from tf_dist.layers import collectives
 from tf_dist.layers.divided import divide, talks
-from tf_dist.parallel.parts import Part, block, stretches
+from tf_dist.parallel.parts import Part, stretches
 
 
 class ColumnParallelDense(keras.layers.Dense):
@@ -52,7 +53,7 @@ class ColumnParallelDense(keras.layers.Dense):
             raise UsageError(f"{self.name}: only the outputs of one group can be gathered, not of {groups}")
         self._comm, self._gather_output = comm, gather_output
         self._ranges = stretches(groups, units // groups, comm.rank, comm.size)
-        self._parts = [block(units, rank, comm.size) for rank in range(comm.size)]
+        self._parts = [share(units, rank, comm.size) for rank in range(comm.size)]
         divide(self, lambda _, shape: Part(shape, len(shape) - 1, self._ranges))
         talks(self)
 
@@ -92,7 +93,7 @@ class RowParallelDense(keras.layers.Dense):
         """Make the weights for inputs of shape (..., e)."""
         comm, own = self._comm, input_shape[-1]
         self._whole = self._input_width or own * comm.size
-        self._rows = block(self._whole, comm.rank, comm.size)
+        self._rows = share(self._whole, comm.rank, comm.size)
         if len(self._rows) != own:
             raise UsageError(
                 f"{self.name}: of {self._whole} inputs rank {comm.rank} of {comm.size} has "

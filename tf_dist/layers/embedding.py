@@ -11,10 +11,11 @@ import keras
 import tensorflow as tf
 
 from tf_dist.comm.base import Comm
+from tf_dist.degrees import share
 from tf_dist.errors import UsageError
 from tf_dist.layers import collectives
 from tf_dist.layers.divided import divide, talks
-from tf_dist.parallel.parts import Part, block
+from tf_dist.parallel.parts import Part
 
 
 class VocabularyParallelEmbedding(keras.layers.ReversibleEmbedding):
@@ -41,7 +42,7 @@ class VocabularyParallelEmbedding(keras.layers.ReversibleEmbedding):
         if self.mask_zero:
             raise UsageError(f"{self.name}: mask_zero is not supported where the vocabulary is divided")
         self.comm = comm
-        self.parts = [block(input_dim, rank, comm.size) for rank in range(comm.size)]
+        self.parts = [share(input_dim, rank, comm.size) for rank in range(comm.size)]
         divide(self, self._part_of)
         talks(self)
 

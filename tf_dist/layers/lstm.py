@@ -13,11 +13,12 @@ from collections.abc import Callable
 from typing import Any
 
 from tf_dist.comm.base import Comm
+from tf_dist.degrees import share
 from tf_dist.errors import UsageError
 from tf_dist.layers import collectives
 from tf_dist.layers.divided import divide, talks
 from tf_dist.models import fast_lstm
-from tf_dist.parallel.parts import Part, block, stretches
+from tf_dist.parallel.parts import Part, stretches
 
 
 class ParallelLSTM(fast_lstm.LSTM):
@@ -41,7 +42,7 @@ class ParallelLSTM(fast_lstm.LSTM):
         if self.recurrent_dropout:
             raise UsageError(f"{self.name}: recurrent_dropout is not supported where the units are divided")
         self._comm = comm
-        self._parts = [block(units, rank, comm.size) for rank in range(comm.size)]
+        self._parts = [share(units, rank, comm.size) for rank in range(comm.size)]
         ranges = stretches(4, units, comm.rank, comm.size)
         divide(self.cell, lambda _, shape: Part(shape, len(shape) - 1, ranges))
         talks(self)

@@ -14,8 +14,8 @@ from __future__ import annotations
 from math import prod
 
 from tf_dist.comm.base import Comm
+from tf_dist.degrees import share
 from tf_dist.errors import UsageError
-from tf_dist.parallel.parts import block
 
 AXES = ("data", "pipeline", "sequence", "tensor")
 DATA, PIPELINE, SEQUENCE, TENSOR = range(4)
@@ -92,7 +92,7 @@ def leaves_of(micro_batches: int, mesh: Mesh) -> tuple[range, list[range]]:
     """
     blocks, start = [], 0
     for data in range(mesh.shape[DATA]):
-        mine = len(block(micro_batches, data, mesh.shape[DATA]))
+        mine = len(share(micro_batches, data, mesh.shape[DATA]))
         for _ in range(mesh.shape[SEQUENCE]):
             blocks.append(range(start, start + mine))
             start += mine

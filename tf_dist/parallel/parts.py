@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tf_dist.degrees import must_divide as must_divide
+from tf_dist.degrees import share
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,9 @@ class Part:
         return (*[slice(None)] * self.axis, slice(stretch.start, stretch.stop))
 
 
-def block(n_items: int, rank: int, size: int) -> range:
-    """A rank's stretch of ``n_items``, balanced to within one, earlier ranks taking those too many."""
-    each, more = divmod(n_items, size)
-    start = rank * each + min(rank, more)
-    return range(start, start + each + (rank < more))
-
-
 def stretches(groups: int, length: int, rank: int, size: int) -> tuple[range, ...]:
-    """A rank's `block` of each of ``groups`` neighbours of ``length``: gates of an LSTM, or q, k and v."""
-    mine = block(length, rank, size)
+    """A rank's `share` of each of ``groups`` neighbours of ``length``: gates of an LSTM, or q, k and v."""
+    mine = share(length, rank, size)
     return tuple(range(g * length + mine.start, g * length + mine.stop) for g in range(groups))
 
 

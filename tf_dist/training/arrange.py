@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import keras
 
 from tf_dist.comm.base import Order
+from tf_dist.degrees import share
 from tf_dist.errors import UsageError
 from tf_dist.parallel import buckets, carrier, zero
 from tf_dist.parallel.mesh import DATA, Mesh, leaves_of
-from tf_dist.parallel.parts import block
 from tf_dist.parallel.scatter import dealt
 from tf_dist.parallel.tree import BlockSum, order
 from tf_dist.parallel.updates import UPDATES
@@ -98,7 +98,7 @@ def arrange(
     sizes = (rows, seq_len // mesh.sequence.size, seed)
     if wishes.update == "zero" and wishes.zero_stage > 1:
         return _zero_2_or_3(model, optimizer, mesh, sizes, count, wishes.zero_stage)
-    mine = block(count, mesh.at[DATA], mesh.shape[DATA])
+    mine = share(count, mesh.at[DATA], mesh.shape[DATA])
     replica: Replica | PipelineReplica
     sharded = wishes.update == "zero"
     if mesh.pipeline.size > 1:
