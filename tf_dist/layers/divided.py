@@ -34,12 +34,8 @@ class PartInitializer(keras.initializers.Initializer):
     def __call__(self, shape: Any, dtype: Any = None, **kwargs: Any) -> Any:
         """Return the part, of its own shape, whatever ``shape`` is."""
         value = self.whole(self.part.whole, dtype=dtype, **kwargs)
-        if self.part.ranges is None:
-            return value
         # Not Part.take: Keras may be tracing a graph, where there are no arrays.
-        before = [slice(None)] * self.part.axis
-        pieces = [value[(*before, slice(one.start, one.stop))] for one in self.part.ranges]
-        return tf.concat(pieces, axis=self.part.axis)
+        return tf.concat(self.part.stretches_of(value), axis=self.part.axis)
 
 
 def divide(layer: keras.layers.Layer, part_of: PartOf) -> None:

@@ -6,6 +6,7 @@ One collective over one buffer costs one latency; a collective for each tensor c
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from math import prod
 
 import numpy as np
@@ -44,6 +45,12 @@ class FlatLayout:
             raise ValueError(f"this layout takes a buffer of shape ({self.total},), not {buffer.shape}")
         parts = zip(self.starts[:-1], self.sizes, self.shapes, strict=True)
         return [buffer[start : start + size].reshape(shape) for start, size, shape in parts]
+
+
+def neighbours(places: Sequence[int]) -> list[range]:
+    """Positions in ``places``, ascending numbers, in groups whose numbers follow each other."""
+    begins = [i for i in range(len(places)) if not i or places[i] != places[i - 1] + 1]
+    return [range(*ends) for ends in pairwise([*begins, len(places)])]
 
 
 def aligned_empty(length: int, dtype: np.dtype | type = np.float32) -> np.ndarray:

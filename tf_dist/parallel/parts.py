@@ -30,10 +30,12 @@ class Part:
         return (*self.whole[: self.axis], sum(map(len, self.ranges)), *self.whole[self.axis + 1 :])
 
     def take(self, whole: Any) -> Any:
-        """The part of an array (or tensor) of the whole shape; a NumPy array is copied."""
-        if self.ranges is None:
-            return whole
-        return np.concatenate([whole[self._index(one)] for one in self.ranges], axis=self.axis)
+        """The part of an array of the whole shape; copied, where it is not all of it."""
+        return whole if self.ranges is None else np.concatenate(self.stretches_of(whole), axis=self.axis)
+
+    def stretches_of(self, whole: Any) -> list[Any]:
+        """What lies between the bounds of each range, of an array or a tensor; to be put side by side."""
+        return [whole] if self.ranges is None else [whole[self._index(one)] for one in self.ranges]
 
     def put(self, whole: np.ndarray, part: np.ndarray) -> None:
         """Write the part to its place in a whole array."""

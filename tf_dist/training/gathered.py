@@ -17,19 +17,18 @@ Legend: B rows of a micro-batch, T tokens, V vocabulary, P parameters, S of them
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
 from keras.src.backend.common.stateless_scope import StatelessScope
 
-from tf_dist.comm.base import ALIGNED_ELEMENTS, Comm, slices_of_blocks
+from tf_dist.comm.base import ALIGNED_ELEMENTS, Comm
 from tf_dist.errors import UsageError
 from tf_dist.models.outline import is_outline, materialize
-from tf_dist.parallel.flat import aligned_empty
-from tf_dist.parallel.mesh import Mesh
+from tf_dist.parallel.flat import aligned_empty, neighbours
 from tf_dist.parallel.scatter import ShardSums
 from tf_dist.parallel.updates import Totals
 from tf_dist.training.cutting import Segment, segments
@@ -37,15 +36,15 @@ from tf_dist.training.loss import IGNORED, loss_and_sums
 from tf_dist.training.passes import MicroBatch
 from tf_dist.training.pieces import Piece
 from tf_dist.training.randomness import foreign_draws, generator_states, random_states
-from tf_dist.training.replica import Replica, as_tensor
+from tf_dist.training.replica import as_tensor
 from tf_dist.training.shard_step import ShardStep, values_of
-from tf_dist.training.sharded import gather
+from tf_dist.training.sharded import ShardedReplica, gather
 
 # Micro-batches that are evaluated while the weights of a segment are there.
 EVALUATED_TOGETHER = 8
 
 
-class GatheredReplica(Replica):
+class GatheredReplica(ShardedReplica):
     """The rank's shard of the weights and of the optimizer's state, and the model's segments as functions.
 
     Args:
@@ -66,34 +65,21 @@ class GatheredReplica(Replica):
         UsageError: the optimizer is built already, or is not elementwise; the model cannot be cut.
     """
 
-    optimizer_step: ShardStep
-
-    def __init__(
-        self,
-        model: keras.Model,
-        optimizer: keras.optimizers.Optimizer,
-        rows: int,
-        seq_len: int,
-        seed: int,
-        mesh: Mesh,
-    ) -> None:
-        self.comm = mesh.replicas
-        super().__init__(model, optimizer, rows, seq_len, seed)
-        self._place = {id(variable): number for number, variable in enumerate(self.variables)}
-        self.functions = [
-            SegmentFunctions(self, segment, self.segments[at + 1 :])
-            for at, segment in enumerate(self.segments)
-        ]
+    @cached_property
+    def functions(self) -> list[SegmentFunctions]:
+        """The segments as compiled functions, in order."""
+        later = [self.segments[at:] for at in range(1, len(self.segments) + 1)]
+        return [SegmentFunctions(self, *pair) for pair in zip(self.segments, later, strict=True)]
 
     def _materialize(self) -> None:
         trained = {id(variable) for variable in self.model.trainable_variables}
         materialize([variable for variable in self.model.variables if id(variable) not in trained])
 
     def _make_step(self) -> ShardStep:
+        self._place = {id(variable): number for number, variable in enumerate(self.variables)}
         self.segments = segments(self.model)
         self._refuse_regularized()
-        self.shards = slices_of_blocks(self.parameters, self.comm.size)
-        step = ShardStep(self.optimizer, self.variables, self.shards[self.comm.rank])
+        step = super()._make_step()
         kept = {id(one.variable) for one in step.stretches}
         for variable in self.variables:
             if id(variable) not in kept and not is_outline(variable):
@@ -111,20 +97,11 @@ class GatheredReplica(Replica):
 
     # What the Trainer asks -----------------------------------------------------------------------
 
-    def apply(self, gradient: np.ndarray, scale: float) -> None:
-        """Take one optimizer step of this rank's shard with ``scale * gradient``, (S,) float32."""
-        self.optimizer_step.apply(gradient, scale)
-
     def spread(self) -> None:
         """Nothing: weights come when they are needed."""
 
     def give_weights(self, comm: Comm) -> None:
         """Nothing: each weight is on one rank."""
-
-    @property
-    def own_shard(self) -> slice:
-        """The elements of the flat array that this rank has."""
-        return self.shards[self.comm.rank]
 
     def holds(self, variable: Any) -> bool:
         """Whether this rank has a variable of the model as others have it."""
@@ -148,15 +125,14 @@ class GatheredReplica(Replica):
         states = self.random_states(draw)
         if at:
             anew = random_states(self.seed, (*draw, at), len(states))
-            states = np.where(self._shared_generators()[:, None], anew, states)
+            states = np.where(self._shared_generators[:, None], anew, states)
         return np.asarray(states)
 
+    @cached_property
     def _shared_generators(self) -> np.ndarray:
-        if not hasattr(self, "_shared"):
-            users = [{id(v) for v in segment.model.variables} for segment in self.segments]
-            found = [sum(id(v) in own for own in users) != 1 for v in generator_states(self.model)]
-            self._shared = np.array(found)
-        return self._shared
+        """Which generators serve none of the segments or several."""
+        users = [{id(v) for v in segment.model.variables} for segment in self.segments]
+        return np.array([sum(id(v) in own for own in users) != 1 for v in generator_states(self.model)])
 
 
 class SegmentFunctions:
@@ -300,13 +276,9 @@ class Rooms:
                 np.copyto(room[start - stretch.start :][: len(one.inner)], values_of(one.variable))
 
 
-def runs(numbers: Sequence[int]) -> Iterator[range]:
-    """Neighbouring numbers as ranges."""
-    begun = 0
-    for at in range(1, len(numbers) + 1):
-        if at == len(numbers) or numbers[at] != numbers[at - 1] + 1:
-            yield range(numbers[begun], numbers[at - 1] + 1)
-            begun = at
+def runs(numbers: Sequence[int]) -> list[range]:
+    """Numbers that follow each other as ranges."""
+    return [range(numbers[one.start], numbers[one.stop - 1] + 1) for one in neighbours(numbers)]
 
 
 class GatheringPasses:

@@ -21,7 +21,7 @@ import tensorflow as tf
 
 from tf_dist.errors import UsageError
 from tf_dist.models.outline import materialize
-from tf_dist.parallel.flat import aligned_empty
+from tf_dist.parallel.flat import aligned_empty, neighbours
 from tf_dist.parallel.mesh import Mesh
 from tf_dist.parallel.messages import Messages
 from tf_dist.parallel.schedule import B, F, Instruction, Message, W, chunks_of, schedule
@@ -141,7 +141,7 @@ class PipelineReplica(Weights):
             at_once=last and _back_at_once(stream, chunk),
         )
         places = [self._place(variable) for variable in segment.trainable]
-        groups = _neighbours(places)
+        groups = neighbours(places)
         starts = self.layout.starts
         self.runs[chunk] = [
             slice(starts[places[group.start]], starts[places[group.stop - 1] + 1]) for group in groups
@@ -409,12 +409,6 @@ def _back_at_once(stream: Sequence[Instruction], chunk: int) -> bool:
     """Whether every forward pass of a chunk is followed by its backward pass."""
     followed = {before for before, after in pairwise(stream) if after == before._replace(kind=B)}
     return all(one in followed for one in stream if one.kind == F and one.chunk == chunk)
-
-
-def _neighbours(places: Sequence[int]) -> list[range]:
-    """Positions of ``places``, in groups whose places are neighbours."""
-    begins = [i for i in range(len(places)) if not i or places[i] != places[i - 1] + 1]
-    return [range(*ends) for ends in pairwise([*begins, len(places)])]
 
 
 def _groups(batches: Sequence[MicroBatch], size: int) -> Iterator[Sequence[MicroBatch]]:

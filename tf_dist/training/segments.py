@@ -19,7 +19,7 @@ from typing import Any
 import keras
 
 from tf_dist.errors import UsageError
-from tf_dist.models.head import Head, head_of
+from tf_dist.models.head import Head, head_of, with_known_head
 
 # The layers of this package's models: layer_3, or layer_3_attention.
 BLOCK = re.compile(r"layer_(\d+)(?:_|$)")
@@ -63,6 +63,8 @@ class LayerGraph:
 
     Args:
         model: functional or sequential, from token ids (B, T) to logits (B, T, V); or its outline.
+        instead: the option that asks for no cuts.
+        masks: whether layers may make masks, which do not cross a cut: where there will be none.
 
     Attributes:
         nodes: calls of layers, without inputs.
@@ -72,14 +74,16 @@ class LayerGraph:
         UsageError: the model's layers are not known (a subclassed model), or it passes masks along.
     """
 
-    def __init__(self, model: keras.Model) -> None:
+    def __init__(
+        self, model: keras.Model, instead: str = "--pipeline-parallel 1", masks: bool = False
+    ) -> None:
         self.model = model
         function = getattr(model, "_functional", model)
         if not isinstance(function, keras.src.models.Functional):
             raise UsageError(
                 f"model {model.name!r} is a {type(model).__name__}: only functional and sequential models "
                 "say which layer follows which, and can be cut into stages. Build it by keras.Model(inputs, "
-                "outputs), or set --pipeline-parallel 1"
+                f"outputs), or set {instead}"
             )
         if len(function.inputs) != 1 or len(function.outputs) != 1:
             raise UsageError(f"model {model.name!r} must have one input and one output to be cut into stages")
@@ -87,7 +91,7 @@ class LayerGraph:
         depths = sorted(function._nodes_by_depth, reverse=True)
         everything = [node for depth in depths for node in function._nodes_by_depth[depth]]
         self.nodes = [node for node in everything if not node.is_input]
-        for node in self.nodes:
+        for node in [] if masks else self.nodes:
             _refuse_masks(node.operation)
         self.points = self._find_points()
 
@@ -130,7 +134,7 @@ class LayerGraph:
         for number, (part, (begin, end)) in enumerate(zip(parts, pairwise(tensors), strict=True)):
             model = keras.Model(begin, end, name=f"{self.model.name}_{number}")
             if number == len(cuts):
-                _give_head(model, begin, head_of(self.model))
+                keep_head(model, begin, head_of(self.model))
             segment = Segment(model, self._needed(part), sum(each[places[number] : places[number + 1]]))
             if not segment.trainable:
                 raise UsageError(
@@ -259,10 +263,17 @@ def _block(node: Any) -> int | None:
     return int(found[1]) if found else None
 
 
-def _give_head(model: keras.Model, begin: Any, head: Head | None) -> None:
+def keep_head(last: keras.Model, begin: Any, head: Head | None) -> None:
+    """Let the last segment know the whole model's head, so that its loss can be taken in chunks.
+
+    Args:
+        last: the segment.
+        begin: the whole model's tensor with which it begins.
+        head: of the whole model.
+    """
     if head is not None:
-        trunk = keras.Model(begin, head.trunk.outputs[0], name=f"{model.name}_trunk")
-        model.tf_dist_head = Head(trunk, head.embedding)
+        trunk = keras.Model(begin, head.trunk.outputs[0], name=f"{last.name}_trunk")
+        with_known_head(last, Head(trunk, head.embedding))
 
 
 def _refuse_masks(layer: Any) -> None:

@@ -35,8 +35,8 @@ class Sharded(Weights):
     optimizer_step: ShardStep
 
     def _make_step(self) -> ShardStep:
-        self._comm = self.mesh.replicas
-        self.shards = slices_of_blocks(self.parameters, self._comm.size)
+        self.comm = self.mesh.replicas
+        self.shards = slices_of_blocks(self.parameters, self.comm.size)
         step = ShardStep(self.optimizer, self.variables, self.own_shard)
         whole = {one.number for one in step.stretches if one.whole}
         # A part of a variable is stepped beside the model's own.
@@ -48,7 +48,7 @@ class Sharded(Weights):
     @property
     def own_shard(self) -> slice:
         """The elements of the flat array that this rank steps."""
-        return self.shards[self._comm.rank]
+        return self.shards[self.comm.rank]
 
     def apply(self, gradient: np.ndarray, scale: float) -> None:
         """Take one optimizer step of this rank's shard with ``scale * gradient``, (S,) float32."""
@@ -78,7 +78,7 @@ class Sharded(Weights):
                 if one.number in bucket and one.inner:
                     start = starts[one.number] + one.inner.start - first
                     np.copyto(room[start : start + len(one.inner)], values_of(one.variable))
-            gather(room, first, self.shards, self._comm)
+            gather(room, first, self.shards, self.comm)
             others = [i for i in bucket if i in self._others]
             if others:
                 self.write_variables(others, room, first)
