@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import keras
@@ -25,9 +26,7 @@ from tf_dist.training.shared_rows import passes_of_rows
 from tf_dist.training.tuning import talks_inside
 from tf_dist.training.whole import whole_norm
 
-PIPELINE_OPTIONS = (
-    "pipeline_schedule", "pipeline_cuts", "virtual_stages", "micro_batches_in_flight", "recompute",
-)  # fmt: skip
+PIPELINE_OPTIONS = tuple(field.name for field in fields(Pipeline))
 
 NO_XLA = "the layers of a pipeline's rank are compiled in steps"
 
@@ -44,11 +43,7 @@ class Wishes(NamedTuple):
     chunk_bytes: int = 0
     measure: bool = True
     overlap: str = "auto"
-    pipeline_schedule: str = "1f1b"
-    pipeline_cuts: str = ""
-    virtual_stages: int = 2
-    micro_batches_in_flight: int = 0
-    recompute: str = "off"
+    pipeline: Pipeline = Pipeline()
 
 
 class Arrangement(NamedTuple):
@@ -103,7 +98,7 @@ def arrange(
     sharded = wishes.update == "zero"
     if mesh.pipeline.size > 1:
         kind = ShardedPipelineReplica if sharded else PipelineReplica
-        replica = kind(model, optimizer, mesh, *sizes, _pipeline(wishes), len(mine))
+        replica = kind(model, optimizer, mesh, *sizes, wishes.pipeline, len(mine))
     elif sharded:
         replica = ShardedReplica(model, optimizer, *sizes, mesh)
     else:
@@ -162,16 +157,6 @@ def _zero_2_or_3(
     update: Any = zero.STAGES[stage]
     said = "by their owners, as they are made"
     return Arrangement(replica, passes, update, mine, order(leaves, blocks), said, why)
-
-
-def _pipeline(wishes: Wishes) -> Pipeline:
-    return Pipeline(
-        wishes.pipeline_schedule,
-        wishes.pipeline_cuts,
-        wishes.virtual_stages,
-        wishes.micro_batches_in_flight,
-        wishes.recompute == "on",
-    )
 
 
 def _check_optimizer(replica: Weights, mesh: Mesh) -> None:

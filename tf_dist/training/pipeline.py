@@ -49,14 +49,14 @@ class Pipeline:
         pipeline_cuts: layers with which stages begin, as in "2,4"; empty: stages of equal cost.
         virtual_stages: stages of each rank, with the interleaved schedule.
         micro_batches_in_flight: of which a rank keeps activations at most; 0: as the schedule has it.
-        recompute: keep a stage's input only, and compute the rest again on the way back.
+        recompute: "on": keep a stage's input only, and compute the rest again on the way back.
     """
 
     pipeline_schedule: str = "1f1b"
     pipeline_cuts: str = ""
     virtual_stages: int = 2
     micro_batches_in_flight: int = 0
-    recompute: bool = False
+    recompute: str = "off"
 
     def streams(self, ranks: int, micro_batches: int) -> list[list[Instruction]]:
         """What each rank computes in a step, (p,)."""
@@ -137,7 +137,7 @@ class PipelineReplica(Weights):
             first=chunk == 0,
             last=last,
             split=any(one.kind == W for one in stream),
-            recompute=self.options.recompute,
+            recompute=self.options.recompute == "on",
             at_once=last and _back_at_once(stream, chunk),
         )
         places = [self._place(variable) for variable in segment.trainable]
@@ -267,7 +267,7 @@ class PipelinePasses:
         """A line for people: how the layers are shared out."""
         options, p = self.replica.options, self.replica.mesh.pipeline.size
         more = f", {options.virtual_stages} stages each" if self.replica.chunks > p else ""
-        again = ", activations computed again" if options.recompute else ""
+        again = ", activations computed again" if options.recompute == "on" else ""
         return f"{p} ranks share the layers{more}, by {options.pipeline_schedule}{again}"
 
     # A step --------------------------------------------------------------------------------------

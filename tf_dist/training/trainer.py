@@ -28,6 +28,7 @@ from tf_dist.parallel.updates import CORRECT, LOSS, STOP, TOKENS, Totals
 from tf_dist.training.arrange import Wishes, arrange
 from tf_dist.training.fit import Fit
 from tf_dist.training.passes import MicroBatch
+from tf_dist.training.pipeline import Pipeline
 from tf_dist.training.sentinel import Group, Sentinel
 from tf_dist.training.tuning import Tuning
 from tf_dist.training.whole import Whole
@@ -62,7 +63,7 @@ class Trainer:
         chunk_bytes: pieces in which sums travel between ranks; 0: what is faster.
         mesh: who shares what of the model; None: every rank has all of it.
         zero_stage: what update "zero" divides: 1 optimizer state, 2 also gradients, 3 also weights.
-        pipeline: options of a pipeline by name, see `tf_dist.training.arrange.Wishes`.
+        pipeline: options of a pipeline by name, see `tf_dist.training.pipeline.Pipeline`.
 
     Attributes:
         tuning: whether XLA compiles forward and backward, and why.
@@ -115,7 +116,13 @@ class Trainer:
         self.seq_len = seq_len or (_static_seq_len(model) or DEFAULT_SEQ_LEN) * self.mesh.sequence.size
         self.micro_batches = global_batch_size // self.rows
         wishes = Wishes(
-            update, zero_stage, allreduce, chunk_bytes, autotune != "off", overlap, **(pipeline or {})
+            update,
+            zero_stage,
+            allreduce,
+            chunk_bytes,
+            autotune != "off",
+            overlap,
+            Pipeline(**(pipeline or {})),
         )
         sizes = (self.rows, self.seq_len, seed, self.micro_batches)
         self.arrangement = arrange(model, optimizer, self.mesh, *sizes, wishes)
