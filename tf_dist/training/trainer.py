@@ -5,7 +5,6 @@ Legend: G global rows, B rows of a micro-batch, T tokens, P parameters, R ranks.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 import warnings
@@ -31,7 +30,7 @@ from tf_dist.training.passes import MicroBatch
 from tf_dist.training.pipeline import Pipeline
 from tf_dist.training.sentinel import Group, Sentinel
 from tf_dist.training.tuning import Tuning
-from tf_dist.training.whole import Whole
+from tf_dist.training.whole import Whole, sha256
 
 DEFAULT_SEQ_LEN = 128
 
@@ -353,11 +352,8 @@ class Trainer:
 
 
 def weights_sha256(model: keras.Model) -> str:
-    """SHA-256 of all weights in order of creation, as little-endian float32."""
-    sha = hashlib.sha256()
-    for variable in model.weights:
-        sha.update(np.ascontiguousarray(variable.value, dtype="<f4").data)
-    return sha.hexdigest()
+    """SHA-256 of all weights in order of creation, of a model that this process has all of."""
+    return sha256(np.asarray(variable.value) for variable in model.weights)
 
 
 def _static_seq_len(model: keras.Model) -> int | None:

@@ -8,10 +8,10 @@ of these tensors; rank 0 puts them together one tensor after another, so that no
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -25,6 +25,15 @@ from tf_dist.training.pieces import Piece, variable_piece
 from tf_dist.training.replica import Weights
 
 
+class Given(NamedTuple):
+    """A piece of a tensor, and the rank that gives it to rank 0: the first one that has it."""
+
+    rank: int
+    part: Part
+    start: int
+    stop: int
+
+
 @dataclass
 class Entry:
     """A tensor of the whole model or its optimizer, and what this rank holds of it, if anything."""
@@ -33,6 +42,7 @@ class Entry:
     shape: tuple[int, ...]
     dtype: str
     pieces: list[Piece] = field(default_factory=list)
+    given: list[Given] = field(default_factory=list)
 
 
 class Whole:
@@ -50,38 +60,36 @@ class Whole:
         self.weights = _weights(model, replica)
         self.state = _optimizer_state(model, optimizer, replica)
         self.entries = self.weights + self.state
-        self._senders = self._choose_senders()
+        self._choose_givers()
 
-    def _choose_senders(self) -> list[list[tuple[int, Part, int, int]]]:
-        """For each tensor the ranks that give a piece of it, and which: the first rank that has it."""
+    def _choose_givers(self) -> None:
+        """Agree on who gives which pieces."""
         mine = [
             [number, list(p.part.whole), p.part.axis, _pairs(p.part), p.start, p.stop]
             for number, entry in enumerate(self.entries)
             for p in entry.pieces
         ]
-        senders: list[list[tuple[int, Part, int, int]]] = [[] for _ in self.entries]
         known = set()
         for rank, theirs in enumerate(self.mesh.all.allgather_obj(mine)):
             for number, whole, axis, pairs, start, stop in theirs:
                 part = Part(tuple(whole), axis, pairs and tuple(range(*pair) for pair in pairs))
                 if (number, part, start, stop) not in known:
                     known.add((number, part, start, stop))
-                    senders[number].append((rank, part, start, stop))
-        return senders
+                    self.entries[number].given.append(Given(rank, part, start, stop))
 
     def tensors(self, entries: Sequence[Entry] | None = None) -> Iterator[tuple[str, np.ndarray]]:
         """Every tensor by name, put together on rank 0; elsewhere arrays of which only some elements are set.
 
         A collective: all ranks go through it to its end. An array is to be used before the next one is made.
         """
-        for number, entry in enumerate(self.entries if entries is None else entries):
-            yield entry.name, self._assembled(entry, self._senders[number])
+        for entry in self.entries if entries is None else entries:
+            yield entry.name, self._assembled(entry)
 
-    def _assembled(self, entry: Entry, senders: list[tuple[int, Part, int, int]]) -> np.ndarray:
+    def _assembled(self, entry: Entry) -> np.ndarray:
         comm = self.mesh.all
         mine = {(p.part, p.start, p.stop): p for p in entry.pieces}
         whole = np.zeros(entry.shape if comm.rank == 0 else (), entry.dtype)
-        for rank, part, start, stop in senders:
+        for rank, part, start, stop in entry.given:
             if rank == comm.rank:
                 values = np.ascontiguousarray(mine[part, start, stop].read())
                 if rank:
@@ -110,11 +118,15 @@ class Whole:
 
     def weights_sha256(self) -> str:
         """SHA-256 of all weights in order of creation, as little-endian float32; a collective."""
-        sha = hashlib.sha256()
-        for _, array in self.tensors(self.weights):
-            if self.mesh.all.rank == 0:
-                sha.update(np.ascontiguousarray(array, dtype="<f4").data)
-        return str(self.mesh.all.broadcast_obj(sha.hexdigest()))
+        return str(self.mesh.all.broadcast_obj(sha256(array for _, array in self.tensors(self.weights))))
+
+
+def sha256(weights: Iterable[np.ndarray]) -> str:
+    """SHA-256 of arrays one after another, as little-endian float32."""
+    sha = hashlib.sha256()
+    for array in weights:
+        sha.update(np.ascontiguousarray(array, dtype="<f4").data)
+    return sha.hexdigest()
 
 
 # What a rank holds ----------------------------------------------------------------------------------
