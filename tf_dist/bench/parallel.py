@@ -272,41 +272,27 @@ class Run:
     """
 
     def __init__(self, comm: Comm, way: Way, sizes: dict[str, Any], **options: Any) -> None:
-        import numpy as np
-
         from tf_dist.bench import ways
-        from tf_dist.config import Config
-        from tf_dist.parallel.mesh import Mesh
-        from tf_dist.training.model import model_for
-        from tf_dist.training.trainer import Trainer
 
         self.comm, self.way = comm, way
-        mesh = Mesh(comm, way.pipeline, way.sequence, way.tensor)
         zero: dict[str, Any] = {"update": "zero" if way.zero else "allreduce", "zero_stage": max(1, way.zero)}
-        degrees: dict[str, Any] = {
+        degrees = {
             "pipeline_parallel": way.pipeline,
             "sequence_parallel": way.sequence,
             "tensor_parallel": way.tensor,
         }
-        model = model_for(Config(vocab_size=models.VOCABULARY, **sizes, **degrees, **zero), mesh)
-        self.trainer = Trainer(
-            model,
-            ways.adamw(),
+        self.trainer, sequences, sampler = ways.trainer_of(
             comm,
-            global_batch_size=ROWS * MICRO_BATCHES,
-            micro_batch_size=ROWS,
-            seq_len=sizes["seq_len"],
-            clip_norm=models.CLIP_NORM,
+            {**sizes, **degrees, **zero},
+            ROWS * MICRO_BATCHES // comm.size,
+            MICRO_BATCHES // comm.size,
             check_every=0,
-            mesh=mesh,
             pipeline={"pipeline_schedule": way.schedule},
             **zero,
             **options,
         )
+        self._data = sequences, sampler
         self.trainer.tuning.choose()
-        tokens = np.random.default_rng(1).integers(0, models.VOCABULARY, 40_000).astype(np.uint16)
-        sequences = self.trainer.sequences(tokens)
-        self._data = sequences, self.trainer.sampler(sequences)
         self._talk_ms: list[float] = []
         self._bubbles: list[float] = []
         for _ in range(WARM_UP + 2):  # the first steps are compared by the sentinel

@@ -22,6 +22,8 @@ from tf_dist.data.tokens import Sequences
 from tf_dist.models import lstm
 from tf_dist.models.build import build
 from tf_dist.parallel.flat import FlatLayout
+from tf_dist.parallel.mesh import Mesh
+from tf_dist.training.model import model_for
 from tf_dist.training.passes import WholePasses
 from tf_dist.training.trainer import Trainer
 
@@ -64,16 +66,22 @@ def stock_model(
 def trainer_of(
     comm: Comm, sizes: dict[str, Any], rows: int, micro_batches: int, **options: Any
 ) -> tuple[Trainer, Sequences, Sampler]:
-    """Our Trainer with some rows and micro-batches for each rank, and data for a few steps."""
+    """Our Trainer with some rows and micro-batches for each rank, and data for a few steps.
+
+    ``sizes`` may say how ranks share the model, by the names of `Config`; ``options`` are the Trainer's.
+    """
     keras.utils.set_random_seed(1)
+    config = Config(vocab_size=VOCABULARY, **sizes)
+    mesh = Mesh(comm, config.pipeline_parallel, config.sequence_parallel, config.tensor_parallel)
     trainer = Trainer(
-        build(Config(vocab_size=VOCABULARY, **sizes)),
+        model_for(config, mesh),
         adamw(),
         comm,
         global_batch_size=rows * comm.size,
         micro_batch_size=rows // micro_batches,
         seq_len=sizes["seq_len"],
         clip_norm=CLIP_NORM,
+        mesh=mesh,
         **options,
     )
     tokens = np.random.default_rng(1).integers(0, VOCABULARY, 8 * rows * comm.size * sizes["seq_len"] + 1)

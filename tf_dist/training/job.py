@@ -37,6 +37,7 @@ class Job:
     ) -> None:
         self.config, self.comm, self.corpus, self.run, self.trainer = config, comm, corpus, run, trainer
         self.last: dict[str, Any] = {}
+        self._sha256: dict[int, str] = {}  # of the weights after a step
 
     def resume(self) -> None:
         """Go on from the checkpoint that ``--resume`` means, if there is one.
@@ -101,8 +102,10 @@ class Job:
         self._status()
 
     def _status(self, **changes: Any) -> None:
-        weights = self.trainer.whole().weights_sha256()
-        now = {"step": self.trainer.step, "val_loss": self.last.get("val_loss"), "weights_sha256": weights}
+        step = self.trainer.step
+        if step not in self._sha256:  # on a grid all weights travel for it
+            self._sha256 = {step: self.trainer.whole().weights_sha256()}
+        now = {"step": step, "val_loss": self.last.get("val_loss"), "weights_sha256": self._sha256[step]}
         self.run.status(**now, **changes)
 
     def end(self, steps: int) -> None:
