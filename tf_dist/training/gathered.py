@@ -17,7 +17,7 @@ Legend: B rows of a micro-batch, T tokens, V vocabulary, P parameters, S of them
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -160,14 +160,14 @@ class SegmentFunctions:
             for spec, number in zip(weights, segment.numbers, strict=True)
         ]
         out = _spec(segment.model.outputs[0], replica.rows) if later else tf.TensorSpec((0,))
-        self.forward = tf.function(self._forward_graph, [states, into, weights])
-        self.evaluate = tf.function(self._evaluate_graph, [into, weights])
-        self.sums = tf.function(self._sums_graph, [into, ids, weights])
-        self.backward = tf.function(self._backward_graph, [states, into, out, ids, weights, held])
+        self.forward = _Traced(self._forward_graph, [states, into, weights])
+        self.evaluate = _Traced(self._evaluate_graph, [into, weights])
+        self.sums = _Traced(self._sums_graph, [into, ids, weights])
+        self.backward = _Traced(self._backward_graph, [states, into, out, ids, weights, held])
 
     def foreign_draws(self) -> list[str]:
         """TensorFlow's random operations in it that cannot be made repeatable."""
-        return foreign_draws(self.backward.get_concrete_function())
+        return foreign_draws(self.backward.function)
 
     def _scope(self, states: Any, weights: Any) -> StatelessScope:
         standing = list(zip(self._variables, weights, strict=True))
@@ -219,6 +219,25 @@ class SegmentFunctions:
         back = tf.convert_to_tensor(found[0]) if came.dtype.is_floating else tf.zeros(0)
         parts = found[1:] if came.dtype.is_floating else found
         return back, [_with_held(*pair) for pair in zip(parts, held, strict=True)], sums
+
+
+class _Traced:
+    """A function that is traced when it is first needed, once.
+
+    A `tf.function` would do, but that TensorFlow takes those of several segments for one which is traced
+    again and again, and warns.
+    """
+
+    def __init__(self, graph: Callable[..., Any], signature: Sequence[Any]) -> None:
+        self._graph, self._signature = graph, signature
+
+    @cached_property
+    def function(self) -> Any:
+        """Its graph."""
+        return tf.function(self._graph, self._signature).get_concrete_function()
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.function(*arguments)
 
 
 def _spec(tensor: Any, rows: int) -> tf.TensorSpec:
