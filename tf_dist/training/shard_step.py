@@ -84,6 +84,7 @@ class ShardStep:
         # One call: to read a variable from outside takes as long as to copy a small one many times.
         values = [variable.value for variable in held]
         self._read = tf.function(lambda: concat(values), input_signature=[])
+        self._take_parts = tf.function(self._parts_graph, input_signature=[], autograph=False)
 
     def _refuse(self, variables: Sequence[Any]) -> None:
         # All ranks look at all variables, so that all of them refuse.
@@ -106,12 +107,13 @@ class ShardStep:
         """As of `OptimizerStep`."""
         self._step.give_back()
 
-    def _take_parts(self) -> None:
-        """Let the parts of variables be those of the model, whoever has set them there."""
+    def _parts_graph(self) -> None:
+        # Let the parts of variables be those of the model, whoever has set them there.
         for one in self.stretches:
             variable = self.variables[one.number]
             if not one.whole and not is_outline(variable):
-                one.variable.assign(values_of(variable)[one.inner.start : one.inner.stop])
+                values = tf.reshape(variable.value, (-1,))
+                assign_in_place(one.variable.value, values[one.inner.start : one.inner.stop])
 
     def read(self, out_S: np.ndarray) -> None:
         """Copy this shard of the weights, as the last step has left it, to ``out``."""
@@ -179,3 +181,14 @@ def values_of(variable: Any) -> np.ndarray:
     While somebody has it, TensorFlow does not change the variable in place.
     """
     return np.asarray(variable.value.read_value()).reshape(-1)
+
+
+def assign_in_place(variable: Any, value: Any) -> None:
+    """Copy to where a TensorFlow variable lies: `assign` would let it live in the memory of ``value``."""
+    rank = len(variable.shape)
+    if rank == 0:
+        variable.assign(tf.identity(value))
+        return
+    tf.raw_ops.ResourceStridedSliceAssign(
+        ref=variable.handle, begin=[0] * rank, end=list(variable.shape), strides=[1] * rank, value=value
+    )

@@ -18,7 +18,7 @@ from tf_dist.parallel.flat import aligned_empty
 from tf_dist.parallel.mesh import Mesh
 from tf_dist.training.pipeline import PipelineReplica
 from tf_dist.training.replica import Replica, Weights, as_tensor
-from tf_dist.training.shard_step import ShardStep, values_of
+from tf_dist.training.shard_step import ShardStep, assign_in_place, values_of
 
 
 class Sharded(Weights):
@@ -150,14 +150,3 @@ def gather(room: np.ndarray, first: int, shards: Sequence[slice], comm: Comm) ->
         start, stop = max(first, shard.start), min(first + room.size, shard.stop)
         if start < stop:
             comm.broadcast(room[start - first : stop - first], owner)
-
-
-def assign_in_place(variable: Any, value: Any) -> None:
-    """Copy to where a TensorFlow variable lies: `assign` would let it live in the memory of ``value``."""
-    rank = len(variable.shape)
-    if rank == 0:
-        variable.assign(tf.identity(value))
-        return
-    tf.raw_ops.ResourceStridedSliceAssign(
-        ref=variable.handle, begin=[0] * rank, end=list(variable.shape), strides=[1] * rank, value=value
-    )
