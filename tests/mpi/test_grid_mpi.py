@@ -163,3 +163,22 @@ def test_a_rank_that_differs_is_named_on_the_whole_grid(connected, everyone, pip
     assert everyone(said) == [said] * N
     assert (f"rank {N - 1}" in said) == (N > 1), said
     assert ("norm/gamma" in said) == (N > 1), said
+
+
+@pytest.mark.skipif(N == 1, reason="one rank has one copy")
+def test_copies_of_a_tied_table_are_compared_along_a_pipeline(connected, everyone):
+    """No two ranks have the same stage, but the first and the last have the same table of tokens."""
+    trained = trainer(connected, pipeline=N)
+    assert len(trained.replica.tied) == 1
+    table = trained.replica.tied[0]
+    assert everyone(trained.replica.holds(table)) == [rank in (0, N - 1) for rank in range(N)]
+    trained.sentinel.compare(0)
+    if connected.rank == N - 1:
+        table.assign(table + np.float32(1e-6))
+    said = ""
+    try:
+        trained.sentinel.compare(1)
+    except LaunchError as error:
+        said = str(error)
+    assert everyone(said) == [said] * N
+    assert f"rank 0 and rank {N - 1} differ in {table.path}" in said

@@ -84,6 +84,21 @@ def test_a_trainer_has_the_bits_of_one_rank(connected, serial, everyone, small_b
 
 
 @several
+def test_what_is_sent_is_counted(ranks, everyone, small_buckets):
+    """Early or late: each node sends the others what it could not add alone, and its slice of the sum."""
+    nodes, found = ranks.nodes(), []
+    for overlap in ("on", "off"):
+        trained = trainer(ranks, overlap=overlap, allreduce="window")
+        steps_of(trained, 1)
+        before = ranks.sent_bytes
+        steps_of(trained, 1)
+        found.append(sum(everyone(ranks.sent_bytes - before)))
+    of_gradients = 4 * trained.replica.parameters * (nodes - 1)
+    assert found[0] == pytest.approx(found[1], rel=0.02)
+    assert found[0] >= 2 * of_gradients
+
+
+@several
 def test_over_nodes_it_is_the_default(ranks, serial, everyone, small_buckets):
     logs_serial, weights_serial = serial(3)
     trained = trainer(ranks)

@@ -168,6 +168,15 @@ def test_each_axis_costs_what_it_alone_costs():
         assert cost.of_grid(GPT2, 16, (1, 4, 1, 1), schedule=name).gradient_bytes == 0
 
 
+def test_several_stages_of_a_rank_wait_less_and_send_more():
+    shape = (1, 4, 1, 1)
+    one, two = (cost.of_grid(GPT2, 16, shape, schedule="interleaved", virtual_stages=v) for v in (1, 2))
+    assert two.bubble == cost.bubble("interleaved", 4, 16, 2) < one.bubble
+    assert two.activation_bytes_sent == 2 * one.activation_bytes_sent  # of ranks between the ends
+    assert two.activation_bytes < one.activation_bytes
+    assert two.state_bytes == one.state_bytes
+
+
 def test_zero_divides_state_over_all_replicas():
     shape = (2, 1, 2, 1)
     assert cost.of_grid(GPT2, 16, shape, stage=3).state_bytes == 16 * GPT2.parameters / 4

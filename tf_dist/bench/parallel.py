@@ -32,7 +32,7 @@ FOLDER = running.FOLDER / "parallel"
 SIZES: dict[str, Any] = {"model": "transformer", "layers": 8, "width": 256, "heads": 8, "seq_len": 128}
 # For the baseline: as many layers and heads, so that it can be divided in the same ways.
 TINY: dict[str, Any] = {"model": "transformer", "layers": 8, "width": 16, "heads": 8, "seq_len": 16}
-ROWS, MICRO_BATCHES = 2, 8
+ROWS, MICRO_BATCHES, VIRTUAL_STAGES = 2, 8, 2
 WARM_UP, STEPS, COUNTED = 2, 6, 2
 RATE = "1gbit"
 PARTS = ("one-node", "hosts", "zero", "rows")
@@ -171,10 +171,14 @@ def summary(ranks: int, way: Way, jobs: list[dict[str, Any]]) -> dict[str, Any]:
     step_ms = statistics.median(time_ms for job in jobs for time_ms in job["steps_ms"])
     tokens = ROWS * MICRO_BATCHES * SIZES["seq_len"]
     shape = way.shape(ranks)
-    by_formula = cost.of_grid(sizes_of(jobs[0]["parameters"]), MICRO_BATCHES, shape, stage=way.zero)
-    bubble = 0.0
-    if way.pipeline > 1:
-        bubble = cost.bubble(way.schedule, way.pipeline, MICRO_BATCHES // shape[0], 2)
+    by_formula = cost.of_grid(
+        sizes_of(jobs[0]["parameters"]),
+        MICRO_BATCHES,
+        shape,
+        stage=way.zero,
+        schedule=way.schedule,
+        virtual_stages=VIRTUAL_STAGES if way.schedule == "interleaved" else 1,
+    )
     return {
         "name": way.name(ranks),
         "ranks": ranks,
@@ -184,7 +188,7 @@ def summary(ranks: int, way: Way, jobs: list[dict[str, Any]]) -> dict[str, Any]:
         **{key: statistics.median(job[key] for job in jobs) for key in MEDIANS},
         "sent_formula": by_formula.gradient_bytes + by_formula.activation_bytes_sent,
         "held_formula": by_formula.state_bytes + by_formula.activation_bytes,
-        "bubble_formula": bubble,
+        "bubble_formula": by_formula.bubble,
     }
 
 
@@ -287,7 +291,7 @@ class Run:
             ROWS * MICRO_BATCHES // comm.size,
             MICRO_BATCHES // comm.size,
             check_every=0,
-            pipeline={"pipeline_schedule": way.schedule},
+            pipeline={"pipeline_schedule": way.schedule, "virtual_stages": VIRTUAL_STAGES},
             **zero,
             **options,
         )

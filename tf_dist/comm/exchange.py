@@ -48,6 +48,20 @@ class Memory:
         self._free += [array.base for array in arrays if isinstance(array.base, np.ndarray)]
 
 
+def sent_elements(length: int, terms: int, rank: int, ranks: int) -> int:
+    """How many elements a rank sends to sum an array, in one piece or in any number of them alike.
+
+    Args:
+        length: of the array.
+        terms: that this rank has.
+        rank: which.
+        ranks: that add, each its slice.
+    """
+    part = slices(length, ranks)[rank]
+    own = part.stop - part.start
+    return int(terms * (length - own) + own * (ranks - 1))
+
+
 def sum_of_piece(
     mpi: Any, terms: Sequence[np.ndarray], order: Order, out: np.ndarray, number: int, memory: Memory
 ) -> Iterator[Requests]:

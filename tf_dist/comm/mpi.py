@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from tf_dist.comm.base import Comm, Order, Overlapped, Pending, Sum, add_in_order, slices
-from tf_dist.comm.exchange import Memory, sum_in_pieces
+from tf_dist.comm.base import Comm, Order, Overlapped, Pending, Sum, add_in_order
+from tf_dist.comm.exchange import Memory, sent_elements, sum_in_pieces
 from tf_dist.comm.node import Between, Share, Window, by_node, too_little_room
 from tf_dist.comm.overlap import Overlap, Places
 
@@ -129,6 +129,8 @@ class MPIComm(Comm):
         mpi, memory = self._same_slice(), Memory()
 
         def add(terms: list[np.ndarray], out: np.ndarray) -> None:
+            sent = sent_elements(out.size, len(terms), mpi.Get_rank(), mpi.Get_size())
+            self.record.sent_bytes += out.itemsize * sent
             sum_in_pieces(mpi, terms, rest, out, max(1, self.chunk_bytes // out.itemsize), memory)
 
         return add
@@ -209,9 +211,7 @@ class MPIComm(Comm):
 
     def _allreduce_by_messages(self, terms: list[np.ndarray], order: Order, out: np.ndarray) -> None:
         elements = max(1, self.chunk_bytes // out.itemsize)
-        mine = slices(out.size, self.size)[self.rank]
-        own = mine.stop - mine.start
-        self.record.sent_bytes += out.itemsize * (len(terms) * (out.size - own) + own * (self.size - 1))
+        self.record.sent_bytes += out.itemsize * sent_elements(out.size, len(terms), self.rank, self.size)
         sum_in_pieces(self._mpi, terms, order, out, elements, self._memory)
 
     def _reduce_terms(self, terms: list[np.ndarray], order: Order, out: np.ndarray, root: int) -> Sum | None:

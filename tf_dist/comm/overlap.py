@@ -22,7 +22,7 @@ import numpy as np
 from mpi4py import MPI
 
 from tf_dist.comm.base import Comm, Order, Overlapped, Sum, add_in_order, slices
-from tf_dist.comm.exchange import DEPTH, Memory, Requests, pieces, sum_of_piece
+from tf_dist.comm.exchange import DEPTH, Memory, Requests, pieces, sent_elements, sum_of_piece
 from tf_dist.comm.node import Share, Window
 
 # Between two looks at messages under way. A look takes some 20 us of the core that computes.
@@ -95,7 +95,9 @@ class Overlap(Overlapped):
         # By all ranks of a node at once, and cut alike: they come to the same pieces.
         elements = self._comm.chunk_bytes // 4 * self._at.node.Get_size()
         for piece in pieces(part.stop - part.start, elements):
-            self._submit(self._sum_of(slice(part.start + piece.start, part.start + piece.stop), self._number))
+            moved = slice(part.start + piece.start, part.start + piece.stop)
+            self._count(moved)
+            self._submit(self._sum_of(moved, self._number))
             self._number += 1
 
     def finish(self) -> Sum:
@@ -133,13 +135,25 @@ class Overlap(Overlapped):
 
     # What is exchanged -----------------------------------------------------------------------------
 
+    def _own(self, piece: slice) -> slice:
+        """The elements of a piece that this rank adds for its node."""
+        node = self._at.node
+        part = slices(piece.stop - piece.start, node.Get_size())[node.Get_rank()]
+        return slice(piece.start + part.start, piece.start + part.stop)
+
+    def _count(self, piece: slice) -> None:
+        """Count the bytes of a piece; not by the thread, for the main one counts as well."""
+        mine, between = self._own(piece), self._at.between
+        left, length = len(self._at.share.left), mine.stop - mine.start
+        sent = sent_elements(length, left, between.Get_rank(), between.Get_size())
+        self._comm.record.sent_bytes += self._out.itemsize * sent
+
     def _sum_of(self, piece: slice, number: int) -> Iterator[Requests]:
         """Add a piece of the terms of the node, then of those of all nodes."""
         node, share = self._at.node, self._at.share
         if node.Get_size() > 1:
             yield [node.Ibarrier()]  # all of them have this piece of their terms ready
-        part = slices(piece.stop - piece.start, node.Get_size())[node.Get_rank()]
-        mine = slice(piece.start + part.start, piece.start + part.stop)
+        mine = self._own(piece)
         values = [term[mine] for term in self._terms]
         if share.additions:
             add_in_order(values, share.additions)

@@ -267,11 +267,12 @@ def of_grid(
     *,
     stage: int = 0,
     schedule: str = "1f1b",
+    virtual_stages: int = 1,
     weights_kept: bool = True,
 ) -> Costs:
     """All of the above for a grid of data x pipeline x sequence x tensor, as `tf_dist.parallel.mesh.Mesh`.
 
-    Weights are taken to be divided evenly, 1 / (t p) of them on each rank, and one stage on a rank.
+    Weights are taken to be divided evenly, 1 / (t p) of them on each rank.
 
     Args:
         sizes: of model and micro-batches.
@@ -279,6 +280,7 @@ def of_grid(
         shape: ranks along each axis.
         stage: of ZeRO, over data x sequence; 0: allreduce.
         schedule: of the pipeline.
+        virtual_stages: v, of the interleaved schedule.
         weights_kept: as in `activation_bytes`.
     """
     data, p, s, t = shape
@@ -287,7 +289,7 @@ def of_grid(
     gradients = zero_bytes(mine, replicas, stage, m) if stage else allreduce_bytes(FLOAT32 * mine, replicas)
     own = seq_len // s
     sent = tensor_bytes(rows, own, width, layers / p, t, m)
-    sent += max(pipeline_bytes(rows, own, width, p, rank, m) for rank in range(p))
+    sent += max(pipeline_bytes(rows, own, width, p, rank, m, virtual_stages) for rank in range(p))
     sent += ring_bytes(rows, seq_len, width // t, layers, s, m) / p
 
     def held(vocabulary: int) -> float:
@@ -296,10 +298,10 @@ def of_grid(
         return activation_bytes(*here, **options, weights_kept=weights_kept)
 
     # The first rank keeps most micro-batches, the last one the logits of the one it is at.
-    first, last = in_flight(schedule, p, m) * held(0), held(vocabulary)
+    first, last = in_flight(schedule, p, m, virtual_stages) * held(0), held(vocabulary)
     if schedule == "gpipe":
         last += (m - 1) * held(0)
-    waits = bubble(schedule, p, m) if p > 1 else 0.0
+    waits = bubble(schedule, p, m, virtual_stages) if p > 1 else 0.0
     return Costs(
         gradients, sent, state_bytes(mine, replicas, stage), max(first, last) if p > 1 else last, waits
     )

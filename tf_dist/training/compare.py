@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,22 +34,33 @@ class Split(NamedTuple):
         return Split(self.place, groups, [ranks[rank] for rank in self.astray])
 
 
-def splits(variables: Sequence[Any], comm: Comm) -> list[Split]:
-    """The variables that are not the same on all ranks, by place; a collective.
+def splits(variables: Sequence[Any], comm: Comm, held: bool = True) -> list[Split]:
+    """The variables that are not the same on all ranks that have them, by place; a collective.
 
     One number crosses where all are equal, and one for each variable where they are not.
+
+    Args:
+        variables: Keras variables, in one order on all ranks.
+        comm: the ranks.
+        held: whether this rank has them.
 
     Raises:
         LaunchError: the ranks have different numbers of variables.
     """
-    digests_N = [digest(variable) for variable in variables]
-    if len(set(comm.allgather_obj(zlib.crc32(np.array(digests_N, "<u4").data)))) == 1:
+    digests_N = [digest(variable) for variable in variables] if held else None
+    own = None if digests_N is None else zlib.crc32(np.array(digests_N, "<u4").data)
+    if len({one for one in comm.allgather_obj(own) if one is not None}) <= 1:
         return []
-    digests_RxN = comm.allgather_obj(digests_N)
-    if len({len(theirs) for theirs in digests_RxN}) > 1:
+    everyones = enumerate(comm.allgather_obj(digests_N))
+    digests = {rank: theirs for rank, theirs in everyones if theirs is not None}
+    if len({len(theirs) for theirs in digests.values()}) > 1:
         raise LaunchError("the ranks have different numbers of variables: not one model")
-    columns = list(zip(*digests_RxN, strict=True))
-    return [split(place, column) for place, column in enumerate(columns) if len(set(column)) > 1]
+    columns = list(zip(*digests.values(), strict=True))
+    return [
+        split(place, dict(zip(digests, column, strict=True)))
+        for place, column in enumerate(columns)
+        if len(set(column)) > 1
+    ]
 
 
 def digest(variable: Any) -> int:
@@ -57,9 +68,14 @@ def digest(variable: Any) -> int:
     return zlib.crc32(np.ascontiguousarray(np.asarray(variable.value)).reshape(-1).view(np.uint8).data)
 
 
-def split(place: int, values_R: Sequence[int]) -> Split:
-    """Ranks by value, the largest group first, and those outvoted by more than half of all ranks."""
-    counts = Counter(values_R).most_common()
-    groups = [[rank for rank, value in enumerate(values_R) if value == wanted] for wanted, _ in counts]
-    outvoted = 2 * counts[0][1] > len(values_R)
+def split(place: int, values: Mapping[int, int]) -> Split:
+    """Ranks by value, the largest group first, and those outvoted by more than half of all.
+
+    Args:
+        place: of the variable.
+        values: of the ranks that have it.
+    """
+    counts = Counter(values.values()).most_common()
+    groups = [[rank for rank, value in values.items() if value == wanted] for wanted, _ in counts]
+    outvoted = 2 * counts[0][1] > len(values)
     return Split(place, groups, sorted(rank for group in groups[1:] for rank in group) if outvoted else [])

@@ -9,7 +9,7 @@ Legend: B rows of a micro-batch, T tokens, V vocabulary, P parameters of this ra
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -117,7 +117,9 @@ class PipelineReplica(Weights):
         self._refuse_weights_of_two_chunks([segments[chunk] for chunk in mine])
         trained = {id(v) for chunk in mine for v in segments[chunk].trainable}
         super().__init__(optimizer, [v for v in model.trainable_variables if id(v) in trained])
-        self.shared = self._find_shared(segments, ranks)
+        holders = self._holders(segments, ranks)
+        self.tied = [v for v in model.trainable_variables if len(holders[id(v)]) > 1]
+        self.shared = self._find_shared(holders)
         self._generators = generator_states(model)
         stream = options.streams(ranks, max(1, micro_batches))[rank]
         self.stages: dict[int, Stage] = {}
@@ -161,11 +163,15 @@ class PipelineReplica(Weights):
                 )
             seen.add(id(variable))
 
-    def _find_shared(self, segments: Sequence[Segment], ranks: int) -> list[tuple[slice, list[int]]]:
+    def _holders(self, segments: Sequence[Segment], ranks: int) -> dict[int, set[int]]:
+        """The ranks that have a weight, by its identity."""
         holders: dict[int, set[int]] = {}
         for chunk, segment in enumerate(segments):
             for variable in segment.trainable:
                 holders.setdefault(id(variable), set()).add(chunk % ranks)
+        return holders
+
+    def _find_shared(self, holders: Mapping[int, set[int]]) -> list[tuple[slice, list[int]]]:
         found = []
         for place, variable in enumerate(self.variables):
             if len(holders[id(variable)]) > 1:

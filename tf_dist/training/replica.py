@@ -35,7 +35,10 @@ class Weights:
         variables: what it trains, in the order of the flat gradient; layout: where each lies in it.
         parameters: P.
         norm: of a gradient: of this rank's, until a `Trainer` knows that others have more of it.
+        tied: weights of the model of which several ranks of a pipeline have copies; not all of them here.
     """
+
+    tied: Sequence[Any] = ()
 
     def __init__(self, optimizer: keras.optimizers.Optimizer, variables: Sequence[Any]) -> None:
         self.optimizer, self.variables = optimizer, list(variables)

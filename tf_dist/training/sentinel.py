@@ -31,10 +31,14 @@ ADVICE = (
 
 
 class Group(NamedTuple):
-    """What must be equal on all ranks of a Comm: Keras variables by name, in one order on all of them."""
+    """What must be equal on the ranks of a Comm that hold it: Keras variables by name, in one order on all.
+
+    held: whether this rank does; at least one rank must.
+    """
 
     comm: Comm
     variables: Sequence[tuple[str, Any]]
+    held: bool = True
 
 
 class Sentinel:
@@ -107,14 +111,14 @@ class Sentinel:
     # Comparing -----------------------------------------------------------------------------------
 
     def _splits(self, group: Group) -> list[Split]:
-        """The variables that are not equal on all ranks of a group."""
-        return splits([variable for _, variable in group.variables], group.comm)
+        """The variables that are not equal on all ranks of a group that hold them."""
+        return splits([variable for _, variable in group.variables], group.comm, group.held)
 
     def _check_calls(self, step: int) -> None:
         calls_R = self.comm.calls_of_all()
         if len(set(calls_R)) == 1:
             return
-        found = split(0, calls_R)
+        found = split(0, dict(enumerate(calls_R)))
         counts = ", ".join(f"{calls_R[ranks[0]]} on {named(ranks)}" for ranks in found.groups)
         who = named(found.astray) if found.astray else "some ranks"
         raise LaunchError(
@@ -144,7 +148,10 @@ class Sentinel:
     def _restore(self, group: Group, found: Split) -> None:
         """Give one variable of a majority rank to those that differ; a collective of the group."""
         variable = group.variables[found.place][1]
-        array = np.array(np.asarray(variable.value))  # a copy: it is written to
+        if group.held:
+            array = np.array(np.asarray(variable.value))  # a copy: it is written to
+        else:  # what it takes over is not for this rank
+            array = np.empty(variable.shape, variable.dtype)
         root = min(rank for group in found.groups for rank in group if rank not in found.astray)
         group.comm.broadcast(array.reshape(-1), root)
         if group.comm.rank in found.astray:

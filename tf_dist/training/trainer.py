@@ -330,6 +330,9 @@ class Trainer:
         if self.mesh.tensor.size > 1:
             undivided = [(path, v) for path, v in weights if part_of(v).ranges is None]
             groups.append(Group(self.mesh.tensor, undivided))
+        for variable in self.replica.tied:
+            named = [(variable.path, variable)]
+            groups.append(Group(self.mesh.pipeline, named, held=self.replica.holds(variable)))
         return groups
 
     def check_equal(self) -> str:
