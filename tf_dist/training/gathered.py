@@ -330,7 +330,8 @@ class GatheringPasses:
     @property
     def said(self) -> str:
         """As in `Passes`."""
-        return f"weights come when they are used, in {len(self.replica.segments)} segments, and go again"
+        count = len(self.replica.segments)
+        return f"weights come when they are used, in {count} segment{'s' * (count > 1)}, and go again"
 
     def train(self, step: int, batches: Sequence[MicroBatch], totals: Totals) -> None:
         """As in `Passes`."""
