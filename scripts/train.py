@@ -77,7 +77,7 @@ def train(config: Config, mesh: Mesh, corpus: Prepared, run: RunFolder) -> None:
     """Build what was asked for, resume, train, and leave text and a picture."""
     threads.load_tensorflow()  # only now: a mistake in the flags or the data was said at once
     from tf_dist.training import optimizers, progress, run_callbacks
-    from tf_dist.training.arrange import PIPELINE_OPTIONS
+    from tf_dist.training.arrange import LOCAL_OPTIONS, PIPELINE_OPTIONS
     from tf_dist.training.banner import banner
     from tf_dist.training.job import Job
     from tf_dist.training.model import model_for
@@ -109,6 +109,7 @@ def train(config: Config, mesh: Mesh, corpus: Prepared, run: RunFolder) -> None:
         mesh=mesh,
         zero_stage=config.zero_stage,
         pipeline={name: getattr(config, name) for name in PIPELINE_OPTIONS},
+        local={name: getattr(config, name) for name in LOCAL_OPTIONS},
     )
     trainer.sentinel.say = run.say
     job = Job(config, comm, corpus, run, trainer)

@@ -18,6 +18,7 @@ import yaml
 
 from tf_dist.degrees import check_degrees
 from tf_dist.errors import UsageError
+from tf_dist.meetings import check_meetings
 
 
 def option(
@@ -81,7 +82,13 @@ class Config:
     micro_batches_in_flight: int = option(0, "grid", "micro-batches whose activations a pipeline's rank keeps at most; 0: as the schedule has it", least=0)  # noqa: E501
     recompute: str = option("off", "grid", "compute a pipeline stage's activations again on the way back, instead of keeping them", choices=("on", "off"))  # noqa: E501
 
-    update: str = option("allreduce", "ranks", "how gradients become the same new weights everywhere", choices=("allreduce", "master", "zero"))  # noqa: E501
+    update: str = option("allreduce", "ranks", "how gradients become the same new weights everywhere", choices=("allreduce", "master", "zero", "local-sgd", "diloco"))  # noqa: E501
+    sync_every: int = option(50, "ranks", "steps that a rank takes by itself between meetings, with update local-sgd or diloco", least=1)  # noqa: E501
+    sync_warmup_steps: int = option(0, "ranks", "synchronous steps before the first that ranks take by themselves", least=0)  # noqa: E501
+    outer_lr: float = option(0.7, "ranks", "learning rate of the outer steps of update diloco", least=0)
+    outer_momentum: float = option(0.9, "ranks", "Nesterov momentum of the outer steps of update diloco", least=0)  # noqa: E501
+    outer_fragments: int = option(1, "ranks", "parts of the weights that meet at steps of their own, so that less travels at once", least=1)  # noqa: E501
+    outer_precision: str = option("float32", "ranks", "in which changes of weights travel at meetings", choices=("float32", "bfloat16"))  # noqa: E501
     zero_stage: int = option(1, "ranks", "what --update zero divides among the data-parallel ranks: 1 optimizer state, 2 also gradients, 3 also weights", least=1)  # noqa: E501
     backend: str = option("mpi", "ranks", "who carries the bytes", choices=("mpi", "horovod"))
     allreduce: str = option("auto", "ranks", "what carries the sums of gradients: a shared window, messages, or what is faster", choices=("auto", "window", "messages"))  # noqa: E501
@@ -134,6 +141,7 @@ class Config:
                 + did_you_mean(self.model, ("transformer", "lstm"))
             )
         check_degrees(self)
+        check_meetings(self)
 
     @property
     def micro_batch_rows(self) -> int:

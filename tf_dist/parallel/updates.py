@@ -56,6 +56,10 @@ class Totals:
         comm.allreduce(self._rows.reshape(-1))
         return self.sum()
 
+    def of(self, micro_batches: range) -> np.ndarray:
+        """The totals of some neighbouring micro-batches, (4,)."""
+        return np.asarray(self._rows[micro_batches.start : micro_batches.stop].sum(axis=0))
+
     def sum(self) -> np.ndarray:
         """The totals so far, (4,)."""
         return np.asarray(self._rows.sum(axis=0))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 import keras
@@ -11,7 +11,9 @@ import keras
 from tf_dist.comm.base import Order
 from tf_dist.degrees import share
 from tf_dist.errors import UsageError
+from tf_dist.meetings import LOCAL
 from tf_dist.parallel import buckets, carrier, zero
+from tf_dist.parallel.local import LocalSteps, Plan
 from tf_dist.parallel.mesh import DATA, Mesh, leaves_of
 from tf_dist.parallel.scatter import dealt
 from tf_dist.parallel.tree import BlockSum, order
@@ -27,6 +29,8 @@ from tf_dist.training.tuning import talks_inside
 from tf_dist.training.whole import whole_norm
 
 PIPELINE_OPTIONS = tuple(field.name for field in fields(Pipeline))
+LOCAL_OPTIONS = tuple(field.name for field in fields(Plan))
+NAMES = (*UPDATES, "zero", *LOCAL)
 
 NO_XLA = "the layers of a pipeline's rank are compiled in steps"
 
@@ -44,6 +48,7 @@ class Wishes(NamedTuple):
     measure: bool = True
     overlap: str = "auto"
     pipeline: Pipeline = Pipeline()
+    local: Plan = Plan()
 
 
 class Arrangement(NamedTuple):
@@ -88,8 +93,8 @@ def arrange(
     Raises:
         UsageError: it does not fit.
     """
-    if wishes.update not in (*UPDATES, "zero"):
-        raise UsageError(f"unknown update {wishes.update!r}: {', '.join((*UPDATES, 'zero'))}")
+    if wishes.update not in NAMES:
+        raise UsageError(f"unknown update {wishes.update!r}: {', '.join(NAMES)}")
     sizes = (rows, seq_len // mesh.sequence.size, seed)
     if wishes.update == "zero" and wishes.zero_stage > 1:
         return _zero_2_or_3(model, optimizer, mesh, sizes, count, wishes.zero_stage)
@@ -114,10 +119,13 @@ def _summing(
     """Each rank sums the gradients of its own micro-batches, which are neighbours; then all ranks do."""
     leaves, blocks = leaves_of(count, mesh)
     terms, comm = order(leaves, blocks), mesh.replicas
-    chosen = carrier.choose(
-        comm, replica.parameters, terms, wishes.allreduce, wishes.chunk_bytes, wishes.measure
-    )
-    update = zero.STAGES[1] if wishes.update == "zero" else UPDATES[wishes.update]
+    update = _update(replica, mesh, mine, wishes)
+    if isinstance(update, LocalSteps) and not update.plan.sync_warmup_steps:
+        chosen = carrier.Carrier(None, update.said)  # no gradient is ever summed over ranks
+    else:
+        chosen = carrier.choose(
+            comm, replica.parameters, terms, wishes.allreduce, wishes.chunk_bytes, wishes.measure
+        )
     if isinstance(replica, PipelineReplica):
         pipelined = PipelinePasses(replica, leaves, blocks[comm.rank], chosen.buffers)
         return Arrangement(replica, pipelined, update, mine, terms, chosen.said, NO_XLA)
@@ -126,6 +134,19 @@ def _summing(
     overlap = buckets.choose(comm, replica.layout, terms, sums, wishes.overlap, why_not)
     passes = passes_of_rows(replica, mine, sums, overlap, mesh)
     return Arrangement(replica, passes, update, mine, terms, chosen.said, talks_inside(replica.model))
+
+
+def _update(replica: Weights, mesh: Mesh, mine: range, wishes: Wishes) -> Any:
+    if wishes.update in UPDATES:
+        return UPDATES[wishes.update]
+    if wishes.update == "zero":
+        return zero.STAGES[1]
+    if mesh.sequence.size > 1:
+        raise UsageError(f"{mesh}: update {wishes.update} needs ranks with rows of their own")
+    plan = wishes.local
+    if wishes.update == "local-sgd":  # the mean of the weights
+        plan = replace(plan, outer_lr=1.0, outer_momentum=0.0)
+    return LocalSteps(plan, replica.parameters, mine)
 
 
 def _zero_2_or_3(

@@ -57,6 +57,7 @@ class Fit:
             epoch = trainer.step // self.stretch
             calls.on_epoch_begin(epoch)
             logs = self._train_until_end_of(epoch)
+            trainer.meet()  # callbacks, and what they save, see weights that all ranks have
             if self.held_out is not None and not trainer.stopped:
                 logs.update(self._validate(self.held_out))
             calls.on_epoch_end(epoch, logs)

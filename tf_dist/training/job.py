@@ -90,6 +90,7 @@ class Job:
         Raises:
             LaunchError: the ranks differ: only what all of them hold is worth keeping.
         """
+        self.trainer.meet(optimizer=True)
         self.trainer.sentinel.compare(self.trainer.step)
         facts = {
             "config": self.config.as_dict(),

@@ -31,3 +31,8 @@ def variable_piece(variable: Any, part: Part) -> Piece:
         variable.assign(values.reshape(part.shape))
 
     return Piece(part, 0, prod(part.shape), lambda: np.asarray(variable.value).reshape(-1), write)
+
+
+def array_piece(array: np.ndarray, part: Part) -> Piece:
+    """All of a flat array, which it reads and writes in place."""
+    return Piece(part, 0, array.size, lambda: array, lambda values: np.copyto(array, values))

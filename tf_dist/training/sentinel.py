@@ -53,6 +53,7 @@ class Sentinel:
 
     Attributes:
         say: takes a line when something was put right; prints it on rank 0 unless replaced.
+        ready: whether ranks are to be equal now, the same on all; where not, a check waits until they are.
 
     Raises:
         UsageError: ``every`` is negative, or ``on_mismatch`` is unknown.
@@ -67,7 +68,8 @@ class Sentinel:
             raise UsageError(f"check_every is {every}: it must be at least 0")
         self.comm, self.groups, self.every, self.on_mismatch = comm, list(groups), every, on_mismatch
         self.say: Callable[[str], None] = self._print
-        self._steps_seen = 0
+        self.ready: Callable[[], bool] = lambda: True
+        self._steps_seen, self._due = 0, False
 
     def watch(self, step: int) -> None:
         """Compare if it is time; called by all ranks at the beginning of each step, a collective then.
@@ -79,8 +81,10 @@ class Sentinel:
             LaunchError: as `compare`.
         """
         self._steps_seen += 1
-        if self._steps_seen <= FIRST_CHECKS or (self.every and step % self.every == 0):
+        self._due |= self._steps_seen <= FIRST_CHECKS or bool(self.every and step % self.every == 0)
+        if self._due and self.ready():
             self.compare(step)
+            self._due = False
 
     def compare(self, step: int) -> None:
         """Compare now, and restore if that was chosen and is possible; a collective.

@@ -6,7 +6,7 @@ order of the data and dropout are functions of (seed, step), so they need no sta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from tf_dist.config import Config
 from tf_dist.errors import CheckpointError
 from tf_dist.training import checkpoint
 from tf_dist.training.trainer import Trainer
-from tf_dist.training.whole import Entry
+from tf_dist.training.whole import OUTER, Entry
 
 # A checkpoint of another value for one of these is of another run. The rest may change on resume.
 FIXED = (
@@ -56,6 +56,7 @@ def save(trainer: Trainer, folder: Path, keep: int, facts: Mapping[str, Any]) ->
     Raises:
         CheckpointError: it could not be written.
     """
+    trainer.meet(optimizer=True)
     tensors = trainer.whole().tensors()
     if trainer.comm.rank == 0:
         position: dict[str, Any] = {"tokens": trainer.tokens, "elapsed_s": trainer.elapsed_s}
@@ -88,14 +89,26 @@ def restore(trainer: Trainer, path: Path) -> None:
     arrays = None
     if trainer.comm.rank == 0:
         manifest = checkpoint.read_manifest(path)
-        arrays = (array for _, array in checkpoint.read_tensors(path, manifest))
+        arrays = _arrays(path, manifest, whole.entries)
     whole.take(arrays)
 
 
+def _arrays(path: Path, manifest: Mapping[str, Any], entries: list[Entry]) -> Iterator[np.ndarray]:
+    """The tensors of a checkpoint; zeros for an outer optimizer that it does not have."""
+    saved = checkpoint.read_tensors(path, manifest)
+    yield from (array for (_, array), _ in zip(saved, entries, strict=False))
+    for entry in entries[len(manifest["tensors"]) :]:
+        yield np.zeros(entry.shape, entry.dtype)
+
+
 def _check_fits(saved: list[dict[str, Any]], entries: list[Entry], path: Path) -> None:
-    # By place, not by name: Keras numbers layers anew in every process.
+    # By place, not by name: Keras numbers layers anew in every process. An outer optimizer comes last, and
+    # may be new in this run, or left behind.
     found = [(tuple(tensor["shape"]), tensor["dtype"]) for tensor in saved]
-    if found != [(entry.shape, entry.dtype) for entry in entries]:
+    wanted = [(entry.shape, entry.dtype) for entry in entries]
+    both = min(len(found), len(wanted))
+    more = [tensor["name"] for tensor in saved[both:]] + [entry.name for entry in entries[both:]]
+    if found[:both] != wanted[:both] or not all(name.startswith(OUTER) for name in more):
         raise CheckpointError(
             f"{path} holds {len(found)} tensors that are not the {len(entries)} of this model and optimizer. "
             "Give the options it was made with, or start anew with --resume never"

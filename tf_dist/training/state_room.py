@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from tf_dist.comm.room import gib, refuse_too_much
 from tf_dist.config import Config
+from tf_dist.meetings import LOCAL
 from tf_dist.models.outline import is_outline
 from tf_dist.parallel.cost import FLOAT32, state_bytes
 from tf_dist.parallel.mesh import Mesh
@@ -52,10 +53,12 @@ def certain_bytes(parameters: float, config: Config, mesh: Mesh) -> float:
     """Bytes of a rank for ``parameters`` of its own, by `tf_dist.parallel.cost.state_bytes`.
 
     One rank alone has the gradient of a micro-batch twice for a moment: of each variable, and as one array.
-    From the second on there is the sum of those before, too.
+    From the second on there is the sum of those before, too. Replicas that step by themselves keep the
+    weights with which they met, and the outer momentum.
     """
     stage = config.zero_stage if config.update == "zero" else 0
+    outer = (config.update in LOCAL) + (config.update == "diloco" and config.outer_momentum > 0)
     steps = config.update != "master" or mesh.replicas.rank == 0
     slots = SLOTS.get(config.optimizer.lower(), 0) if steps else 0
     more = FLOAT32 * parameters * min(2, config.micro_batches) if mesh.all.size == 1 else 0
-    return state_bytes(parameters, mesh.replicas.size, stage, slots) + more
+    return state_bytes(parameters, mesh.replicas.size, stage, slots) + more + FLOAT32 * parameters * outer

@@ -21,11 +21,13 @@ from tf_dist.data.ahead import Ahead
 from tf_dist.data.sampler import Sampler, share
 from tf_dist.data.tokens import Sequences
 from tf_dist.errors import DataError, UsageError
+from tf_dist.parallel.local import LocalSteps, Plan
 from tf_dist.parallel.mesh import DATA, Mesh
 from tf_dist.parallel.parts import part_of
 from tf_dist.parallel.updates import CORRECT, LOSS, STOP, TOKENS, Totals
 from tf_dist.training.arrange import Wishes, arrange
 from tf_dist.training.fit import Fit
+from tf_dist.training.meeting import Held, average_state
 from tf_dist.training.passes import MicroBatch
 from tf_dist.training.pipeline import Pipeline
 from tf_dist.training.sentinel import Group, Sentinel
@@ -45,7 +47,8 @@ class Trainer:
         model: token ids (B, T) int32 -> logits (B, T, V).
         optimizer: any Keras optimizer, not yet distributed in any way.
         comm: all ranks, from ``tf_dist.connect()``.
-        update: how gradients become the same new weights everywhere: "allreduce" or "master".
+        update: how gradients become new weights: the same everywhere with "allreduce", "master" and "zero";
+            with "local-sgd" and "diloco" each replica's own, until all meet.
         global_batch_size: G, sequences in one optimizer step.
         micro_batch_size: B, sequences in one forward and backward pass; must divide G.
             None: a quarter of G, or the next smaller divisor.
@@ -63,6 +66,7 @@ class Trainer:
         mesh: who shares what of the model; None: every rank has all of it.
         zero_stage: what update "zero" divides: 1 optimizer state, 2 also gradients, 3 also weights.
         pipeline: options of a pipeline by name, see `tf_dist.training.pipeline.Pipeline`.
+        local: options of "local-sgd" and "diloco" by name, see `tf_dist.parallel.local.Plan`.
 
     Attributes:
         tuning: whether XLA compiles forward and backward, and why.
@@ -98,6 +102,7 @@ class Trainer:
         mesh: Mesh | None = None,
         zero_stage: int = 1,
         pipeline: Mapping[str, Any] | None = None,
+        local: Mapping[str, Any] | None = None,
     ) -> None:
         if global_batch_size < 1 or (micro_batch_size or 0) < 0:
             raise UsageError(
@@ -114,21 +119,16 @@ class Trainer:
         # Where ranks share rows, a rank's model takes a share of them.
         self.seq_len = seq_len or (_static_seq_len(model) or DEFAULT_SEQ_LEN) * self.mesh.sequence.size
         self.micro_batches = global_batch_size // self.rows
-        wishes = Wishes(
-            update,
-            zero_stage,
-            allreduce,
-            chunk_bytes,
-            autotune != "off",
-            overlap,
-            Pipeline(**(pipeline or {})),
-        )
+        ways = Pipeline(**(pipeline or {})), Plan(**(local or {}))
+        wishes = Wishes(update, zero_stage, allreduce, chunk_bytes, autotune != "off", overlap, *ways)
         sizes = (self.rows, self.seq_len, seed, self.micro_batches)
         self.arrangement = arrange(model, optimizer, self.mesh, *sizes, wishes)
         self.replica, self.passes = self.arrangement.replica, self.arrangement.passes
         self.update, self.my_micro_batches = self.arrangement.update, self.arrangement.micro_batches
+        self.local = self.update if isinstance(self.update, LocalSteps) else None
         self.tuning = Tuning(self.replica, comm, autotune, xla, self.arrangement.no_xla)
         self.sentinel = Sentinel(comm, self._held_by_several(update), check_every, on_mismatch)
+        self.sentinel.ready = lambda: self.local is None or self.local.together
         self.step, self.tokens, self.elapsed_s, self.input_s = 0, 0, 0.0, 0.0
         self._whole: Whole | None = None
         self._ahead: tuple[Sequences, Sampler, Ahead[list[MicroBatch]]] | None = None
@@ -149,6 +149,8 @@ class Trainer:
             totals.ask_to_stop()
         self.passes.train(self.step, self._batches(sequences, sampler), totals)
         terms, order = self.passes.terms(), self.arrangement.order
+        if self.local is not None:
+            self.local.step = self.step
         norm = self.update(terms, order, totals, self.clip_norm, self.replica, self.mesh)
         self.step += 1
         counts = totals.sum()
@@ -291,6 +293,7 @@ class Trainer:
             val_loss (nats per token), val_accuracy, perplexity and, where ``text_bytes`` is given,
             bits_per_byte: the same on every rank.
         """
+        self.meet()
         sequences = self.sequences(held_out)
         totals = Totals(math.ceil(len(sequences) / self.rows))
         indices = np.arange(totals.micro_batches * self.rows)
@@ -317,15 +320,26 @@ class Trainer:
         """Give all replicas of a part of the model the weights of the first one."""
         self.replica.give_weights(self.mesh.replicas)
 
+    def meet(self, optimizer: bool = False) -> None:
+        """Let all replicas go on from the same weights, where each steps by itself; a collective.
+
+        Args:
+            optimizer: also from the same optimizer, the mean of theirs.
+        """
+        if self.local is not None:
+            self.local.meet(self.replica, self.mesh)
+            if optimizer:
+                average_state(self.optimizer, self.local, self.micro_batches, self.mesh)
+
     def _held_by_several(self, update: str) -> list[Group]:
         """What must be the same on which ranks."""
         weights = [(v.path, v) for v in self.model.weights if self.replica.holds(v)]
-        # With the master only one rank of the replicas takes steps: there is no optimizer to compare it with.
-        state = (
-            []
-            if update == "master"
-            else [(v.path, v) for v in self.replica.optimizer_step.shared_variables()]
-        )
+        state = [(v.path, v) for v in self.replica.optimizer_step.shared_variables()]
+        if update == "master":  # only one rank of the replicas takes steps: there is none to compare it with
+            state = []
+        elif self.local is not None:  # moments are each replica's own
+            state = [(path, v) for path, v in state if not v.shape]
+            state += [(name, Held(array)) for name, array in self.local.arrays().items()]
         groups = [Group(self.mesh.replicas, weights + state)]
         if self.mesh.tensor.size > 1:
             undivided = [(path, v) for path, v in weights if part_of(v).ranges is None]
@@ -344,13 +358,15 @@ class Trainer:
         Raises:
             LaunchError: on every rank, naming the ranks and the first weight that differs.
         """
+        self.meet()
         self.sentinel.compare(self.step)
         return self.whole().weights_sha256()
 
     def whole(self) -> Whole:
         """The whole model and its optimizer, of which ranks hold parts."""
         if self._whole is None:
-            self._whole = Whole(self.model, self.optimizer, self.replica, self.mesh)
+            arrays = {} if self.local is None else self.local.arrays()
+            self._whole = Whole(self.model, self.optimizer, self.replica, self.mesh, arrays)
         return self._whole
 
 
