@@ -77,7 +77,7 @@ def train(config: Config, mesh: Mesh, corpus: Prepared, run: RunFolder) -> None:
     """Build what was asked for, resume, train, and leave text and a picture."""
     threads.load_tensorflow()  # only now: a mistake in the flags or the data was said at once
     from tf_dist.training import optimizers, progress, run_callbacks
-    from tf_dist.training.arrange import LOCAL_OPTIONS, PIPELINE_OPTIONS
+    from tf_dist.training.arrange import options_of
     from tf_dist.training.banner import banner
     from tf_dist.training.job import Job
     from tf_dist.training.model import model_for
@@ -108,8 +108,7 @@ def train(config: Config, mesh: Mesh, corpus: Prepared, run: RunFolder) -> None:
         chunk_bytes=config.chunk_bytes,
         mesh=mesh,
         zero_stage=config.zero_stage,
-        pipeline={name: getattr(config, name) for name in PIPELINE_OPTIONS},
-        local={name: getattr(config, name) for name in LOCAL_OPTIONS},
+        **options_of(config),
     )
     trainer.sentinel.say = run.say
     job = Job(config, comm, corpus, run, trainer)

@@ -10,7 +10,7 @@ PACKAGE = sorted((ROOT / "tf_dist").rglob("*.py"))
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 TREES = {path: ast.parse(path.read_bytes()) for path in PACKAGE + SCRIPTS}
 
-BOTTOM = {"config", "degrees", "flags", "errors", "files", "meetings", "version"}
+BOTTOM = {"choices", "config", "degrees", "flags", "errors", "files", "version"}
 ROOMS = {"bench", "comm", "data", "layers", "models", "parallel", "training"}
 MAY_IMPORT = {
     "comm": BOTTOM,

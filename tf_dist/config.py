@@ -16,9 +16,9 @@ from typing import Any
 
 import yaml
 
+from tf_dist.choices import check_update
 from tf_dist.degrees import check_degrees
 from tf_dist.errors import UsageError
-from tf_dist.meetings import check_meetings
 
 
 def option(
@@ -89,6 +89,12 @@ class Config:
     outer_momentum: float = option(0.9, "ranks", "Nesterov momentum of the outer steps of update diloco", least=0)  # noqa: E501
     outer_fragments: int = option(1, "ranks", "parts of the weights that meet at steps of their own, so that less travels at once", least=1)  # noqa: E501
     outer_precision: str = option("float32", "ranks", "in which changes of weights travel at meetings", choices=("float32", "bfloat16"))  # noqa: E501
+    compression: str = option("none", "ranks", "how gradients are compressed before they are summed, with update allreduce; what is not sent waits for the next step", choices=("none", "bf16", "topk", "powersgd"))  # noqa: E501
+    compression_rank: int = option(4, "ranks", "rank of the matrices of compression powersgd", least=1)
+    compression_least_rate: float = option(2.0, "ranks", "how many times smaller powersgd must make a matrix; else it travels whole", least=1)  # noqa: E501
+    compression_density: float = option(0.01, "ranks", "share of the elements that compression topk sends", least=0)  # noqa: E501
+    compression_momentum: float = option(0.0, "ranks", "momentum of each rank's gradients before topk (DGC); use it with optimizer sgd", least=0)  # noqa: E501
+    compression_start: int = option(0, "ranks", "first steps whose gradients are summed whole", least=0)
     zero_stage: int = option(1, "ranks", "what --update zero divides among the data-parallel ranks: 1 optimizer state, 2 also gradients, 3 also weights", least=1)  # noqa: E501
     backend: str = option("mpi", "ranks", "who carries the bytes", choices=("mpi", "horovod"))
     allreduce: str = option("auto", "ranks", "what carries the sums of gradients: a shared window, messages, or what is faster", choices=("auto", "window", "messages"))  # noqa: E501
@@ -141,7 +147,7 @@ class Config:
                 + did_you_mean(self.model, ("transformer", "lstm"))
             )
         check_degrees(self)
-        check_meetings(self)
+        check_update(self)
 
     @property
     def micro_batch_rows(self) -> int:

@@ -28,9 +28,8 @@ import numpy as np
 from tf_dist.comm.base import Order
 from tf_dist.parallel.flat import aligned_empty
 from tf_dist.parallel.mesh import Mesh
-from tf_dist.parallel.short import allreduce_bfloat16
-from tf_dist.parallel.tree import order as tree_order
-from tf_dist.parallel.updates import TOKENS, Replica, Totals, allreduce, scale_of
+from tf_dist.parallel.short import allreduce_bfloat16, one_each
+from tf_dist.parallel.updates import TOKENS, Replica, Totals, allreduce, own_sum, scale_of
 
 
 @dataclass(frozen=True)
@@ -143,10 +142,6 @@ class LocalSteps:
         if not self.together:
             self._meet(self._fragments, replica, mesh)
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """What belongs to a checkpoint beside weights and optimizer, (P,) each, by name."""
-        return {"momentum": self.momentum} if self.momentum.size else {}
-
     def _depart(self, replica: Replica) -> None:
         """Remember the weights that all replicas hold."""
         if not self._anchor.size:
@@ -157,7 +152,7 @@ class LocalSteps:
     def _step_alone(
         self, terms: list[np.ndarray], totals: Totals, clip_norm: float, replica: Replica, mesh: Mesh
     ) -> float:
-        gradient = _own_sum(terms, self.parameters)
+        gradient = own_sum(terms, self.parameters)
         mesh.all.barrier()  # waiting for slower ranks is counted apart from moving bytes
         counts = totals.reduce(mesh.all)
         mine = totals.of(self.micro_batches)
@@ -203,19 +198,3 @@ class LocalSteps:
         anchor -= np.float32(plan.outer_lr) * change
         np.copyto(weights, anchor)
         one.mine = one.all = 0.0
-
-
-def one_each(ranks: int) -> Order:
-    """The order of a sum to which each rank gives one term."""
-    return tree_order(range(ranks), [range(rank, rank + 1) for rank in range(ranks)])
-
-
-def _own_sum(terms: list[np.ndarray], length: int) -> np.ndarray:
-    """The sum of a rank's terms, in the first of them; zeros where there is none."""
-    if not terms:
-        total = aligned_empty(length)
-        total.fill(0.0)
-        return total
-    for term in terms[1:]:
-        terms[0] += term
-    return terms[0]

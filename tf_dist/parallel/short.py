@@ -9,7 +9,8 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
-from tf_dist.comm.base import TAGS, Comm, slices
+from tf_dist.comm.base import TAGS, Comm, Order, slices
+from tf_dist.parallel.tree import order
 
 # Of the messages of a sum: the last one, for those of pipelines have the first ones.
 TAG = TAGS - 1
@@ -28,13 +29,21 @@ def from_bfloat16(bits: np.ndarray) -> np.ndarray:
     return np.asarray(bits.view(ml_dtypes.bfloat16).astype(np.float32))
 
 
-def allreduce_bfloat16(comm: Comm, array: np.ndarray) -> None:
+def allreduce_bfloat16(comm: Comm, array: np.ndarray, left: np.ndarray | None = None) -> None:
     """Replace ``array``, float32, by the sum over all ranks of its bfloat16 values, rounded once more.
 
     A rank sends 4 (R - 1) / R bytes for each element.
+
+    Args:
+        comm: the ranks.
+        array: this rank's; takes the sum.
+        left: takes what rounding has lost: of this rank's own array, and of the sum of its slice. The sum of
+            all ranks' arrays is that of the result and of what they have left.
     """
     parts, own = slices(array.size, comm.size), np.empty(array.size, np.uint16)
     to_bfloat16(array, own)
+    if left is not None:
+        np.subtract(array, from_bfloat16(own), out=left)
     mine = parts[comm.rank]
     others = [rank for rank in range(comm.size) if rank != comm.rank]
     came = {rank: np.empty(mine.stop - mine.start, np.uint16) for rank in others}
@@ -48,5 +57,12 @@ def allreduce_bfloat16(comm: Comm, array: np.ndarray) -> None:
         total += from_bfloat16(came[rank])
     whole = np.empty(array.size, np.uint16)
     to_bfloat16(total, whole[mine])
+    if left is not None:
+        left[mine] += total - from_bfloat16(whole[mine])
     comm.allgather(whole, parts)
     np.copyto(array, from_bfloat16(whole))
+
+
+def one_each(ranks: int) -> Order:
+    """The order of a sum to which each rank gives one term."""
+    return order(range(ranks), [range(rank, rank + 1) for rank in range(ranks)])

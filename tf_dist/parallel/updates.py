@@ -163,6 +163,17 @@ def _sum_buffer(terms: list[np.ndarray], replica: Replica) -> np.ndarray:
     return terms[0] if terms else aligned_empty(replica.parameters)
 
 
+def own_sum(terms: list[np.ndarray], length: int) -> np.ndarray:
+    """The sum of a rank's terms, in the first of them; zeros where there is none."""
+    if not terms:
+        total = aligned_empty(length)
+        total.fill(0.0)
+        return total
+    for term in terms[1:]:
+        terms[0] += term
+    return terms[0]
+
+
 def scale_of(norm: float, counts: np.ndarray, clip_norm: float) -> float:
     """What turns the summed gradient into the mean gradient, clipped to ``clip_norm``."""
     if not np.isfinite(norm):

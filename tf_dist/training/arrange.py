@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 import keras
 
+from tf_dist.choices import LOCAL
 from tf_dist.comm.base import Order
+from tf_dist.config import Config
 from tf_dist.degrees import share
 from tf_dist.errors import UsageError
-from tf_dist.meetings import LOCAL
 from tf_dist.parallel import buckets, carrier, zero
+from tf_dist.parallel.compress import Compression
+from tf_dist.parallel.compressed import Compressed, tried
 from tf_dist.parallel.local import LocalSteps, Plan
 from tf_dist.parallel.mesh import DATA, Mesh, leaves_of
 from tf_dist.parallel.scatter import dealt
@@ -28,11 +32,21 @@ from tf_dist.training.shared_rows import passes_of_rows
 from tf_dist.training.tuning import talks_inside
 from tf_dist.training.whole import whole_norm
 
-PIPELINE_OPTIONS = tuple(field.name for field in fields(Pipeline))
-LOCAL_OPTIONS = tuple(field.name for field in fields(Plan))
 NAMES = (*UPDATES, "zero", *LOCAL)
 
 NO_XLA = "the layers of a pipeline's rank are compiled in steps"
+
+
+# Groups of options of `tf_dist.config.Config`, by the names that they have in a Trainer.
+GROUPS: dict[str, Any] = {"pipeline": Pipeline, "local": Plan, "compression": Compression}
+
+
+def options_of(config: Config) -> dict[str, dict[str, Any]]:
+    """The groups of options of a run, as a Trainer takes them."""
+    return {
+        group: {field.name: getattr(config, field.name) for field in fields(kind)}
+        for group, kind in GROUPS.items()
+    }
 
 
 class Wishes(NamedTuple):
@@ -49,6 +63,7 @@ class Wishes(NamedTuple):
     overlap: str = "auto"
     pipeline: Pipeline = Pipeline()
     local: Plan = Plan()
+    compression: Compression = Compression()
 
 
 class Arrangement(NamedTuple):
@@ -119,9 +134,11 @@ def _summing(
     """Each rank sums the gradients of its own micro-batches, which are neighbours; then all ranks do."""
     leaves, blocks = leaves_of(count, mesh)
     terms, comm = order(leaves, blocks), mesh.replicas
-    update = _update(replica, mesh, mine, wishes)
+    update, said = _update(replica, mesh, mine, wishes)
     if isinstance(update, LocalSteps) and not update.plan.sync_warmup_steps:
-        chosen = carrier.Carrier(None, update.said)  # no gradient is ever summed over ranks
+        chosen = carrier.Carrier(None, said)  # no gradient is ever summed over ranks
+    elif isinstance(update, Compressed):
+        chosen = carrier.Carrier(None, said)
     else:
         chosen = carrier.choose(
             comm, replica.parameters, terms, wishes.allreduce, wishes.chunk_bytes, wishes.measure
@@ -130,23 +147,47 @@ def _summing(
         pipelined = PipelinePasses(replica, leaves, blocks[comm.rank], chosen.buffers)
         return Arrangement(replica, pipelined, update, mine, terms, chosen.said, NO_XLA)
     sums = BlockSum(replica.parameters, leaves, blocks[comm.rank], chosen.buffers)
-    why_not = "" if wishes.update == "allreduce" else "only --update allreduce sums everywhere"
+    why_not = "" if update is UPDATES["allreduce"] else "only --update allreduce sums everywhere"
+    if isinstance(update, Compressed):
+        why_not = "gradients are compressed when all of them are there"
     overlap = buckets.choose(comm, replica.layout, terms, sums, wishes.overlap, why_not)
     passes = passes_of_rows(replica, mine, sums, overlap, mesh)
     return Arrangement(replica, passes, update, mine, terms, chosen.said, talks_inside(replica.model))
 
 
-def _update(replica: Weights, mesh: Mesh, mine: range, wishes: Wishes) -> Any:
+def _update(replica: Weights, mesh: Mesh, mine: range, wishes: Wishes) -> tuple[Any, str]:
+    """The update, and a line for people where it does not sum all gradients as they are."""
+    if wishes.compression.compression != "none":
+        return _compressed(replica, mesh, wishes)
     if wishes.update in UPDATES:
-        return UPDATES[wishes.update]
+        return UPDATES[wishes.update], ""
     if wishes.update == "zero":
-        return zero.STAGES[1]
+        return zero.STAGES[1], ""
     if mesh.sequence.size > 1:
         raise UsageError(f"{mesh}: update {wishes.update} needs ranks with rows of their own")
     plan = wishes.local
     if wishes.update == "local-sgd":  # the mean of the weights
         plan = replace(plan, outer_lr=1.0, outer_momentum=0.0)
-    return LocalSteps(plan, replica.parameters, mine)
+    update = LocalSteps(plan, replica.parameters, mine)
+    return update, update.said
+
+
+def _compressed(replica: Weights, mesh: Mesh, wishes: Wishes) -> tuple[Compressed, str]:
+    """Compressed sums, and a warning where they take longer than plain ones; a collective."""
+    options = wishes.compression
+    if wishes.update != "allreduce" or not mesh.plain:
+        raise UsageError(
+            f"compression {options.compression} with update {wishes.update} on {mesh}: only sums of update "
+            "allreduce over ranks along data are compressed"
+        )
+    compressor = options.compressor(replica.layout.shapes)
+    said = f"compressed by {options.compression}"
+    if mesh.all.size > 1 and wishes.measure:
+        took = tried(compressor, mesh.all)
+        said += f", {took['compressed_ms']:.2f} ms (plain, by messages, {took['plain_ms']:.2f} ms)"
+        if took["compressed_ms"] > took["plain_ms"] and mesh.all.rank == 0:
+            warnings.warn(f"{said}: it costs more than it saves here. Use --compression none", stacklevel=2)
+    return Compressed(compressor, options.compression_start), said
 
 
 def _zero_2_or_3(

@@ -13,6 +13,7 @@ from tf_dist.config import Config
 from tf_dist.data.prepared import Prepared
 from tf_dist.errors import CheckpointError, SavedAndStopped
 from tf_dist.parallel.buckets import spent
+from tf_dist.parallel.compressed import Compressed
 from tf_dist.training import checkpoint, state
 from tf_dist.training.environment import bits_depend_on, changes
 from tf_dist.training.generate import Sampling, write_on
@@ -90,7 +91,7 @@ class Job:
         Raises:
             LaunchError: the ranks differ: only what all of them hold is worth keeping.
         """
-        self.trainer.meet(optimizer=True)
+        self.trainer.put_together()
         self.trainer.sentinel.compare(self.trainer.step)
         facts = {
             "config": self.config.as_dict(),
@@ -134,6 +135,8 @@ class Job:
             say(f"step {self.trainer.step} was already reached: raise --steps, or choose another --run-dir")
         if found := spent(self.comm):
             say(f"exchange     {found}")
+        if isinstance(self.trainer.update, Compressed) and self.trainer.update.said:
+            say(f"compression  {self.trainer.update.said}")
         picture = run.path / "loss.png"
         if loss_curve(run.metrics, picture, f"{self.config.model}, {self.comm.size} ranks"):
             say(f"loss curve   {picture}")

@@ -1,17 +1,34 @@
-"""What a Keras optimizer has to do with replicas that step by themselves: their state is each one's own."""
+"""Updates that remember something from step to step, as a checkpoint and the sentinel see them.
+
+What an update remembers may be each rank's own: weights and moments between meetings, gradients that were not
+sent yet. A checkpoint knows no ranks. So before one is written, ranks put together what they have, and go on
+from there: a run that is resumed and one that was never stopped are the same.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+import keras
 import numpy as np
 
-from tf_dist.parallel.local import LocalSteps, one_each
+from tf_dist.parallel.compressed import Compressed
+from tf_dist.parallel.local import LocalSteps
 from tf_dist.parallel.mesh import Mesh
+from tf_dist.parallel.parts import Part, part_of
+from tf_dist.parallel.short import one_each
+from tf_dist.training.pieces import Piece, array_piece
+from tf_dist.training.replica import Weights
+from tf_dist.training.whole import Entry
+
+# How its tensors are called in a checkpoint.
+REMEMBERED = "remembered/"
+
+Remembering = LocalSteps | Compressed
 
 
 class Held:
-    """A flat array, as the sentinel looks at a variable."""
+    """An array, as the sentinel looks at a variable."""
 
     def __init__(self, array: np.ndarray) -> None:
         self.value, self.shape, self.dtype = array, array.shape, str(array.dtype)
@@ -21,25 +38,81 @@ class Held:
         np.copyto(self.value, array)
 
 
-def average_state(optimizer: Any, local: LocalSteps, micro_batches: int, mesh: Mesh) -> None:
-    """Give all replicas the mean of their optimizers' state, weighed by their micro-batches; a collective.
-
-    A checkpoint has one optimizer. So that a run that goes on from it and one that was never stopped are the
-    same, both go on with it. Single numbers, such as the count of steps, are equal already.
+def held_by_all(update: Remembering, state: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """What all replicas have alike beside their weights, whenever these are equal.
 
     Args:
+        update: remembers something.
+        state: of the optimizer, by name.
+    """
+    if isinstance(update, Compressed):
+        common = update.compressor.common_arrays()
+    else:  # moments are each replica's own; single numbers are not
+        state = [(path, variable) for path, variable in state if not variable.shape]
+        common = {"outer momentum": update.momentum} if update.momentum.size else {}
+    return state + [(name, Held(array)) for name, array in common.items()]
+
+
+def put_together(update: Remembering, optimizer: Any, replica: Weights, count: int, mesh: Mesh) -> None:
+    """Leave nothing that a checkpoint cannot keep; a collective.
+
+    Args:
+        update: remembers something.
         optimizer: of this rank.
-        local: knows whether this is necessary.
-        micro_batches: of a step, of all replicas.
+        replica: this rank's.
+        count: micro-batches of a step, of all replicas.
         mesh: all ranks.
     """
-    if local.state_together:
+    if isinstance(update, Compressed):
+        update.fold(mesh.all)
         return
-    share = np.float32(len(local.micro_batches) / micro_batches)
+    update.meet(replica, mesh)
+    if not update.state_together:
+        _average(optimizer, len(update.micro_batches) / count, mesh)
+        update.state_together = True
+
+
+def _average(optimizer: Any, share: float, mesh: Mesh) -> None:
+    """Give all replicas the mean of their optimizers' state, weighed by their shares of the work.
+
+    Single numbers, such as the count of steps, are equal already.
+    """
     order = one_each(mesh.replicas.size)
     for variable in optimizer.variables:
         if variable.shape and "float" in str(variable.dtype):
-            term = np.asarray(variable.value, np.float32).reshape(-1) * share
+            term = np.asarray(variable.value, np.float32).reshape(-1) * np.float32(share)
             total = mesh.replicas.allreduce_terms([term], order, term).array
             variable.assign(total.reshape(variable.shape).astype(variable.dtype))
-    local.state_together = True
+
+
+def remembered(update: Remembering, model: keras.Model, replica: Weights, mesh: Mesh) -> list[Entry]:
+    """The tensors of a checkpoint that only this update knows."""
+    if isinstance(update, LocalSteps):
+        return (
+            _like_weights("momentum", update.momentum, model, replica, True) if update.momentum.size else []
+        )
+    entries = []
+    for name, array in update.compressor.own_arrays().items():
+        # What all have not sent is with rank 0 when it is saved.
+        entries += _like_weights(name, array, model, replica, mesh.all.rank == 0)
+    for name, array in update.compressor.common_arrays().items():
+        part = Part(array.shape)
+        entries.append(Entry(f"{REMEMBERED}{name}", part.whole, "float32", [array_piece(array, part)]))
+    return entries
+
+
+def _like_weights(
+    name: str, array: np.ndarray, model: keras.Model, replica: Weights, has: bool
+) -> list[Entry]:
+    """For each weight what a flat array has of it."""
+    place = {id(variable): i for i, variable in enumerate(replica.variables)}
+    entries = []
+    for number, variable in enumerate(model.trainable_variables):
+        part, pieces = part_of(variable), list[Piece]()
+        if has and id(variable) in place:
+            here = place[id(variable)]
+            own = array[replica.layout.starts[here] : replica.layout.starts[here + 1]]
+            pieces = [array_piece(own, part)]
+        path = f"{REMEMBERED}{name}/{number:04d}/{variable.path}"
+        entries.append(Entry(path, part.whole, "float32", pieces))
+    return entries

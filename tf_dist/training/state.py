@@ -16,8 +16,9 @@ from tf_dist.comm.agree import on_root
 from tf_dist.config import Config
 from tf_dist.errors import CheckpointError
 from tf_dist.training import checkpoint
+from tf_dist.training.meeting import REMEMBERED
 from tf_dist.training.trainer import Trainer
-from tf_dist.training.whole import OUTER, Entry
+from tf_dist.training.whole import Entry
 
 # A checkpoint of another value for one of these is of another run. The rest may change on resume.
 FIXED = (
@@ -56,7 +57,7 @@ def save(trainer: Trainer, folder: Path, keep: int, facts: Mapping[str, Any]) ->
     Raises:
         CheckpointError: it could not be written.
     """
-    trainer.meet(optimizer=True)
+    trainer.put_together()
     tensors = trainer.whole().tensors()
     if trainer.comm.rank == 0:
         position: dict[str, Any] = {"tokens": trainer.tokens, "elapsed_s": trainer.elapsed_s}
@@ -94,21 +95,34 @@ def restore(trainer: Trainer, path: Path) -> None:
 
 
 def _arrays(path: Path, manifest: Mapping[str, Any], entries: list[Entry]) -> Iterator[np.ndarray]:
-    """The tensors of a checkpoint; zeros for an outer optimizer that it does not have."""
+    """The tensors of a checkpoint; zeros for what another update would have remembered."""
     saved = checkpoint.read_tensors(path, manifest)
-    yield from (array for (_, array), _ in zip(saved, entries, strict=False))
-    for entry in entries[len(manifest["tensors"]) :]:
-        yield np.zeros(entry.shape, entry.dtype)
+    same = _same_update(manifest["tensors"], entries)
+    for entry in entries:
+        if same or not entry.name.startswith(REMEMBERED):
+            yield next(saved)[1]
+        else:
+            yield np.zeros(entry.shape, entry.dtype)
+
+
+def _same_update(saved: list[dict[str, Any]], entries: list[Entry]) -> bool:
+    """Whether the update of a checkpoint has remembered what this one does."""
+    found = [(_kind(one["name"]), tuple(one["shape"])) for one in saved]
+    wanted = [(_kind(entry.name), entry.shape) for entry in entries]
+    return found == wanted
+
+
+def _kind(name: str) -> str:
+    """What stays of a tensor's name where Keras numbers layers anew in every process."""
+    return name.split("/")[1] if name.startswith(REMEMBERED) else ""
 
 
 def _check_fits(saved: list[dict[str, Any]], entries: list[Entry], path: Path) -> None:
-    # By place, not by name: Keras numbers layers anew in every process. An outer optimizer comes last, and
-    # may be new in this run, or left behind.
+    # By place, not by name: Keras numbers layers anew in every process. A run may go on with another update.
+    saved = [tensor for tensor in saved if not tensor["name"].startswith(REMEMBERED)]
+    entries = [entry for entry in entries if not entry.name.startswith(REMEMBERED)]
     found = [(tuple(tensor["shape"]), tensor["dtype"]) for tensor in saved]
-    wanted = [(entry.shape, entry.dtype) for entry in entries]
-    both = min(len(found), len(wanted))
-    more = [tensor["name"] for tensor in saved[both:]] + [entry.name for entry in entries[both:]]
-    if found[:both] != wanted[:both] or not all(name.startswith(OUTER) for name in more):
+    if found != [(entry.shape, entry.dtype) for entry in entries]:
         raise CheckpointError(
             f"{path} holds {len(found)} tensors that are not the {len(entries)} of this model and optimizer. "
             "Give the options it was made with, or start anew with --resume never"

@@ -11,9 +11,9 @@ from math import prod
 import keras
 import tensorflow as tf
 
+from tf_dist.choices import LOCAL
 from tf_dist.comm.room import gib, refuse_too_much
 from tf_dist.config import Config
-from tf_dist.meetings import LOCAL
 from tf_dist.models.outline import is_outline
 from tf_dist.parallel.cost import FLOAT32, state_bytes
 from tf_dist.parallel.mesh import Mesh

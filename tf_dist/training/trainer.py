@@ -21,13 +21,14 @@ from tf_dist.data.ahead import Ahead
 from tf_dist.data.sampler import Sampler, share
 from tf_dist.data.tokens import Sequences
 from tf_dist.errors import DataError, UsageError
-from tf_dist.parallel.local import LocalSteps, Plan
+from tf_dist.parallel.compress import Compression
+from tf_dist.parallel.local import Plan
 from tf_dist.parallel.mesh import DATA, Mesh
 from tf_dist.parallel.parts import part_of
 from tf_dist.parallel.updates import CORRECT, LOSS, STOP, TOKENS, Totals
 from tf_dist.training.arrange import Wishes, arrange
 from tf_dist.training.fit import Fit
-from tf_dist.training.meeting import Held, average_state
+from tf_dist.training.meeting import Remembering, held_by_all, put_together, remembered
 from tf_dist.training.passes import MicroBatch
 from tf_dist.training.pipeline import Pipeline
 from tf_dist.training.sentinel import Group, Sentinel
@@ -67,6 +68,7 @@ class Trainer:
         zero_stage: what update "zero" divides: 1 optimizer state, 2 also gradients, 3 also weights.
         pipeline: options of a pipeline by name, see `tf_dist.training.pipeline.Pipeline`.
         local: options of "local-sgd" and "diloco" by name, see `tf_dist.parallel.local.Plan`.
+        compression: of gradients, options by name, see `tf_dist.parallel.compress.Compression`.
 
     Attributes:
         tuning: whether XLA compiles forward and backward, and why.
@@ -103,6 +105,7 @@ class Trainer:
         zero_stage: int = 1,
         pipeline: Mapping[str, Any] | None = None,
         local: Mapping[str, Any] | None = None,
+        compression: Mapping[str, Any] | None = None,
     ) -> None:
         if global_batch_size < 1 or (micro_batch_size or 0) < 0:
             raise UsageError(
@@ -119,16 +122,16 @@ class Trainer:
         # Where ranks share rows, a rank's model takes a share of them.
         self.seq_len = seq_len or (_static_seq_len(model) or DEFAULT_SEQ_LEN) * self.mesh.sequence.size
         self.micro_batches = global_batch_size // self.rows
-        ways = Pipeline(**(pipeline or {})), Plan(**(local or {}))
+        ways = Pipeline(**(pipeline or {})), Plan(**(local or {})), Compression(**(compression or {}))
         wishes = Wishes(update, zero_stage, allreduce, chunk_bytes, autotune != "off", overlap, *ways)
         sizes = (self.rows, self.seq_len, seed, self.micro_batches)
         self.arrangement = arrange(model, optimizer, self.mesh, *sizes, wishes)
         self.replica, self.passes = self.arrangement.replica, self.arrangement.passes
         self.update, self.my_micro_batches = self.arrangement.update, self.arrangement.micro_batches
-        self.local = self.update if isinstance(self.update, LocalSteps) else None
+        self.remembering = self.update if isinstance(self.update, Remembering) else None
         self.tuning = Tuning(self.replica, comm, autotune, xla, self.arrangement.no_xla)
         self.sentinel = Sentinel(comm, self._held_by_several(update), check_every, on_mismatch)
-        self.sentinel.ready = lambda: self.local is None or self.local.together
+        self.sentinel.ready = lambda: self.remembering is None or self.remembering.together
         self.step, self.tokens, self.elapsed_s, self.input_s = 0, 0, 0.0, 0.0
         self._whole: Whole | None = None
         self._ahead: tuple[Sequences, Sampler, Ahead[list[MicroBatch]]] | None = None
@@ -149,8 +152,8 @@ class Trainer:
             totals.ask_to_stop()
         self.passes.train(self.step, self._batches(sequences, sampler), totals)
         terms, order = self.passes.terms(), self.arrangement.order
-        if self.local is not None:
-            self.local.step = self.step
+        if self.remembering is not None:
+            self.remembering.step = self.step
         norm = self.update(terms, order, totals, self.clip_norm, self.replica, self.mesh)
         self.step += 1
         counts = totals.sum()
@@ -320,16 +323,15 @@ class Trainer:
         """Give all replicas of a part of the model the weights of the first one."""
         self.replica.give_weights(self.mesh.replicas)
 
-    def meet(self, optimizer: bool = False) -> None:
-        """Let all replicas go on from the same weights, where each steps by itself; a collective.
+    def meet(self) -> None:
+        """Let all replicas go on from the same weights, where each steps by itself; a collective."""
+        if self.remembering is not None:
+            self.remembering.meet(self.replica, self.mesh)
 
-        Args:
-            optimizer: also from the same optimizer, the mean of theirs.
-        """
-        if self.local is not None:
-            self.local.meet(self.replica, self.mesh)
-            if optimizer:
-                average_state(self.optimizer, self.local, self.micro_batches, self.mesh)
+    def put_together(self) -> None:
+        """Leave nothing on a rank that a checkpoint could not keep; a collective."""
+        if self.remembering is not None:
+            put_together(self.remembering, self.optimizer, self.replica, self.micro_batches, self.mesh)
 
     def _held_by_several(self, update: str) -> list[Group]:
         """What must be the same on which ranks."""
@@ -337,9 +339,8 @@ class Trainer:
         state = [(v.path, v) for v in self.replica.optimizer_step.shared_variables()]
         if update == "master":  # only one rank of the replicas takes steps: there is none to compare it with
             state = []
-        elif self.local is not None:  # moments are each replica's own
-            state = [(path, v) for path, v in state if not v.shape]
-            state += [(name, Held(array)) for name, array in self.local.arrays().items()]
+        elif self.remembering is not None:
+            state = held_by_all(self.remembering, state)
         groups = [Group(self.mesh.replicas, weights + state)]
         if self.mesh.tensor.size > 1:
             undivided = [(path, v) for path, v in weights if part_of(v).ranges is None]
@@ -365,8 +366,9 @@ class Trainer:
     def whole(self) -> Whole:
         """The whole model and its optimizer, of which ranks hold parts."""
         if self._whole is None:
-            arrays = {} if self.local is None else self.local.arrays()
-            self._whole = Whole(self.model, self.optimizer, self.replica, self.mesh, arrays)
+            parts = (self.model, self.replica, self.mesh)
+            more = remembered(self.remembering, *parts) if self.remembering else []
+            self._whole = Whole(self.model, self.optimizer, self.replica, self.mesh, more)
         return self._whole
 
 

@@ -8,7 +8,7 @@ of these tensors; rank 0 puts them together one tensor after another, so that no
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, NamedTuple
@@ -21,11 +21,8 @@ from tf_dist.parallel.mesh import Mesh
 from tf_dist.parallel.norms import GlobalNorm, Run
 from tf_dist.parallel.parts import Part, part_of
 from tf_dist.training import elementwise
-from tf_dist.training.pieces import Piece, array_piece, variable_piece
+from tf_dist.training.pieces import Piece, variable_piece
 from tf_dist.training.replica import Weights
-
-# How the tensors of an outer optimizer are called.
-OUTER = "outer/"
 
 
 class Given(NamedTuple):
@@ -56,7 +53,7 @@ class Whole:
         optimizer: built for what this rank trains.
         replica: this rank's; says what it holds.
         mesh: all ranks.
-        arrays: flat ones like the replica's weights, by name, which an outer optimizer keeps beside.
+        more: tensors that belong to neither, at the end.
     """
 
     def __init__(
@@ -65,12 +62,12 @@ class Whole:
         optimizer: Any,
         replica: Weights,
         mesh: Mesh,
-        arrays: Mapping[str, np.ndarray] | None = None,
+        more: Sequence[Entry] = (),
     ) -> None:
         self.mesh = mesh
         self.weights = _weights(model, replica)
         self.state = _optimizer_state(model, optimizer, replica)
-        self.entries = self.weights + self.state + _outer(model, replica, arrays or {})
+        self.entries = self.weights + self.state + list(more)
         self._choose_givers()
 
     def _choose_givers(self) -> None:
@@ -150,21 +147,6 @@ def _weights(model: keras.Model, replica: Weights) -> list[Entry]:
         entry = Entry(f"weights/{number:04d}/{variable.path}", part.whole, str(variable.dtype))
         entry.pieces = replica.pieces_of(variable)
         entries.append(entry)
-    return entries
-
-
-def _outer(model: keras.Model, replica: Weights, arrays: Mapping[str, np.ndarray]) -> list[Entry]:
-    """For each weight what flat arrays have of it."""
-    place = {id(variable): i for i, variable in enumerate(replica.variables)}
-    entries: list[Entry] = []
-    for name, array in arrays.items():
-        for variable in model.trainable_variables:
-            part, number = part_of(variable), place.get(id(variable))
-            entry = Entry(f"{OUTER}{len(entries):04d}/{variable.path}_{name}", part.whole, "float32")
-            if number is not None:
-                own = array[replica.layout.starts[number] : replica.layout.starts[number + 1]]
-                entry.pieces = [array_piece(own, part)]
-            entries.append(entry)
     return entries
 
 

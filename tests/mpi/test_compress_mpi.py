@@ -1,0 +1,111 @@
+"""Compressed gradients over real ranks: the same weights everywhere, fewer bytes, and runs that go on."""
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+from test_training_mpi import flat, refused_everywhere, steps_of, trainer
+
+from tf_dist.comm.base import SerialComm
+from tf_dist.errors import UsageError
+from tf_dist.parallel.mesh import Mesh
+
+N = MPI.COMM_WORLD.size
+several = pytest.mark.skipif(N == 1, reason="one rank has nobody to send to")
+KINDS = {
+    "bf16": {},
+    "topk": {"compression_density": 0.1},
+    "powersgd": {"compression_rank": 2, "compression_least_rate": 1.5},
+}
+pytestmark = pytest.mark.filterwarnings("ignore:.*it costs more than it saves")
+
+
+def compressed(comm, kind, **more):
+    return trainer(comm, compression={"compression": kind, **KINDS[kind], **more})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranks_hold_the_same_weights_and_learn(connected, everyone, kind):
+    trained = compressed(connected, kind)
+    logs = steps_of(trained, 8)
+    assert everyone(logs) == [everyone(logs)[0]] * N
+    assert len(set(everyone(flat(trained.model).tobytes()))) == 1
+    plain = steps_of(trainer(SerialComm()), 8)
+    assert logs[0]["loss"] == pytest.approx(plain[0]["loss"], abs=1e-6)
+    assert logs[-1]["loss"] == pytest.approx(plain[-1]["loss"], abs=0.05)
+    trained.check_equal()
+
+
+@several
+@pytest.mark.parametrize(("kind", "least"), [("bf16", 1.9), ("topk", 4.0), ("powersgd", 1.8)])
+def test_fewer_bytes_travel(connected, everyone, kind, least):
+    sent = []
+    for made in (trainer(connected, allreduce="messages"), compressed(connected, kind)):
+        steps_of(made, 1)
+        before = connected.sent_bytes
+        steps_of(made, 4)
+        sent.append(sum(everyone(connected.sent_bytes - before)))
+    few = 4 * N * 2 * 8 * (4 * 5 + 2)  # losses and counts
+    if kind == "topk":  # all ranks get what all others send
+        least *= 2 / N
+    assert sent[0] - few > least * (sent[1] - few)
+    assert "stayed behind" in made.update.said
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_that_goes_on_is_one_that_was_never_stopped(connected, tmp_path, everyone, kind):
+    from tf_dist.training import state
+
+    folder = type(tmp_path)(MPI.COMM_WORLD.bcast(str(tmp_path)))
+    first = compressed(connected, kind)
+    steps_of(first, 3)
+    state.save(first, folder, 1, {})
+    logs = steps_of(first, 3)
+    second = trainer(connected, seed=2, compression={"compression": kind, **KINDS[kind]})
+    state.restore(second, folder / "step-00000003")
+    assert steps_of(second, 3) == logs
+    assert all(everyone(flat(first.model).tobytes() == flat(second.model).tobytes()))
+    other = trainer(connected, seed=3)  # without compression
+    state.restore(other, folder / "step-00000003")
+    steps_of(other, 1)
+
+
+def test_the_first_steps_are_whole(connected, everyone):
+    trained = compressed(connected, "topk", compression_start=3)
+    assert steps_of(trained, 3) == steps_of(trainer(SerialComm()), 3)
+    assert not trained.update.spent.sums
+    steps_of(trained, 1)
+    assert trained.update.spent.sums == 1
+
+
+@several
+def test_not_a_number_on_one_rank_stops_all(connected, everyone):
+    trained = compressed(connected, "topk")
+    steps_of(trained, 1)
+    if connected.rank == N - 1:
+        weight = trained.model.weights[-1]
+        weight.assign(np.full(weight.shape, np.nan, np.float32))
+    before = flat(trained.model), trained.update.compressor.residual.copy()
+    trained.sentinel.watch = lambda step: None  # it would be the first to see this
+    assert "not finite" in refused_everywhere(trained, everyone)
+    after = flat(trained.model), trained.update.compressor.residual
+    assert all(everyone(all(map(np.array_equal, before, after)) or connected.rank == N - 1))
+
+
+@several
+def test_what_costs_more_than_it_saves_is_said(connected):
+    """A model of some hundred parameters is summed in no time."""
+    if connected.rank:
+        trainer(connected, compression={"compression": "powersgd", **KINDS["powersgd"]})
+    else:
+        with pytest.warns(UserWarning, match="costs more than it saves here"):
+            trainer(connected, compression={"compression": "powersgd", **KINDS["powersgd"]})
+
+
+def test_what_cannot_be_is_refused(connected):
+    with pytest.raises(UsageError, match="no weight would become"):
+        trainer(connected, compression={"compression": "powersgd", "compression_rank": 1000})
+    with pytest.raises(UsageError, match="only sums of update allreduce"):
+        trainer(connected, "master", compression={"compression": "bf16"})
+    if N % 2 == 0:
+        with pytest.raises(UsageError, match="only sums of update allreduce"):
+            trainer(connected, mesh=Mesh(connected, sequence=2), compression={"compression": "bf16"})

@@ -1,0 +1,96 @@
+"""Options that only some updates or compressions have, and what they must fit."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from tf_dist.degrees import AXES
+from tf_dist.errors import UsageError
+
+if TYPE_CHECKING:
+    from tf_dist.config import Config
+
+# Updates whose replicas step by themselves and meet now and then.
+LOCAL = ("local-sgd", "diloco")
+COMPRESSIONS = ("bf16", "topk", "powersgd")
+# Options, and the values of another to which they mean something.
+BELONGS_TO = {
+    "sync_every": ("update", LOCAL),
+    "sync_warmup_steps": ("update", LOCAL),
+    "outer_lr": ("update", ("diloco",)),
+    "outer_momentum": ("update", ("diloco",)),
+    "outer_fragments": ("update", LOCAL),
+    "outer_precision": ("update", LOCAL),
+    "compression_rank": ("compression", ("powersgd",)),
+    "compression_least_rate": ("compression", ("powersgd",)),
+    "compression_density": ("compression", ("topk",)),
+    "compression_momentum": ("compression", ("topk",)),
+    "compression_start": ("compression", COMPRESSIONS),
+}
+
+
+def check_update(config: Config) -> None:
+    """Refuse options of another update or compression than was chosen, and values that cannot be.
+
+    Raises:
+        UsageError: with the reason, and what would do.
+    """
+    for field in dataclasses.fields(config):
+        other, wanted = BELONGS_TO.get(field.name, ("update", ()))
+        value, chosen = getattr(config, field.name), getattr(config, other)
+        if wanted and chosen not in wanted and value != field.default:
+            raise UsageError(
+                f"{field.name} is {value}, but {other} {chosen} has no use for it: it belongs to {other} "
+                f"{' and '.join(wanted)}. Leave it out, or choose one of these"
+            )
+    if config.update in LOCAL:
+        _check_meetings(config)
+    if config.compression != "none":
+        _check_compression(config)
+
+
+def _check_meetings(config: Config) -> None:
+    if config.outer_lr <= 0:
+        raise UsageError(f"outer_lr is {config.outer_lr:g}: with 0 no meeting changes a weight; use 0.7")
+    if config.outer_momentum >= 1:
+        raise UsageError(f"outer_momentum is {config.outer_momentum:g}: it must be below 1; use 0.9")
+    if config.outer_fragments > config.sync_every:
+        raise UsageError(
+            f"outer_fragments {config.outer_fragments} is more than sync_every {config.sync_every}: each "
+            f"part needs a step of its own. Use at most {config.sync_every} fragments"
+        )
+    if config.sequence_parallel > 1:
+        raise UsageError(
+            f"sequence_parallel {config.sequence_parallel} with update {config.update}: ranks that share "
+            "rows must sum their gradients in every step. Use sequence_parallel 1, or update allreduce"
+        )
+    if config.backend == "horovod" and config.outer_precision != "float32":
+        raise UsageError(
+            f"backend horovod cannot carry outer_precision {config.outer_precision}: use backend mpi"
+        )
+
+
+def _check_compression(config: Config) -> None:
+    kind = config.compression
+    if config.update != "allreduce":
+        raise UsageError(
+            f"compression {kind} with update {config.update}: only update allreduce sums gradients that can "
+            "be compressed. Use compression none, or update allreduce"
+        )
+    shared = [f"{name} {getattr(config, name)}" for name in AXES if getattr(config, name) > 1]
+    if shared:
+        raise UsageError(
+            f"compression {kind} with {' and '.join(shared)}: only gradients of whole models are compressed. "
+            "Use degrees of 1, or compression none"
+        )
+    if not 0 < config.compression_density <= 1:
+        raise UsageError(
+            f"compression_density is {config.compression_density:g}: a share above 0, at most 1; use 0.01"
+        )
+    if config.compression_momentum >= 1:
+        raise UsageError(f"compression_momentum is {config.compression_momentum:g}: it must be below 1")
+    if config.backend == "horovod" and kind != "powersgd":
+        raise UsageError(
+            f"backend horovod cannot carry compression {kind}: use backend mpi, or compression powersgd"
+        )
