@@ -16,6 +16,9 @@ LOCAL = ("local-sgd", "diloco")
 COMPRESSIONS = ("bf16", "topk", "powersgd")
 # Options, and the values of another to which they mean something.
 BELONGS_TO = {
+    "staleness": ("update", ("downpour",)),
+    "staleness_aware": ("update", ("downpour",)),
+    "master_trains": ("update", ("downpour",)),
     "sync_every": ("update", LOCAL),
     "sync_warmup_steps": ("update", LOCAL),
     "outer_lr": ("update", ("diloco",)),
@@ -44,10 +47,22 @@ def check_update(config: Config) -> None:
                 f"{field.name} is {value}, but {other} {chosen} has no use for it: it belongs to {other} "
                 f"{' and '.join(wanted)}. Leave it out, or choose one of these"
             )
+    if config.update == "downpour":
+        _check_downpour(config)
     if config.update in LOCAL:
         _check_meetings(config)
     if config.compression != "none":
         _check_compression(config)
+
+
+def _check_downpour(config: Config) -> None:
+    shared = [f"{name} {getattr(config, name)}" for name in AXES if getattr(config, name) > 1]
+    if shared:
+        raise UsageError(
+            f"update downpour with {' and '.join(shared)}: a worker has the whole model. Use degrees of 1"
+        )
+    if config.backend == "horovod":
+        raise UsageError("backend horovod cannot carry update downpour: use backend mpi")
 
 
 def _check_meetings(config: Config) -> None:

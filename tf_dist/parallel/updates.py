@@ -51,6 +51,15 @@ class Totals:
         """Note that this rank wants to stop after the step."""
         self._rows[-1, STOP] = 1.0
 
+    @property
+    def stop_wanted(self) -> bool:
+        """Whether this rank wants to stop."""
+        return bool(self._rows[-1, STOP])
+
+    def set(self, counts: np.ndarray) -> None:
+        """Take over the totals, (4,), that somebody else has added."""
+        self._rows[:], self._rows[-1] = 0.0, counts
+
     def reduce(self, comm: Comm) -> np.ndarray:
         """Sum over all ranks, in place; the totals, (4,). A collective."""
         comm.allreduce(self._rows.reshape(-1))

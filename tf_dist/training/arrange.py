@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
@@ -17,28 +16,36 @@ from tf_dist.errors import UsageError
 from tf_dist.parallel import buckets, carrier, zero
 from tf_dist.parallel.compress import Compression
 from tf_dist.parallel.compressed import Compressed, tried
+from tf_dist.parallel.dealing import micro_batches_of_a_unit
 from tf_dist.parallel.local import LocalSteps, Plan
 from tf_dist.parallel.mesh import DATA, Mesh, leaves_of
 from tf_dist.parallel.scatter import dealt
 from tf_dist.parallel.tree import BlockSum, order
 from tf_dist.parallel.updates import UPDATES
+from tf_dist.training.downpour import Asynchrony, Downpour
 from tf_dist.training.gathered import GatheredReplica, GatheringPasses
 from tf_dist.training.leaving import LeavingPasses
 from tf_dist.training.passes import Passes
 from tf_dist.training.pipeline import Pipeline, PipelinePasses, PipelineReplica
+from tf_dist.training.push_rate import PushRate
 from tf_dist.training.replica import Replica, Weights
 from tf_dist.training.sharded import ShardedPipelineReplica, ShardedReplica
 from tf_dist.training.shared_rows import passes_of_rows
 from tf_dist.training.tuning import talks_inside
 from tf_dist.training.whole import whole_norm
 
-NAMES = (*UPDATES, "zero", *LOCAL)
+NAMES = (*UPDATES, "zero", *LOCAL, "downpour")
 
 NO_XLA = "the layers of a pipeline's rank are compiled in steps"
 
 
 # Groups of options of `tf_dist.config.Config`, by the names that they have in a Trainer.
-GROUPS: dict[str, Any] = {"pipeline": Pipeline, "local": Plan, "compression": Compression}
+GROUPS: dict[str, Any] = {
+    "pipeline": Pipeline,
+    "local": Plan,
+    "compression": Compression,
+    "asynchrony": Asynchrony,
+}
 
 
 def options_of(config: Config) -> dict[str, dict[str, Any]]:
@@ -64,6 +71,7 @@ class Wishes(NamedTuple):
     pipeline: Pipeline = Pipeline()
     local: Plan = Plan()
     compression: Compression = Compression()
+    asynchrony: Asynchrony = Asynchrony()
 
 
 class Arrangement(NamedTuple):
@@ -76,7 +84,7 @@ class Arrangement(NamedTuple):
 
     replica: Replica | PipelineReplica
     passes: Passes
-    update: Callable[..., float]
+    update: Any
     micro_batches: range
     order: Order
     said: str
@@ -113,6 +121,8 @@ def arrange(
     sizes = (rows, seq_len // mesh.sequence.size, seed)
     if wishes.update == "zero" and wishes.zero_stage > 1:
         return _zero_2_or_3(model, optimizer, mesh, sizes, count, wishes.zero_stage)
+    if wishes.update == "downpour":
+        return _with_a_master(model, optimizer, mesh, sizes, count, wishes)
     mine = share(count, mesh.at[DATA], mesh.shape[DATA])
     replica: Replica | PipelineReplica
     sharded = wishes.update == "zero"
@@ -153,6 +163,25 @@ def _summing(
     overlap = buckets.choose(comm, replica.layout, terms, sums, wishes.overlap, why_not)
     passes = passes_of_rows(replica, mine, sums, overlap, mesh)
     return Arrangement(replica, passes, update, mine, terms, chosen.said, talks_inside(replica.model))
+
+
+def _with_a_master(
+    model: keras.Model, optimizer: Any, mesh: Mesh, sizes: tuple[int, int, int], count: int, wishes: Wishes
+) -> Arrangement:
+    """Rank 0 deals out micro-batches, so that none are a rank's own."""
+    if not mesh.plain:
+        raise UsageError(f"{mesh}: update {wishes.update} needs all ranks along the data axis")
+    options, replica = wishes.asynchrony, Replica(model, optimizer, *sizes)
+    replica.norm = whole_norm(replica, model.trainable_variables, mesh)
+    workers = max(1, mesh.all.size - (options.master_trains == "off"))
+    update = Downpour(replica, mesh, count, micro_batches_of_a_unit(count, workers), options)
+    if options.staleness:
+        update.set_rates(PushRate(optimizer))
+    nothing = range(0)
+    sums = BlockSum(replica.parameters, range(count), nothing)
+    passes = passes_of_rows(replica, nothing, sums, buckets.Overlap(None, ""), mesh)
+    no_xla = talks_inside(replica.model)
+    return Arrangement(replica, passes, update, nothing, order(nothing, []), update.said, no_xla)
 
 
 def _update(replica: Weights, mesh: Mesh, mine: range, wishes: Wishes) -> tuple[Any, str]:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import keras
 
 from tf_dist.data.tokens import Sequences
-from tf_dist.parallel.updates import UPDATES
 from tf_dist.training.callback_list import RankCallbackList
 
 if TYPE_CHECKING:
@@ -52,6 +51,8 @@ class Fit:
         calls.on_train_begin()
         # Where BackupAndRestore has found an earlier run's epoch, its weights are those of that epoch's end.
         trainer.step = max(trainer.step, (trainer.model._initial_epoch or 0) * self.stretch)
+        trainer.last_step = self.steps
+        trainer.meets_every.add(self.stretch)
         logs: dict[str, float] = {}
         while trainer.step < self.steps and not trainer.stopped:
             epoch = trainer.step // self.stretch
@@ -62,6 +63,8 @@ class Fit:
                 logs.update(self._validate(self.held_out))
             calls.on_epoch_end(epoch, logs)
             trainer.agree_to_stop()
+        trainer.meets_every.discard(self.stretch)
+        trainer.last_step = 0
         trainer.sentinel.compare(trainer.step)
         calls.on_train_end(logs)
         return dict(trainer.model.history.history)
@@ -100,7 +103,7 @@ class Fit:
             add_history=True,
             model=model,
             comm=trainer.comm,
-            lone_optimizer=trainer.update is UPDATES["master"],
+            lone_optimizer=trainer.lone_optimizer,
             epochs=math.ceil(self.steps / self.stretch),
             steps=self.stretch,
             verbose=1,  # for a ProgbarLogger among the callbacks; none is added

@@ -17,6 +17,7 @@ from tf_dist.parallel.local import LocalSteps
 from tf_dist.parallel.mesh import Mesh
 from tf_dist.parallel.parts import Part, part_of
 from tf_dist.parallel.short import one_each
+from tf_dist.training.downpour import Downpour
 from tf_dist.training.pieces import Piece, array_piece
 from tf_dist.training.replica import Weights
 from tf_dist.training.whole import Entry
@@ -24,7 +25,7 @@ from tf_dist.training.whole import Entry
 # How its tensors are called in a checkpoint.
 REMEMBERED = "remembered/"
 
-Remembering = LocalSteps | Compressed
+Remembering = LocalSteps | Compressed | Downpour
 
 
 class Held:
@@ -45,6 +46,8 @@ def held_by_all(update: Remembering, state: list[tuple[str, Any]]) -> list[tuple
         update: remembers something.
         state: of the optimizer, by name.
     """
+    if isinstance(update, Downpour):
+        return []  # the master alone has an optimizer
     if isinstance(update, Compressed):
         common = update.compressor.common_arrays()
     else:  # moments are each replica's own; single numbers are not
@@ -67,6 +70,10 @@ def put_together(update: Remembering, optimizer: Any, replica: Weights, count: i
         update.fold(mesh.all)
         return
     update.meet(replica, mesh)
+    if isinstance(update, Downpour):
+        # The master has taken several steps for each batch; schedules of whoever goes on count batches.
+        optimizer.iterations.assign(update.step)
+        return
     if not update.state_together:
         _average(optimizer, len(update.micro_batches) / count, mesh)
         update.state_together = True
@@ -87,10 +94,11 @@ def _average(optimizer: Any, share: float, mesh: Mesh) -> None:
 
 def remembered(update: Remembering, model: keras.Model, replica: Weights, mesh: Mesh) -> list[Entry]:
     """The tensors of a checkpoint that only this update knows."""
+    if isinstance(update, Downpour):
+        return []
     if isinstance(update, LocalSteps):
-        return (
-            _like_weights("momentum", update.momentum, model, replica, True) if update.momentum.size else []
-        )
+        momentum = update.momentum
+        return _like_weights("momentum", momentum, model, replica, True) if momentum.size else []
     entries = []
     for name, array in update.compressor.own_arrays().items():
         # What all have not sent is with rank 0 when it is saved.

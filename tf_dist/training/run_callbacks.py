@@ -140,6 +140,8 @@ class SaveRun(keras.callbacks.Callback):
         super().__init__()
         self.trainer, self.every, self.save = trainer, every, save
         self._saved_step = trainer.step
+        if every:
+            trainer.meets_every.add(every)
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Save the step before this one when it is time."""

@@ -58,7 +58,7 @@ def certain_bytes(parameters: float, config: Config, mesh: Mesh) -> float:
     """
     stage = config.zero_stage if config.update == "zero" else 0
     outer = (config.update in LOCAL) + (config.update == "diloco" and config.outer_momentum > 0)
-    steps = config.update != "master" or mesh.replicas.rank == 0
+    steps = config.update not in ("master", "downpour") or mesh.replicas.rank == 0
     slots = SLOTS.get(config.optimizer.lower(), 0) if steps else 0
     more = FLOAT32 * parameters * min(2, config.micro_batches) if mesh.all.size == 1 else 0
     return state_bytes(parameters, mesh.replicas.size, stage, slots) + more + FLOAT32 * parameters * outer

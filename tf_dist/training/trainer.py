@@ -9,6 +9,7 @@ import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import keras
@@ -21,16 +22,14 @@ from tf_dist.data.ahead import Ahead
 from tf_dist.data.sampler import Sampler, share
 from tf_dist.data.tokens import Sequences
 from tf_dist.errors import DataError, UsageError
-from tf_dist.parallel.compress import Compression
-from tf_dist.parallel.local import Plan
 from tf_dist.parallel.mesh import DATA, Mesh
 from tf_dist.parallel.parts import part_of
 from tf_dist.parallel.updates import CORRECT, LOSS, STOP, TOKENS, Totals
-from tf_dist.training.arrange import Wishes, arrange
+from tf_dist.training.arrange import GROUPS, Wishes, arrange
+from tf_dist.training.downpour import Downpour
 from tf_dist.training.fit import Fit
 from tf_dist.training.meeting import Remembering, held_by_all, put_together, remembered
 from tf_dist.training.passes import MicroBatch
-from tf_dist.training.pipeline import Pipeline
 from tf_dist.training.sentinel import Group, Sentinel
 from tf_dist.training.tuning import Tuning
 from tf_dist.training.whole import Whole, sha256
@@ -69,6 +68,7 @@ class Trainer:
         pipeline: options of a pipeline by name, see `tf_dist.training.pipeline.Pipeline`.
         local: options of "local-sgd" and "diloco" by name, see `tf_dist.parallel.local.Plan`.
         compression: of gradients, options by name, see `tf_dist.parallel.compress.Compression`.
+        asynchrony: options of "downpour" by name, see `tf_dist.training.downpour.Asynchrony`.
 
     Attributes:
         tuning: whether XLA compiles forward and backward, and why.
@@ -77,6 +77,9 @@ class Trainer:
         elapsed_s: seconds spent in training, over all resumed runs.
         input_s: seconds spent waiting for input.
         stopped: whether the ranks have agreed to stop.
+        meets_every: steps after each multiple of which somebody looks at the model of all ranks.
+        last_step: of the present `fit`.
+        lone_optimizer: whether rank 0 alone has the optimizer that counts.
 
     Raises:
         UsageError: sizes that do not fit, or an unknown update.
@@ -106,23 +109,19 @@ class Trainer:
         pipeline: Mapping[str, Any] | None = None,
         local: Mapping[str, Any] | None = None,
         compression: Mapping[str, Any] | None = None,
+        asynchrony: Mapping[str, Any] | None = None,
     ) -> None:
-        if global_batch_size < 1 or (micro_batch_size or 0) < 0:
-            raise UsageError(
-                f"global_batch_size {global_batch_size}, micro_batch_size {micro_batch_size}: at least 1"
-            )
-        self.rows = micro_batch_size or default_micro_batch(global_batch_size)
-        if global_batch_size % self.rows:
-            raise UsageError(
-                f"micro_batch_size {self.rows} does not divide global_batch_size {global_batch_size}"
-            )
+        self.rows = _rows(global_batch_size, micro_batch_size)
         self.model, self.optimizer, self.comm = model, optimizer, comm
         self.mesh = mesh or Mesh(comm)
         self.global_batch_size, self.clip_norm, self.seed = global_batch_size, clip_norm, seed
         # Where ranks share rows, a rank's model takes a share of them.
         self.seq_len = seq_len or (_static_seq_len(model) or DEFAULT_SEQ_LEN) * self.mesh.sequence.size
         self.micro_batches = global_batch_size // self.rows
-        ways = Pipeline(**(pipeline or {})), Plan(**(local or {})), Compression(**(compression or {}))
+        ways = [
+            kind(**(given or {}))
+            for kind, given in zip(GROUPS.values(), (pipeline, local, compression, asynchrony), strict=True)
+        ]
         wishes = Wishes(update, zero_stage, allreduce, chunk_bytes, autotune != "off", overlap, *ways)
         sizes = (self.rows, self.seq_len, seed, self.micro_batches)
         self.arrangement = arrange(model, optimizer, self.mesh, *sizes, wishes)
@@ -130,11 +129,13 @@ class Trainer:
         self.update, self.my_micro_batches = self.arrangement.update, self.arrangement.micro_batches
         self.remembering = self.update if isinstance(self.update, Remembering) else None
         self.tuning = Tuning(self.replica, comm, autotune, xla, self.arrangement.no_xla)
-        self.sentinel = Sentinel(comm, self._held_by_several(update), check_every, on_mismatch)
+        self.lone_optimizer = update in ("master", "downpour")
+        self.sentinel = Sentinel(comm, self._held_by_several(), check_every, on_mismatch)
         self.sentinel.ready = lambda: self.remembering is None or self.remembering.together
         self.step, self.tokens, self.elapsed_s, self.input_s = 0, 0, 0.0, 0.0
         self._whole: Whole | None = None
         self._ahead: tuple[Sequences, Sampler, Ahead[list[MicroBatch]]] | None = None
+        self.last_step, self.meets_every = 0, set[int]()
         self.stopped = self._stop_requested = False
         model.stop_training = False
 
@@ -150,11 +151,7 @@ class Trainer:
         totals = Totals(self.micro_batches)
         if self._stop_requested or self.model.stop_training:
             totals.ask_to_stop()
-        self.passes.train(self.step, self._batches(sequences, sampler), totals)
-        terms, order = self.passes.terms(), self.arrangement.order
-        if self.remembering is not None:
-            self.remembering.step = self.step
-        norm = self.update(terms, order, totals, self.clip_norm, self.replica, self.mesh)
+        norm = self._gradient_and_step(sequences, sampler, totals)
         self.step += 1
         counts = totals.sum()
         self.tokens += int(counts[TOKENS])
@@ -167,16 +164,34 @@ class Trainer:
             "tokens": counts[TOKENS],
         }
 
+    def _gradient_and_step(self, sequences: Sequences, sampler: Sampler, totals: Totals) -> float:
+        """Do the part of a step that is this rank's; the norm of the gradient."""
+        if self.remembering is not None:
+            self.remembering.step = self.step
+        if isinstance(self.update, Downpour):
+            make = partial(self._made, sequences, sampler)
+            return self.update.take(make, totals, self.clip_norm, self._next_meeting())
+        self.passes.train(self.step, self._batches(sequences, sampler), totals)
+        terms, order = self.passes.terms(), self.arrangement.order
+        return float(self.update(terms, order, totals, self.clip_norm, self.replica, self.mesh))
+
+    def _next_meeting(self) -> int:
+        """The step before which somebody will look at the model of all ranks."""
+        regular = [self.step // every * every + every for every in self.meets_every]
+        return min([max(self.last_step, self.step + 1), *regular])
+
+    def _made(
+        self, sequences: Sequences, sampler: Sampler, step: int, numbers: Sequence[int]
+    ) -> list[MicroBatch]:
+        """Some micro-batches of a step."""
+        rows_G = sampler.batch(step)
+        return [self._micro_batch(sequences, number, rows_G[number * self.rows :]) for number in numbers]
+
     def _batches(self, sequences: Sequences, sampler: Sampler) -> list[MicroBatch]:
         """The micro-batches of the step that are this rank's."""
-
-        def make(step: int) -> list[MicroBatch]:
-            rows_G = sampler.batch(step)
-            return [self._micro_batch(sequences, number, rows_G[number * self.rows :]) for number in mine]
-
-        mine = self.my_micro_batches
         begun = time.perf_counter()
         if self._ahead is None or self._ahead[:2] != (sequences, sampler):
+            make = partial(self._made, sequences, sampler, numbers=self.my_micro_batches)
             self._ahead = sequences, sampler, Ahead(make)
         batches = self._ahead[2](self.step)
         self.input_s += time.perf_counter() - begun
@@ -333,11 +348,11 @@ class Trainer:
         if self.remembering is not None:
             put_together(self.remembering, self.optimizer, self.replica, self.micro_batches, self.mesh)
 
-    def _held_by_several(self, update: str) -> list[Group]:
+    def _held_by_several(self) -> list[Group]:
         """What must be the same on which ranks."""
         weights = [(v.path, v) for v in self.model.weights if self.replica.holds(v)]
         state = [(v.path, v) for v in self.replica.optimizer_step.shared_variables()]
-        if update == "master":  # only one rank of the replicas takes steps: there is none to compare it with
+        if self.lone_optimizer:  # there is none to compare it with
             state = []
         elif self.remembering is not None:
             state = held_by_all(self.remembering, state)
@@ -375,6 +390,18 @@ class Trainer:
 def weights_sha256(model: keras.Model) -> str:
     """SHA-256 of all weights in order of creation, of a model that this process has all of."""
     return sha256(np.asarray(variable.value) for variable in model.weights)
+
+
+def _rows(global_batch_size: int, micro_batch_size: int | None) -> int:
+    """Rows of a micro-batch."""
+    if global_batch_size < 1 or (micro_batch_size or 0) < 0:
+        raise UsageError(
+            f"global_batch_size {global_batch_size}, micro_batch_size {micro_batch_size}: at least 1"
+        )
+    rows = micro_batch_size or default_micro_batch(global_batch_size)
+    if global_batch_size % rows:
+        raise UsageError(f"micro_batch_size {rows} does not divide global_batch_size {global_batch_size}")
+    return rows
 
 
 def _static_seq_len(model: keras.Model) -> int | None:
