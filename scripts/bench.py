@@ -11,6 +11,7 @@
     python scripts/bench.py nanogpt          # time to a validation loss, against PyTorch
     python scripts/bench.py network          # two emulated hosts: sums and steps, ours with overlap, Horovod
     python scripts/bench.py parallel         # every grid of 2 and 4 ranks: tokens/s, bytes, memory, bubbles
+    python scripts/bench.py strategies       # updates and compressions: loss over steps, time and bytes
     python scripts/bench.py --report         # the targets, and what the newest JSON files say of them
 
 `make bench` runs all of them, `make bench-NAME` one (with ARGS=gpt-0.81M of one model). They start their own
@@ -27,9 +28,10 @@ from tf_dist.bench import running
 
 NAMES = (
     "exact", "exact-cost", "comm", "optimizer", "step", "scaling", "memory", "nanogpt", "network", "parallel",
+    "strategies",
 )  # fmt: skip
 # These take words: names of models, or the path of a text.
-WITH_WORDS = ("step", "scaling", "memory", "nanogpt", "parallel")
+WITH_WORDS = ("step", "scaling", "memory", "nanogpt", "parallel", "strategies")
 
 
 def main(argv: list[str]) -> int:

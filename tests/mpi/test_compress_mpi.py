@@ -48,7 +48,7 @@ def test_fewer_bytes_travel(connected, everyone, kind, least):
     if kind == "topk":  # all ranks get what all others send
         least *= 2 / N
     assert sent[0] - few > least * (sent[1] - few)
-    assert "stayed behind" in made.update.said
+    assert "stayed behind" in made.update.cost
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -49,7 +49,7 @@ def test_it_learns_and_all_are_told_the_same(connected, everyone, staleness, tra
     assert len(set(everyone((trained.step, trained.tokens)))) == 1
     report = trained.update.load.report()
     if connected.rank == 0:
-        assert sum(report["staleness"].values()) == report["updates"] == 60 * trained.update.units
+        assert sum(report["staleness"].values()) == report["updates"] <= 60 * trained.update.units
         assert 0 < report["master_load"] <= 1
 
 

@@ -116,7 +116,7 @@ class Compressed:
         """Nothing: all ranks hold the same weights."""
 
     @property
-    def said(self) -> str:
+    def cost(self) -> str:
         """What it has cost so far, for a person; nothing where there were no sums."""
         spent = self.spent
         if not spent.sums:

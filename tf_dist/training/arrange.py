@@ -20,6 +20,7 @@ from tf_dist.parallel.dealing import micro_batches_of_a_unit
 from tf_dist.parallel.local import LocalSteps, Plan
 from tf_dist.parallel.mesh import DATA, Mesh, leaves_of
 from tf_dist.parallel.scatter import dealt
+from tf_dist.parallel.short import one_each
 from tf_dist.parallel.tree import BlockSum, order
 from tf_dist.parallel.updates import UPDATES
 from tf_dist.training.downpour import Asynchrony, Downpour
@@ -181,7 +182,7 @@ def _with_a_master(
     sums = BlockSum(replica.parameters, range(count), nothing)
     passes = passes_of_rows(replica, nothing, sums, buckets.Overlap(None, ""), mesh)
     no_xla = talks_inside(replica.model)
-    return Arrangement(replica, passes, update, nothing, order(nothing, []), update.said, no_xla)
+    return Arrangement(replica, passes, update, nothing, one_each(mesh.all.size), update.said, no_xla)
 
 
 def _update(replica: Weights, mesh: Mesh, mine: range, wishes: Wishes) -> tuple[Any, str]:

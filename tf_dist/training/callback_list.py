@@ -64,6 +64,8 @@ class RankCallbackList(keras.callbacks.CallbackList):
         model: being trained.
         comm: all ranks.
         lone_optimizer: only rank 0's takes steps, and so only it has moving averages of the weights.
+        lockstep: whether ranks end their batches together. Where not, they agree when an epoch ends: until
+            then rank 0's learning rate is the one that counts, and a wish to stop travels with gradients.
         **params: as in Keras.
     """
 
@@ -76,12 +78,15 @@ class RankCallbackList(keras.callbacks.CallbackList):
         *,
         comm: Comm,
         lone_optimizer: bool = False,
+        lockstep: bool = True,
         **params: Any,
     ) -> None:
         self.comm = comm
         everything = keras.tree.flatten(callbacks) if callbacks else []
         # What a callback that is not kept here may do to rank 0 concerns this rank as well.
         self._may_change = [_may_change(everything, hooks) for hooks in (BEGIN, END)]
+        if not lockstep:
+            self._may_change = [False, False]
         self._may_restore = any(isinstance(one, keras.callbacks.BackupAndRestore) for one in everything)
         swaps = any(isinstance(one, keras.callbacks.SwapEMAWeights) for one in everything)
         self._lends_averages = lone_optimizer and swaps

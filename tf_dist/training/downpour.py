@@ -129,6 +129,16 @@ class Downpour:
         lead = f"at most {bound} global batch{'es' * (bound > 1)} ahead" if bound else "one batch at a time"
         return f"a master deals out units of {unit}, {lead}"
 
+    @property
+    def cost(self) -> str:
+        """What the master has done so far, for a person."""
+        report = self.load.report()
+        mean = sum(stale * count for stale, count in self.load.staleness.items()) / max(1, self.load.updates)
+        return (
+            f"{report['updates_per_s']:.1f} updates/s, busy {100 * report['master_load']:.0f} % of the time, "
+            f"gradients {mean:.1f} updates old on average"
+        )
+
     def take(self, batches: Batches, totals: Totals, clip_norm: float, limit: int) -> float:
         """Do this rank's part of a global batch.
 
@@ -256,7 +266,8 @@ class _Peer:
     """What the master knows of a worker.
 
     head, gradient: where its next message comes, and the requests. unit: what it computes. version: of the
-    weights it has. clock: the batch whose end it waits for; None where it does not wait.
+    weights it has. clock: the batch whose end it waits for; None where it does not wait. told: all batches
+    before it are known to be done.
     """
 
     rank: int
@@ -267,6 +278,7 @@ class _Peer:
     unit: Unit | None = None
     version: int = -1
     clock: int | None = None
+    told: int = 0
     sends: list[Pending] = field(default_factory=list)
 
 
@@ -310,23 +322,31 @@ class Master:
             unit = self._dealer.deal(self._limit) if self._trains and not self._waiting else None
             if unit is not None:
                 self._accept(self._own(unit, batches))
-            elif not self._look():
-                self._check_patience()
-                time.sleep(LOOK_EVERY_S)
+            else:
+                self._look_or_wait()
+            self._answer()
+        while clock + 1 >= self._limit and any(peer.told <= clock for peer in self._peers):
+            self._look_or_wait()  # whoever has had no unit of the last batch waits for its result
             self._answer()
         self._load.served_s += time.monotonic() - begun
         self.rate(clock + 1, 1.0)
         return self._results[clock]
 
     def renew(self) -> None:
-        """Whoever looks at the model when all meet may change it: nobody has these weights."""
+        """Begin anew after all have met."""
+        # Whoever looks at the model may change it: nobody has these weights. And all agree whether to stop.
         self._version += 1
+        self._stop_at = None
 
     # Listening -------------------------------------------------------------------------------------
 
     def _listen(self, peer: _Peer) -> None:
-        """Let a worker's next message come, where it is not on its way."""
-        if peer.coming is None and peer.clock is None:
+        """Let a worker's next message come, where it is not on its way.
+
+        Nothing comes, before all have met, from one that has no unit and knows all results; a receive that
+        was posted for it would take the message of another trainer.
+        """
+        if peer.coming is None and peer.clock is None and (peer.unit or peer.told < self._limit):
             peer.coming = self._comm.irecv(peer.head, peer.rank, PUSH_TAG)
             if peer.unit is not None:
                 peer.work = self._comm.irecv(peer.gradient, peer.rank, GRADIENT_TAG)
@@ -350,7 +370,10 @@ class Master:
             self._waiting.append(peer)
         return bool(came)
 
-    def _check_patience(self) -> None:
+    def _look_or_wait(self) -> None:
+        if self._look():
+            return
+        time.sleep(LOOK_EVERY_S)
         if time.monotonic() - self._heard > PATIENCE_S:
             missing = [peer.rank for peer in self._peers if peer.clock is None]
             raise LaunchError(
@@ -445,8 +468,7 @@ class Master:
                 continue
             peer.unit, peer.clock = unit, None
             self._reply(peer)
-            if unit is not None:
-                self._listen(peer)
+            self._listen(peer)
 
     def _reply(self, peer: _Peer) -> None:
         begun = time.monotonic()
@@ -457,6 +479,7 @@ class Master:
         for one in peer.sends:  # what he was told before: it has come, for he has answered
             one.wait()
         answer = np.array([*head, *np.ravel(told)], np.float64)
+        peer.told = self._dealer.done
         peer.sends = [self._comm.isend(answer, peer.rank, REPLY_TAG)]
         if peer.unit is not None and peer.version != self._version:
             peer.sends.append(self._comm.isend(self._weights(), peer.rank, WEIGHTS_TAG))

@@ -11,6 +11,7 @@ import keras
 
 from tf_dist.data.tokens import Sequences
 from tf_dist.training.callback_list import RankCallbackList
+from tf_dist.training.downpour import Downpour
 
 if TYPE_CHECKING:
     from tf_dist.training.trainer import Trainer
@@ -104,6 +105,7 @@ class Fit:
             model=model,
             comm=trainer.comm,
             lone_optimizer=trainer.lone_optimizer,
+            lockstep=not isinstance(trainer.update, Downpour),
             epochs=math.ceil(self.steps / self.stretch),
             steps=self.stretch,
             verbose=1,  # for a ProgbarLogger among the callbacks; none is added

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tf_dist.errors import CheckpointError, SavedAndStopped
 from tf_dist.parallel.buckets import spent
 from tf_dist.parallel.compressed import Compressed
 from tf_dist.training import checkpoint, state
+from tf_dist.training.downpour import Downpour
 from tf_dist.training.environment import bits_depend_on, changes
 from tf_dist.training.generate import Sampling, write_on
 from tf_dist.training.plots import loss_curve
@@ -135,8 +137,7 @@ class Job:
             say(f"step {self.trainer.step} was already reached: raise --steps, or choose another --run-dir")
         if found := spent(self.comm):
             say(f"exchange     {found}")
-        if isinstance(self.trainer.update, Compressed) and self.trainer.update.said:
-            say(f"compression  {self.trainer.update.said}")
+        self._say_of_update()
         picture = run.path / "loss.png"
         if loss_curve(run.metrics, picture, f"{self.config.model}, {self.comm.size} ranks"):
             say(f"loss curve   {picture}")
@@ -144,6 +145,16 @@ class Job:
             say("no picture of the loss: `pip install matplotlib` draws one")
         say(f"sample       (after the words before the arrow)\n{sample}")
         say(f"more text    python scripts/generate.py --run-dir {run.path} --prompt 'def '")
+
+    def _say_of_update(self) -> None:
+        """What compression or a master has cost, where there was one; kept beside the metrics."""
+        update = self.trainer.update
+        if isinstance(update, Compressed) and update.cost:
+            self.run.say(f"compression  {update.cost}")
+        if isinstance(update, Downpour) and update.load.updates:
+            report = update.load.report()
+            self.run.write("asynchronous.json", json.dumps(report, indent=1) + "\n")
+            self.run.say(f"master       {update.cost}, in {self.run.path / 'asynchronous.json'}")
 
     def _sample(self) -> str:
         """Text that the model continues from the beginning of the validation text; a collective."""

@@ -1,0 +1,74 @@
+"""Whole jobs with updates that talk less: each trains, validates, saves, writes text, and goes on."""
+
+import json
+
+import pytest
+
+STEPS, HALF = 8, 4
+WAYS = {
+    "local-sgd": ("--update", "local-sgd", "--sync-every", "3", "--sync-warmup-steps", "1"),
+    "diloco": ("--update", "diloco", "--sync-every", "2", "--outer-precision", "bfloat16"),
+    "downpour": ("--update", "downpour", "--staleness", "2", "--master-trains", "on"),
+    "no staleness": ("--update", "downpour", "--staleness", "0"),
+    "bf16": ("--compression", "bf16"),
+    "topk": ("--compression", "topk", "--compression-density", "0.1"),
+    "powersgd": ("--compression", "powersgd", "--compression-rank", "2"),
+    "allreduce": (),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(launcher, small, tmp_path_factory):
+    """The folder of each run on two ranks, all made by one job; and of each gone on with from half of it."""
+    folder = tmp_path_factory.mktemp("updates")
+    whole, gone_on = [], []
+    for name, more in WAYS.items():
+        flags = [*small, "--steps", STEPS, "--save-every", HALF, "--eval-every", HALF, *more]
+        flags += ["--threads-per-rank", "1"]
+        whole.append([*flags, "--run-dir", folder / name])
+        saved = folder / name / "checkpoints" / f"step-{HALF:08d}"
+        gone_on.append([*flags, "--resume", saved, "--run-dir", folder / f"{name}-again"])
+    job = launcher.several(2, "train.py", whole + gone_on, cwd=folder).wait()
+    assert job.code == 0, job.output
+    return folder, job.output
+
+
+def status(path):
+    return json.loads((path / "status.json").read_text())
+
+
+def losses(path):
+    return {row["step"]: row["loss"] for row in map(json.loads, (path / "metrics.jsonl").open())}
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_it_trains_validates_and_goes_on(runs, name):
+    folder, _ = runs
+    path, again = folder / name, folder / f"{name}-again"
+    assert status(path)["state"] == status(again)["state"] == "done"
+    found, later = losses(path), losses(again)
+    assert sorted(found) == list(range(1, STEPS + 1)) and sorted(later) == list(range(HALF + 1, STEPS + 1))
+    assert found[STEPS] < found[1]
+    if name != "downpour":  # whose order of gradients is that of their coming
+        assert status(again)["weights_sha256"] == status(path)["weights_sha256"]
+        assert all(later[step] == found[step] for step in later)
+
+
+def test_no_staleness_is_allreduce_to_the_bit(runs):
+    folder, _ = runs
+    shas = {status(folder / name)["weights_sha256"] for name in ("no staleness", "allreduce")}
+    assert len(shas) == 1
+
+
+def test_what_is_said(runs):
+    _, output = runs
+    assert output.count("weights of all ranks meet every 3 steps") == 2
+    assert output.count("a master deals out units of") == 4
+    assert output.count("stayed behind") == 6
+
+
+def test_what_the_master_did_is_kept(runs):
+    folder, _ = runs
+    report = json.loads((folder / "downpour" / "asynchronous.json").read_text())
+    assert sum(report["staleness"].values()) == report["updates"] > STEPS
+    assert 0 < report["master_load"] <= 1 and report["updates_per_s"] > 0

@@ -1,0 +1,392 @@
+"""Every update and compression: validation loss over steps, time and bytes; slow networks, a slow rank.
+
+    python scripts/bench.py strategies            # learn, hosts and slow, about an hour
+    python scripts/bench.py strategies learn lstm-1.08M steps=300
+    python scripts/bench.py strategies hosts      # or slow: one rank that takes twice as long
+
+``learn`` trains tinyshakespeare's characters on 2 and 4 ranks of this machine, all strategies one after
+another in one job, with the same rows in the same order. ``hosts`` times steps of a larger model on two
+emulated hosts: what a strategy learns does not depend on the network, but for downpour. ``slow`` lets the last
+rank sleep as long as it computes.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tf_dist.bench import memory, models, network, pictures, running
+from tf_dist.bench.nanogpt import TEXTS
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from tf_dist.comm.base import Comm
+    from tf_dist.training.trainer import Trainer
+
+MODULE = "tf_dist.bench.strategies"
+FOLDER = running.FOLDER / "strategies"
+PARTS = ("learn", "hosts", "slow")
+LEARNT, TIMED, SLOWED = ("gpt-0.81M", "lstm-1.08M"), "gpt-10.7M", "gpt-0.81M"
+RANKS, HOSTS, RATES = (2, 4), 2, ("1gbit", "100mbit")
+# Of all ranks, in a step; so that four ranks have a micro-batch each.
+ROWS, MICRO_BATCHES = {"gpt-0.81M": 12, "lstm-1.08M": 32, "gpt-10.7M": 8}, 4
+OPTIONS = {"steps": 500, "every": 100}
+VALIDATED, WARM_UP, TIMED_STEPS = 128, 4, 12
+# In `hosts` replicas meet this often, so that meetings can be timed; figures are for the H of NAMES.
+MEETING_EVERY = 4
+
+
+# Options about the first steps of a training.
+FIRST = ("sync_warmup_steps", "compression_start")
+
+
+class Strategy(NamedTuple):
+    """An update with its options, by the names of `tf_dist.config.Config`."""
+
+    update: str = "allreduce"
+    options: dict[str, Any] = {}  # noqa: RUF012 - never changed
+
+
+NAMES = {
+    "allreduce": Strategy(),
+    "bf16": Strategy(options={"compression": "bf16"}),
+    "powersgd 4": Strategy(options={"compression": "powersgd", "compression_start": 20}),
+    "topk 1 %": Strategy(options={"compression": "topk", "compression_start": 20}),
+    "local-sgd 8": Strategy("local-sgd", {"sync_every": 8}),
+    "diloco 50": Strategy("diloco", {"sync_every": 50, "sync_warmup_steps": 100}),
+    "downpour 0": Strategy("downpour", {"staleness": 0, "master_trains": "on"}),
+    "downpour 4": Strategy("downpour", {"staleness": 4, "master_trains": "on"}),
+}
+PLAIN = "allreduce"
+
+
+def main(words: Sequence[str] = ()) -> int:
+    """Start the jobs of the parts that are named, or of all; tables, a JSON file and a picture."""
+    options, parts, chosen = dict(OPTIONS), [], []
+    for word in words:
+        key, equals, value = word.partition("=")
+        if equals and key in options:
+            options[key] = int(value)
+        elif word in PARTS:
+            parts.append(word)
+        else:
+            chosen += models.chosen([word])
+    text = next((path for path in TEXTS if path.is_file()), None)
+    if text is None:
+        print(f"bench-strategies: skipped, for there is no text: none of {', '.join(map(str, TEXTS))}")
+        return 0
+    report: dict[str, Any] = {"text": text.name, "options": options}
+    if "learn" in (parts or PARTS):
+        report["learn"] = [
+            learnt(ranks, model, text, options) for model in chosen or LEARNT for ranks in RANKS
+        ]
+    if "hosts" in (parts or PARTS):
+        report["hosts"] = timed_on_hosts(text)
+    if "slow" in (parts or PARTS):
+        print("one slow rank ...", flush=True)
+        report["slow"] = running.measured(4, MODULE, "slow", SLOWED, str(text), folder=FOLDER)
+        print(f"\n{slow_table(report['slow'])}\n", flush=True)
+    path = running.save("strategies", report)
+    print(f"in {path}")
+    for job in report.get("learn", []):
+        drawn = path.with_name(f"{path.stem}-{job['model']}-{job['ranks']}.png")
+        print(f"and {picture(job, drawn)}")
+    return 0
+
+
+def learnt(ranks: int, model: str, text: Path, options: dict[str, int]) -> dict[str, Any]:
+    """Train a model by each strategy."""
+    print(f"{model} on {ranks} ranks ...", flush=True)
+    words = ("learn", model, str(text), str(options["steps"]), str(options["every"]))
+    runs = running.measured(ranks, MODULE, *words, folder=FOLDER)
+    job = {"ranks": ranks, "model": model, "runs": runs}
+    print(f"\n{learn_table(job)}\n", flush=True)
+    return job
+
+
+def timed_on_hosts(text: Path) -> dict[str, Any]:
+    """Time each strategy's steps between two hosts."""
+    command = [sys.executable, str(network.CLUSTER)]
+    check = subprocess.run([*command, "--check"], capture_output=True, text=True)
+    if check.returncode in network.NOT_HERE:
+        print(f"two hosts are skipped: {check.stderr.strip()}")
+        return {}
+    found = {}
+    for rate in RATES:
+        print(f"two hosts at {rate} ...", flush=True)
+        by = [*command, "--hosts", str(HOSTS), "--rate", rate, "--"]
+        found[rate] = running.measured(HOSTS, MODULE, "hosts", TIMED, str(text), rate, folder=FOLDER, by=by)
+        print(f"\n{hosts_table(rate, found[rate])}\n", flush=True)
+    return found
+
+
+# What is shown -------------------------------------------------------------------------------------
+
+
+def learn_table(job: dict[str, Any]) -> str:
+    """A line for each strategy; losses beside that of plain allreduce."""
+    runs = job["runs"]
+    plain = runs[PLAIN]["points"][-1]
+    rows = []
+    for name, run in runs.items():
+        step, seconds, sent, loss = run["points"][-1]
+        rows.append(
+            [
+                name,
+                f"{loss:.4f}",
+                f"{100 * (loss / plain[3] - 1):+.1f} %",
+                f"{seconds:.1f}",
+                f"{run['tokens'] / seconds:,.0f}",
+                f"{memory.MB * sent / step:.3f}",
+                f"{plain[2] / sent:.1f}" if sent else "",
+                f"{memory.MB * run['peak_pss']:.0f}",
+            ]
+        )
+    head = [
+        f"{job['model']}, {running.ranks_named(job['ranks'])} ranks", "val loss", "gap", "train s",
+        "tokens/s", "sent MB/step", "fewer", "peak MB",
+    ]  # fmt: skip
+    return running.table(head, rows)
+
+
+def hosts_table(rate: str, runs: dict[str, Any]) -> str:
+    """Tokens per second over a network; the ratios last."""
+    plain, alone = runs[PLAIN]["step_ms"], runs["compute alone"]["step_ms"]
+    rows = [
+        [
+            name,
+            f"{run['step_ms']:.0f}",
+            f"{run['tokens'] / run['step_ms'] * 1e3:,.0f}",
+            f"{memory.MB * run['sent']:.2f}",
+            f"{plain / run['step_ms']:.2f}",
+            f"{alone / run['step_ms']:.2f}",
+        ]
+        for name, run in runs.items()
+    ]
+    head = [f"{TIMED}, two hosts at {rate}", "ms", "tokens/s", "sent MB", "to allreduce", "to compute alone"]
+    return running.table(head, rows)
+
+
+def slow_table(runs: dict[str, Any]) -> str:
+    """Tokens per second with all ranks alike, and with the last one slowed down."""
+    plain = runs[PLAIN]["slow_ms"]
+    rows = [
+        [
+            name,
+            *(f"{run['tokens'] / run[key] * 1e3:,.0f}" for key in ("even_ms", "slow_ms")),
+            f"{plain / run['slow_ms']:.2f}",
+        ]
+        for name, run in runs.items()
+    ]
+    head = [f"{SLOWED}, {running.ranks_named(4)} ranks, tokens/s", "even", "one slow", "to allreduce"]
+    return running.table(head, rows)
+
+
+def picture(job: dict[str, Any], path: Path) -> Path:
+    """Validation loss over steps, seconds and bytes, a line for each strategy."""
+    title = f"{job['model']}, {job['ranks']} ranks"
+    axes = (("steps", 0, 1.0), ("seconds of training", 1, 1.0), ("MB sent by a rank", 2, memory.MB))
+    panels = []
+    for axis, column, scale in axes:
+        drawn = {
+            name: [(scale * point[column], point[3]) for point in run["points"] if point[column] > 0]
+            for name, run in job["runs"].items()
+        }
+        drawn = {name: points for name, points in drawn.items() if points}
+        if drawn:
+            panels.append(pictures.Lines(title, axis, "validation loss", drawn, log=column == 2))
+    return pictures.lines(path, panels)
+
+
+# On the ranks --------------------------------------------------------------------------------------
+
+
+def main_on_ranks(kind: str, words: Sequence[str], out: Path) -> None:
+    """Do a part; rank 0 writes what was found."""
+    from tf_dist.comm import launch
+
+    comm = launch.connect()
+    model, text, *more = words
+    tokens, held_out = split(Path(text))
+    found: dict[str, Any] = {}
+    for name in NAMES:
+        if kind == "learn":
+            found[name] = learn(comm, model, name, tokens, held_out, *map(int, more))
+        elif kind == "hosts":
+            found[name] = time_steps(comm, model, name, tokens)
+        else:
+            found[name] = time_with_a_slow_rank(comm, model, name, tokens)
+    if kind == "hosts":
+        from tf_dist.bench import ways
+
+        step = ways.compute_alone(models.RECIPES[model].sizes, ROWS[model] // comm.size)
+        taken = [running.slowest(comm, step) for _ in range(WARM_UP + TIMED_STEPS)][WARM_UP:]
+        tokens_of_a_step = ROWS[model] * models.RECIPES[model].sizes["seq_len"]
+        found["compute alone"] = {
+            "step_ms": statistics.median(taken),
+            "tokens": tokens_of_a_step,
+            "sent": 0.0,
+        }
+    if comm.rank == 0:
+        out.write_text(json.dumps(found))
+
+
+def split(text: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Characters as numbers: nine tenths to train on, the last to validate."""
+    import numpy as np
+
+    _, ids = np.unique(np.frombuffer(text.read_bytes(), np.uint8), return_inverse=True)
+    cut = int(0.9 * ids.size)
+    return ids[:cut].astype(np.uint16), ids[cut:].astype(np.uint16)
+
+
+def trainer_of(
+    comm: Comm, model: str, name: str, steps: int, meeting_every: int = 0, allreduce: str = "auto"
+) -> Trainer:
+    """A trainer with the recipe's model and schedule, the same but for the strategy.
+
+    Where ``meeting_every`` is given it does from the first step on what it does after the first ones.
+    """
+    import keras
+
+    from tf_dist.config import Config
+    from tf_dist.models.build import build
+    from tf_dist.training import optimizers
+    from tf_dist.training.arrange import options_of
+    from tf_dist.training.trainer import Trainer
+
+    keras.utils.set_random_seed(1)
+    update, options = NAMES[name]
+    if meeting_every:
+        options = {key: value for key, value in options.items() if key not in FIRST}
+        if "sync_every" in options:
+            options["sync_every"] = meeting_every
+    config = Config(
+        **models.RECIPES[model].sizes, vocab_size=models.VOCABULARY, update=update, steps=steps,
+        optimizer_args={"beta_2": 0.99}, warmup_steps=min(100, steps // 5), **options,
+    )  # fmt: skip
+    built = build(config)
+    groups: dict[str, Any] = options_of(config)
+    return Trainer(
+        built, optimizers.build(config, built, steps), comm, update,
+        global_batch_size=ROWS[model], micro_batch_size=ROWS[model] // MICRO_BATCHES,
+        seq_len=config.seq_len, clip_norm=1.0, check_every=0, allreduce=allreduce, **groups,
+    )  # fmt: skip
+
+
+def learn(
+    comm: Comm, model: str, name: str, tokens: np.ndarray, held_out: np.ndarray, steps: int, every: int
+) -> dict[str, Any]:
+    """Train, and validate now and then. Points: step, seconds of training, bytes sent by a rank, loss."""
+    trainer = trainer_of(comm, model, name, steps)
+    trainer.tuning.choose()
+    sequences = trainer.sequences(tokens)
+    sampler, points = trainer.sampler(sequences), []
+    few = held_out[: VALIDATED * trainer.seq_len + 1]
+    trainer.last_step = steps
+    trainer.meets_every = {every}
+    seconds, sent = 0.0, 0
+    with memory.Watch() as watch:
+        while trainer.step < steps:
+            comm.barrier()
+            begun, before = time.perf_counter(), comm.sent_bytes
+            for _ in range(every):
+                trainer.train_step(sequences, sampler)
+            trainer.meet()
+            comm.barrier()
+            seconds += time.perf_counter() - begun
+            sent += comm.sent_bytes - before
+            most = max(comm.allgather_obj(sent))
+            points.append([trainer.step, seconds, most, trainer.validate(few)["val_loss"]])
+    peak = max(comm.allgather_obj(watch.peak_pss))
+    # Meetings and compressed sums of the next strategies are to be messages, to be counted.
+    comm.forget_buffers(trainer.replica.parameters, trainer.arrangement.order)
+    if name == PLAIN:
+        each = bytes_of_a_step(comm, model, tokens)
+        points = [[step, seconds, each * step, loss] for step, seconds, _, loss in points]
+    return {"points": points, "tokens": steps * ROWS[model] * trainer.seq_len, "peak_pss": peak}
+
+
+def bytes_of_a_step(comm: Comm, model: str, tokens: np.ndarray) -> float:
+    """What the rank that sends most sends in a step of allreduce by messages; a window sends nothing."""
+    step = stepper(trainer_of(comm, model, PLAIN, 100, allreduce="messages"), tokens)
+    step()
+    before = comm.sent_bytes
+    step()
+    return float(max(comm.allgather_obj(comm.sent_bytes - before)))
+
+
+def time_steps(comm: Comm, model: str, name: str, tokens: np.ndarray) -> dict[str, Any]:
+    """Median milliseconds and bytes of a step; meetings counted as often as the strategy has them."""
+    trainer = trainer_of(comm, model, name, 1000, MEETING_EVERY)
+    step = stepper(trainer, tokens)
+    taken, sent = [], []
+    for _ in range(WARM_UP + TIMED_STEPS):
+        before = comm.sent_bytes
+        taken.append(running.slowest(comm, step))
+        sent.append(max(comm.allgather_obj(comm.sent_bytes - before)))
+    every = NAMES[name].options.get("sync_every", 1)
+    return {
+        "step_ms": mean_of_a_cycle(taken[WARM_UP:], every),
+        "sent": mean_of_a_cycle(sent[WARM_UP:], every),
+        "tokens": ROWS[model] * trainer.seq_len,
+    }
+
+
+def mean_of_a_cycle(values: Sequence[float], every: int) -> float:
+    """The mean over ``every`` steps, one of them a meeting, from steps of which each fourth is one."""
+    if every == 1:
+        return statistics.median(values)
+    meetings = values[MEETING_EVERY - 1 :: MEETING_EVERY]
+    others = [value for at, value in enumerate(values) if (at + 1) % MEETING_EVERY]
+    return (statistics.median(meetings) + (every - 1) * statistics.median(others)) / every
+
+
+def stepper(trainer: Trainer, tokens: np.ndarray) -> Any:
+    """A function that takes a step."""
+    sequences = trainer.sequences(tokens)
+    sampler = trainer.sampler(sequences)
+    return lambda: trainer.train_step(sequences, sampler)
+
+
+def time_with_a_slow_rank(comm: Comm, model: str, name: str, tokens: np.ndarray) -> dict[str, Any]:
+    """Milliseconds of a global batch with all ranks alike, and with the last one twice as slow."""
+    trainer = trainer_of(comm, model, name, 1000)
+    replica: Any = trainer.replica
+    gradients, slow = replica.gradients, [False]
+
+    def slowly(*arguments: Any) -> Any:
+        begun = time.perf_counter()
+        found = gradients(*arguments)
+        if slow[0]:
+            time.sleep(time.perf_counter() - begun)
+        return found
+
+    replica.gradients = slowly
+    step = stepper(trainer, tokens)
+    taken = {}
+    for kind in ("even_ms", "slow_ms"):
+        slow[0] = kind == "slow_ms" and comm.rank == comm.size - 1
+        trainer.last_step = trainer.step + WARM_UP
+        for _ in range(WARM_UP):
+            step()
+        comm.barrier()
+        count = 4 * TIMED_STEPS
+        trainer.last_step = trainer.step + count
+        begun = time.perf_counter()
+        for _ in range(count):  # not one by one: who may run ahead is to do so
+            step()
+        comm.barrier()
+        taken[kind] = 1e3 * (time.perf_counter() - begun) / count
+    return {**taken, "tokens": ROWS[model] * trainer.seq_len}
+
+
+if __name__ == "__main__":
+    main_on_ranks(sys.argv[1], sys.argv[2:-1], Path(sys.argv[-1]))
