@@ -6,8 +6,8 @@
 
 ``learn`` trains tinyshakespeare's characters on 2 and 4 ranks of this machine, all strategies one after
 another in one job, with the same rows in the same order. ``hosts`` times steps of a larger model on two
-emulated hosts: what a strategy learns does not depend on the network, but for downpour. ``slow`` lets the last
-rank sleep as long as it computes.
+emulated hosts: what a strategy learns does not depend on the network, but for downpour. ``slow`` lets the
+last rank sleep as long as it computes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ RANKS, HOSTS, RATES = (2, 4), 2, ("1gbit", "100mbit")
 ROWS, MICRO_BATCHES = {"gpt-0.81M": 12, "lstm-1.08M": 32, "gpt-10.7M": 8}, 4
 OPTIONS = {"steps": 500, "every": 100}
 VALIDATED, WARM_UP, TIMED_STEPS = 128, 4, 12
-# In `hosts` replicas meet this often, so that meetings can be timed; figures are for the H of NAMES.
+# In `hosts` and `slow` replicas meet this often, so that meetings can be timed; `hosts` is for the H of NAMES.
 MEETING_EVERY = 4
 
 
@@ -358,7 +358,7 @@ def stepper(trainer: Trainer, tokens: np.ndarray) -> Any:
 
 def time_with_a_slow_rank(comm: Comm, model: str, name: str, tokens: np.ndarray) -> dict[str, Any]:
     """Milliseconds of a global batch with all ranks alike, and with the last one twice as slow."""
-    trainer = trainer_of(comm, model, name, 1000)
+    trainer = trainer_of(comm, model, name, 1000, MEETING_EVERY)
     replica: Any = trainer.replica
     gradients, slow = replica.gradients, [False]
 
