@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 # Updates whose replicas step by themselves and meet now and then.
 LOCAL = ("local-sgd", "diloco")
-COMPRESSIONS = ("bf16", "topk", "powersgd")
+COMPRESSIONS = ("bf16", "topk", "powersgd", "onebit")
 # Options, and the values of another to which they mean something.
 BELONGS_TO = {
     "staleness": ("update", ("downpour",)),
@@ -102,6 +102,12 @@ def _check_compression(config: Config) -> None:
     if not 0 < config.compression_density <= 1:
         raise UsageError(
             f"compression_density is {config.compression_density:g}: a share above 0, at most 1; use 0.01"
+        )
+    if kind == "onebit" and (config.compression_start < 1 or config.optimizer not in ("adam", "adamw")):
+        raise UsageError(
+            f"compression onebit with compression_start {config.compression_start} and optimizer "
+            f"{config.optimizer}: it needs the variance that adam or adamw has found in some hundred steps "
+            "before. Use compression_start 200, optimizer adamw"
         )
     if config.compression_momentum >= 1:
         raise UsageError(f"compression_momentum is {config.compression_momentum:g}: it must be below 1")

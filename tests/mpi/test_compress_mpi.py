@@ -15,6 +15,7 @@ KINDS = {
     "bf16": {},
     "topk": {"compression_density": 0.1},
     "powersgd": {"compression_rank": 2, "compression_least_rate": 1.5},
+    "onebit": {"compression_start": 2},
 }
 pytestmark = pytest.mark.filterwarnings("ignore:.*it costs more than it saves")
 

@@ -6,13 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from thread_comm import on_ranks
 
-from tf_dist.parallel.compress import BFloat16, PowerSGD, TopK, gathered, largest
+from tf_dist.parallel.compress import BFloat16, OneBit, PowerSGD, TopK, gathered, largest
+from tf_dist.parallel.onebit import BLOCK, decode, encode, encoded_bytes
 
 SHAPES = [(40, 24), (24,), (6, 5), (3, 16, 8)]
 P = sum(int(np.prod(shape)) for shape in SHAPES)
 STEPS = 4
 MADE = {
     "bfloat16": lambda: BFloat16(P),
+    "onebit": lambda: OneBit(P),
     "topk": lambda: TopK(P, 0.05),
     "powersgd": lambda: PowerSGD(SHAPES, 2),
 }
@@ -156,6 +158,22 @@ def test_the_threshold_of_a_large_array_comes_from_a_sample():
     places = largest(array, 20_000)
     assert 15_000 <= places.size <= 26_000
     assert np.abs(array[places]).min() >= np.abs(np.delete(array, places)).max()
+
+
+@given(st.integers(0, 5000), st.integers(0, 9))
+def test_signs_and_magnitudes(length, seed):
+    array = np.random.default_rng([length, seed]).standard_normal(length).astype(np.float32)
+    raw = np.empty(encoded_bytes(length), np.uint8)
+    encode(array, raw)
+    back = decode(raw, length)
+    assert np.array_equal(back >= 0, array >= 0)
+    for start in range(0, length, BLOCK):
+        block = slice(start, start + BLOCK)
+        np.testing.assert_allclose(np.abs(back[block]), np.abs(array[block]).mean(), rtol=1e-5)
+
+
+def test_signs_are_a_thirty_second():
+    assert encoded_bytes(1_000_000) < 4 * 1_000_000 / 31
 
 
 def test_places_and_values_of_all_ranks():

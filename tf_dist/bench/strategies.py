@@ -39,7 +39,7 @@ RANKS, HOSTS, RATES = (2, 4), 2, ("1gbit", "100mbit")
 ROWS, MICRO_BATCHES = {"gpt-0.81M": 12, "lstm-1.08M": 32, "gpt-10.7M": 8}, 4
 OPTIONS = {"steps": 500, "every": 100}
 VALIDATED, WARM_UP, TIMED_STEPS = 128, 4, 12
-# In `hosts` and `slow` replicas meet this often, so that meetings can be timed; `hosts` is for the H of NAMES.
+# In `hosts` and `slow` replicas meet this often, so that meetings can be timed; `hosts` counts with NAMES' H.
 MEETING_EVERY = 4
 
 

@@ -1,4 +1,4 @@
-"""Gradients that travel smaller than they are, with error feedback: bfloat16, top-k, PowerSGD.
+"""Gradients that travel smaller than they are, with error feedback: bfloat16, signs, top-k, PowerSGD.
 
 What a rank could not send stays with it and is added to its next gradient (Seide et al. 2014; Karimireddy et
 al. 2019), so that nothing is lost, only late:
@@ -23,6 +23,7 @@ import numpy as np
 from tf_dist.comm.base import Comm
 from tf_dist.errors import UsageError
 from tf_dist.parallel.flat import FlatLayout, aligned_empty
+from tf_dist.parallel.onebit import allreduce_signs
 from tf_dist.parallel.short import allreduce_bfloat16, one_each
 
 # Elements among which the threshold of top-k is looked for, as a share and at least.
@@ -36,7 +37,7 @@ class Compression:
     """How gradients are compressed; names are those of `tf_dist.config.Config`.
 
     Attributes:
-        compression: "none", "bf16", "topk" or "powersgd".
+        compression: "none", "bf16", "topk", "powersgd", or "onebit", which needs Adam.
         compression_density: k / P of top-k.
         compression_momentum: of each rank's gradients, with top-k.
         compression_rank: r of PowerSGD.
@@ -60,6 +61,8 @@ class Compression:
         parameters = sum(prod(shape) for shape in shapes)
         if self.compression == "bf16":
             return BFloat16(parameters)
+        if self.compression == "onebit":
+            return OneBit(parameters)
         if self.compression == "topk":
             return TopK(parameters, self.compression_density, self.compression_momentum)
         made = PowerSGD(shapes, self.compression_rank, self.compression_least_rate)
@@ -115,6 +118,14 @@ class BFloat16(Compressor):
     def _sum(self, wanted: np.ndarray, comm: Comm) -> np.ndarray:
         np.copyto(self.residual, wanted)
         allreduce_bfloat16(comm, wanted, self.residual)
+        return wanted
+
+
+class OneBit(Compressor):
+    """Signs, and a magnitude for each block: a thirty-second of the bytes."""
+
+    def _sum(self, wanted: np.ndarray, comm: Comm) -> np.ndarray:
+        allreduce_signs(comm, wanted, self.residual)
         return wanted
 
 

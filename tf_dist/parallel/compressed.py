@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
+from typing import Protocol
 
 import numpy as np
 
@@ -74,13 +76,19 @@ class Compressed:
         counts = totals.reduce(mesh.all)
         gradient = own_sum(terms, replica.parameters)
         gradient *= np.float32(1.0 / max(counts[TOKENS], 1.0))
+        self._folded = False
+        return self._step(gradient, counts, clip_norm, replica, mesh)
+
+    def _step(
+        self, gradient: np.ndarray, counts: np.ndarray, clip_norm: float, replica: Replica, mesh: Mesh
+    ) -> float:
+        """Sum and step; the norm."""
         self._check_finite(gradient, counts, mesh.all)
         total = self._sum(gradient, mesh.all)
         length = np.array([replica.norm(total)])
         mesh.all.broadcast(length)
         norm = float(length[0])
         replica.apply(total, min(1.0, clip_norm / norm) if clip_norm and norm > 0 else 1.0)
-        self._folded = False
         return norm
 
     def _sum(self, gradient: np.ndarray, comm: Comm) -> np.ndarray:
@@ -93,11 +101,12 @@ class Compressed:
         self.spent.error = _norm(self.compressor.residual) / wanted if wanted else 0.0
         return total
 
-    def _check_finite(self, gradient: np.ndarray, counts: np.ndarray, comm: Comm) -> None:
-        """Stop all ranks before what is not a number has come into a residual."""
+    def _check_finite(self, gradient: np.ndarray, counts: np.ndarray, comm: Comm) -> float:
+        """Stop all ranks before what is not a number has come into a residual; the sum of their norms."""
         norm = np.array([_norm(gradient)])
         comm.allreduce(norm)
         scale_of(float(norm[0]), counts, 0.0)
+        return float(norm[0])
 
     def fold(self, comm: Comm) -> None:
         """Give rank 0 what all ranks have not sent yet; a collective.
@@ -126,6 +135,57 @@ class Compressed:
             f"{1e3 * spent.seconds / spent.sums:.1f} ms and {spent.bytes / spent.sums / 1e6:.2f} MB a step "
             f"for gradients of {plain / 1e6:.2f} MB; {100 * spent.error:.0f} % of the last one stayed behind"
         )
+
+
+class MomentumStep(Protocol):
+    """An optimizer that steps by a momentum which ranks make together."""
+
+    beta: float
+
+    def read(self, out: np.ndarray) -> None:
+        """Copy the momentum, (P,), of the last step."""
+
+    def apply(self, momentum: np.ndarray) -> None:
+        """Take over a momentum, (P,), and step by it."""
+
+
+class CompressedMomentum(Compressed):
+    """1-bit Adam (Tang et al. 2021): after the first steps the variance is frozen, and the momentum travels.
+
+    Each rank gives its part of the new momentum, beta m / R + (1 - beta) g_r. Adam's step is not linear in
+    gradients, so that what was not sent of them could not be made up for; with a frozen variance it is linear
+    in the momentum.
+
+    Clipping is by the sum of the norms of all ranks' gradients, which is at least the norm of their sum.
+
+    Args:
+        compressor: of this rank.
+        start_step: steps of plain Adam before, at least one.
+        optimizer_step: called once the variance is frozen, for the step that uses it.
+    """
+
+    def __init__(
+        self, compressor: Compressor, start_step: int, optimizer_step: Callable[[], MomentumStep]
+    ) -> None:
+        super().__init__(compressor, start_step)
+        self._make = optimizer_step
+        self._momentum_step: MomentumStep | None = None
+
+    def _step(
+        self, gradient: np.ndarray, counts: np.ndarray, clip_norm: float, replica: Replica, mesh: Mesh
+    ) -> float:
+        norm = self._check_finite(gradient, counts, mesh.all)
+        if self._momentum_step is None:
+            self._momentum_step = self._make()
+        beta = self._momentum_step.beta
+        clipped = min(1.0, clip_norm / norm) if clip_norm and norm > 0 else 1.0
+        momentum = np.empty_like(gradient)
+        self._momentum_step.read(momentum)
+        momentum *= np.float32(beta / mesh.all.size)
+        gradient *= np.float32((1.0 - beta) * clipped)
+        momentum += gradient
+        self._momentum_step.apply(self._sum(momentum, mesh.all))
+        return norm
 
 
 def tried(compressor: Compressor, comm: Comm) -> dict[str, float]:

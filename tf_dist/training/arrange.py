@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import keras
@@ -15,7 +16,7 @@ from tf_dist.degrees import share
 from tf_dist.errors import UsageError
 from tf_dist.parallel import buckets, carrier, zero
 from tf_dist.parallel.compress import Compression
-from tf_dist.parallel.compressed import Compressed, tried
+from tf_dist.parallel.compressed import Compressed, CompressedMomentum, tried
 from tf_dist.parallel.dealing import micro_batches_of_a_unit
 from tf_dist.parallel.local import LocalSteps, Plan
 from tf_dist.parallel.mesh import DATA, Mesh, leaves_of
@@ -24,6 +25,7 @@ from tf_dist.parallel.short import one_each
 from tf_dist.parallel.tree import BlockSum, order
 from tf_dist.parallel.updates import UPDATES
 from tf_dist.training.downpour import Asynchrony, Downpour
+from tf_dist.training.frozen_adam import FrozenAdam, check_adam
 from tf_dist.training.gathered import GatheredReplica, GatheringPasses
 from tf_dist.training.leaving import LeavingPasses
 from tf_dist.training.passes import Passes
@@ -217,7 +219,16 @@ def _compressed(replica: Weights, mesh: Mesh, wishes: Wishes) -> tuple[Compresse
         said += f", {took['compressed_ms']:.2f} ms (plain, by messages, {took['plain_ms']:.2f} ms)"
         if took["compressed_ms"] > took["plain_ms"] and mesh.all.rank == 0:
             warnings.warn(f"{said}: it costs more than it saves here. Use --compression none", stacklevel=2)
-    return Compressed(compressor, options.compression_start), said
+    if options.compression != "onebit":
+        return Compressed(compressor, options.compression_start), said
+    check_adam(replica.optimizer)
+    if options.compression_start < 1:
+        raise UsageError(
+            f"compression_start is {options.compression_start}: onebit needs the variance that Adam has found "
+            "in some hundred steps before it is frozen. Use --compression-start 200"
+        )
+    frozen = partial(FrozenAdam, replica, options.compression_start)
+    return CompressedMomentum(compressor, options.compression_start, frozen), said
 
 
 def _zero_2_or_3(

@@ -1,0 +1,82 @@
+"""Sums of which only signs travel, with the mean magnitude of each block: 32 times fewer bytes.
+
+As in 1-bit SGD (Seide et al. 2014) with one scale for each block, and exchanged like bfloat16 (`short`):
+every rank adds its slice of all terms, then the sums are reduced to signs once more and gathered.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tf_dist.comm.base import TAGS, Comm, slices_of_blocks
+
+# Elements that share a scale; a whole number of the blocks at which slices are cut.
+BLOCK = 2048
+# Of the messages of a sum.
+TAG = TAGS - 2
+
+
+def encoded_bytes(length: int) -> int:
+    """Bytes of so many elements."""
+    return 4 * -(-length // BLOCK) + -(-length // 8)
+
+
+def encode(array: np.ndarray, out: np.ndarray) -> None:
+    """Reduce float32 to signs and mean magnitudes.
+
+    Args:
+        array: any length.
+        out: uint8, of `encoded_bytes`.
+    """
+    scales = -(-array.size // BLOCK)
+    starts = np.arange(0, array.size, BLOCK)
+    counts = np.minimum(BLOCK, array.size - starts)
+    if array.size:
+        out[: 4 * scales].view(np.float32)[:] = np.add.reduceat(np.abs(array), starts) / counts
+        out[4 * scales :] = np.packbits(array >= 0)
+
+
+def decode(raw: np.ndarray, length: int) -> np.ndarray:
+    """The float32 array that `encode` has left."""
+    scales = -(-length // BLOCK)
+    values = np.repeat(raw[: 4 * scales].view(np.float32), BLOCK)[:length]
+    return np.where(np.unpackbits(raw[4 * scales :], count=length), values, -values)
+
+
+def allreduce_signs(comm: Comm, array: np.ndarray, left: np.ndarray) -> None:
+    """Replace ``array``, float32, by the sum over ranks of what its signs say, reduced to signs once more.
+
+    A rank sends about (R - 1) / R of 2 P / 8 bytes.
+
+    Args:
+        comm: the ranks.
+        array: this rank's; takes the sum.
+        left: takes what was lost: of this rank's own array, and of the sum of its slice. The sum of all
+            ranks' arrays is that of the result and of what they have left.
+    """
+    parts = slices_of_blocks(array.size, comm.size)
+    lengths = [part.stop - part.start for part in parts]
+    own = [np.empty(encoded_bytes(length), np.uint8) for length in lengths]
+    for part, raw, length in zip(parts, own, lengths, strict=True):
+        encode(array[part], raw)
+        left[part] = array[part] - decode(raw, length)
+    mine, others = lengths[comm.rank], [rank for rank in range(comm.size) if rank != comm.rank]
+    came = {rank: np.empty(encoded_bytes(mine), np.uint8) for rank in others}
+    under_way = [comm.irecv(came[rank], rank, TAG) for rank in others]
+    under_way += [comm.isend(own[rank], rank, TAG) for rank in others]
+    for message in under_way:
+        message.wait()
+    came[comm.rank] = own[comm.rank]
+    total = decode(came[0], mine)
+    for rank in range(1, comm.size):
+        total += decode(came[rank], mine)
+    ends = np.cumsum([raw.size for raw in own])
+    gathered = [slice(int(end) - raw.size, int(end)) for end, raw in zip(ends, own, strict=True)]
+    whole = np.empty(int(ends[-1]), np.uint8)
+    summed = np.empty(encoded_bytes(mine), np.uint8)  # its scales are to lie at an even place
+    encode(total, summed)
+    left[parts[comm.rank]] += total - decode(summed, mine)
+    whole[gathered[comm.rank]] = summed
+    comm.allgather(whole, gathered)
+    for part, place, length in zip(parts, gathered, lengths, strict=True):
+        array[part] = decode(whole[place].copy(), length)
