@@ -58,6 +58,7 @@ NAMES = {
     "allreduce": Strategy(),
     "bf16": Strategy(options={"compression": "bf16"}),
     "powersgd 4": Strategy(options={"compression": "powersgd", "compression_start": 20}),
+    "onebit": Strategy(options={"compression": "onebit", "compression_start": 100}),
     "topk 1 %": Strategy(options={"compression": "topk", "compression_start": 20}),
     "local-sgd 8": Strategy("local-sgd", {"sync_every": 8}),
     "diloco 50": Strategy("diloco", {"sync_every": 50, "sync_warmup_steps": 100}),
@@ -266,6 +267,8 @@ def trainer_of(
     update, options = NAMES[name]
     if meeting_every:
         options = {key: value for key, value in options.items() if key not in FIRST}
+        if options.get("compression") == "onebit":  # which cannot do without
+            options["compression_start"] = 1
         if "sync_every" in options:
             options["sync_every"] = meeting_every
     config = Config(

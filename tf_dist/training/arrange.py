@@ -224,8 +224,8 @@ def _compressed(replica: Weights, mesh: Mesh, wishes: Wishes) -> tuple[Compresse
     check_adam(replica.optimizer)
     if options.compression_start < 1:
         raise UsageError(
-            f"compression_start is {options.compression_start}: onebit needs the variance that Adam has found "
-            "in some hundred steps before it is frozen. Use --compression-start 200"
+            f"compression_start is {options.compression_start}: onebit needs the variance that Adam has "
+            "found in some hundred steps before it is frozen. Use --compression-start 200"
         )
     frozen = partial(FrozenAdam, replica, options.compression_start)
     return CompressedMomentum(compressor, options.compression_start, frozen), said
