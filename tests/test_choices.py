@@ -7,7 +7,8 @@ from tf_dist.config import Config
 from tf_dist.errors import UsageError
 
 OTHER = {
-    "staleness": 2, "staleness_aware": "on", "master_trains": "on", "sync_every": 8, "sync_warmup_steps": 3,
+    "elastic_force": 0.5, "staleness": 2, "staleness_aware": "on", "master_trains": "on",
+    "sync_every": 8, "sync_warmup_steps": 3,
     "outer_lr": 0.5, "outer_momentum": 0.5, "outer_fragments": 2, "outer_precision": "bfloat16",
     "compression_rank": 2, "compression_least_rate": 3.0, "compression_density": 0.1,
     "compression_momentum": 0.9, "compression_start": 5,
@@ -38,7 +39,10 @@ def test_an_option_of_another_update_is_refused(name):
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"update": "diloco", "sync_every": 0}, "it must be at least 1"),
+        ({"update": "diloco", "sync_every": -1}, "it must be at least 0"),
+        ({"update": "local-sgd", "outer_fragments": 9}, "at most 8 fragments"),
+        ({"update": "easgd", "elastic_force": 1.5}, "a spring throws"),
+        ({"update": "gossip", "pipeline_parallel": 2}, "a worker has the whole model"),
         ({"update": "diloco", "outer_lr": 0.0}, "no meeting changes a weight"),
         ({"update": "diloco", "outer_momentum": 1.0}, "must be below 1"),
         ({"update": "local-sgd", "sync_every": 3, "outer_fragments": 4}, "at most 3 fragments"),

@@ -13,13 +13,19 @@ if TYPE_CHECKING:
 
 # Updates whose replicas step by themselves and meet now and then.
 LOCAL = ("local-sgd", "diloco")
+# Updates whose ranks do not wait for each other between meetings; the last two log each rank's own numbers.
+ALONE = ("easgd", "gossip")
+ASYNCHRONOUS = ("downpour", *ALONE)
+# Steps between exchanges where none are given.
+SYNC_EVERY = {"local-sgd": 8, "diloco": 50, "easgd": 4, "gossip": 1}
 COMPRESSIONS = ("bf16", "topk", "powersgd", "onebit")
 # Options, and the values of another to which they mean something.
 BELONGS_TO = {
     "staleness": ("update", ("downpour",)),
     "staleness_aware": ("update", ("downpour",)),
-    "master_trains": ("update", ("downpour",)),
-    "sync_every": ("update", LOCAL),
+    "master_trains": ("update", ("downpour", "easgd")),
+    "elastic_force": ("update", ("easgd",)),
+    "sync_every": ("update", tuple(SYNC_EVERY)),
     "sync_warmup_steps": ("update", LOCAL),
     "outer_lr": ("update", ("diloco",)),
     "outer_momentum": ("update", ("diloco",)),
@@ -47,22 +53,25 @@ def check_update(config: Config) -> None:
                 f"{field.name} is {value}, but {other} {chosen} has no use for it: it belongs to {other} "
                 f"{' and '.join(wanted)}. Leave it out, or choose one of these"
             )
-    if config.update == "downpour":
-        _check_downpour(config)
+    if config.update in ASYNCHRONOUS:
+        _check_asynchronous(config)
     if config.update in LOCAL:
         _check_meetings(config)
     if config.compression != "none":
         _check_compression(config)
 
 
-def _check_downpour(config: Config) -> None:
+def _check_asynchronous(config: Config) -> None:
     shared = [f"{name} {getattr(config, name)}" for name in AXES if getattr(config, name) > 1]
     if shared:
         raise UsageError(
-            f"update downpour with {' and '.join(shared)}: a worker has the whole model. Use degrees of 1"
+            f"update {config.update} with {' and '.join(shared)}: a worker has the whole model. Use degrees "
+            "of 1"
         )
     if config.backend == "horovod":
-        raise UsageError("backend horovod cannot carry update downpour: use backend mpi")
+        raise UsageError(f"backend horovod cannot carry update {config.update}: use backend mpi")
+    if config.elastic_force > 1:
+        raise UsageError(f"elastic_force is {config.elastic_force:g}: above 1 a spring throws; use 0.2")
 
 
 def _check_meetings(config: Config) -> None:
@@ -70,10 +79,11 @@ def _check_meetings(config: Config) -> None:
         raise UsageError(f"outer_lr is {config.outer_lr:g}: with 0 no meeting changes a weight; use 0.7")
     if config.outer_momentum >= 1:
         raise UsageError(f"outer_momentum is {config.outer_momentum:g}: it must be below 1; use 0.9")
-    if config.outer_fragments > config.sync_every:
+    every = config.sync_every or SYNC_EVERY[config.update]
+    if config.outer_fragments > every:
         raise UsageError(
-            f"outer_fragments {config.outer_fragments} is more than sync_every {config.sync_every}: each "
-            f"part needs a step of its own. Use at most {config.sync_every} fragments"
+            f"outer_fragments {config.outer_fragments} is more than sync_every {every}: each "
+            f"part needs a step of its own. Use at most {every} fragments"
         )
     if config.sequence_parallel > 1:
         raise UsageError(

@@ -82,11 +82,12 @@ class Config:
     micro_batches_in_flight: int = option(0, "grid", "micro-batches whose activations a pipeline's rank keeps at most; 0: as the schedule has it", least=0)  # noqa: E501
     recompute: str = option("off", "grid", "compute a pipeline stage's activations again on the way back, instead of keeping them", choices=("on", "off"))  # noqa: E501
 
-    update: str = option("allreduce", "ranks", "how gradients become the same new weights everywhere", choices=("allreduce", "master", "zero", "local-sgd", "diloco", "downpour"))  # noqa: E501
+    update: str = option("allreduce", "ranks", "how gradients become the same new weights everywhere", choices=("allreduce", "master", "zero", "local-sgd", "diloco", "downpour", "easgd", "gossip"))  # noqa: E501
     staleness: int = option(1, "ranks", "global batches by which the fastest worker of update downpour may lead the slowest; 0: as allreduce, bit for bit", least=0)  # noqa: E501
     staleness_aware: str = option("off", "ranks", "divide the learning rate of a gradient of update downpour by its staleness", choices=("on", "off"))  # noqa: E501
-    master_trains: str = option("off", "ranks", "whether the master of update downpour also computes gradients", choices=("on", "off"))  # noqa: E501
-    sync_every: int = option(50, "ranks", "steps that a rank takes by itself between meetings, with update local-sgd or diloco", least=1)  # noqa: E501
+    master_trains: str = option("off", "ranks", "whether the master of update downpour or easgd also computes gradients", choices=("on", "off"))  # noqa: E501
+    sync_every: int = option(0, "ranks", "steps that a rank takes by itself between exchanges; 0: local-sgd 8, diloco 50, easgd 4, gossip 1", least=0)  # noqa: E501
+    elastic_force: float = option(0.0, "ranks", "how far worker and centre of update easgd move towards each other, as a part of their distance; 0: 0.9 / workers", least=0)  # noqa: E501
     sync_warmup_steps: int = option(0, "ranks", "synchronous steps before the first that ranks take by themselves", least=0)  # noqa: E501
     outer_lr: float = option(0.7, "ranks", "learning rate of the outer steps of update diloco", least=0)
     outer_momentum: float = option(0.9, "ranks", "Nesterov momentum of the outer steps of update diloco", least=0)  # noqa: E501

@@ -37,7 +37,7 @@ class Plan:
     """When replicas meet and what they do then; names are those of `tf_dist.config.Config`.
 
     Attributes:
-        sync_every: H, steps between meetings of the same weights.
+        sync_every: H, steps between meetings of the same weights; 0, of a Trainer: as is usual for the update.
         sync_warmup_steps: synchronous steps, each with the sum of all gradients, before the first local one
             (post-local SGD, Lin et al. 2020).
         outer_lr: eta.
@@ -46,7 +46,7 @@ class Plan:
         outer_precision: in which outer gradients travel, "float32" or "bfloat16".
     """
 
-    sync_every: int = 50
+    sync_every: int = 0
     sync_warmup_steps: int = 0
     outer_lr: float = 1.0
     outer_momentum: float = 0.0

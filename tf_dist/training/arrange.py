@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import keras
 
-from tf_dist.choices import LOCAL
+from tf_dist.choices import ALONE, ASYNCHRONOUS, LOCAL, SYNC_EVERY
 from tf_dist.comm.base import Order
 from tf_dist.config import Config
 from tf_dist.degrees import share
@@ -18,6 +18,8 @@ from tf_dist.parallel import buckets, carrier, zero
 from tf_dist.parallel.compress import Compression
 from tf_dist.parallel.compressed import Compressed, CompressedMomentum, tried
 from tf_dist.parallel.dealing import micro_batches_of_a_unit
+from tf_dist.parallel.elastic import Elastic
+from tf_dist.parallel.gossip import Gossip
 from tf_dist.parallel.local import LocalSteps, Plan
 from tf_dist.parallel.mesh import DATA, Mesh, leaves_of
 from tf_dist.parallel.scatter import dealt
@@ -37,7 +39,7 @@ from tf_dist.training.shared_rows import passes_of_rows
 from tf_dist.training.tuning import talks_inside
 from tf_dist.training.whole import whole_norm
 
-NAMES = (*UPDATES, "zero", *LOCAL, "downpour")
+NAMES = (*UPDATES, "zero", *LOCAL, *ASYNCHRONOUS)
 
 NO_XLA = "the layers of a pipeline's rank are compiled in steps"
 
@@ -126,7 +128,7 @@ def arrange(
         return _zero_2_or_3(model, optimizer, mesh, sizes, count, wishes.zero_stage)
     if wishes.update == "downpour":
         return _with_a_master(model, optimizer, mesh, sizes, count, wishes)
-    mine = share(count, mesh.at[DATA], mesh.shape[DATA])
+    mine = _share(count, mesh, wishes)
     replica: Replica | PipelineReplica
     sharded = wishes.update == "zero"
     if mesh.pipeline.size > 1:
@@ -145,6 +147,8 @@ def _summing(
     replica: Replica | PipelineReplica, mesh: Mesh, mine: range, count: int, wishes: Wishes
 ) -> Arrangement:
     """Each rank sums the gradients of its own micro-batches, which are neighbours; then all ranks do."""
+    if wishes.update in ALONE:
+        return _alone(replica, mesh, mine, count, wishes)
     leaves, blocks = leaves_of(count, mesh)
     terms, comm = order(leaves, blocks), mesh.replicas
     update, said = _update(replica, mesh, mine, wishes)
@@ -166,6 +170,29 @@ def _summing(
     overlap = buckets.choose(comm, replica.layout, terms, sums, wishes.overlap, why_not)
     passes = passes_of_rows(replica, mine, sums, overlap, mesh)
     return Arrangement(replica, passes, update, mine, terms, chosen.said, talks_inside(replica.model))
+
+
+def _share(count: int, mesh: Mesh, wishes: Wishes) -> range:
+    """The micro-batches that are this rank's. A master of elastic averaging that does not train has none."""
+    rank, size = mesh.at[DATA], mesh.shape[DATA]
+    if wishes.update == "easgd" and wishes.asynchrony.master_trains == "off" and size > 1:
+        return share(count, rank - 1, size - 1) if rank else range(0)
+    return share(count, rank, size)
+
+
+def _alone(replica: Any, mesh: Mesh, mine: range, count: int, wishes: Wishes) -> Arrangement:
+    """Every rank trains by itself."""
+    if not mesh.plain:
+        raise UsageError(f"{mesh}: update {wishes.update} needs all ranks along the data axis")
+    every = wishes.local.sync_every or SYNC_EVERY[wishes.update]
+    given = (mesh.all, replica.parameters, mine, every)
+    workers = max(1, mesh.all.size - (wishes.asynchrony.master_trains == "off"))
+    force = wishes.asynchrony.elastic_force or 0.9 / workers
+    update = Elastic(*given, force) if wishes.update == "easgd" else Gossip(*given)
+    sums = BlockSum(replica.parameters, mine or range(count), mine)
+    passes = passes_of_rows(replica, mine, sums, buckets.Overlap(None, ""), mesh)
+    no_xla = talks_inside(replica.model)
+    return Arrangement(replica, passes, update, mine, one_each(mesh.all.size), update.said, no_xla)
 
 
 def _with_a_master(
@@ -197,7 +224,7 @@ def _update(replica: Weights, mesh: Mesh, mine: range, wishes: Wishes) -> tuple[
         return zero.STAGES[1], ""
     if mesh.sequence.size > 1:
         raise UsageError(f"{mesh}: update {wishes.update} needs ranks with rows of their own")
-    plan = wishes.local
+    plan = replace(wishes.local, sync_every=wishes.local.sync_every or SYNC_EVERY[wishes.update])
     if wishes.update == "local-sgd":  # the mean of the weights
         plan = replace(plan, outer_lr=1.0, outer_momentum=0.0)
     update = LocalSteps(plan, replica.parameters, mine)

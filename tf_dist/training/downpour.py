@@ -56,12 +56,15 @@ class Asynchrony:
         staleness_aware: "on": a gradient's learning rate is divided by its staleness, the number of updates
             since the weights that it was computed with (Zhang et al. 2016); "off": it is multiplied by the
             unit's share of the global batch, so that a batch moves the weights as far as a synchronous step.
-        master_trains: "on": rank 0 takes units as well, and looks after the others between micro-batches.
+        master_trains: "on": rank 0 takes units as well, and looks after the others between micro-batches;
+            with update easgd it trains like them.
+        elastic_force: of update easgd; 0: 0.9 / workers, as in Zhang et al. (2015).
     """
 
     staleness: int = 1
     staleness_aware: str = "off"
     master_trains: str = "off"
+    elastic_force: float = 0.0
 
 
 class Result(NamedTuple):

@@ -12,6 +12,7 @@ import keras
 from tf_dist.data.tokens import Sequences
 from tf_dist.training.callback_list import RankCallbackList
 from tf_dist.training.downpour import Downpour
+from tf_dist.training.meeting import Alone
 
 if TYPE_CHECKING:
     from tf_dist.training.trainer import Trainer
@@ -84,7 +85,9 @@ class Fit:
             for name in sums:
                 sums[name] += logs[name] * logs["tokens"]
             self.calls.on_train_batch_end(batch, logs)
-        return {name: value / max(tokens, 1.0) for name, value in sums.items()}
+        sums = trainer.of_all({**sums, "tokens": tokens})
+        tokens = max(sums.pop("tokens"), 1.0)
+        return {name: value / tokens for name, value in sums.items()}
 
     def _validate(self, held_out: Sequences) -> dict[str, float]:
         """Validate as Keras's fit does, with callbacks told."""
@@ -105,7 +108,7 @@ class Fit:
             model=model,
             comm=trainer.comm,
             lone_optimizer=trainer.lone_optimizer,
-            lockstep=not isinstance(trainer.update, Downpour),
+            lockstep=not isinstance(trainer.update, Downpour | Alone),
             epochs=math.ceil(self.steps / self.stretch),
             steps=self.stretch,
             verbose=1,  # for a ProgbarLogger among the callbacks; none is added

@@ -13,6 +13,8 @@ import keras
 import numpy as np
 
 from tf_dist.parallel.compressed import Compressed
+from tf_dist.parallel.elastic import Elastic
+from tf_dist.parallel.gossip import Gossip
 from tf_dist.parallel.local import LocalSteps
 from tf_dist.parallel.mesh import Mesh
 from tf_dist.parallel.parts import Part, part_of
@@ -25,7 +27,9 @@ from tf_dist.training.whole import Entry
 # How its tensors are called in a checkpoint.
 REMEMBERED = "remembered/"
 
-Remembering = LocalSteps | Compressed | Downpour
+# Updates of which each rank knows its own losses alone until all meet.
+Alone = Elastic | Gossip
+Remembering = LocalSteps | Compressed | Downpour | Alone
 
 
 class Held:
@@ -52,7 +56,8 @@ def held_by_all(update: Remembering, state: list[tuple[str, Any]]) -> list[tuple
         common = update.compressor.common_arrays()
     else:  # moments are each replica's own; single numbers are not
         state = [(path, variable) for path, variable in state if not variable.shape]
-        common = {"outer momentum": update.momentum} if update.momentum.size else {}
+        momentum = update.momentum if isinstance(update, LocalSteps) else np.empty(0)
+        common = {"outer momentum": momentum} if momentum.size else {}
     return state + [(name, Held(array)) for name, array in common.items()]
 
 
@@ -94,7 +99,7 @@ def _average(optimizer: Any, share: float, mesh: Mesh) -> None:
 
 def remembered(update: Remembering, model: keras.Model, replica: Weights, mesh: Mesh) -> list[Entry]:
     """The tensors of a checkpoint that only this update knows."""
-    if isinstance(update, Downpour):
+    if isinstance(update, Downpour | Elastic | Gossip):
         return []
     if isinstance(update, LocalSteps):
         momentum = update.momentum

@@ -85,7 +85,8 @@ def restore(trainer: Trainer, path: Path) -> None:
         tuned = facts.get("tuned", {"xla": False})  # there was no XLA in the first checkpoints
         return [manifest["step"], facts["tokens"], facts["elapsed_s"], tuned]
 
-    trainer.step, trainer.tokens, trainer.elapsed_s, tuned = on_root(trainer.comm, check)
+    trainer.step, tokens, trainer.elapsed_s, tuned = on_root(trainer.comm, check)
+    trainer.resume_counting(tokens)
     trainer.tuning.go_on_with(tuned["xla"])
     arrays = None
     if trainer.comm.rank == 0:

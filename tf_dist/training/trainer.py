@@ -28,7 +28,7 @@ from tf_dist.parallel.updates import CORRECT, LOSS, STOP, TOKENS, Totals
 from tf_dist.training.arrange import GROUPS, Wishes, arrange
 from tf_dist.training.downpour import Downpour
 from tf_dist.training.fit import Fit
-from tf_dist.training.meeting import Remembering, held_by_all, put_together, remembered
+from tf_dist.training.meeting import Alone, Remembering, held_by_all, put_together, remembered
 from tf_dist.training.passes import MicroBatch
 from tf_dist.training.sentinel import Group, Sentinel
 from tf_dist.training.tuning import Tuning
@@ -136,6 +136,7 @@ class Trainer:
         self._whole: Whole | None = None
         self._ahead: tuple[Sequences, Sampler, Ahead[list[MicroBatch]]] | None = None
         self.last_step, self.meets_every = 0, set[int]()
+        self._tokens_met = 0
         self.stopped = self._stop_requested = False
         model.stop_training = False
 
@@ -168,6 +169,8 @@ class Trainer:
         """Do the part of a step that is this rank's; the norm of the gradient."""
         if self.remembering is not None:
             self.remembering.step = self.step
+        if isinstance(self.update, Alone):
+            self.update.limit = self._next_meeting()
         if isinstance(self.update, Downpour):
             make = partial(self._made, sequences, sampler)
             return self.update.take(make, totals, self.clip_norm, self._next_meeting())
@@ -342,6 +345,22 @@ class Trainer:
         """Let all replicas go on from the same weights, where each steps by itself; a collective."""
         if self.remembering is not None:
             self.remembering.meet(self.replica, self.mesh)
+        if isinstance(self.update, Alone):
+            own = np.array([float(self.tokens - self._tokens_met)])
+            self.comm.allreduce(own)
+            self.tokens = self._tokens_met = self._tokens_met + int(own[0])
+
+    def resume_counting(self, tokens: int) -> None:
+        """Go on from so many tokens of all ranks."""
+        self.tokens = self._tokens_met = tokens
+
+    def of_all(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Sums over steps, of all ranks, where each knows its own alone; a collective."""
+        if not isinstance(self.update, Alone):
+            return dict(sums)
+        array = np.array(list(sums.values()))
+        self.comm.allreduce(array)
+        return dict(zip(sums, array.tolist(), strict=True))
 
     def put_together(self) -> None:
         """Leave nothing on a rank that a checkpoint could not keep; a collective."""

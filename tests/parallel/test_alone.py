@@ -1,0 +1,134 @@
+"""Elastic averaging and gossip on ranks as threads, at different paces: what no message may change."""
+
+import time
+
+import numpy as np
+import pytest
+from test_local import BEGIN, RATE, M, P, Plain, gradient_of, tokens_of
+from thread_comm import on_ranks
+
+from tf_dist.degrees import share
+from tf_dist.errors import LaunchError
+from tf_dist.parallel import alone
+from tf_dist.parallel.elastic import Elastic
+from tf_dist.parallel.gossip import Gossip
+from tf_dist.parallel.mesh import Mesh
+from tf_dist.parallel.tree import BlockSum, order
+from tf_dist.parallel.updates import Totals
+
+ONE = order(range(1), [range(1)])
+
+
+def trained(comm, update, steps, slow=(), limit=None):
+    """The replica after some steps at this rank's pace, and after all have met."""
+    replica, mine, mesh = Plain(), update.micro_batches, Mesh(comm)
+    replica.skip = lambda: None
+    sums = BlockSum(P, mine or range(M), mine)
+    for step in range(steps):
+        update.limit = limit or steps
+        totals = Totals(M)
+        for number in mine:
+            sums.add(gradient_of(step, number, replica.weights))
+            totals.add(number, np.array([1.0, tokens_of(step, number), 0.0]))
+        if comm.rank in slow:
+            time.sleep(0.01)
+        update(sums.terms() if mine else [], ONE, totals, 0.0, replica, mesh)
+    before = replica.weights.copy()
+    update.meet(replica, mesh)
+    assert update.together
+    return before, replica.weights
+
+
+def elastic(comm, every=2, force=0.3, trains=False):
+    rank, workers = (comm.rank, comm.size) if trains or comm.size == 1 else (comm.rank - 1, comm.size - 1)
+    return Elastic(comm, P, share(M, rank, workers) if rank >= 0 else range(0), every, force)
+
+
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("slow", [(), (1,), (0,)])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_all_go_on_from_the_centre(ranks, slow, trains):
+    found = on_ranks(ranks, lambda comm: trained(comm, elastic(comm, trains=trains), 7, slow))
+    centres = [after for _, after in found]
+    assert all(np.array_equal(centres[0], one) for one in centres)
+    assert np.abs(centres[0] - BEGIN).max() > 0.01
+
+
+def test_a_worker_and_the_centre_move_towards_each_other():
+    """One worker: every exchange by hand."""
+    force = np.float32(0.3)
+    (_, centre), (worker, _) = on_ranks(2, lambda comm: trained(comm, elastic(comm, 2, force), 6))
+    w, c = BEGIN.astype(np.float64), BEGIN.astype(np.float64)
+    for step in range(6):
+        tokens = sum(tokens_of(step, i) for i in range(M))
+        w = w - RATE * sum(gradient_of(step, i, w) for i in range(M)) / tokens
+        if step % 2:
+            moved = 0.3 * (w - c)
+            w, c = w - moved, c + moved
+    np.testing.assert_allclose(centre, c, atol=1e-5)
+    np.testing.assert_allclose(worker, w, atol=1e-5)
+
+
+def test_the_master_knows_all_losses_when_all_have_met():
+    seen = []
+
+    def work(comm):
+        update, replica, mesh = elastic(comm, 3), Plain(), Mesh(comm)
+        replica.skip = lambda: None
+        for step in range(5):
+            update.limit, totals = 5, Totals(M)
+            terms = []
+            for number in update.micro_batches:
+                terms = [gradient_of(step, number, replica.weights)]
+                totals.add(number, np.array([1.0, tokens_of(step, number), 0.0]))
+            update(terms, ONE, totals, 0.0, replica, mesh)
+            if comm.rank == 0:
+                seen.append(totals.sum())
+        update.meet(replica, mesh)
+
+    on_ranks(3, work)
+    counts = np.sum(seen, axis=0)
+    assert counts[0] == 5 * M
+    assert counts[1] == sum(tokens_of(step, number) for step in range(5) for number in range(M))
+
+
+@pytest.mark.parametrize("slow", [(), (1,)])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_gossip_ends_in_one_model(ranks, slow):
+    def work(comm):
+        update = Gossip(comm, P, share(M, comm.rank, comm.size), 1)
+        found = trained(comm, update, 20, slow)
+        assert update.share == 1 / comm.size
+        return *found, update.mixed
+
+    found = on_ranks(ranks, work)
+    assert all(np.array_equal(found[0][1], after) for _, after, _ in found)
+    assert sum(mixed for *_, mixed in found) > (3 if ranks > 1 else -1)
+
+
+def test_gossip_changes_no_mean():
+    """Without gradients: ranks begin with other weights, and the mean of all stays what it was."""
+    begin = [np.random.default_rng(rank).standard_normal(P).astype(np.float32) for rank in range(4)]
+
+    def work(comm):
+        update, replica, mesh = Gossip(comm, P, range(0), 1), Plain(), Mesh(comm)
+        replica.skip = lambda: None
+        replica.weights = begin[comm.rank].copy()
+        for _ in range(30):
+            update([], ONE, Totals(M), 0.0, replica, mesh)
+            time.sleep(0.0005 * comm.rank)
+        spread = replica.weights.copy()
+        update.meet(replica, mesh)
+        return spread, replica.weights
+
+    found = on_ranks(4, work)
+    mean = np.mean(begin, axis=0)
+    for spread, after in found:
+        np.testing.assert_allclose(after, mean, atol=1e-5)
+        assert np.abs(spread - mean).mean() < 0.5 * np.abs(begin[0] - mean).mean()
+
+
+def test_nobody_waits_for_ever(monkeypatch):
+    monkeypatch.setattr(alone, "PATIENCE_S", 0.05)
+    with pytest.raises(LaunchError, match="nothing was heard of ranks 1, 3"):
+        alone.wait_until(lambda: False, lambda: False, lambda: [1, 3])

@@ -1,0 +1,66 @@
+"""What replicas that train by themselves have in common: a step of one's own, and waiting for others."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from tf_dist.comm.base import named
+from tf_dist.errors import LaunchError
+from tf_dist.parallel.updates import TOKENS, Replica, Totals, own_sum, scale_of
+
+# Between two looks of a rank that has nothing else to do.
+LOOK_EVERY_S = 0.00005
+# How long it waits for others, none of whom is heard of.
+PATIENCE_S = 600.0
+
+
+def step_alone(terms: list[np.ndarray], totals: Totals, clip_norm: float, replica: Replica) -> float:
+    """Take an optimizer step with this rank's gradient.
+
+    Args:
+        terms: sums of the gradients of this rank's micro-batches, (P,) float32 each; they are used up.
+        totals: of this rank.
+        clip_norm: largest norm of the mean gradient; 0 for no clipping.
+        replica: this rank's.
+
+    Returns:
+        The norm of the mean gradient before clipping.
+
+    Raises:
+        NumericError: the gradient is not finite; no weight has changed.
+    """
+    counts = totals.sum()
+    if not counts[TOKENS]:
+        replica.skip()
+        return 0.0
+    gradient = own_sum(terms, replica.parameters)
+    norm = replica.norm(gradient) / counts[TOKENS]
+    replica.apply(gradient, scale_of(norm, counts, clip_norm))
+    return float(norm)
+
+
+def wait_until(done: Callable[[], bool], look: Callable[[], bool], missing: Callable[[], list[int]]) -> None:
+    """Look, again and again, until something is done.
+
+    Args:
+        done: whether it is.
+        look: takes what has come; whether there was anything.
+        missing: the ranks that are waited for.
+
+    Raises:
+        LaunchError: nothing has come for `PATIENCE_S`.
+    """
+    heard = time.monotonic()
+    while not done():
+        if look():
+            heard = time.monotonic()
+        elif time.monotonic() - heard > PATIENCE_S:
+            raise LaunchError(
+                f"nothing was heard of {named(missing())} for {PATIENCE_S:.0f} s. Is a rank stopped, or a "
+                "link down?"
+            )
+        else:
+            time.sleep(LOOK_EVERY_S)

@@ -1,0 +1,175 @@
+"""Gossip: ranks train by themselves and mix their weights with those of one other, without a master.
+
+Pairwise averaging as in AD-PSGD (Lian et al. 2018), pushed as in GoSGD (Blot et al. 2016), so that nobody
+waits: a rank gives half of its *share* and a copy of its weights to another one, which mixes them in when it
+next looks:
+
+    sender     share <- share / 2,  sends (share, w)
+    receiver   w <- (share w + share' w') / (share + share'),  share <- share + share'
+
+Shares always add up to 1, and the mean of all weights by shares is changed by no message. That mean is what
+is validated and saved; then all go on from there.
+
+Legend: P parameters, R ranks, H steps between pushes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from tf_dist.comm.base import Comm, Order, Pending
+from tf_dist.parallel.alone import step_alone, wait_until
+from tf_dist.parallel.flat import aligned_empty
+from tf_dist.parallel.mesh import Mesh
+from tf_dist.parallel.short import one_each
+from tf_dist.parallel.updates import Replica, Totals
+
+SHARE_TAG, WEIGHTS_TAG = 707, 708
+# A share that says: this was my last message before all meet.
+LAST = -1.0
+
+
+@dataclass
+class _Peer:
+    """Another rank, and what is under way from it and to it.
+
+    share, weights: where its next message comes. ended: whether it has sent its last one before all meet.
+    """
+
+    rank: int
+    share: np.ndarray
+    weights: np.ndarray
+    coming: Pending | None = None
+    rest: Pending | None = None
+    sends: tuple[Pending, ...] = ()
+    ended: bool = False
+
+
+class Gossip:
+    """The update of gossip; an `Update` with a memory.
+
+    Args:
+        comm: all ranks.
+        parameters: P.
+        micro_batches: numbers of those of a step that are this rank's.
+        every: H.
+        seed: of the choice of partners.
+
+    Attributes:
+        step: optimizer steps taken so far, to be set before each.
+        share: of this rank in the mean.
+        together: whether all ranks hold the same weights.
+        state_together: whether their optimizers have the same state.
+        mixed: how often this rank has mixed in somebody's weights.
+    """
+
+    def __init__(self, comm: Comm, parameters: int, micro_batches: range, every: int, seed: int = 1) -> None:
+        self.comm, self.parameters, self.micro_batches, self.every = comm, parameters, micro_batches, every
+        self.step = self.limit = self.mixed = 0
+        self.share = 1.0 / comm.size
+        self.together = self.state_together = True
+        self._random = np.random.default_rng([seed, comm.rank])
+        others = [rank for rank in range(comm.size) if rank != comm.rank]
+        self._peers = [_Peer(rank, np.empty(1), aligned_empty(parameters)) for rank in others]
+
+    @property
+    def said(self) -> str:
+        """A line for people."""
+        steps = f"{self.every} step{'s' * (self.every > 1)}"
+        return f"every {steps} of its own a rank gives its weights to another one, which mixes them in"
+
+    def __call__(
+        self,
+        terms: list[np.ndarray],
+        order: Order,
+        totals: Totals,
+        clip_norm: float,
+        replica: Replica,
+        mesh: Mesh,
+    ) -> float:
+        """Mix in what has come, take a step of one's own, and push where it is time.
+
+        Arguments and errors are those of `tf_dist.parallel.alone.step_alone`. A wish to stop is agreed upon
+        when all meet.
+        """
+        self.together = self.state_together = False
+        self._look(replica)
+        norm = step_alone(terms, totals, clip_norm, replica)
+        self.step += 1
+        if self._peers and self.step % self.every == 0:
+            self._push(replica)
+        return norm
+
+    def meet(self, replica: Replica, mesh: Mesh) -> None:
+        """Let all ranks go on from the mean of their weights; a collective."""
+        if self.together:
+            return
+        self._drain(replica)
+        weights = aligned_empty(self.parameters)
+        replica.read_weights(weights)
+        weights *= np.float32(self.share)
+        total = self.comm.allreduce_terms([weights], one_each(self.comm.size), weights).array
+        replica.write_weights(total)
+        self.share, self.together = 1.0 / self.comm.size, True
+
+    def _push(self, replica: Replica) -> None:
+        """Give half of the share to a rank that has taken what it was sent before; to nobody if none has."""
+        free = [peer for peer in self._peers if all(one.done() for one in peer.sends)]
+        if not free:
+            return
+        peer = free[self._random.integers(len(free))]
+        for one in peer.sends:
+            one.wait()
+        self.share /= 2
+        weights = aligned_empty(self.parameters)
+        replica.read_weights(weights)
+        head = np.array([self.share])
+        peer.sends = (
+            self.comm.isend(head, peer.rank, SHARE_TAG),
+            self.comm.isend(weights, peer.rank, WEIGHTS_TAG),
+        )
+
+    def _look(self, replica: Replica) -> bool:
+        """Mix in what has come; whether there was anything."""
+        came = False
+        for peer in self._peers:
+            if peer.rest is None and not peer.ended and peer.coming is None:
+                peer.coming = self.comm.irecv(peer.share, peer.rank, SHARE_TAG)
+            if peer.coming is not None and peer.coming.done():
+                peer.coming.wait()
+                peer.coming, came = None, True
+                peer.ended = peer.share[0] == LAST
+                if not peer.ended:
+                    peer.rest = self.comm.irecv(peer.weights, peer.rank, WEIGHTS_TAG)
+            if peer.rest is not None and peer.rest.done():
+                peer.rest.wait()
+                peer.rest, came = None, True
+                self._mix(float(peer.share[0]), peer.weights, replica)
+        return came
+
+    def _mix(self, share: float, weights: np.ndarray, replica: Replica) -> None:
+        own = aligned_empty(self.parameters)
+        replica.read_weights(own)
+        self.share += share
+        weights -= own
+        weights *= np.float32(share / self.share)
+        own += weights
+        replica.write_weights(own)
+        self.mixed += 1
+
+    def _drain(self, replica: Replica) -> None:
+        """Take all that was sent to this rank. The last message of each rank comes after all others of it."""
+        lasts = [self.comm.isend(np.array([LAST]), peer.rank, SHARE_TAG) for peer in self._peers]
+
+        def missing() -> list[int]:
+            return [peer.rank for peer in self._peers if not peer.ended or peer.rest is not None]
+
+        wait_until(lambda: not missing(), lambda: self._look(replica), missing)
+        for one in lasts:
+            one.wait()
+        for peer in self._peers:
+            for one in peer.sends:
+                one.wait()
+            peer.sends, peer.ended = (), False
