@@ -9,6 +9,9 @@ WAYS = {
     "local-sgd": ("--update", "local-sgd", "--sync-every", "3", "--sync-warmup-steps", "1"),
     "diloco": ("--update", "diloco", "--sync-every", "2", "--outer-precision", "bfloat16"),
     "downpour": ("--update", "downpour", "--staleness", "2", "--master-trains", "on"),
+    "easgd": ("--update", "easgd", "--sync-every", "2"),
+    "gossip": ("--update", "gossip"),
+    "onebit": ("--compression", "onebit", "--compression-start", "2"),
     "no staleness": ("--update", "downpour", "--staleness", "0"),
     "bf16": ("--compression", "bf16"),
     "topk": ("--compression", "topk", "--compression-density", "0.1"),
@@ -48,8 +51,9 @@ def test_it_trains_validates_and_goes_on(runs, name):
     assert status(path)["state"] == status(again)["state"] == "done"
     found, later = losses(path), losses(again)
     assert sorted(found) == list(range(1, STEPS + 1)) and sorted(later) == list(range(HALF + 1, STEPS + 1))
-    assert found[STEPS] < found[1]
-    if name != "downpour":  # whose order of gradients is that of their coming
+    if name != "easgd":  # whose master hears of losses at exchanges only
+        assert found[STEPS] < found[1]
+    if name not in ("downpour", "gossip"):  # where what comes first is a matter of chance
         assert status(again)["weights_sha256"] == status(path)["weights_sha256"]
         assert all(later[step] == found[step] for step in later)
 
@@ -64,7 +68,7 @@ def test_what_is_said(runs):
     _, output = runs
     assert output.count("weights of all ranks meet every 3 steps") == 2
     assert output.count("a master deals out units of") == 4
-    assert output.count("stayed behind") == 6
+    assert output.count("stayed behind") == 8
 
 
 def test_what_the_master_did_is_kept(runs):

@@ -17,12 +17,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tf_dist.bench import memory, models, network, pictures, running
 from tf_dist.bench.nanogpt import TEXTS
+from tf_dist.choices import ASYNCHRONOUS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,6 +63,8 @@ NAMES = {
     "topk 1 %": Strategy(options={"compression": "topk", "compression_start": 20}),
     "local-sgd 8": Strategy("local-sgd", {"sync_every": 8}),
     "diloco 50": Strategy("diloco", {"sync_every": 50, "sync_warmup_steps": 100}),
+    "easgd 4": Strategy("easgd", {"sync_every": 4, "master_trains": "on"}),
+    "gossip 1": Strategy("gossip", {"sync_every": 1}),
     "downpour 0": Strategy("downpour", {"staleness": 0, "master_trains": "on"}),
     "downpour 4": Strategy("downpour", {"staleness": 4, "master_trains": "on"}),
 }
@@ -330,6 +333,12 @@ def time_steps(comm: Comm, model: str, name: str, tokens: np.ndarray) -> dict[st
     """Median milliseconds and bytes of a step; meetings counted as often as the strategy has them."""
     trainer = trainer_of(comm, model, name, 1000, MEETING_EVERY)
     step = stepper(trainer, tokens)
+    if NAMES[name].update in ASYNCHRONOUS:
+        stretch(comm, trainer, step, WARM_UP)
+        before = comm.sent_bytes
+        step_ms = stretch(comm, trainer, step, TIMED_STEPS)
+        most = max(comm.allgather_obj(comm.sent_bytes - before)) / TIMED_STEPS
+        return {"step_ms": step_ms, "sent": most, "tokens": ROWS[model] * trainer.seq_len}
     taken, sent = [], []
     for _ in range(WARM_UP + TIMED_STEPS):
         before = comm.sent_bytes
@@ -343,6 +352,18 @@ def time_steps(comm: Comm, model: str, name: str, tokens: np.ndarray) -> dict[st
     }
 
 
+def stretch(comm: Comm, trainer: Trainer, step: Callable[[], Any], count: int) -> float:
+    """Milliseconds of a step, from a barrier to the meeting after some: not one by one, as nobody waits."""
+    trainer.last_step = trainer.step + count
+    comm.barrier()
+    begun = time.perf_counter()
+    for _ in range(count):
+        step()
+    trainer.meet()
+    comm.barrier()
+    return 1e3 * (time.perf_counter() - begun) / count
+
+
 def mean_of_a_cycle(values: Sequence[float], every: int) -> float:
     """The mean over ``every`` steps, one of them a meeting, from steps of which each fourth is one."""
     if every == 1:
@@ -352,7 +373,7 @@ def mean_of_a_cycle(values: Sequence[float], every: int) -> float:
     return (statistics.median(meetings) + (every - 1) * statistics.median(others)) / every
 
 
-def stepper(trainer: Trainer, tokens: np.ndarray) -> Any:
+def stepper(trainer: Trainer, tokens: np.ndarray) -> Callable[[], Any]:
     """A function that takes a step."""
     sequences = trainer.sequences(tokens)
     sampler = trainer.sampler(sequences)
@@ -377,17 +398,8 @@ def time_with_a_slow_rank(comm: Comm, model: str, name: str, tokens: np.ndarray)
     taken = {}
     for kind in ("even_ms", "slow_ms"):
         slow[0] = kind == "slow_ms" and comm.rank == comm.size - 1
-        trainer.last_step = trainer.step + WARM_UP
-        for _ in range(WARM_UP):
-            step()
-        comm.barrier()
-        count = 4 * TIMED_STEPS
-        trainer.last_step = trainer.step + count
-        begun = time.perf_counter()
-        for _ in range(count):  # not one by one: who may run ahead is to do so
-            step()
-        comm.barrier()
-        taken[kind] = 1e3 * (time.perf_counter() - begun) / count
+        stretch(comm, trainer, step, WARM_UP)
+        taken[kind] = stretch(comm, trainer, step, 4 * TIMED_STEPS)
     return {**taken, "tokens": ROWS[model] * trainer.seq_len}
 
 

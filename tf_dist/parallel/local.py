@@ -37,7 +37,7 @@ class Plan:
     """When replicas meet and what they do then; names are those of `tf_dist.config.Config`.
 
     Attributes:
-        sync_every: H, steps between meetings of the same weights; 0, of a Trainer: as is usual for the update.
+        sync_every: H, steps between meetings of the same weights; 0, of a Trainer: what is usual.
         sync_warmup_steps: synchronous steps, each with the sum of all gradients, before the first local one
             (post-local SGD, Lin et al. 2020).
         outer_lr: eta.
