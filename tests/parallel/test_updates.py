@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from thread_comm import on_ranks
 
+from tf_dist.choices import ASYNCHRONOUS, LOCAL
 from tf_dist.comm.base import SerialComm
 from tf_dist.config import Config
 from tf_dist.errors import NumericError
@@ -85,7 +86,9 @@ def run(update, gradients, tokens, clip_norm=0.0, rounds=1, blocks=None):
 
 
 def test_the_names_are_those_of_the_configuration():
-    assert {*UPDATES, "zero"} == set(Config.__dataclass_fields__["update"].metadata["choices"])
+    assert {*UPDATES, "zero", *LOCAL, *ASYNCHRONOUS} == set(
+        Config.__dataclass_fields__["update"].metadata["choices"]
+    )
 
 
 @updates

@@ -272,7 +272,7 @@ def trainer_of(
         options = {key: value for key, value in options.items() if key not in FIRST}
         if options.get("compression") == "onebit":  # which cannot do without
             options["compression_start"] = 1
-        if "sync_every" in options:
+        if "sync_every" in options and update not in ASYNCHRONOUS:
             options["sync_every"] = meeting_every
     config = Config(
         **models.RECIPES[model].sizes, vocab_size=models.VOCABULARY, update=update, steps=steps,

@@ -116,6 +116,10 @@ class Elastic:
         replica.write_weights(centre)
         self.together = True
 
+    def add_up(self, sums: np.ndarray) -> None:
+        """Replace sums over a rank's steps by those of all ranks, which the master has been told."""
+        self.comm.broadcast(sums)
+
     # A worker --------------------------------------------------------------------------------------
 
     def _exchange(self, replica: Replica) -> None:

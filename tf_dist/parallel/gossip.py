@@ -114,6 +114,10 @@ class Gossip:
         replica.write_weights(total)
         self.share, self.together = 1.0 / self.comm.size, True
 
+    def add_up(self, sums: np.ndarray) -> None:
+        """Replace sums over a rank's steps by those of all ranks."""
+        self.comm.allreduce(sums)
+
     def _push(self, replica: Replica) -> None:
         """Give half of the share to a rank that has taken what it was sent before; to nobody if none has."""
         free = [peer for peer in self._peers if all(one.done() for one in peer.sends)]

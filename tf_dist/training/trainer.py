@@ -150,7 +150,7 @@ class Trainer:
         """
         self.sentinel.watch(self.step)
         totals = Totals(self.micro_batches)
-        if self._stop_requested or self.model.stop_training:
+        if (self._stop_requested or self.model.stop_training) and not isinstance(self.update, Alone):
             totals.ask_to_stop()
         norm = self._gradient_and_step(sequences, sampler, totals)
         self.step += 1
@@ -347,7 +347,7 @@ class Trainer:
             self.remembering.meet(self.replica, self.mesh)
         if isinstance(self.update, Alone):
             own = np.array([float(self.tokens - self._tokens_met)])
-            self.comm.allreduce(own)
+            self.update.add_up(own)
             self.tokens = self._tokens_met = self._tokens_met + int(own[0])
 
     def resume_counting(self, tokens: int) -> None:
@@ -359,7 +359,7 @@ class Trainer:
         if not isinstance(self.update, Alone):
             return dict(sums)
         array = np.array(list(sums.values()))
-        self.comm.allreduce(array)
+        self.update.add_up(array)
         return dict(zip(sums, array.tolist(), strict=True))
 
     def put_together(self) -> None:

@@ -1,0 +1,61 @@
+"""Tables and a picture of canned strategies, and means over meetings and other steps."""
+
+import pytest
+
+from tf_dist.bench import strategies
+from tf_dist.config import Config
+
+RUNS = {
+    "allreduce": {"points": [[50, 1.0, 5e7, 2.5], [100, 2.0, 1e8, 2.0]], "tokens": 4000, "peak_pss": 3e8},
+    "diloco 50": {"points": [[50, 0.5, 0.0, 2.6], [100, 1.0, 2e6, 2.1]], "tokens": 4000, "peak_pss": 3e8},
+}
+
+
+def row_of(text, name):
+    return next(line for line in text.splitlines() if line.startswith(name)).removeprefix(name).split()
+
+
+def test_losses_and_bytes_are_held_against_plain_sums():
+    text = strategies.learn_table({"model": "gpt-0.81M", "ranks": 2, "runs": RUNS})
+    assert row_of(text, "allreduce") == ["2.0000", "+0.0", "%", "2.0", "2,000", "1.000", "1.0", "300"]
+    assert row_of(text, "diloco 50") == ["2.1000", "+5.0", "%", "1.0", "4,000", "0.020", "50.0", "300"]
+
+
+def test_ratios_come_last():
+    runs = {
+        "allreduce": {"step_ms": 400.0, "sent": 4e7, "tokens": 1000},
+        "bf16": {"step_ms": 200.0, "sent": 2e7, "tokens": 1000},
+        "compute alone": {"step_ms": 100.0, "sent": 0.0, "tokens": 1000},
+    }
+    text = strategies.hosts_table("1gbit", runs)
+    assert row_of(text, "bf16") == ["200", "5,000", "20.00", "2.00", "0.50"]
+    slow = {
+        "allreduce": {"even_ms": 100.0, "slow_ms": 200.0, "tokens": 1000},
+        "downpour 4": {"even_ms": 100.0, "slow_ms": 125.0, "tokens": 1000},
+    }
+    assert row_of(strategies.slow_table(slow), "downpour 4") == ["10,000", "8,000", "1.60"]
+
+
+def test_a_cycle_has_one_meeting():
+    values = [10.0, 10.0, 10.0, 110.0] * 3
+    assert strategies.mean_of_a_cycle(values, 50) == pytest.approx(12.0)
+    assert strategies.mean_of_a_cycle(values, 1) == 10.0
+
+
+def test_every_strategy_is_a_run_that_can_be():
+    for name, (update, options) in strategies.NAMES.items():
+        assert Config(update=update, **options).update == update, name
+
+
+def test_a_picture_has_three_panels(tmp_path):
+    pytest.importorskip("matplotlib")
+    path = strategies.picture({"model": "gpt-0.81M", "ranks": 2, "runs": RUNS}, tmp_path / "a.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_text_is_split(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("abca" * 25)
+    train, held_out = strategies.split(path)
+    assert (train.size, held_out.size) == (90, 10)
+    assert set(train.tolist()) == {0, 1, 2}
