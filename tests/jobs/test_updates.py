@@ -41,7 +41,8 @@ def status(path):
 
 
 def losses(path):
-    return {row["step"]: row["loss"] for row in map(json.loads, (path / "metrics.jsonl").open())}
+    lines = (path / "metrics.jsonl").read_text().splitlines()
+    return {row["step"]: row["loss"] for row in map(json.loads, lines)}
 
 
 @pytest.mark.parametrize("name", WAYS)

@@ -125,6 +125,11 @@ class Compressed:
         """Nothing: all ranks hold the same weights."""
 
     @property
+    def first_whole(self) -> bool:
+        """Whether gradients of the first steps are summed as they are."""
+        return self.start_step > 0
+
+    @property
     def cost(self) -> str:
         """What it has cost so far, for a person; nothing where there were no sums."""
         spent = self.spent

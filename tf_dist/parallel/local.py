@@ -128,6 +128,11 @@ class LocalSteps:
         return length
 
     @property
+    def first_whole(self) -> bool:
+        """Whether gradients of the first steps are summed over all ranks."""
+        return self.plan.sync_warmup_steps > 0
+
+    @property
     def said(self) -> str:
         """A line for people."""
         plan = self.plan

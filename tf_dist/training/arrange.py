@@ -152,14 +152,13 @@ def _summing(
     leaves, blocks = leaves_of(count, mesh)
     terms, comm = order(leaves, blocks), mesh.replicas
     update, said = _update(replica, mesh, mine, wishes)
-    if isinstance(update, LocalSteps) and not update.plan.sync_warmup_steps:
-        chosen = carrier.Carrier(None, said)  # no gradient is ever summed over ranks
-    elif isinstance(update, Compressed):
-        chosen = carrier.Carrier(None, said)
-    else:
+    sums_whole = not isinstance(update, Compressed | LocalSteps) or update.first_whole
+    chosen = carrier.Carrier(None, said)
+    if sums_whole:
         chosen = carrier.choose(
             comm, replica.parameters, terms, wishes.allreduce, wishes.chunk_bytes, wishes.measure
         )
+        chosen = chosen._replace(said="; ".join(filter(None, [chosen.said, said])))
     if isinstance(replica, PipelineReplica):
         pipelined = PipelinePasses(replica, leaves, blocks[comm.rank], chosen.buffers)
         return Arrangement(replica, pipelined, update, mine, terms, chosen.said, NO_XLA)
