@@ -37,8 +37,8 @@ train: install ## train a small Transformer on NP ranks, on text found on this m
 
 test: install lint test-pure test-mpi-1 test-mpi-2 test-mpi-3 test-mpi-4 test-jobs ## all tests
 
-test-pure: install ## tests in one process, without MPI
-	$(PY) -m pytest tests --ignore tests/mpi --ignore tests/jobs
+test-pure: install ## tests without MPI, on all cores
+	$(PY) -m pytest tests --ignore tests/mpi --ignore tests/jobs -n auto --maxprocesses 4
 
 test-mpi-%: install ## the tests of real ranks, on 1, 2, 3, 4 ... of them
 	$(RUN) timeout -k 10 $(TEST_TIMEOUT) $(MPIRUN) -np $* $(MPIFLAGS) $(PY) -m pytest --color=no tests/mpi

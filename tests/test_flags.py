@@ -19,8 +19,12 @@ NAMES = """
     global_batch_size micro_batch_size steps epochs seed
     optimizer optimizer_args learning_rate min_learning_rate schedule warmup_steps weight_decay clip_norm
     tensor_parallel pipeline_parallel sequence_parallel pipeline_schedule pipeline_cuts virtual_stages
-    micro_batches_in_flight recompute update zero_stage backend allreduce chunk_bytes overlap autotune xla
-    check_every on_mismatch threads_per_rank
+    micro_batches_in_flight recompute update zero_stage
+    staleness staleness_aware master_trains sync_every elastic_force sync_warmup_steps
+    outer_lr outer_momentum outer_fragments outer_precision
+    compression compression_rank compression_least_rate compression_density compression_momentum
+    compression_start
+    backend allreduce chunk_bytes overlap autotune xla check_every on_mismatch threads_per_rank
     run_dir resume save_every keep eval_every log_every progress
 """.split()
 

@@ -83,6 +83,7 @@ class Config:
     recompute: str = option("off", "grid", "compute a pipeline stage's activations again on the way back, instead of keeping them", choices=("on", "off"))  # noqa: E501
 
     update: str = option("allreduce", "ranks", "how gradients become the same new weights everywhere", choices=("allreduce", "master", "zero", "local-sgd", "diloco", "downpour", "easgd", "gossip"))  # noqa: E501
+    zero_stage: int = option(1, "ranks", "what --update zero divides among the data-parallel ranks: 1 optimizer state, 2 also gradients, 3 also weights", least=1)  # noqa: E501
     staleness: int = option(1, "ranks", "global batches by which the fastest worker of update downpour may lead the slowest; 0: as allreduce, bit for bit", least=0)  # noqa: E501
     staleness_aware: str = option("off", "ranks", "divide the learning rate of a gradient of update downpour by its staleness", choices=("on", "off"))  # noqa: E501
     master_trains: str = option("off", "ranks", "whether the master of update downpour or easgd also computes gradients", choices=("on", "off"))  # noqa: E501
@@ -99,7 +100,6 @@ class Config:
     compression_density: float = option(0.01, "ranks", "share of the elements that compression topk sends", least=0)  # noqa: E501
     compression_momentum: float = option(0.0, "ranks", "momentum of each rank's gradients before topk (DGC); use it with optimizer sgd", least=0)  # noqa: E501
     compression_start: int = option(0, "ranks", "first steps whose gradients are summed whole", least=0)
-    zero_stage: int = option(1, "ranks", "what --update zero divides among the data-parallel ranks: 1 optimizer state, 2 also gradients, 3 also weights", least=1)  # noqa: E501
     backend: str = option("mpi", "ranks", "who carries the bytes", choices=("mpi", "horovod"))
     allreduce: str = option("auto", "ranks", "what carries the sums of gradients: a shared window, messages, or what is faster", choices=("auto", "window", "messages"))  # noqa: E501
     chunk_bytes: int = option(0, "ranks", "pieces in which sums travel between ranks by messages; 0: what is faster, measured at the start", least=0)  # noqa: E501

@@ -10,6 +10,8 @@ from test_training_mpi import HELD_OUT, TOKENS, flat, steps_of, trainer
 from tf_dist.errors import LaunchError
 
 N = MPI.COMM_WORLD.size
+# One rank alone: tests/parallel/test_alone.py.
+pytestmark = pytest.mark.skipif(N == 1, reason="one rank has nobody to meet")
 WAYS = {
     "easgd": ("easgd", {"asynchrony": {"master_trains": "off"}}),
     "easgd, the master trains": (
@@ -73,7 +75,6 @@ def test_a_run_goes_on_from_a_checkpoint(connected, tmp_path, everyone, way):
     assert steps_together(second, 3) == steps_together(first, 3)
 
 
-@pytest.mark.skipif(N == 1, reason="one rank differs from nobody")
 @pytest.mark.parametrize("way", WAYS)
 def test_a_rank_that_differs_after_all_have_met_is_named(connected, way):
     trained = made(connected, way, check_every=2)

@@ -10,14 +10,17 @@ from tf_dist.errors import UsageError
 from tf_dist.parallel.mesh import Mesh
 
 N = MPI.COMM_WORLD.size
-several = pytest.mark.skipif(N == 1, reason="one rank has nobody to send to")
 KINDS = {
     "bf16": {},
     "topk": {"compression_density": 0.1},
     "powersgd": {"compression_rank": 2, "compression_least_rate": 1.5},
     "onebit": {"compression_start": 2},
 }
-pytestmark = pytest.mark.filterwarnings("ignore:.*it costs more than it saves")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*it costs more than it saves"),
+    # The laws hold for one rank as well: tests/parallel/test_compress.py.
+    pytest.mark.skipif(N == 1, reason="one rank has nobody to send to"),
+]
 
 
 def compressed(comm, kind, **more):
@@ -36,7 +39,6 @@ def test_ranks_hold_the_same_weights_and_learn(connected, everyone, kind):
     trained.check_equal()
 
 
-@several
 @pytest.mark.parametrize(("kind", "least"), [("bf16", 1.9), ("topk", 4.0), ("powersgd", 1.8)])
 def test_fewer_bytes_travel(connected, everyone, kind, least):
     sent = []
@@ -78,7 +80,6 @@ def test_the_first_steps_are_whole(connected, everyone):
     assert trained.update.spent.sums == 1
 
 
-@several
 def test_not_a_number_on_one_rank_stops_all(connected, everyone):
     trained = compressed(connected, "topk")
     steps_of(trained, 1)
@@ -92,7 +93,6 @@ def test_not_a_number_on_one_rank_stops_all(connected, everyone):
     assert all(everyone(all(map(np.array_equal, before, after)) or connected.rank == N - 1))
 
 
-@several
 def test_what_costs_more_than_it_saves_is_said(connected):
     """A model of some hundred parameters is summed in no time."""
     if connected.rank:

@@ -315,7 +315,7 @@ def test_the_micro_batch_is_a_quarter_by_default():
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"update": "gossip"}, "unknown update 'gossip': allreduce, master"),
+        ({"update": "rumour"}, "unknown update 'rumour': allreduce, master"),
         (
             {"global_batch_size": 10, "micro_batch_size": 4},
             "micro_batch_size 4 does not divide global_batch_size 10",
