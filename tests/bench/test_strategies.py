@@ -18,7 +18,14 @@ def row_of(text, name):
 def test_losses_and_bytes_are_held_against_plain_sums():
     text = strategies.learn_table({"model": "gpt-0.81M", "ranks": 2, "runs": RUNS})
     assert row_of(text, "allreduce") == ["2.0000", "+0.0", "%", "2.0", "2,000", "1.000", "1.0", "300"]
-    assert row_of(text, "diloco 50") == ["2.1000", "+5.0", "%", "1.0", "4,000", "0.020", "50.0", "300"]
+    assert row_of(text, "diloco 50") == ["2.1000", "+5.0", "%", "1.0", "4,000", "0.040", "25.0", "300"]
+
+
+def test_workers_that_a_master_can_serve():
+    run = RUNS["allreduce"] | {"master": {"master_load": 0.25, "updates_per_s": 100.0}}
+    text = strategies.masters({"ranks": 3, "runs": {"allreduce": RUNS["allreduce"], "downpour 4": run}})
+    assert text.startswith("downpour 4: the master is at work 25 % of the time with 2 workers, 2.5 ms")
+    assert "8 workers would keep it busy" in text
 
 
 def test_ratios_come_last():

@@ -1,7 +1,7 @@
 """Every update and compression: validation loss over steps, time and bytes; slow networks, a slow rank.
 
     python scripts/bench.py strategies            # learn, hosts and slow, about an hour
-    python scripts/bench.py strategies learn lstm-1.08M steps=300
+    python scripts/bench.py strategies learn lstm-1.08M steps=300 ranks=4 only=allreduce,diloco-50
     python scripts/bench.py strategies hosts      # or slow: one rank that takes twice as long
 
 ``learn`` trains tinyshakespeare's characters on 2 and 4 ranks of this machine, all strategies one after
@@ -33,12 +33,13 @@ if TYPE_CHECKING:
 
 MODULE = "tf_dist.bench.strategies"
 FOLDER = running.FOLDER / "strategies"
+WHAT = "what.json"
 PARTS = ("learn", "hosts", "slow")
 LEARNT, TIMED, SLOWED = ("gpt-0.81M", "lstm-1.08M"), "gpt-10.7M", "gpt-0.81M"
 RANKS, HOSTS, RATES = (2, 4), 2, ("1gbit", "100mbit")
 # Of all ranks, in a step; so that four ranks have a micro-batch each.
 ROWS, MICRO_BATCHES = {"gpt-0.81M": 12, "lstm-1.08M": 32, "gpt-10.7M": 8}, 4
-OPTIONS = {"steps": 500, "every": 100}
+OPTIONS = {"steps": 500, "every": 100, "ranks": 0}
 VALIDATED, WARM_UP, TIMED_STEPS = 128, 4, 12
 # In `hosts` and `slow` replicas meet this often, so that meetings can be timed; `hosts` counts with NAMES' H.
 MEETING_EVERY = 4
@@ -58,11 +59,11 @@ class Strategy(NamedTuple):
 NAMES = {
     "allreduce": Strategy(),
     "bf16": Strategy(options={"compression": "bf16"}),
-    "powersgd 4": Strategy(options={"compression": "powersgd", "compression_start": 20}),
+    "powersgd 4": Strategy(options={"compression": "powersgd", "compression_start": 10}),
     "onebit": Strategy(options={"compression": "onebit", "compression_start": 100}),
-    "topk 1 %": Strategy(options={"compression": "topk", "compression_start": 20}),
+    "topk 1 %": Strategy(options={"compression": "topk", "compression_start": 10}),
     "local-sgd 8": Strategy("local-sgd", {"sync_every": 8}),
-    "diloco 50": Strategy("diloco", {"sync_every": 50, "sync_warmup_steps": 100}),
+    "diloco 50": Strategy("diloco", {"sync_every": 50}),
     "easgd 4": Strategy("easgd", {"sync_every": 4, "master_trains": "on"}),
     "gossip 1": Strategy("gossip", {"sync_every": 1}),
     "downpour 0": Strategy("downpour", {"staleness": 0, "master_trains": "on"}),
@@ -73,10 +74,12 @@ PLAIN = "allreduce"
 
 def main(words: Sequence[str] = ()) -> int:
     """Start the jobs of the parts that are named, or of all; tables, a JSON file and a picture."""
-    options, parts, chosen = dict(OPTIONS), [], []
+    options, parts, chosen, only = dict(OPTIONS), [], [], list[str]()
     for word in words:
         key, equals, value = word.partition("=")
-        if equals and key in options:
+        if key == "only":
+            only = value.replace("-", " ").split(",")
+        elif equals and key in options:
             options[key] = int(value)
         elif word in PARTS:
             parts.append(word)
@@ -86,36 +89,45 @@ def main(words: Sequence[str] = ()) -> int:
     if text is None:
         print(f"bench-strategies: skipped, for there is no text: none of {', '.join(map(str, TEXTS))}")
         return 0
+    names = [name for name in NAMES if not only or name == PLAIN or name in only]
+    what = {"text": str(text), "names": names, **options}
     report: dict[str, Any] = {"text": text.name, "options": options}
     if "learn" in (parts or PARTS):
         report["learn"] = [
-            learnt(ranks, model, text, options) for model in chosen or LEARNT for ranks in RANKS
+            learnt(ranks, model, what)
+            for model in chosen or LEARNT
+            for ranks in ([options["ranks"]] if options["ranks"] else RANKS)
         ]
     if "hosts" in (parts or PARTS):
-        report["hosts"] = timed_on_hosts(text)
+        report["hosts"] = timed_on_hosts(what)
     if "slow" in (parts or PARTS):
         print("one slow rank ...", flush=True)
-        report["slow"] = running.measured(4, MODULE, "slow", SLOWED, str(text), folder=FOLDER)
+        report["slow"] = job(4, "slow", SLOWED, what)
         print(f"\n{slow_table(report['slow'])}\n", flush=True)
     path = running.save("strategies", report)
     print(f"in {path}")
-    for job in report.get("learn", []):
-        drawn = path.with_name(f"{path.stem}-{job['model']}-{job['ranks']}.png")
-        print(f"and {picture(job, drawn)}")
+    for found in report.get("learn", []):
+        drawn = path.with_name(f"{path.stem}-{found['model']}-{found['ranks']}.png")
+        print(f"and {picture(found, drawn)}")
     return 0
 
 
-def learnt(ranks: int, model: str, text: Path, options: dict[str, int]) -> dict[str, Any]:
+def job(ranks: int, kind: str, model: str, what: dict[str, Any], *more: str, by: Sequence[str] = ()) -> Any:
+    """Start a job, which finds in a file what it is to do: the path of a text is no part of a file's name."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    (FOLDER / WHAT).write_text(json.dumps(what))
+    return running.measured(ranks, MODULE, kind, model, *more, folder=FOLDER, by=by)
+
+
+def learnt(ranks: int, model: str, what: dict[str, Any]) -> dict[str, Any]:
     """Train a model by each strategy."""
     print(f"{model} on {ranks} ranks ...", flush=True)
-    words = ("learn", model, str(text), str(options["steps"]), str(options["every"]))
-    runs = running.measured(ranks, MODULE, *words, folder=FOLDER)
-    job = {"ranks": ranks, "model": model, "runs": runs}
-    print(f"\n{learn_table(job)}\n", flush=True)
-    return job
+    found = {"ranks": ranks, "model": model, "runs": job(ranks, "learn", model, what)}
+    print(f"\n{learn_table(found)}\n{masters(found)}", flush=True)
+    return found
 
 
-def timed_on_hosts(text: Path) -> dict[str, Any]:
+def timed_on_hosts(what: dict[str, Any]) -> dict[str, Any]:
     """Time each strategy's steps between two hosts."""
     command = [sys.executable, str(network.CLUSTER)]
     check = subprocess.run([*command, "--check"], capture_output=True, text=True)
@@ -126,7 +138,7 @@ def timed_on_hosts(text: Path) -> dict[str, Any]:
     for rate in RATES:
         print(f"two hosts at {rate} ...", flush=True)
         by = [*command, "--hosts", str(HOSTS), "--rate", rate, "--"]
-        found[rate] = running.measured(HOSTS, MODULE, "hosts", TIMED, str(text), rate, folder=FOLDER, by=by)
+        found[rate] = job(HOSTS, "hosts", TIMED, what, rate, by=by)
         print(f"\n{hosts_table(rate, found[rate])}\n", flush=True)
     return found
 
@@ -140,7 +152,8 @@ def learn_table(job: dict[str, Any]) -> str:
     plain = runs[PLAIN]["points"][-1]
     rows = []
     for name, run in runs.items():
-        step, seconds, sent, loss = run["points"][-1]
+        _, seconds, _, loss = run["points"][-1]
+        sent = sent_of_a_step(run)
         rows.append(
             [
                 name,
@@ -148,8 +161,8 @@ def learn_table(job: dict[str, Any]) -> str:
                 f"{100 * (loss / plain[3] - 1):+.1f} %",
                 f"{seconds:.1f}",
                 f"{run['tokens'] / seconds:,.0f}",
-                f"{memory.MB * sent / step:.3f}",
-                f"{plain[2] / sent:.1f}" if sent else "",
+                f"{memory.MB * sent:.3f}",
+                f"{sent_of_a_step(runs[PLAIN]) / sent:.1f}" if sent else "",
                 f"{memory.MB * run['peak_pss']:.0f}",
             ]
         )
@@ -158,6 +171,30 @@ def learn_table(job: dict[str, Any]) -> str:
         "tokens/s", "sent MB/step", "fewer", "peak MB",
     ]  # fmt: skip
     return running.table(head, rows)
+
+
+def masters(job: dict[str, Any]) -> str:
+    """For how many workers each master would be at work all the time, from its work for those that it had.
+
+    By formula: a worker asks once in the time u of a unit; its push and its answer keep the master busy for b,
+    two copies of all weights and an optimizer step. So u / b workers keep it busy.
+    """
+    lines = []
+    for name, run in job["runs"].items():
+        if "master" in run:
+            load, workers = run["master"]["master_load"], max(1, job["ranks"] - 1)
+            busy_ms = 1e3 * load / run["master"]["updates_per_s"]
+            lines.append(
+                f"{name}: the master is at work {100 * load:.0f} % of the time with {workers} workers, "
+                f"{busy_ms:.1f} ms for each push: {workers / load:.0f} workers would keep it busy\n"
+            )
+    return "".join(lines)
+
+
+def sent_of_a_step(run: dict[str, Any]) -> float:
+    """Bytes after the first steps, in which strategies may do something else."""
+    before, last = run["points"][-2:]
+    return float((last[2] - before[2]) / (last[0] - before[0]))
 
 
 def hosts_table(rate: str, runs: dict[str, Any]) -> str:
@@ -212,17 +249,17 @@ def picture(job: dict[str, Any], path: Path) -> Path:
 # On the ranks --------------------------------------------------------------------------------------
 
 
-def main_on_ranks(kind: str, words: Sequence[str], out: Path) -> None:
+def main_on_ranks(kind: str, model: str, out: Path) -> None:
     """Do a part; rank 0 writes what was found."""
     from tf_dist.comm import launch
 
     comm = launch.connect()
-    model, text, *more = words
-    tokens, held_out = split(Path(text))
+    what = json.loads((FOLDER / WHAT).read_text())
+    tokens, held_out = split(Path(what["text"]))
     found: dict[str, Any] = {}
-    for name in NAMES:
+    for name in what["names"]:
         if kind == "learn":
-            found[name] = learn(comm, model, name, tokens, held_out, *map(int, more))
+            found[name] = learn(comm, model, name, tokens, held_out, what["steps"], what["every"])
         elif kind == "hosts":
             found[name] = time_steps(comm, model, name, tokens)
         else:
@@ -292,6 +329,8 @@ def learn(
 ) -> dict[str, Any]:
     """Train, and validate now and then. Points: step, seconds of training, bytes sent by a rank, loss."""
     trainer = trainer_of(comm, model, name, steps)
+    from tf_dist.training.downpour import Downpour
+
     trainer.tuning.choose()
     sequences = trainer.sequences(tokens)
     sampler, points = trainer.sampler(sequences), []
@@ -311,13 +350,15 @@ def learn(
             sent += comm.sent_bytes - before
             most = max(comm.allgather_obj(sent))
             points.append([trainer.step, seconds, most, trainer.validate(few)["val_loss"]])
-    peak = max(comm.allgather_obj(watch.peak_pss))
+    peak, more = max(comm.allgather_obj(watch.peak_pss)), dict[str, Any]()
     # Meetings and compressed sums of the next strategies are to be messages, to be counted.
     comm.forget_buffers(trainer.replica.parameters, trainer.arrangement.order)
+    if isinstance(trainer.update, Downpour) and comm.rank == 0:
+        more = {"master": trainer.update.load.report()}
     if name == PLAIN:
         each = bytes_of_a_step(comm, model, tokens)
         points = [[step, seconds, each * step, loss] for step, seconds, _, loss in points]
-    return {"points": points, "tokens": steps * ROWS[model] * trainer.seq_len, "peak_pss": peak}
+    return {"points": points, "tokens": steps * ROWS[model] * trainer.seq_len, "peak_pss": peak, **more}
 
 
 def bytes_of_a_step(comm: Comm, model: str, tokens: np.ndarray) -> float:
@@ -404,4 +445,4 @@ def time_with_a_slow_rank(comm: Comm, model: str, name: str, tokens: np.ndarray)
 
 
 if __name__ == "__main__":
-    main_on_ranks(sys.argv[1], sys.argv[2:-1], Path(sys.argv[-1]))
+    main_on_ranks(sys.argv[1], sys.argv[2], Path(sys.argv[-1]))
