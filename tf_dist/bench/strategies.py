@@ -176,8 +176,8 @@ def learn_table(job: dict[str, Any]) -> str:
 def masters(job: dict[str, Any]) -> str:
     """For how many workers each master would be at work all the time, from its work for those that it had.
 
-    By formula: a worker asks once in the time u of a unit; its push and its answer keep the master busy for b,
-    two copies of all weights and an optimizer step. So u / b workers keep it busy.
+    By formula: a worker asks once in the time u of a unit; its push and its answer keep the master busy for
+    b, two copies of all weights and an optimizer step. So u / b workers keep it busy.
     """
     lines = []
     for name, run in job["runs"].items():
