@@ -89,7 +89,7 @@ def main(words: Sequence[str] = ()) -> int:
     if text is None:
         print(f"bench-strategies: skipped, for there is no text: none of {', '.join(map(str, TEXTS))}")
         return 0
-    names = [name for name in NAMES if not only or name == PLAIN or name in only]
+    names = [name for name in NAMES if not only or name == PLAIN or name.replace("-", " ") in only]
     what = {"text": str(text), "names": names, **options}
     report: dict[str, Any] = {"text": text.name, "options": options}
     if "learn" in (parts or PARTS):
