@@ -75,6 +75,7 @@ def choose(
         comm.forget_buffers(length, order)
         return Carrier(None, f"by messages, as was asked for{pieces}")
     if wanted == "auto" and nodes == comm.size:
+        comm.forget_buffers(length, order)  # of another trainer
         return Carrier(None, f"by messages, each rank being alone on its node{pieces}")
     chosen = _choose_carrier(comm, length, order, wanted, measure)
     return Carrier(chosen.buffers, chosen.said + pieces)
