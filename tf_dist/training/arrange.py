@@ -26,7 +26,7 @@ from tf_dist.parallel.scatter import dealt
 from tf_dist.parallel.short import one_each
 from tf_dist.parallel.tree import BlockSum, order
 from tf_dist.parallel.updates import UPDATES
-from tf_dist.training.downpour import Asynchrony, Downpour
+from tf_dist.training.downpour import Downpour
 from tf_dist.training.frozen_adam import FrozenAdam, check_adam
 from tf_dist.training.gathered import GatheredReplica, GatheringPasses
 from tf_dist.training.leaving import LeavingPasses
@@ -37,6 +37,7 @@ from tf_dist.training.replica import Replica, Weights
 from tf_dist.training.sharded import ShardedPipelineReplica, ShardedReplica
 from tf_dist.training.shared_rows import passes_of_rows
 from tf_dist.training.tuning import talks_inside
+from tf_dist.training.units import Asynchrony
 from tf_dist.training.whole import whole_norm
 
 NAMES = (*UPDATES, "zero", *LOCAL, *ASYNCHRONOUS)

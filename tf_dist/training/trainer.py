@@ -68,7 +68,7 @@ class Trainer:
         pipeline: options of a pipeline by name, see `tf_dist.training.pipeline.Pipeline`.
         local: options of "local-sgd" and "diloco" by name, see `tf_dist.parallel.local.Plan`.
         compression: of gradients, options by name, see `tf_dist.parallel.compress.Compression`.
-        asynchrony: options of "downpour" by name, see `tf_dist.training.downpour.Asynchrony`.
+        asynchrony: options of "downpour" by name, see `tf_dist.training.units.Asynchrony`.
 
     Attributes:
         tuning: whether XLA compiles forward and backward, and why.

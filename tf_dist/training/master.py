@@ -1,0 +1,269 @@
+"""The master of Downpour: it deals out units, takes gradients as they come, steps, and answers."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tf_dist.comm.base import Pending, add_in_order, named
+from tf_dist.errors import LaunchError
+from tf_dist.parallel.dealing import Dealer, Unit
+from tf_dist.parallel.flat import aligned_empty
+from tf_dist.parallel.short import one_each
+from tf_dist.parallel.updates import TOKENS, Totals, scale_of
+from tf_dist.training.units import (
+    GRADIENT_TAG,
+    PUSH,
+    PUSH_TAG,
+    REPLY_TAG,
+    TOLD,
+    WEIGHTS_TAG,
+    Batches,
+    Load,
+    Result,
+    Units,
+    Work,
+)
+
+# Between two looks of a master that has nothing to do.
+LOOK_EVERY_S = 0.00005
+# How long the master waits for a worker that has a unit, while no other sends anything.
+PATIENCE_S = 600.0
+
+
+@dataclass
+class _Peer:
+    """What the master knows of a worker.
+
+    head, gradient: where its next message comes, and the requests. unit: what it computes. version: of the
+    weights it has. clock: the batch whose end it waits for; None where it does not wait. told: all batches
+    before it are known to be done.
+    """
+
+    rank: int
+    head: np.ndarray
+    gradient: np.ndarray
+    coming: Pending | None = None
+    work: Pending | None = None
+    unit: Unit | None = None
+    version: int = -1
+    clock: int | None = None
+    told: int = 0
+    sends: list[Pending] = field(default_factory=list)
+
+
+class Master:
+    """Rank 0: deals out units, takes gradients, steps. Argument: the update of this rank."""
+
+    def __init__(self, update: Units) -> None:
+        self._update, self._comm, self.load = update, update.comm, Load()
+        self._replica, options = update.replica, update.options
+        self._trains = options.master_trains == "on" or update.comm.size == 1
+        self._sums = update.block_sum()
+        self._dealer = Dealer(update.units, options.staleness)
+        length = len(PUSH) + 3 * update.size
+        self._peers = [
+            _Peer(rank, np.empty(length), aligned_empty(self._replica.parameters))
+            for rank in range(1, update.comm.size)
+        ]
+        self._waiting: deque[_Peer] = deque()
+        self._version, self._snapshot_version, self._snapshot = 0, -1, np.empty(0, np.float32)
+        self._totals: dict[int, Totals] = {}
+        self._norms: dict[int, list[tuple[float, float]]] = {}
+        self._collected: dict[int, dict[int, np.ndarray]] = {}
+        self._results: dict[int, Result] = {}
+        self._stop_at: int | None = None
+        self._clip_norm, self._limit, self._heard = 0.0, 0, time.monotonic()
+        self.rate: Callable[[int, float], None] = lambda step, factor: None
+
+    def take(self, clock: int, batches: Batches, stop: bool, clip_norm: float, limit: int) -> Result:
+        """As in `tf_dist.training.downpour.Downpour.take`: look after all until the batch is done."""
+        begun = time.monotonic()
+        if self._dealer.done < clock:  # a run goes on
+            self._dealer = Dealer(self._update.units, self._update.options.staleness, clock)
+        if self._stop_at is not None and clock >= self._stop_at:
+            self._stop_at = None  # it is over
+        self._clip_norm, self._heard = clip_norm, begun
+        self._limit = limit if self._stop_at is None else min(limit, self._stop_at)
+        self._wish_to_stop(stop)
+        for peer in self._peers:
+            self._listen(peer)
+        while self._dealer.done <= clock:
+            unit = self._dealer.deal(self._limit) if self._trains and not self._waiting else None
+            if unit is not None:
+                self._accept(self._own(unit, batches))
+            else:
+                self._look_or_wait()
+            self._answer()
+        while clock + 1 >= self._limit and any(peer.told <= clock for peer in self._peers):
+            self._look_or_wait()  # whoever has had no unit of the last batch waits for its result
+            self._answer()
+        self.load.served_s += time.monotonic() - begun
+        self.rate(clock + 1, 1.0)
+        return self._results[clock]
+
+    def renew(self) -> None:
+        """Begin anew after all have met."""
+        # Whoever looks at the model may change it: nobody has these weights. And all agree whether to stop.
+        self._version += 1
+        self._stop_at = None
+
+    # Listening -------------------------------------------------------------------------------------
+
+    def _listen(self, peer: _Peer) -> None:
+        """Let a worker's next message come, where it is not on its way.
+
+        Nothing comes, before all have met, from one that has no unit and knows all results; a receive that
+        was posted for it would take the message of another trainer.
+        """
+        if peer.coming is None and peer.clock is None and (peer.unit or peer.told < self._limit):
+            peer.coming = self._comm.irecv(peer.head, peer.rank, PUSH_TAG)
+            if peer.unit is not None:
+                peer.work = self._comm.irecv(peer.gradient, peer.rank, GRADIENT_TAG)
+
+    def _look(self) -> bool:
+        """Take what has come from whom; whether there was anything."""
+        came = [peer for peer in self._peers if peer.coming is not None and peer.coming.done()]
+        for peer in came:
+            assert peer.coming is not None
+            peer.coming.wait()
+            peer.coming, self._heard = None, time.monotonic()
+            push = dict(zip(PUSH, peer.head, strict=False))
+            peer.clock = int(push["clock"])
+            self._wish_to_stop(bool(push["stop"]))
+            if push["has_work"]:
+                assert peer.unit is not None and peer.work is not None
+                peer.work.wait()
+                rows = peer.head[len(PUSH) :].reshape(-1, 3)
+                unit, peer.unit, peer.work = peer.unit, None, None
+                self._accept(Work(unit, peer.gradient, rows, int(push["version"])))
+            self._waiting.append(peer)
+        return bool(came)
+
+    def _look_or_wait(self) -> None:
+        if self._look():
+            return
+        time.sleep(LOOK_EVERY_S)
+        if time.monotonic() - self._heard > PATIENCE_S:
+            missing = [peer.rank for peer in self._peers if peer.clock is None]
+            raise LaunchError(
+                f"{named(missing)} {'has' if len(missing) == 1 else 'have'} sent the master nothing for "
+                f"{PATIENCE_S:.0f} s, in batch {self._dealer.done}. Is a rank stopped, or a link down?"
+            )
+
+    def _own(self, unit: Unit, batches: Batches) -> Work:
+        version = self._version
+        return self._update.gradient(unit, batches, self._sums, self._between)._replace(version=version)
+
+    def _between(self) -> None:
+        """Look after workers while the master is at a unit of its own."""
+        if self._peers:
+            self._look()
+            self._answer()
+
+    # Gradients -------------------------------------------------------------------------------------
+
+    def _accept(self, work: Work) -> None:
+        """Apply a gradient, or keep it until its batch is complete."""
+        begun = time.monotonic()
+        step, number = work.unit
+        totals = self._totals.setdefault(step, Totals(self._update.micro_batches))
+        for row, sums in enumerate(work.rows):
+            totals.add(number * self._update.size + row, sums)
+        if self._update.options.staleness == 0:
+            kept = self._collected.setdefault(step, {})
+            kept[number] = work.gradient.copy()
+            if len(kept) == self._update.units:
+                self._apply_batch(step, [kept[i] for i in range(len(kept))])
+                del self._collected[step]
+        else:
+            self._apply_unit(work)
+        before = self._dealer.done
+        self._dealer.finish(work.unit)
+        for done in range(before, self._dealer.done):
+            self._conclude(done)
+        self.load.busy_s += time.monotonic() - begun
+
+    def _apply_batch(self, step: int, gradients: list[np.ndarray]) -> None:
+        """One synchronous step."""
+        counts = self._totals[step].sum()
+        total = add_in_order(gradients, one_each(len(gradients)).additions)
+        norm = self._replica.norm(total) / max(counts[TOKENS], 1.0)
+        self.rate(step, 1.0)
+        self._step(total, scale_of(norm, counts, self._clip_norm), 0)
+        self._norms[step] = [(norm, 1.0)]
+
+    def _apply_unit(self, work: Work) -> None:
+        counts = np.append(work.rows.sum(axis=0), 0.0)
+        norm = self._replica.norm(work.gradient) / max(counts[TOKENS], 1.0)
+        scale = scale_of(norm, counts, self._clip_norm)
+        self._norms.setdefault(work.unit.step, []).append((norm, counts[TOKENS]))
+        if counts[TOKENS]:
+            stale = self._version - work.version
+            aware = self._update.options.staleness_aware == "on"
+            self.rate(work.unit.step, 1.0 / max(1, stale) if aware else 1.0 / self._update.units)
+            self._step(work.gradient, scale, stale)
+
+    def _step(self, gradient: np.ndarray, scale: float, stale: int) -> None:
+        self._replica.apply(gradient, scale)
+        self._version += 1
+        self.load.updates += 1
+        self.load.staleness[stale] += 1
+
+    def _conclude(self, step: int) -> None:
+        """Note what a batch that is done has come to."""
+        counts, norms = self._totals.pop(step).sum(), self._norms.pop(step)
+        counts[-1] = float(self._stop_at is not None and step == self._stop_at - 1)
+        weight = sum(tokens for _, tokens in norms) or 1.0
+        norm = sum(norm * tokens for norm, tokens in norms) / weight
+        self._results[step] = Result(counts, norm)
+        self._results.pop(step - self._update.told, None)
+
+    def _wish_to_stop(self, wanted: bool) -> None:
+        """Let all stop at the end of the last batch that anybody has begun."""
+        if wanted and self._stop_at is None:
+            self._stop_at = max(self._dealer.begun, self._dealer.done + 1)
+            self._limit = min(self._limit, self._stop_at)
+
+    # Answers ---------------------------------------------------------------------------------------
+
+    def _answer(self) -> None:
+        """Answer those who wait and can be given a unit, or whose batch is done."""
+        for _ in range(len(self._waiting)):
+            peer = self._waiting.popleft()
+            assert peer.clock is not None
+            unit = self._dealer.deal(self._limit)
+            if unit is None and self._dealer.done <= peer.clock:
+                self._waiting.append(peer)
+                continue
+            peer.unit, peer.clock = unit, None
+            self._reply(peer)
+            self._listen(peer)
+
+    def _reply(self, peer: _Peer) -> None:
+        begun = time.monotonic()
+        told = [[step, *result.counts, result.norm] for step, result in sorted(self._results.items())]
+        told += [[-1.0] * TOLD] * (self._update.told - len(told))
+        unit = peer.unit or Unit(0, 0)
+        head = [peer.unit is not None, *unit, self._version]
+        for one in peer.sends:  # what he was told before: it has come, for he has answered
+            one.wait()
+        answer = np.array([*head, *np.ravel(told)], np.float64)
+        peer.told = self._dealer.done
+        peer.sends = [self._comm.isend(answer, peer.rank, REPLY_TAG)]
+        if peer.unit is not None and peer.version != self._version:
+            peer.sends.append(self._comm.isend(self._weights(), peer.rank, WEIGHTS_TAG))
+            peer.version = self._version
+        self.load.busy_s += time.monotonic() - begun
+
+    def _weights(self) -> np.ndarray:
+        """The weights of this version; a new array for each, for older ones may still be on their way."""
+        if self._snapshot_version != self._version:
+            self._snapshot = aligned_empty(self._replica.parameters)
+            self._replica.read_weights(self._snapshot)
+            self._snapshot_version = self._version
+        return self._snapshot

@@ -1,0 +1,73 @@
+"""A worker of Downpour: it computes the units that the master gives it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tf_dist.parallel.dealing import Unit
+from tf_dist.parallel.flat import aligned_empty
+from tf_dist.training.units import (
+    GRADIENT_TAG,
+    PUSH_TAG,
+    REPLY,
+    REPLY_TAG,
+    TOLD,
+    WEIGHTS_TAG,
+    Batches,
+    Result,
+    Units,
+    Work,
+)
+
+
+class Worker:
+    """A rank that computes units. Argument: the update of this rank."""
+
+    def __init__(self, update: Units) -> None:
+        self._update, self._comm = update, update.comm
+        self._sums = update.block_sum()
+        self._unit: Unit | None = None
+        self._version = -1
+        self._results: dict[int, Result] = {}
+        self._weights = aligned_empty(update.replica.parameters)
+
+    def take(self, clock: int, batches: Batches, stop: bool, clip_norm: float, limit: int) -> Result:
+        """As in `tf_dist.training.downpour.Downpour.take`: work until the batch is known to be done."""
+        while clock not in self._results:
+            work = None
+            if self._unit is not None:
+                work = self._update.gradient(self._unit, batches, self._sums, _nothing)
+            self._push(work, stop, clock)
+            self._hear()
+        return self._results.pop(clock)
+
+    def _push(self, work: Work | None, stop: bool, clock: int) -> None:
+        unit = work.unit if work else Unit(0, 0)
+        head = np.array([work is not None, *unit, self._version, stop, clock], np.float64)
+        rows = work.rows if work else np.zeros((self._update.size, 3))
+        sends = [self._comm.isend(np.concatenate([head, rows.reshape(-1)]), 0, PUSH_TAG)]
+        if work:
+            sends.append(self._comm.isend(work.gradient, 0, GRADIENT_TAG))
+        for one in sends:
+            one.wait()
+
+    def _hear(self) -> None:
+        """Take the master's answer: results, and perhaps a unit with weights."""
+        told = self._update.told
+        answer = np.empty(len(REPLY) + TOLD * told)
+        self._comm.irecv(answer, 0, REPLY_TAG).wait()
+        reply = dict(zip(REPLY, answer, strict=False))
+        for step, *counts, norm in answer[len(REPLY) :].reshape(told, TOLD):
+            if step >= 0:
+                self._results.setdefault(int(step), Result(np.array(counts), float(norm)))
+        self._unit = None
+        if reply["has_unit"]:
+            self._unit = Unit(int(reply["step"]), int(reply["number"]))
+            if reply["version"] != self._version:
+                self._comm.irecv(self._weights, 0, WEIGHTS_TAG).wait()
+                self._update.replica.write_weights(self._weights)
+                self._version = int(reply["version"])
+
+
+def _nothing() -> None:
+    pass
