@@ -54,6 +54,7 @@ def test_fewer_bytes_travel(connected, everyone, kind, least):
     assert "stayed behind" in made.update.cost
 
 
+@pytest.mark.skipif(N > 3, reason="two and three ranks show it")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_that_goes_on_is_one_that_was_never_stopped(connected, tmp_path, everyone, kind):
     from tf_dist.training import state

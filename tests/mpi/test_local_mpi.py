@@ -64,6 +64,7 @@ def test_short_changes_are_half_the_bytes(connected, everyone):
     assert len(set(everyone(array.tobytes()))) == 1
 
 
+@pytest.mark.skipif(N > 3, reason="up to three ranks show it")
 @pytest.mark.parametrize(("stop", "fragments"), [(2, 1), (3, 1), (4, 2)])  # between meetings and at one
 def test_a_run_that_goes_on_is_one_that_was_never_stopped(connected, tmp_path, everyone, stop, fragments):
     from tf_dist.training import state
