@@ -18,7 +18,7 @@ from mpi4py import MPI
 from tf_dist.errors import LaunchError, NumericError, UsageError
 
 # Whether a rank is the first, or another one, is all that callbacks know of ranks.
-pytestmark = pytest.mark.skipif(MPI.COMM_WORLD.size == 3, reason="one, two and four ranks show it")
+pytestmark = pytest.mark.skipif(MPI.COMM_WORLD.size > 2, reason="one and two ranks show it")
 
 V, T, G, STRETCH = 11, 8, 8, 3
 TOKENS = np.resize(np.arange(V, dtype=np.uint16), 1201)
