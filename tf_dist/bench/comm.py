@@ -95,10 +95,10 @@ def medians(comm: Comm, horovod: Comm | None, size_bytes: int) -> dict[str, floa
     import numpy as np
 
     from tf_dist.parallel.flat import aligned_empty
-    from tf_dist.parallel.tree import order
+    from tf_dist.parallel.tree import one_each
 
     length = size_bytes // 4
-    made = order(range(comm.size), [range(rank, rank + 1) for rank in range(comm.size)])
+    made = one_each(comm.size)
     buffers = comm.term_buffers(length, made)
     assert buffers is not None, comm.carried_by
     array, out = aligned_empty(length), aligned_empty(length)

@@ -142,9 +142,9 @@ def step_medians(comm: Comm, sizes: dict[str, Any], rows: int, steps: int) -> di
 def sum_medians(comm: Comm, length: int) -> dict[str, float]:
     """Median milliseconds of each sum of ``length`` float32, one term a rank."""
     from tf_dist.parallel.flat import aligned_empty
-    from tf_dist.parallel.tree import order
+    from tf_dist.parallel.tree import one_each
 
-    made = order(range(comm.size), [range(rank, rank + 1) for rank in range(comm.size)])
+    made = one_each(comm.size)
     array = aligned_empty(length)
     array.fill(0.0)
     sums = {"plain": plain_sum(comm), "tree": comm.allreduce_terms}

@@ -177,9 +177,9 @@ def sums(comm: Comm) -> tuple[dict[str, float], str]:
     """Median milliseconds of each kind of sum, and what was chosen."""
     from tf_dist.parallel.carrier import USUAL_CHUNK_BYTES, choose_chunk
     from tf_dist.parallel.flat import aligned_empty
-    from tf_dist.parallel.tree import order
+    from tf_dist.parallel.tree import one_each
 
-    made = order(range(comm.size), [range(rank, rank + 1) for rank in range(comm.size)])
+    made = one_each(comm.size)
     array = aligned_empty(SUM_LENGTH)
     array.fill(0.0)
     said = choose_chunk(comm, SUM_LENGTH, made).removeprefix("; ")

@@ -24,7 +24,8 @@ from tf_dist.comm.base import Comm
 from tf_dist.errors import UsageError
 from tf_dist.parallel.flat import FlatLayout, aligned_empty
 from tf_dist.parallel.onebit import allreduce_signs
-from tf_dist.parallel.short import allreduce_bfloat16, one_each
+from tf_dist.parallel.short import allreduce_bfloat16
+from tf_dist.parallel.tree import one_each
 
 # Elements among which the threshold of top-k is looked for, as a share and at least.
 SAMPLED, SAMPLED_AT_LEAST = 0.01, 10_000

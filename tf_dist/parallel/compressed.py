@@ -14,7 +14,7 @@ from tf_dist.comm.base import Comm, Order
 from tf_dist.parallel.compress import Compressor
 from tf_dist.parallel.flat import aligned_empty
 from tf_dist.parallel.mesh import Mesh
-from tf_dist.parallel.short import one_each
+from tf_dist.parallel.tree import one_each
 from tf_dist.parallel.updates import TOKENS, Replica, Totals, allreduce, own_sum, scale_of
 
 # Sums of each kind that are timed before the first step, after one that is not.

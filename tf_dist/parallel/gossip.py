@@ -23,7 +23,7 @@ from tf_dist.comm.base import Comm, Order, Pending
 from tf_dist.parallel.alone import step_alone, wait_until
 from tf_dist.parallel.flat import aligned_empty
 from tf_dist.parallel.mesh import Mesh
-from tf_dist.parallel.short import one_each
+from tf_dist.parallel.tree import one_each
 from tf_dist.parallel.updates import Replica, Totals
 
 SHARE_TAG, WEIGHTS_TAG = 707, 708

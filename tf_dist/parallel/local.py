@@ -28,7 +28,8 @@ import numpy as np
 from tf_dist.comm.base import Order
 from tf_dist.parallel.flat import aligned_empty
 from tf_dist.parallel.mesh import Mesh
-from tf_dist.parallel.short import allreduce_bfloat16, one_each
+from tf_dist.parallel.short import allreduce_bfloat16
+from tf_dist.parallel.tree import one_each
 from tf_dist.parallel.updates import TOKENS, Replica, Totals, allreduce, own_sum, scale_of
 
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from tf_dist.comm.base import TAGS, Comm, slices_of_blocks
+from tf_dist.comm.base import Comm, slices_of_blocks
+from tf_dist.parallel.short import swapped
 
 # Elements that share a scale; a whole number of the blocks at which slices are cut.
 BLOCK = 2048
-# Of the messages of a sum.
-TAG = TAGS - 2
 
 
 def encoded_bytes(length: int) -> int:
@@ -60,16 +59,11 @@ def allreduce_signs(comm: Comm, array: np.ndarray, left: np.ndarray) -> None:
     for part, raw, length in zip(parts, own, lengths, strict=True):
         encode(array[part], raw)
         left[part] = array[part] - decode(raw, length)
-    mine, others = lengths[comm.rank], [rank for rank in range(comm.size) if rank != comm.rank]
-    came = {rank: np.empty(encoded_bytes(mine), np.uint8) for rank in others}
-    under_way = [comm.irecv(came[rank], rank, TAG) for rank in others]
-    under_way += [comm.isend(own[rank], rank, TAG) for rank in others]
-    for message in under_way:
-        message.wait()
-    came[comm.rank] = own[comm.rank]
-    total = decode(came[0], mine)
-    for rank in range(1, comm.size):
-        total += decode(came[rank], mine)
+    mine = lengths[comm.rank]
+    first, *others = swapped(comm, own)
+    total = decode(first, mine)
+    for other in others:
+        total += decode(other, mine)
     ends = np.cumsum([raw.size for raw in own])
     gathered = [slice(int(end) - raw.size, int(end)) for end, raw in zip(ends, own, strict=True)]
     whole = np.empty(int(ends[-1]), np.uint8)

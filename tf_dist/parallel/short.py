@@ -6,11 +6,12 @@ ranks have the same bits, which are those of the rounded sum.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import ml_dtypes
 import numpy as np
 
-from tf_dist.comm.base import TAGS, Comm, Order, slices
-from tf_dist.parallel.tree import order
+from tf_dist.comm.base import TAGS, Comm, slices
 
 # Of the messages of a sum: the last one, for those of pipelines have the first ones.
 TAG = TAGS - 1
@@ -29,6 +30,23 @@ def from_bfloat16(bits: np.ndarray) -> np.ndarray:
     return np.asarray(bits.view(ml_dtypes.bfloat16).astype(np.float32))
 
 
+def swapped(comm: Comm, given: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Give each rank its array, and take those of all ranks for this one, in rank order; a collective.
+
+    Args:
+        comm: the ranks.
+        given: for each rank, (R,): of one dtype, and of a length that all ranks know.
+    """
+    came = [np.empty_like(given[comm.rank]) for _ in given]
+    others = [rank for rank in range(comm.size) if rank != comm.rank]
+    under_way = [comm.irecv(came[rank], rank, TAG) for rank in others]
+    under_way += [comm.isend(given[rank], rank, TAG) for rank in others]
+    for message in under_way:
+        message.wait()
+    came[comm.rank] = given[comm.rank]
+    return came
+
+
 def allreduce_bfloat16(comm: Comm, array: np.ndarray, left: np.ndarray | None = None) -> None:
     """Replace ``array``, float32, by the sum over all ranks of its bfloat16 values, rounded once more.
 
@@ -45,24 +63,13 @@ def allreduce_bfloat16(comm: Comm, array: np.ndarray, left: np.ndarray | None = 
     if left is not None:
         np.subtract(array, from_bfloat16(own), out=left)
     mine = parts[comm.rank]
-    others = [rank for rank in range(comm.size) if rank != comm.rank]
-    came = {rank: np.empty(mine.stop - mine.start, np.uint16) for rank in others}
-    under_way = [comm.irecv(came[rank], rank, TAG) for rank in others]
-    under_way += [comm.isend(own[parts[rank]], rank, TAG) for rank in others]
-    for message in under_way:
-        message.wait()
-    came[comm.rank] = own[mine]
-    total = from_bfloat16(came[0])
-    for rank in range(1, comm.size):
-        total += from_bfloat16(came[rank])
+    first, *others = swapped(comm, [own[part] for part in parts])
+    total = from_bfloat16(first)
+    for other in others:
+        total += from_bfloat16(other)
     whole = np.empty(array.size, np.uint16)
     to_bfloat16(total, whole[mine])
     if left is not None:
         left[mine] += total - from_bfloat16(whole[mine])
     comm.allgather(whole, parts)
     np.copyto(array, from_bfloat16(whole))
-
-
-def one_each(ranks: int) -> Order:
-    """The order of a sum to which each rank gives one term."""
-    return order(range(ranks), [range(rank, rank + 1) for rank in range(ranks)])

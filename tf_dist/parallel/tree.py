@@ -53,6 +53,11 @@ def order(leaves: range, blocks: Sequence[range]) -> Order:
     return Order(tuple(len(share) for share in shares), tuple(additions))
 
 
+def one_each(ranks: int) -> Order:
+    """The order of a sum to which each rank gives one term."""
+    return order(range(ranks), [range(rank, rank + 1) for rank in range(ranks)])
+
+
 def _complete(node: range, terms: dict[range, int], additions: list[tuple[int, int]]) -> int:
     """Note the additions that make ``node`` out of ``terms``; the number of the term it ends in."""
     if node in terms:

@@ -23,8 +23,7 @@ from tf_dist.parallel.gossip import Gossip
 from tf_dist.parallel.local import LocalSteps, Plan
 from tf_dist.parallel.mesh import DATA, Mesh, leaves_of
 from tf_dist.parallel.scatter import dealt
-from tf_dist.parallel.short import one_each
-from tf_dist.parallel.tree import BlockSum, order
+from tf_dist.parallel.tree import BlockSum, one_each, order
 from tf_dist.parallel.updates import UPDATES
 from tf_dist.training.downpour import Downpour
 from tf_dist.training.frozen_adam import FrozenAdam, check_adam

@@ -13,7 +13,7 @@ from tf_dist.comm.base import Pending, add_in_order, named
 from tf_dist.errors import LaunchError
 from tf_dist.parallel.dealing import Dealer, Unit
 from tf_dist.parallel.flat import aligned_empty
-from tf_dist.parallel.short import one_each
+from tf_dist.parallel.tree import one_each
 from tf_dist.parallel.updates import TOKENS, Totals, scale_of
 from tf_dist.training.units import (
     GRADIENT_TAG,

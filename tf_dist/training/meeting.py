@@ -18,7 +18,7 @@ from tf_dist.parallel.gossip import Gossip
 from tf_dist.parallel.local import LocalSteps
 from tf_dist.parallel.mesh import Mesh
 from tf_dist.parallel.parts import Part, part_of
-from tf_dist.parallel.short import one_each
+from tf_dist.parallel.tree import one_each
 from tf_dist.training.downpour import Downpour
 from tf_dist.training.pieces import Piece, array_piece
 from tf_dist.training.replica import Weights

@@ -84,14 +84,13 @@ class Load:
 class Work(NamedTuple):
     """A unit, its summed gradient (P,), and of its micro-batches loss, tokens and right guesses, (n, 3).
 
-    version: of the weights that it was computed with. stop: whether whoever did it wants to stop.
+    version: of the weights that it was computed with.
     """
 
     unit: Unit
     gradient: np.ndarray
     rows: np.ndarray
     version: int = 0
-    stop: bool = False
 
 
 class Units:
