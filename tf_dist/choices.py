@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from tf_dist.degrees import AXES
+from tf_dist.degrees import in_use
 from tf_dist.errors import UsageError
 
 if TYPE_CHECKING:
@@ -62,8 +62,7 @@ def check_update(config: Config) -> None:
 
 
 def _check_asynchronous(config: Config) -> None:
-    shared = [f"{name} {getattr(config, name)}" for name in AXES if getattr(config, name) > 1]
-    if shared:
+    if shared := in_use(config):
         raise UsageError(
             f"update {config.update} with {' and '.join(shared)}: a worker has the whole model. Use degrees "
             "of 1"
@@ -103,8 +102,7 @@ def _check_compression(config: Config) -> None:
             f"compression {kind} with update {config.update}: only update allreduce sums gradients that can "
             "be compressed. Use compression none, or update allreduce"
         )
-    shared = [f"{name} {getattr(config, name)}" for name in AXES if getattr(config, name) > 1]
-    if shared:
+    if shared := in_use(config):
         raise UsageError(
             f"compression {kind} with {' and '.join(shared)}: only gradients of whole models are compressed. "
             "Use degrees of 1, or compression none"

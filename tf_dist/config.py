@@ -82,7 +82,7 @@ class Config:
     micro_batches_in_flight: int = option(0, "grid", "micro-batches whose activations a pipeline's rank keeps at most; 0: as the schedule has it", least=0)  # noqa: E501
     recompute: str = option("off", "grid", "compute a pipeline stage's activations again on the way back, instead of keeping them", choices=("on", "off"))  # noqa: E501
 
-    update: str = option("allreduce", "ranks", "how gradients become the same new weights everywhere", choices=("allreduce", "master", "zero", "local-sgd", "diloco", "downpour", "easgd", "gossip"))  # noqa: E501
+    update: str = option("allreduce", "ranks", "how gradients become new weights, the same everywhere or until ranks meet", choices=("allreduce", "master", "zero", "local-sgd", "diloco", "downpour", "easgd", "gossip"))  # noqa: E501
     zero_stage: int = option(1, "ranks", "what --update zero divides among the data-parallel ranks: 1 optimizer state, 2 also gradients, 3 also weights", least=1)  # noqa: E501
     staleness: int = option(1, "ranks", "global batches by which the fastest worker of update downpour may lead the slowest; 0: as allreduce, bit for bit", least=0)  # noqa: E501
     staleness_aware: str = option("off", "ranks", "divide the learning rate of a gradient of update downpour by its staleness", choices=("on", "off"))  # noqa: E501

@@ -29,6 +29,11 @@ def check_degrees(config: Config) -> None:
         _check_horovod(config)
 
 
+def in_use(config: Config) -> list[str]:
+    """The degrees of parallelism above 1, as in ``tensor_parallel 2``."""
+    return [f"{name} {getattr(config, name)}" for name in AXES if getattr(config, name) > 1]
+
+
 def must_divide(degree: int, what: str, number: int, option: str) -> None:
     """Refuse a degree of parallelism that does not divide a model, and say what would.
 
@@ -128,18 +133,17 @@ def _check_zero(config: Config) -> None:
     stage = config.zero_stage
     if stage > 3:
         raise UsageError(f"zero_stage is {stage}: there are stages 1, 2 and 3")
-    shared = [name for name in AXES if getattr(config, name) > 1]
+    shared = in_use(config)
     if config.update == "zero" and stage > 1 and shared:
-        degrees = " and ".join(f"{name} {getattr(config, name)}" for name in shared)
         raise UsageError(
-            f"zero_stage {stage} with {degrees}: gradients and weights are divided among data ranks alone. "
-            "Use zero_stage 1, which divides the optimizer's state, or degrees of 1"
+            f"zero_stage {stage} with {' and '.join(shared)}: gradients and weights are divided among data "
+            "ranks alone. Use zero_stage 1, which divides the optimizer's state, or degrees of 1"
         )
 
 
 def _check_horovod(config: Config) -> None:
     """Horovod has neither messages between two ranks nor sums of which a rank gets a part."""
-    wanted = [f"{name} {getattr(config, name)}" for name in AXES if getattr(config, name) > 1]
+    wanted = in_use(config)
     wanted += ["update zero"] if config.update == "zero" else []
     if wanted:
         raise UsageError(f"backend horovod cannot carry {' and '.join(wanted)}: use backend mpi")

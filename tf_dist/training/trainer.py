@@ -48,7 +48,7 @@ class Trainer:
         optimizer: any Keras optimizer, not yet distributed in any way.
         comm: all ranks, from ``tf_dist.connect()``.
         update: how gradients become new weights: the same everywhere with "allreduce", "master" and "zero";
-            with "local-sgd" and "diloco" each replica's own, until all meet.
+            with "local-sgd", "diloco", "downpour", "easgd" and "gossip" each rank's own, until all meet.
         global_batch_size: G, sequences in one optimizer step.
         micro_batch_size: B, sequences in one forward and backward pass; must divide G.
             None: a quarter of G, or the next smaller divisor.
@@ -66,9 +66,9 @@ class Trainer:
         mesh: who shares what of the model; None: every rank has all of it.
         zero_stage: what update "zero" divides: 1 optimizer state, 2 also gradients, 3 also weights.
         pipeline: options of a pipeline by name, see `tf_dist.training.pipeline.Pipeline`.
-        local: options of "local-sgd" and "diloco" by name, see `tf_dist.parallel.local.Plan`.
+        local: options of updates with meetings by name, see `tf_dist.parallel.local.Plan`.
         compression: of gradients, options by name, see `tf_dist.parallel.compress.Compression`.
-        asynchrony: options of "downpour" by name, see `tf_dist.training.units.Asynchrony`.
+        asynchrony: options of "downpour" and "easgd" by name, see `tf_dist.training.units.Asynchrony`.
 
     Attributes:
         tuning: whether XLA compiles forward and backward, and why.
@@ -146,7 +146,8 @@ class Trainer:
         """Take one optimizer step on one global batch, over all ranks.
 
         Returns:
-            loss (mean nats per token), accuracy, grad_norm and tokens: the same on every rank.
+            loss (mean nats per token), accuracy, grad_norm and tokens: the same on every rank; with "easgd"
+            and "gossip" what this rank knows.
         """
         self.sentinel.watch(self.step)
         totals = Totals(self.micro_batches)
