@@ -15,7 +15,7 @@ from tf_dist.parallel.compress import Compressor
 from tf_dist.parallel.flat import aligned_empty
 from tf_dist.parallel.mesh import Mesh
 from tf_dist.parallel.tree import one_each
-from tf_dist.parallel.updates import TOKENS, Replica, Totals, allreduce, own_sum, scale_of
+from tf_dist.parallel.updates import TOKENS, Replica, Totals, allreduce, clipping, own_sum, scale_of
 
 # Sums of each kind that are timed before the first step, after one that is not.
 TIMED = 3
@@ -90,7 +90,7 @@ class Compressed:
         length = np.array([replica.norm(total)])
         mesh.all.broadcast(length)
         norm = float(length[0])
-        replica.apply(total, min(1.0, clip_norm / norm) if clip_norm and norm > 0 else 1.0)
+        replica.apply(total, clipping(norm, clip_norm))
         return norm
 
     def _sum(self, gradient: np.ndarray, comm: Comm) -> np.ndarray:
@@ -187,11 +187,10 @@ class CompressedMomentum(Compressed):
         if self._momentum_step is None:
             self._momentum_step = self._make()
         beta = self._momentum_step.beta
-        clipped = min(1.0, clip_norm / norm) if clip_norm and norm > 0 else 1.0
         momentum = np.empty_like(gradient)
         self._momentum_step.read(momentum)
         momentum *= np.float32(beta / mesh.all.size)
-        gradient *= np.float32((1.0 - beta) * clipped)
+        gradient *= np.float32((1.0 - beta) * clipping(norm, clip_norm))
         momentum += gradient
         self._momentum_step.apply(self._sum(momentum, mesh.all))
         return norm

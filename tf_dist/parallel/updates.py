@@ -191,5 +191,9 @@ def scale_of(norm: float, counts: np.ndarray, clip_norm: float) -> float:
             f"the gradient is not finite (norm {norm}, mean loss {loss:.4g}), and no weight has changed. "
             "Try a lower --learning-rate, a longer --warmup-steps or --clip-norm 1"
         )
-    clipped = min(1.0, clip_norm / norm) if clip_norm and norm > 0 else 1.0
-    return clipped / max(float(counts[TOKENS]), 1.0)
+    return clipping(norm, clip_norm) / max(float(counts[TOKENS]), 1.0)
+
+
+def clipping(norm: float, clip_norm: float) -> float:
+    """What shortens a gradient to ``clip_norm``, where it is longer; 0 is for no clipping."""
+    return min(1.0, clip_norm / norm) if clip_norm and norm > 0 else 1.0

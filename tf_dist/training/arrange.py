@@ -179,38 +179,46 @@ def _share(count: int, mesh: Mesh, wishes: Wishes) -> range:
     return share(count, rank, size)
 
 
-def _alone(replica: Any, mesh: Mesh, mine: range, count: int, wishes: Wishes) -> Arrangement:
-    """Every rank trains by itself."""
+def _workers(mesh: Mesh, wishes: Wishes) -> int:
+    """Ranks that train where one may be a master."""
+    return max(1, mesh.all.size - (wishes.asynchrony.master_trains == "off"))
+
+
+def _refuse_parts(mesh: Mesh, wishes: Wishes) -> None:
     if not mesh.plain:
         raise UsageError(f"{mesh}: update {wishes.update} needs all ranks along the data axis")
-    every = wishes.local.sync_every or SYNC_EVERY[wishes.update]
-    given = (mesh.all, replica.parameters, mine, every)
-    workers = max(1, mesh.all.size - (wishes.asynchrony.master_trains == "off"))
-    force = wishes.asynchrony.elastic_force or 0.9 / workers
-    update = Elastic(*given, force) if wishes.update == "easgd" else Gossip(*given)
+
+
+def _nothing_summed(replica: Any, mesh: Mesh, mine: range, count: int, update: Any) -> Arrangement:
+    """No gradient is summed over all ranks."""
     sums = BlockSum(replica.parameters, mine or range(count), mine)
     passes = passes_of_rows(replica, mine, sums, buckets.Overlap(None, ""), mesh)
     no_xla = talks_inside(replica.model)
     return Arrangement(replica, passes, update, mine, one_each(mesh.all.size), update.said, no_xla)
 
 
+def _alone(replica: Any, mesh: Mesh, mine: range, count: int, wishes: Wishes) -> Arrangement:
+    """Every rank trains by itself."""
+    _refuse_parts(mesh, wishes)
+    every = wishes.local.sync_every or SYNC_EVERY[wishes.update]
+    given = (mesh.all, replica.parameters, mine, every)
+    force = wishes.asynchrony.elastic_force or 0.9 / _workers(mesh, wishes)
+    update = Elastic(*given, force) if wishes.update == "easgd" else Gossip(*given)
+    return _nothing_summed(replica, mesh, mine, count, update)
+
+
 def _with_a_master(
     model: keras.Model, optimizer: Any, mesh: Mesh, sizes: tuple[int, int, int], count: int, wishes: Wishes
 ) -> Arrangement:
     """Rank 0 deals out micro-batches, so that none are a rank's own."""
-    if not mesh.plain:
-        raise UsageError(f"{mesh}: update {wishes.update} needs all ranks along the data axis")
+    _refuse_parts(mesh, wishes)
     options, replica = wishes.asynchrony, Replica(model, optimizer, *sizes)
     replica.norm = whole_norm(replica, model.trainable_variables, mesh)
-    workers = max(1, mesh.all.size - (options.master_trains == "off"))
-    update = Downpour(replica, mesh, count, micro_batches_of_a_unit(count, workers), options)
+    size = micro_batches_of_a_unit(count, _workers(mesh, wishes))
+    update = Downpour(replica, mesh, count, size, options)
     if options.staleness:
         update.set_rates(PushRate(optimizer))
-    nothing = range(0)
-    sums = BlockSum(replica.parameters, range(count), nothing)
-    passes = passes_of_rows(replica, nothing, sums, buckets.Overlap(None, ""), mesh)
-    no_xla = talks_inside(replica.model)
-    return Arrangement(replica, passes, update, nothing, one_each(mesh.all.size), update.said, no_xla)
+    return _nothing_summed(replica, mesh, range(0), count, update)
 
 
 def _update(replica: Weights, mesh: Mesh, mine: range, wishes: Wishes) -> tuple[Any, str]:

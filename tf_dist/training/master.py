@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tf_dist.comm.base import Pending, add_in_order, named
-from tf_dist.errors import LaunchError
+from tf_dist.comm.base import Pending, add_in_order
+from tf_dist.parallel.alone import wait_until
 from tf_dist.parallel.dealing import Dealer, Unit
 from tf_dist.parallel.flat import aligned_empty
 from tf_dist.parallel.tree import one_each
@@ -28,11 +28,6 @@ from tf_dist.training.units import (
     Units,
     Work,
 )
-
-# Between two looks of a master that has nothing to do.
-LOOK_EVERY_S = 0.00005
-# How long the master waits for a worker that has a unit, while no other sends anything.
-PATIENCE_S = 600.0
 
 
 @dataclass
@@ -77,7 +72,7 @@ class Master:
         self._collected: dict[int, dict[int, np.ndarray]] = {}
         self._results: dict[int, Result] = {}
         self._stop_at: int | None = None
-        self._clip_norm, self._limit, self._heard = 0.0, 0, time.monotonic()
+        self._clip_norm, self._limit = 0.0, 0
         self.rate: Callable[[int, float], None] = lambda step, factor: None
 
     def take(self, clock: int, batches: Batches, stop: bool, clip_norm: float, limit: int) -> Result:
@@ -87,21 +82,26 @@ class Master:
             self._dealer = Dealer(self._update.units, self._update.options.staleness, clock)
         if self._stop_at is not None and clock >= self._stop_at:
             self._stop_at = None  # it is over
-        self._clip_norm, self._heard = clip_norm, begun
+        self._clip_norm = clip_norm
         self._limit = limit if self._stop_at is None else min(limit, self._stop_at)
         self._wish_to_stop(stop)
         for peer in self._peers:
             self._listen(peer)
-        while self._dealer.done <= clock:
+
+        def look() -> bool:
             unit = self._dealer.deal(self._limit) if self._trains and not self._waiting else None
             if unit is not None:
                 self._accept(self._own(unit, batches))
-            else:
-                self._look_or_wait()
+            came = self._look() if unit is None else True
             self._answer()
-        while clock + 1 >= self._limit and any(peer.told <= clock for peer in self._peers):
-            self._look_or_wait()  # whoever has had no unit of the last batch waits for its result
-            self._answer()
+            return came
+
+        def over() -> bool:
+            # Whoever has had no unit of the last batch before all meet waits for its result.
+            all_know = clock + 1 < self._limit or all(peer.told > clock for peer in self._peers)
+            return self._dealer.done > clock and all_know
+
+        wait_until(over, look, lambda: [peer.rank for peer in self._peers if peer.clock is None])
         self.load.served_s += time.monotonic() - begun
         self.rate(clock + 1, 1.0)
         return self._results[clock]
@@ -131,7 +131,7 @@ class Master:
         for peer in came:
             assert peer.coming is not None
             peer.coming.wait()
-            peer.coming, self._heard = None, time.monotonic()
+            peer.coming = None
             push = dict(zip(PUSH, peer.head, strict=False))
             peer.clock = int(push["clock"])
             self._wish_to_stop(bool(push["stop"]))
@@ -143,17 +143,6 @@ class Master:
                 self._accept(Work(unit, peer.gradient, rows, int(push["version"])))
             self._waiting.append(peer)
         return bool(came)
-
-    def _look_or_wait(self) -> None:
-        if self._look():
-            return
-        time.sleep(LOOK_EVERY_S)
-        if time.monotonic() - self._heard > PATIENCE_S:
-            missing = [peer.rank for peer in self._peers if peer.clock is None]
-            raise LaunchError(
-                f"{named(missing)} {'has' if len(missing) == 1 else 'have'} sent the master nothing for "
-                f"{PATIENCE_S:.0f} s, in batch {self._dealer.done}. Is a rank stopped, or a link down?"
-            )
 
     def _own(self, unit: Unit, batches: Batches) -> Work:
         version = self._version
