@@ -6,6 +6,7 @@ from thread_comm import ThreadComm, on_ranks
 
 from tf_dist.comm.base import SerialComm
 from tf_dist.errors import LaunchError, UsageError
+from tf_dist.parallel import carrier
 from tf_dist.parallel.carrier import choose
 from tf_dist.parallel.tree import order
 
@@ -69,11 +70,14 @@ class Spread(ThreadComm):
         return 2
 
     def _allreduce_terms(self, terms, order, out):
-        time.sleep(0.02 if self.chunk_bytes == 2 << 20 else 0.0)
+        time.sleep(0.05 if self.chunk_bytes == 2 << 20 else 0.0)
         return super()._allreduce_terms(terms, order, out)
 
 
-def test_pieces_are_measured_where_ranks_span_nodes():
+def test_pieces_are_measured_where_ranks_span_nodes(monkeypatch):
+    # Enough time to try all of it in: on a busy machine the first sum may take many times as long as it says.
+    monkeypatch.setattr(carrier, "CHUNK_PROBE_S", 60.0)
+
     def work(comm):
         said = choose(comm, 1_500_000, ORDER).said
         return comm.chunk_bytes, said
