@@ -32,7 +32,6 @@ from __future__ import annotations
 import json
 import sys
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -141,17 +140,20 @@ def forget_peak() -> None:
 
 
 class Watch:
-    """Reads PSS every few milliseconds, in a thread, while it is entered."""
+    """Reads PSS every few milliseconds, in a thread, while it is entered.
 
-    def __init__(self) -> None:
-        self.peak_pss = 0
+    A look takes a millisecond or more of a core, so that steps which are timed want fewer.
+    """
+
+    def __init__(self, every_s: float = SAMPLED_EVERY_S) -> None:
+        self.peak_pss, self._every_s = 0, every_s
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._read)
 
     def _read(self) -> None:
         while not self._over.is_set():
             self.peak_pss = max(self.peak_pss, memory_now()["pss"])
-            time.sleep(SAMPLED_EVERY_S)
+            self._over.wait(self._every_s)
 
     def __enter__(self) -> Watch:
         self._thread.start()

@@ -40,7 +40,7 @@ RANKS, HOSTS, RATES = (2, 4), 2, ("1gbit", "100mbit")
 # Of all ranks, in a step; so that four ranks have a micro-batch each.
 ROWS, MICRO_BATCHES = {"gpt-0.81M": 12, "lstm-1.08M": 32, "gpt-10.7M": 8}, 4
 OPTIONS = {"steps": 500, "every": 100, "ranks": 0}
-VALIDATED, WARM_UP, TIMED_STEPS = 128, 4, 12
+VALIDATED, WARM_UP, TIMED_STEPS, LOOK_EVERY_S = 128, 4, 12, 0.5
 # In `hosts` and `slow` replicas meet this often, so that meetings can be timed; `hosts` counts with NAMES' H.
 MEETING_EVERY = 4
 
@@ -338,7 +338,7 @@ def learn(
     trainer.last_step = steps
     trainer.meets_every = {every}
     seconds, sent = 0.0, 0
-    with memory.Watch() as watch:
+    with memory.Watch(LOOK_EVERY_S) as watch:
         while trainer.step < steps:
             comm.barrier()
             begun, before = time.perf_counter(), comm.sent_bytes
