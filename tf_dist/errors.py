@@ -6,6 +6,8 @@ job systems may rely on them. An error's text says what happened, why, and what 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class TfDistError(Exception):
     """A failure we foresaw. ``exit_code`` is the status the whole job ends with."""
@@ -17,6 +19,21 @@ class OrderError(TfDistError, RuntimeError):
     """The ranks do not call the same collectives in the same order, or one of them does not come."""
 
     exit_code = 70
+
+
+class RankLost(TfDistError, RuntimeError):
+    """A rank has died, and MPI goes on without it (``mpirun --with-ft ulfm``).
+
+    Attributes:
+        ranks: those known to have died, as they were numbered when the job began; may be empty where another
+            rank has noticed.
+    """
+
+    exit_code = 70
+
+    def __init__(self, message: str, ranks: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.ranks = list(ranks)
 
 
 class UsageError(TfDistError, ValueError):

@@ -33,6 +33,7 @@ def trained(comm, update, steps, slow=(), limit=None):
         if comm.rank in slow:
             time.sleep(0.01)
         update(sums.terms() if mine else [], ONE, totals, 0.0, replica, mesh)
+    update.settle(replica)
     before = replica.weights.copy()
     update.meet(replica, mesh)
     assert update.together
@@ -97,13 +98,12 @@ def test_the_master_knows_all_losses_when_all_have_met():
 def test_gossip_ends_in_one_model(ranks, slow):
     def work(comm):
         update = Gossip(comm, P, share(M, comm.rank, comm.size), 1)
-        found = trained(comm, update, 20, slow)
-        assert update.share == 1 / comm.size
-        return *found, update.mixed
+        return *trained(comm, update, 20, slow), update.mixed, update.share
 
     found = on_ranks(ranks, work)
-    assert all(np.array_equal(found[0][1], after) for _, after, _ in found)
-    assert sum(mixed for *_, mixed in found) > (3 if ranks > 1 else -1)
+    assert all(np.array_equal(found[0][1], after) for _, after, *_ in found)
+    assert sum(mixed for *_, mixed, _ in found) > (3 if ranks > 1 else -1)
+    assert sum(share for *_, share in found) == pytest.approx(1.0)
 
 
 def test_gossip_changes_no_mean():
@@ -117,6 +117,7 @@ def test_gossip_changes_no_mean():
         for _ in range(30):
             update([], ONE, Totals(M), 0.0, replica, mesh)
             time.sleep(0.002)
+        update.settle(replica)
         spread = replica.weights.copy()
         update.meet(replica, mesh)
         return spread, replica.weights

@@ -22,13 +22,20 @@ def test_units_are_subtrees_and_theirs_is_the_top_of_the_tree(micro_batches, wor
 
 @given(st.integers(1, 5), st.integers(0, 3), st.integers(1, 6), st.randoms(use_true_random=False))
 def test_every_unit_once_and_nobody_too_far_ahead(units, staleness, limit, random):
-    dealer, out, dealt = Dealer(units, staleness), [], []
+    dealer, out, dealt, returned = Dealer(units, staleness), [], [], []
     while dealer.done < limit:
         unit = dealer.deal(limit) if random.random() < 0.6 else None
         if unit is not None:
             assert unit.step - dealer.done <= staleness
             out.append(unit)
-            dealt.append(unit)
+            if unit in returned:  # by whoever has died
+                assert returned.pop(0) == unit
+            else:
+                assert not returned
+                dealt.append(unit)
+        elif out and random.random() > 0.8:
+            returned.append(out.pop(random.randrange(len(out))))
+            dealer.give_back(returned[-1])
         elif out:
             before = dealer.done
             dealer.finish(out.pop(random.randrange(len(out))))

@@ -117,6 +117,7 @@ class Comm(ABC):
         exposed_s: those of them that were waited for, which are also in ``comm_s``.
         waiting: the verb this rank is inside of and when it entered it (`time.monotonic`), or None. Shared.
         calls: collectives begun so far.
+        origin: which rank each of the ranks was when the job began: another one where some have died.
         chunk_bytes: sums of terms travel between ranks in pieces of this size, the same on every rank.
         no_overlap_because: why `overlapped` returned None.
         carried_by: how terms are summed since the last `term_buffers`: "a shared window", or "messages" and
@@ -134,6 +135,7 @@ class Comm(ABC):
         self.chunk_bytes = DEFAULT_CHUNK_BYTES
         self.no_overlap_because = "this backend cannot"
         self.calls = 0
+        self.origin: list[int] = []
         self.carried_by = "messages"
         self.before: Callable[[str, np.ndarray | None, int], None] = _nothing
 
@@ -156,6 +158,11 @@ class Comm(ABC):
     def waiting(self) -> tuple[str, float] | None:
         """The verb this rank is inside of, and since when."""
         return self.record.waiting
+
+    @property
+    def watched(self) -> bool:
+        """Whether somebody looks at every collective before it begins."""
+        return self.before is not _nothing
 
     # The verbs ---------------------------------------------------------------------------------
 
@@ -292,6 +299,27 @@ class Comm(ABC):
         """Begin to receive, into an array of the length and dtype of what is sent with this tag."""
         return _Timed(self._irecv(_flat(array), source, tag), self.record, f"receive from rank {source}")
 
+    # Deaths --------------------------------------------------------------------------------------
+
+    @property
+    def survives(self) -> bool:
+        """Whether a rank that dies is an error of its own for the others, `RankLost`, and not their end."""
+        return False
+
+    def regroup(self, fine: bool = True) -> list[int] | None:
+        """Agree with all who live that everything is fine, else go on as a smaller group; a collective.
+
+        The others keep their order: the first of them is rank 0. Memory that ranks shared is forgotten, and
+        what was under way is lost. Comms made by `grid` before are of no use any more, but for this one.
+
+        Args:
+            fine: whether this rank has met no `RankLost` since the last time.
+
+        Returns:
+            None where all was fine; else the ranks that have died since, by `origin`.
+        """
+        return None
+
     # Smaller groups ------------------------------------------------------------------------------
 
     def grid(self, shape: Sequence[int], axes: Sequence[Sequence[int]]) -> list[Comm]:
@@ -360,6 +388,10 @@ class Comm(ABC):
     @abstractmethod
     def _allgather_bytes(self, raw: bytes) -> list[bytes]: ...
 
+    def _understood(self, error: Exception) -> Exception:
+        """An error of the transport as one of ours, where it is one."""
+        return error
+
     def _allgather_calls(self, calls: int) -> list[int]:
         return [int(raw) for raw in self._allgather_bytes(str(calls).encode())]
 
@@ -369,7 +401,13 @@ class Comm(ABC):
         self.calls += 1
         self.record.waiting = (verb, begun)
         self.before(verb, array, root)
-        yield
+        try:
+            yield
+        except Exception as error:
+            understood = self._understood(error)
+            if understood is error:
+                raise
+            raise understood from error
         # Not in a `finally`: a rank that failed inside a collective has not left it.
         self.record.waiting = None
         elapsed = time.monotonic() - begun

@@ -48,6 +48,7 @@ class Ending:
         # Ranks above 0 later send their stdout and stderr to a log file; last words go to the terminal.
         self._console = os.fdopen(os.dup(2), "w", buffering=1, errors="replace")
         self._comm: Comm | None = None
+        self._dead: list[int] = []
         self._exit: tuple[Any, str] | None = None
         # Called with exit code and message on a rank that fails, while it still can.
         self.note: Callable[[int, str], None] | None = None
@@ -121,12 +122,16 @@ class Ending:
 
     def _everyone_is_here(self) -> bool:
         """Whether all ranks fail, within a second of each other."""
-        request = self._mpi.Ibarrier()
         deadline = time.monotonic() + RENDEZVOUS_S
-        while time.monotonic() < deadline:
-            if request.Test():
-                return True
-            time.sleep(0.005)
+        try:
+            request = self._mpi.Ibarrier()
+            while time.monotonic() < deadline:
+                if request.Test():
+                    return True
+                time.sleep(0.005)
+        except RuntimeError as error:  # MPI's: a rank has died, where that does not end the job
+            if not self._is_loss(error):
+                raise
         return False
 
     def _speak_once(self, message: str) -> None:
@@ -170,15 +175,37 @@ class Ending:
             self._send_notes(stack)
         # Into MPI's finalization together: should the job be aborted while some ranks wait there for the
         # others, Open MPI's mpirun may crash, and its exit code would be lost.
+        from tf_dist.comm import survive
+
+        if survive.can():
+            self._leave_the_dead_behind(status)
+            return
         request = self._leaving.Ibarrier()
         while not request.Test():
             time.sleep(0.01)
+
+    def _is_loss(self, error: BaseException) -> bool:
+        from tf_dist.comm.survive import is_loss
+
+        return is_loss(error, self._mpi)
+
+    def _leave_the_dead_behind(self, status: Any) -> None:
+        """Wait for all who live; if somebody has died, end: MPI's finalize may wait for him for ever."""
+        from tf_dist.comm import survive
+
+        some_died = False
+        while not survive.agree(self._leaving, True):
+            self._leaving, _ = survive.shrink(self._leaving)
+            some_died = True
+        if some_died:
+            _flush()
+            os._exit(status if isinstance(status, int) else int(status is not None))
 
     def _send_notes(self, stack: str) -> None:
         """Tell rank 0 that this rank has left; rank 0 tells everyone: 2(R - 1) notes in all."""
         note = json.dumps({"rank": self.rank, "stack": stack[-4000:]}).encode()
         for other in range(self._mpi.Get_size()) if self.rank == 0 else [0]:
-            if other != self.rank:
+            if other not in (self.rank, *self._dead):
                 self._mpi.Isend(bytearray(note), dest=other, tag=NOTE_TAG).Free()
 
     def _watch(self) -> None:
@@ -195,17 +222,31 @@ class Ending:
         from mpi4py import MPI
 
         status = MPI.Status()
-        if not self._mpi.Iprobe(MPI.ANY_SOURCE, NOTE_TAG, status):
+        try:
+            if not self._mpi.Iprobe(MPI.ANY_SOURCE, NOTE_TAG, status):
+                return None
+        except MPI.Exception as error:
+            if not self._is_loss(error):
+                raise
+            self._take_note_of_the_dead()
             return None
         raw = bytearray(status.Get_count(MPI.BYTE))
         self._mpi.Recv(raw, source=status.Get_source(), tag=NOTE_TAG)
         return dict(json.loads(raw))
 
+    def _take_note_of_the_dead(self) -> None:
+        """Whoever has died leaves no note; others may still."""
+        from tf_dist.comm.survive import dead
+
+        self._dead = dead(self._mpi)
+        self._mpi.Ack_failed()
+
     def _end_if_stuck(self, departed: dict[int, tuple[float, str]], waiting: tuple[str, float]) -> None:
         verb, since = waiting
         rank, (left_at, stack) = next(iter(departed.items()))
         # When rank 0 has left, all the others know: the lowest of them speaks, and the job ends with it.
-        speaker = min(other for other in range(self._mpi.Get_size()) if other not in departed)
+        gone = {*departed, *self._dead}
+        speaker = min(other for other in range(self._mpi.Get_size()) if other not in gone)
         patience = GRACE_S if self.rank == speaker else GRACE_S + RENDEZVOUS_S
         if time.monotonic() - max(since, left_at) < patience:
             return

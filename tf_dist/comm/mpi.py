@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from tf_dist.comm.base import Comm, Order, Overlapped, Pending, Sum, add_in_order
+from tf_dist.comm import survive
+from tf_dist.comm.base import Comm, Order, Overlapped, Pending, Sum, add_in_order, named
 from tf_dist.comm.exchange import Memory, sent_elements, sum_in_pieces
 from tf_dist.comm.node import Between, Share, Window, by_node, too_little_room
 from tf_dist.comm.overlap import Overlap, Places
+from tf_dist.errors import RankLost
 
 # Large messages in pieces stay in the cache between the ranks of a node: 64 MiB takes 31 ms as one
 # Allreduce of Open MPI 5 and 7 ms in pieces of 2 MiB. Also keeps counts far below MPI's int limit. The pieces
@@ -41,16 +43,58 @@ class MPIComm(Comm):
         node: MPI.Intracomm | None = None,
     ) -> None:
         super().__init__()
-        self._mpi = (communicator or MPI.COMM_WORLD).Dup()
-        # A collective that a rank left out may have left messages, which the next one takes for its own.
-        self._apart = self._mpi.Dup()
-        self.rank = self._mpi.Get_rank()
-        self.size = self._mpi.Get_size()
-        self._memory = Memory()
-        self._node: Any = node or (self._mpi.Split_type(MPI.COMM_TYPE_SHARED) if window else None)
+        self._window_wanted = window
+        self._join((communicator or MPI.COMM_WORLD).Dup(), node)
+        self.origin = list(range(self.size))
+
+    def _join(self, mpi: Any, node: Any = None) -> None:
+        """Be a rank of a communicator, with nothing left of an earlier one; a collective of its ranks."""
+        self._mpi, self.rank, self.size = mpi, mpi.Get_rank(), mpi.Get_size()
+        self._memory, self._across = Memory(), None
         self._windows: dict[tuple[int, Order], Window] = {}
-        self._across: Any = None
         self._overlaps: dict[tuple[int, Order], dict[Window | None, Overlap]] = {}
+        # A collective that a rank left out may have left messages, which the next one takes for its own.
+        self._apart = mpi.Dup()
+        self._node: Any = node or (mpi.Split_type(MPI.COMM_TYPE_SHARED) if self._window_wanted else None)
+
+    @property
+    def survives(self) -> bool:
+        """As in `Comm`; not in debug mode, which has a communicator of its own for all ranks."""
+        return survive.can() and not self.watched
+
+    def regroup(self, fine: bool = True) -> list[int] | None:
+        """As in `Comm`."""
+        if not self.survives:
+            return None
+        if not fine:
+            self._mpi.Revoke()
+        lost: list[int] | None = None
+        while not survive.agree(self._mpi, fine):
+            mpi, gone = survive.shrink(self._mpi)
+            lost = (lost or []) + [self.origin[rank] for rank in gone]
+            self.origin = [first for rank, first in enumerate(self.origin) if rank not in gone]
+            fine = self._rejoin(mpi)
+        if lost is not None:
+            self.calls = 0  # some have begun a collective that others have not
+        return lost
+
+    def _rejoin(self, mpi: Any) -> bool:
+        """Be a rank of what is left; False if somebody has died meanwhile."""
+        try:
+            self._join(mpi)
+        except MPI.Exception as error:
+            if not survive.is_loss(error, mpi):
+                raise
+            mpi.Revoke()
+            return False
+        return True
+
+    def _understood(self, error: Exception) -> Exception:
+        if not self.survives or not survive.is_loss(error, self._mpi):
+            return error
+        ranks = [self.origin[rank] for rank in survive.dead(self._mpi)]
+        who = f"{named(ranks)} ha{'s' if len(ranks) == 1 else 've'} died" if ranks else "a rank has died"
+        return RankLost(f"{who}. The same command goes on from the newest checkpoint", ranks)
 
     def term_buffers(self, length: int, order: Order) -> Callable[[], list[np.ndarray]] | None:
         """In memory that the ranks of a node share, where it has enough; a collective."""
@@ -147,10 +191,16 @@ class MPIComm(Comm):
         return int(first[0])
 
     def _isend(self, array: np.ndarray, to: int, tag: int) -> Pending:
-        return _Message(self._mpi.Isend(array, to, MESSAGE_TAG + tag), array)
+        return self._message(lambda: self._mpi.Isend(array, to, MESSAGE_TAG + tag), array)
 
     def _irecv(self, array: np.ndarray, source: int, tag: int) -> Pending:
-        return _Message(self._mpi.Irecv(array, source, MESSAGE_TAG + tag), array)
+        return self._message(lambda: self._mpi.Irecv(array, source, MESSAGE_TAG + tag), array)
+
+    def _message(self, begin: Callable[[], Any], array: np.ndarray) -> Pending:
+        try:
+            return _Message(begin(), array, self._understood)
+        except MPI.Exception as error:
+            raise self._understood(error) from error
 
     def _sub(self, shape: Sequence[int], axes: Sequence[int]) -> Comm:
         # reorder=False: a rank stays who it is, so that the innermost axis lies on neighbouring ranks.
@@ -267,14 +317,20 @@ class MPIComm(Comm):
 class _Message:
     """An MPI request, which keeps its array alive."""
 
-    def __init__(self, request: Any, array: np.ndarray) -> None:
-        self._request, self._array = request, array
+    def __init__(self, request: Any, array: np.ndarray, understood: Callable[[Exception], Exception]) -> None:
+        self._request, self._array, self._understood = request, array, understood
 
     def wait(self) -> None:
-        self._request.Wait()
+        try:
+            self._request.Wait()
+        except MPI.Exception as error:
+            raise self._understood(error) from error
 
     def done(self) -> bool:
-        return bool(self._request.Test())
+        try:
+            return bool(self._request.Test())
+        except MPI.Exception as error:
+            raise self._understood(error) from error
 
 
 def _chunks(array: np.ndarray) -> list[np.ndarray]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from tf_dist.comm.base import named
+from tf_dist.comm.base import Pending, named
 from tf_dist.errors import LaunchError
 from tf_dist.parallel.updates import TOKENS, Replica, Totals, own_sum, scale_of
 
@@ -40,6 +40,17 @@ def step_alone(terms: list[np.ndarray], totals: Totals, clip_norm: float, replic
     norm = replica.norm(gradient) / counts[TOKENS]
     replica.apply(gradient, scale_of(norm, counts, clip_norm))
     return float(norm)
+
+
+def wait_for(messages: Sequence[Pending], rank: int) -> None:
+    """Wait for messages to or from a rank, and leave the core to others meanwhile: MPI's own wait does not.
+
+    Raises:
+        LaunchError: they take longer than `PATIENCE_S`.
+    """
+    wait_until(lambda: all(one.done() for one in messages), lambda: False, lambda: [rank])
+    for one in messages:
+        one.wait()
 
 
 def wait_until(done: Callable[[], bool], look: Callable[[], bool], missing: Callable[[], list[int]]) -> None:

@@ -8,6 +8,7 @@ when all of batch t - 1 - S are done. With S = 0 that is one batch at a time.
 
 from __future__ import annotations
 
+from collections import deque
 from typing import NamedTuple
 
 
@@ -45,6 +46,7 @@ class Dealer:
         self.units, self.staleness, self.done = units, staleness, first
         self._next = Unit(first, 0)
         self._open: dict[int, set[int]] = {}
+        self._returned: deque[Unit] = deque()
 
     @property
     def begun(self) -> int:
@@ -53,6 +55,8 @@ class Dealer:
 
     def deal(self, limit: int) -> Unit | None:
         """The next unit of a step before ``limit``; None where nobody may begin one now."""
+        if self._returned:
+            return self._returned.popleft()
         unit = self._next
         if unit.step >= limit or unit.step - self.done > self.staleness:
             return None
@@ -60,6 +64,10 @@ class Dealer:
         last = unit.number == self.units - 1
         self._next = Unit(unit.step + 1, 0) if last else Unit(unit.step, unit.number + 1)
         return unit
+
+    def give_back(self, unit: Unit) -> None:
+        """Let somebody else take a unit, of which whoever had it will tell nothing any more."""
+        self._returned.append(unit)
 
     def finish(self, unit: Unit) -> None:
         """Note that a unit is done."""

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from tf_dist.comm.base import Comm, Order, Pending
-from tf_dist.parallel.alone import step_alone, wait_until
+from tf_dist.errors import RankLost
+from tf_dist.parallel.alone import step_alone, wait_for, wait_until
 from tf_dist.parallel.flat import aligned_empty
 from tf_dist.parallel.mesh import Mesh
 from tf_dist.parallel.updates import STOP, Replica, Totals
@@ -65,8 +66,14 @@ class Elastic:
         self.together = self.state_together = True
         self._centre = np.empty(0, np.float32)
         self._since = np.zeros(STOP)
-        workers = range(1, comm.size) if comm.rank == 0 else []
-        self._peers = [_Peer(rank, np.empty(HEAD), aligned_empty(parameters)) for rank in workers]
+        self._peers = self._all_workers()
+
+    def _all_workers(self) -> list[_Peer]:
+        """As the master sees them; a worker sees none."""
+        workers = range(1, self.comm.size) if self.comm.rank == 0 else []
+        return [
+            _Peer(rank, np.empty(HEAD), aligned_empty(self.parameters), step=self.step) for rank in workers
+        ]
 
     @property
     def said(self) -> str:
@@ -111,10 +118,22 @@ class Elastic:
         """Let all ranks go on from the centre; a collective, after all have exchanged at the limit."""
         if self.together:
             return
-        centre = self._centre if self.comm.rank == 0 else aligned_empty(self.parameters)
+        centre = aligned_empty(self.parameters)
+        if self.comm.rank == 0 and self._centre.size:
+            centre = self._centre
+        elif self.comm.rank == 0:  # nobody has taken a step yet
+            replica.read_weights(centre)
         self.comm.broadcast(centre)
         replica.write_weights(centre)
         self.together = True
+
+    def settle(self, replica: Replica) -> None:
+        """Before a meeting nothing is under way: each step to the limit has waited for its exchange."""
+
+    def regroup(self, micro_batches: range, lost: list[int]) -> None:
+        """Go on without ranks that have died, and with other micro-batches; all meet again."""
+        self.micro_batches, self.together = micro_batches, False
+        self._peers = self._all_workers()
 
     def add_up(self, sums: np.ndarray) -> None:
         """Replace sums over a rank's steps by those of all ranks, which the master has been told."""
@@ -128,8 +147,7 @@ class Elastic:
         head = np.array([self.step, *self._since])
         answer = self.comm.irecv(moved, 0, REPLY_TAG)
         sends = [self.comm.isend(head, 0, HEAD_TAG), self.comm.isend(weights, 0, WEIGHTS_TAG)]
-        for one in [*sends, answer]:
-            one.wait()
+        wait_for([*sends, answer], 0)
         weights -= moved
         replica.write_weights(weights)
         self._since[:] = 0.0
@@ -147,11 +165,14 @@ class Elastic:
 
         def look() -> bool:
             came = False
-            for peer in self._peers:
-                self._listen(peer)
-                if peer.coming is not None and all(one.done() for one in peer.coming):
-                    self._answer(peer, totals)
-                    came = True
+            for peer in list(self._peers):
+                try:
+                    self._listen(peer)
+                    if peer.coming is not None and all(one.done() for one in peer.coming):
+                        came = True
+                        self._answer(peer, totals)
+                except RankLost:  # what it has learnt since it came last is lost with it
+                    self._peers.remove(peer)
             return came
 
         if due and (not trains or self.step == self.limit):

@@ -15,12 +15,15 @@ Legend: P parameters, R ranks, H steps between pushes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 
 from tf_dist.comm.base import Comm, Order, Pending
-from tf_dist.parallel.alone import step_alone, wait_until
+from tf_dist.errors import RankLost
+from tf_dist.parallel.alone import step_alone, wait_for, wait_until
 from tf_dist.parallel.flat import aligned_empty
 from tf_dist.parallel.mesh import Mesh
 from tf_dist.parallel.tree import one_each
@@ -71,8 +74,12 @@ class Gossip:
         self.share = 1.0 / comm.size
         self.together = self.state_together = True
         self._random = np.random.default_rng([seed, comm.rank])
-        others = [rank for rank in range(comm.size) if rank != comm.rank]
-        self._peers = [_Peer(rank, np.empty(1), aligned_empty(parameters)) for rank in others]
+        self._peers = self._all_others()
+        self._own, self._shares_lost = np.empty(0, np.float32), False
+
+    def _all_others(self) -> list[_Peer]:
+        others = [rank for rank in range(self.comm.size) if rank != self.comm.rank]
+        return [_Peer(rank, np.empty(1), aligned_empty(self.parameters)) for rank in others]
 
     @property
     def said(self) -> str:
@@ -94,7 +101,8 @@ class Gossip:
         Arguments and errors are those of `tf_dist.parallel.alone.step_alone`. A wish to stop is agreed upon
         when all meet.
         """
-        self.together = self.state_together = False
+        if self.together:
+            self._depart()
         self._look(replica)
         norm = step_alone(terms, totals, clip_norm, replica)
         self.step += 1
@@ -102,55 +110,90 @@ class Gossip:
             self._push(replica)
         return norm
 
+    def _depart(self) -> None:
+        self.together = self.state_together = self._shares_lost = False
+        self.share, self._own = 1.0 / self.comm.size, np.empty(0, np.float32)
+
     def meet(self, replica: Replica, mesh: Mesh) -> None:
-        """Let all ranks go on from the mean of their weights; a collective."""
+        """Let all ranks go on from the mean of their weights; a collective, after all have settled."""
         if self.together:
             return
-        self._drain(replica)
-        weights = aligned_empty(self.parameters)
-        replica.read_weights(weights)
-        weights *= np.float32(self.share)
+        shares = np.array([self.share])
+        if self._shares_lost:  # with whoever has died, or was sent them
+            self.comm.allreduce(shares)
+            shares = self.share / shares
+        weights = self._own * np.float32(shares[0])
         total = self.comm.allreduce_terms([weights], one_each(self.comm.size), weights).array
         replica.write_weights(total)
-        self.share, self.together = 1.0 / self.comm.size, True
+        self.together = True
+
+    def settle(self, replica: Replica) -> None:
+        """Take all that is under way; afterwards this rank's own weights wait for the meeting."""
+        if not self.together:
+            self._drain(replica)
+            self._own = aligned_empty(self.parameters)
+            replica.read_weights(self._own)
+
+    def regroup(self, micro_batches: range, lost: list[int]) -> None:
+        """Go on without ranks that have died, and with other micro-batches; all meet again."""
+        self.micro_batches, self._shares_lost = micro_batches, True
+        self.together = not self._own.size  # nobody has taken a step yet
+        self._peers = self._all_others()
 
     def add_up(self, sums: np.ndarray) -> None:
         """Replace sums over a rank's steps by those of all ranks."""
         self.comm.allreduce(sums)
 
+    @contextmanager
+    def _unless_dead(self, peer: _Peer) -> Iterator[None]:
+        """Do something with another rank; where it has died, go on without it. Its share is lost."""
+        try:
+            yield
+        except RankLost:
+            self._peers.remove(peer)
+
     def _push(self, replica: Replica) -> None:
         """Give half of the share to a rank that has taken what it was sent before; to nobody if none has."""
-        free = [peer for peer in self._peers if all(one.done() for one in peer.sends)]
+        free = []
+        for peer in list(self._peers):
+            with self._unless_dead(peer):
+                free += [peer] if all(one.done() for one in peer.sends) else []
         if not free:
             return
         peer = free[self._random.integers(len(free))]
-        for one in peer.sends:
-            one.wait()
         self.share /= 2
         weights = aligned_empty(self.parameters)
         replica.read_weights(weights)
         head = np.array([self.share])
-        peer.sends = (
-            self.comm.isend(head, peer.rank, SHARE_TAG),
-            self.comm.isend(weights, peer.rank, WEIGHTS_TAG),
-        )
+        with self._unless_dead(peer):
+            for one in peer.sends:
+                one.wait()
+            sent = self.comm.isend(head, peer.rank, SHARE_TAG)
+            peer.sends = sent, self.comm.isend(weights, peer.rank, WEIGHTS_TAG)
 
     def _look(self, replica: Replica) -> bool:
         """Mix in what has come; whether there was anything."""
         came = False
-        for peer in self._peers:
-            if peer.rest is None and not peer.ended and peer.coming is None:
-                peer.coming = self.comm.irecv(peer.share, peer.rank, SHARE_TAG)
-            if peer.coming is not None and peer.coming.done():
-                peer.coming.wait()
-                peer.coming, came = None, True
-                peer.ended = peer.share[0] == LAST
-                if not peer.ended:
-                    peer.rest = self.comm.irecv(peer.weights, peer.rank, WEIGHTS_TAG)
-            if peer.rest is not None and peer.rest.done():
-                peer.rest.wait()
-                peer.rest, came = None, True
-                self._mix(float(peer.share[0]), peer.weights, replica)
+        for peer in list(self._peers):
+            with self._unless_dead(peer):
+                came |= self._hear(peer, replica)
+        return came
+
+    def _hear(self, peer: _Peer, replica: Replica) -> bool:
+        """Mix in what has come from one rank; whether there was anything."""
+        came = False
+        if peer.rest is None and not peer.ended and peer.coming is None:
+            peer.coming = self.comm.irecv(peer.share, peer.rank, SHARE_TAG)
+        if peer.coming is not None and peer.coming.done():
+            peer.coming.wait()
+            peer.coming, came = None, True
+            peer.ended = peer.share[0] == LAST
+            if not peer.ended:
+                peer.rest = self.comm.irecv(peer.weights, peer.rank, WEIGHTS_TAG)
+        if peer.rest is not None and peer.rest.done():
+            peer.rest.wait()
+            peer.rest, came = None, True
+            self._mix(float(peer.share[0]), peer.weights, replica)
         return came
 
     def _mix(self, share: float, weights: np.ndarray, replica: Replica) -> None:
@@ -165,15 +208,15 @@ class Gossip:
 
     def _drain(self, replica: Replica) -> None:
         """Take all that was sent to this rank. The last message of each rank comes after all others of it."""
-        lasts = [self.comm.isend(np.array([LAST]), peer.rank, SHARE_TAG) for peer in self._peers]
+        for peer in list(self._peers):
+            with self._unless_dead(peer):
+                peer.sends += (self.comm.isend(np.array([LAST]), peer.rank, SHARE_TAG),)
 
         def missing() -> list[int]:
             return [peer.rank for peer in self._peers if not peer.ended or peer.rest is not None]
 
         wait_until(lambda: not missing(), lambda: self._look(replica), missing)
-        for one in lasts:
-            one.wait()
-        for peer in self._peers:
-            for one in peer.sends:
-                one.wait()
+        for peer in list(self._peers):
+            with self._unless_dead(peer):
+                wait_for(peer.sends, peer.rank)
             peer.sends, peer.ended = (), False

@@ -50,6 +50,11 @@ class Mesh:
         self.data, self.pipeline, self.sequence, self.tensor, self.replicas, self.model = made
         self.at = place(comm.rank, self.shape)
 
+    def renew(self) -> None:
+        """Ranks have died, all of which were along data (`Comm.regroup`)."""
+        assert self.plain
+        self.shape, self.at = (self.all.size, 1, 1, 1), (self.all.rank, 0, 0, 0)
+
     @property
     def plain(self) -> bool:
         """Whether every rank has the whole model and whole rows."""

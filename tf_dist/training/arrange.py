@@ -197,6 +197,19 @@ def _nothing_summed(replica: Any, mesh: Mesh, mine: range, count: int, update: A
     return Arrangement(replica, passes, update, mine, one_each(mesh.all.size), update.said, no_xla)
 
 
+def rearranged(old: Arrangement, mesh: Mesh, count: int, wishes: Wishes) -> Arrangement:
+    """What is to do where some of the ranks that train at their own pace have died; no collective.
+
+    Args:
+        old: what this rank has worked with.
+        mesh: the ranks that are left.
+        count: micro-batches of a global batch.
+        wishes: what was asked for.
+    """
+    mine = _share(count, mesh, wishes) if wishes.update in ALONE else range(0)
+    return _nothing_summed(old.replica, mesh, mine, count, old.update)
+
+
 def _alone(replica: Any, mesh: Mesh, mine: range, count: int, wishes: Wishes) -> Arrangement:
     """Every rank trains by itself."""
     _refuse_parts(mesh, wishes)

@@ -101,6 +101,15 @@ class Downpour(Units):
             if isinstance(self._part, Master):
                 self._part.renew()
 
+    def settle(self, replica: Any) -> None:
+        """Before a meeting nothing is under way: `take` has waited for it."""
+
+    def regroup(self, micro_batches: range, lost: list[int]) -> None:
+        """Go on without ranks that have died; all meet again."""
+        self.together = False
+        if isinstance(self._part, Master):
+            self._part.regroup()
+
     def set_rates(self, rate: Callable[[int, float], None]) -> None:
         """Let the master call ``rate(step, factor)`` before each of its optimizer's steps."""
         if isinstance(self._part, Master):

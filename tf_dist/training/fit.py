@@ -60,7 +60,6 @@ class Fit:
             epoch = trainer.step // self.stretch
             calls.on_epoch_begin(epoch)
             logs = self._train_until_end_of(epoch)
-            trainer.meet()  # callbacks, and what they save, see weights that all ranks have
             if self.held_out is not None and not trainer.stopped:
                 logs.update(self._validate(self.held_out))
             calls.on_epoch_end(epoch, logs)
@@ -85,6 +84,7 @@ class Fit:
             for name in sums:
                 sums[name] += logs[name] * logs["tokens"]
             self.calls.on_train_batch_end(batch, logs)
+        trainer.meet()  # callbacks, and what they save, see weights that all ranks have
         sums = trainer.of_all({**sums, "tokens": tokens})
         tokens = max(sums.pop("tokens"), 1.0)
         return {name: value / tokens for name, value in sums.items()}

@@ -110,6 +110,8 @@ class Job:
         if step not in self._sha256:  # on a grid all weights travel for it
             self._sha256 = {step: self.trainer.whole().weights_sha256()}
         now = {"step": step, "val_loss": self.last.get("val_loss"), "weights_sha256": self._sha256[step]}
+        if self.trainer.lost:
+            now["ranks_lost"] = self.trainer.lost
         self.run.status(**now, **changes)
 
     def end(self, steps: int) -> None:

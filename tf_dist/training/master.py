@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from tf_dist.comm.base import Pending, add_in_order
-from tf_dist.parallel.alone import wait_until
+from tf_dist.errors import RankLost
+from tf_dist.parallel.alone import wait_for, wait_until
 from tf_dist.parallel.dealing import Dealer, Unit
 from tf_dist.parallel.flat import aligned_empty
 from tf_dist.parallel.tree import one_each
@@ -60,11 +62,7 @@ class Master:
         self._trains = options.master_trains == "on" or update.comm.size == 1
         self._sums = update.block_sum()
         self._dealer = Dealer(update.units, options.staleness)
-        length = len(PUSH) + 3 * update.size
-        self._peers = [
-            _Peer(rank, np.empty(length), aligned_empty(self._replica.parameters))
-            for rank in range(1, update.comm.size)
-        ]
+        self._peers = self._all_workers()
         self._waiting: deque[_Peer] = deque()
         self._version, self._snapshot_version, self._snapshot = 0, -1, np.empty(0, np.float32)
         self._totals: dict[int, Totals] = {}
@@ -74,6 +72,13 @@ class Master:
         self._stop_at: int | None = None
         self._clip_norm, self._limit = 0.0, 0
         self.rate: Callable[[int, float], None] = lambda step, factor: None
+
+    def _all_workers(self) -> list[_Peer]:
+        length = len(PUSH) + 3 * self._update.size
+        return [
+            _Peer(rank, np.empty(length), aligned_empty(self._replica.parameters))
+            for rank in range(1, self._comm.size)
+        ]
 
     def take(self, clock: int, batches: Batches, stop: bool, clip_norm: float, limit: int) -> Result:
         """As in `tf_dist.training.downpour.Downpour.take`: look after all until the batch is done."""
@@ -85,8 +90,9 @@ class Master:
         self._clip_norm = clip_norm
         self._limit = limit if self._stop_at is None else min(limit, self._stop_at)
         self._wish_to_stop(stop)
-        for peer in self._peers:
-            self._listen(peer)
+        for peer in list(self._peers):
+            with self._unless_dead(peer):
+                self._listen(peer)
 
         def look() -> bool:
             unit = self._dealer.deal(self._limit) if self._trains and not self._waiting else None
@@ -112,6 +118,32 @@ class Master:
         self._version += 1
         self._stop_at = None
 
+    def regroup(self) -> None:
+        """Ranks have other numbers, for some have died: all is done, nothing is under way."""
+        self._peers = self._all_workers()
+        for peer in self._peers:
+            peer.told = self._dealer.done
+
+    # The dead --------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _unless_dead(self, peer: _Peer) -> Iterator[None]:
+        """Do something with a worker; where it has died, go on without it.
+
+        What it was computing is dealt out again: of a gradient that has not come as a whole nothing was used.
+        """
+        try:
+            yield
+        except RankLost:
+            self._peers = [other for other in self._peers if other is not peer]
+            self._waiting = deque(other for other in self._waiting if other is not peer)
+            if peer.unit is not None:
+                self._dealer.give_back(peer.unit)
+            self._trains = self._trains or not self._peers
+            first, done = self._comm.origin[peer.rank], self._dealer.done
+            self.load.lost.append({"rank": first, "batches_done": done})
+            print(f"rank {first} has died after {done} batches: what it had in hand, others do", flush=True)
+
     # Listening -------------------------------------------------------------------------------------
 
     def _listen(self, peer: _Peer) -> None:
@@ -127,22 +159,27 @@ class Master:
 
     def _look(self) -> bool:
         """Take what has come from whom; whether there was anything."""
-        came = [peer for peer in self._peers if peer.coming is not None and peer.coming.done()]
-        for peer in came:
-            assert peer.coming is not None
-            peer.coming.wait()
-            peer.coming = None
-            push = dict(zip(PUSH, peer.head, strict=False))
-            peer.clock = int(push["clock"])
-            self._wish_to_stop(bool(push["stop"]))
-            if push["has_work"]:
-                assert peer.unit is not None and peer.work is not None
-                peer.work.wait()
-                rows = peer.head[len(PUSH) :].reshape(-1, 3)
-                unit, peer.unit, peer.work = peer.unit, None, None
-                self._accept(Work(unit, peer.gradient, rows, int(push["version"])))
-            self._waiting.append(peer)
-        return bool(came)
+        came = False
+        for peer in list(self._peers):
+            with self._unless_dead(peer):
+                if peer.coming is not None and peer.coming.done():
+                    came = True
+                    self._hear(peer, peer.coming)
+        return came
+
+    def _hear(self, peer: _Peer, coming: Pending) -> None:
+        """Take a worker's message, and its gradient."""
+        coming.wait()
+        push = dict(zip(PUSH, peer.head, strict=False))
+        if push["has_work"]:
+            assert peer.unit is not None and peer.work is not None
+            wait_for([peer.work], peer.rank)
+            rows = peer.head[len(PUSH) :].reshape(-1, 3)
+            unit, peer.unit, peer.work = peer.unit, None, None
+            self._accept(Work(unit, peer.gradient, rows, int(push["version"])))
+        peer.coming, peer.clock = None, int(push["clock"])
+        self._wish_to_stop(bool(push["stop"]))
+        self._waiting.append(peer)
 
     def _own(self, unit: Unit, batches: Batches) -> Work:
         version = self._version
@@ -230,8 +267,9 @@ class Master:
                 self._waiting.append(peer)
                 continue
             peer.unit, peer.clock = unit, None
-            self._reply(peer)
-            self._listen(peer)
+            with self._unless_dead(peer):
+                self._reply(peer)
+                self._listen(peer)
 
     def _reply(self, peer: _Peer) -> None:
         begun = time.monotonic()

@@ -7,11 +7,14 @@ from there: a run that is resumed and one that was never stopped are the same.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
 import numpy as np
 
+from tf_dist.comm.base import Comm
+from tf_dist.errors import RankLost
 from tf_dist.parallel.compressed import Compressed
 from tf_dist.parallel.elastic import Elastic
 from tf_dist.parallel.gossip import Gossip
@@ -59,6 +62,32 @@ def held_by_all(update: Remembering, state: list[tuple[str, Any]]) -> list[tuple
         momentum = update.momentum if isinstance(update, LocalSteps) else np.empty(0)
         common = {"outer momentum": momentum} if momentum.size else {}
     return state + [(name, Held(array)) for name, array in common.items()]
+
+
+def survived(comm: Comm, meet: Callable[[], None], go_on: Callable[[list[int]], None]) -> None:
+    """Let all meet, in spite of deaths before and meanwhile; a collective.
+
+    Args:
+        comm: all ranks.
+        meet: collectives, which may be begun again.
+        go_on: is told who has died, and prepares for meeting without them.
+    """
+    while True:
+        lost = comm.regroup()  # nobody begins before all are here, or known to be dead
+        if lost is None:
+            lost = comm.regroup(_done(meet))
+        if lost is None:
+            return
+        go_on(lost)
+
+
+def _done(meet: Callable[[], None]) -> bool:
+    """Whether nobody has died meanwhile, as far as this rank knows."""
+    try:
+        meet()
+    except RankLost:
+        return False
+    return True
 
 
 def put_together(update: Remembering, optimizer: Any, replica: Weights, count: int, mesh: Mesh) -> None:

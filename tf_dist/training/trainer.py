@@ -15,20 +15,20 @@ from typing import Any
 import keras
 import numpy as np
 
-from tf_dist.comm.base import Comm
+from tf_dist.comm.base import Comm, named
 from tf_dist.comm.probe import prove
 from tf_dist.config import default_micro_batch
 from tf_dist.data.ahead import Ahead
 from tf_dist.data.sampler import Sampler, share
 from tf_dist.data.tokens import Sequences
-from tf_dist.errors import DataError, UsageError
+from tf_dist.errors import DataError, RankLost, UsageError
 from tf_dist.parallel.mesh import DATA, Mesh
 from tf_dist.parallel.parts import part_of
 from tf_dist.parallel.updates import CORRECT, LOSS, STOP, TOKENS, Totals
-from tf_dist.training.arrange import GROUPS, Wishes, arrange
+from tf_dist.training.arrange import GROUPS, Wishes, arrange, rearranged
 from tf_dist.training.downpour import Downpour
 from tf_dist.training.fit import Fit
-from tf_dist.training.meeting import Alone, Remembering, held_by_all, put_together, remembered
+from tf_dist.training.meeting import Alone, Remembering, held_by_all, put_together, remembered, survived
 from tf_dist.training.passes import MicroBatch
 from tf_dist.training.sentinel import Group, Sentinel
 from tf_dist.training.tuning import Tuning
@@ -79,6 +79,7 @@ class Trainer:
         stopped: whether the ranks have agreed to stop.
         meets_every: steps after each multiple of which somebody looks at the model of all ranks.
         last_step: of the present `fit`.
+        lost: ranks that have died, as they were numbered in the beginning.
         lone_optimizer: whether rank 0 alone has the optimizer that counts.
 
     Raises:
@@ -122,9 +123,9 @@ class Trainer:
             kind(**(given or {}))
             for kind, given in zip(GROUPS.values(), (pipeline, local, compression, asynchrony), strict=True)
         ]
-        wishes = Wishes(update, zero_stage, allreduce, chunk_bytes, autotune != "off", overlap, *ways)
+        self.wishes = Wishes(update, zero_stage, allreduce, chunk_bytes, autotune != "off", overlap, *ways)
         sizes = (self.rows, self.seq_len, seed, self.micro_batches)
-        self.arrangement = arrange(model, optimizer, self.mesh, *sizes, wishes)
+        self.arrangement = arrange(model, optimizer, self.mesh, *sizes, self.wishes)
         self.replica, self.passes = self.arrangement.replica, self.arrangement.passes
         self.update, self.my_micro_batches = self.arrangement.update, self.arrangement.micro_batches
         self.remembering = self.update if isinstance(self.update, Remembering) else None
@@ -136,7 +137,7 @@ class Trainer:
         self._whole: Whole | None = None
         self._ahead: tuple[Sequences, Sampler, Ahead[list[MicroBatch]]] | None = None
         self.last_step, self.meets_every = 0, set[int]()
-        self._tokens_met = 0
+        self._tokens_met, self.lost = 0, list[int]()
         self.stopped = self._stop_requested = False
         model.stop_training = False
 
@@ -343,13 +344,44 @@ class Trainer:
         self.replica.give_weights(self.mesh.replicas)
 
     def meet(self) -> None:
-        """Let all replicas go on from the same weights, where each steps by itself; a collective."""
-        if self.remembering is not None:
+        """Let all replicas go on from the same weights, where each steps by itself; a collective.
+
+        Where ranks that train at their own pace have died, and MPI goes on without them, so do the others.
+        """
+        if isinstance(self.update, Downpour | Alone):
+            self.update.settle(self.replica)
+            survived(self.comm, self._meet, self._go_on_without)
+        elif self.remembering is not None:
             self.remembering.meet(self.replica, self.mesh)
+
+    def _meet(self) -> None:
+        self.update.meet(self.replica, self.mesh)
         if isinstance(self.update, Alone):
             own = np.array([float(self.tokens - self._tokens_met)])
             self.update.add_up(own)
             self.tokens = self._tokens_met = self._tokens_met + int(own[0])
+
+    def _go_on_without(self, lost: list[int]) -> None:
+        """Share the work of ranks that have died among the others.
+
+        Raises:
+            RankLost: rank 0 is among them, which has the run's files, and may be the master.
+        """
+        if 0 in lost:
+            raise RankLost(
+                "rank 0 has died, which writes what a run leaves behind, and is the master where there is "
+                "one. The same command goes on from the newest checkpoint",
+                lost,
+            )
+        self.mesh.renew()
+        self.arrangement = rearranged(self.arrangement, self.mesh, self.micro_batches, self.wishes)
+        self.passes, self.my_micro_batches = self.arrangement.passes, self.arrangement.micro_batches
+        self.update.regroup(self.my_micro_batches, lost)
+        self._ahead = self._whole = None
+        self.lost += lost
+        if self.comm.rank == 0 and lost:
+            left = f"{self.comm.size} rank{'s' * (self.comm.size > 1)}"
+            print(f"{named(lost)} died before step {self.step}: {left} go on", flush=True)
 
     def resume_counting(self, tokens: int) -> None:
         """Go on from so many tokens of all ranks."""
@@ -365,6 +397,7 @@ class Trainer:
 
     def put_together(self) -> None:
         """Leave nothing on a rank that a checkpoint could not keep; a collective."""
+        self.meet()
         if self.remembering is not None:
             put_together(self.remembering, self.optimizer, self.replica, self.micro_batches, self.mesh)
 

@@ -62,13 +62,15 @@ class Result(NamedTuple):
 class Load:
     """What the master did. staleness: how many gradients were how stale; updates: optimizer steps.
 
-    busy_s: seconds of applying and of copying weights; served_s: of looking after workers in all.
+    busy_s: seconds of applying and of copying weights; served_s: of looking after workers in all. lost:
+    workers that have died, each with the batches that were done by then.
     """
 
     staleness: Counter[int] = field(default_factory=Counter)
     updates: int = 0
     busy_s: float = 0.0
     served_s: float = 0.0
+    lost: list[dict[str, int]] = field(default_factory=list)
 
     def report(self) -> dict[str, Any]:
         """For a file: the histogram, updates per second of service, and the share of it that was work."""
@@ -78,6 +80,7 @@ class Load:
             "updates": self.updates,
             "updates_per_s": self.updates / served,
             "master_load": self.busy_s / served,
+            "lost": self.lost,
         }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from tf_dist.parallel.alone import wait_for
 from tf_dist.parallel.dealing import Unit
 from tf_dist.parallel.flat import aligned_empty
 from tf_dist.training.units import (
@@ -48,14 +49,13 @@ class Worker:
         sends = [self._comm.isend(np.concatenate([head, rows.reshape(-1)]), 0, PUSH_TAG)]
         if work:
             sends.append(self._comm.isend(work.gradient, 0, GRADIENT_TAG))
-        for one in sends:
-            one.wait()
+        wait_for(sends, 0)
 
     def _hear(self) -> None:
         """Take the master's answer: results, and perhaps a unit with weights."""
         told = self._update.told
         answer = np.empty(len(REPLY) + TOLD * told)
-        self._comm.irecv(answer, 0, REPLY_TAG).wait()
+        wait_for([self._comm.irecv(answer, 0, REPLY_TAG)], 0)
         reply = dict(zip(REPLY, answer, strict=False))
         for step, *counts, norm in answer[len(REPLY) :].reshape(told, TOLD):
             if step >= 0:
@@ -64,7 +64,7 @@ class Worker:
         if reply["has_unit"]:
             self._unit = Unit(int(reply["step"]), int(reply["number"]))
             if reply["version"] != self._version:
-                self._comm.irecv(self._weights, 0, WEIGHTS_TAG).wait()
+                wait_for([self._comm.irecv(self._weights, 0, WEIGHTS_TAG)], 0)
                 self._update.replica.write_weights(self._weights)
                 self._version = int(reply["version"])
 

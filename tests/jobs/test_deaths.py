@@ -1,0 +1,120 @@
+"""Ranks that train at their own pace outlive one that is killed, where MPI lets them (ULFM)."""
+
+import json
+import os
+import signal
+
+import pytest
+
+STEPS = 120
+ULFM = ("--with-ft", "ulfm")
+# Ends ranks in the middle of a step; then all numbers that the others find, on one line.
+SCRIPT = """
+import json, os, signal, sys
+from tf_dist.comm import launch
+
+update, deaths, options = (json.loads(word) for word in sys.argv[1:])
+comm = launch.connect()
+import keras, numpy as np
+from tf_dist.config import Config
+from tf_dist.models.build import build
+from tf_dist.training.trainer import Trainer
+
+model = build(Config(layers=1, width=16, heads=2, seq_len=8, vocab_size=17))
+trainer = Trainer(
+    model, keras.optimizers.Adam(1e-2), comm, update,
+    global_batch_size=16, micro_batch_size=2, seq_len=8, **options,
+)
+gradients, last = trainer.replica.gradients, deaths.get(str(comm.rank), 1000)
+
+def until_death(x, y, draw):
+    if draw[0] >= last:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return gradients(x, y, draw)
+
+trainer.replica.gradients = until_death
+tokens = np.arange(5000) ** 2 % 17
+logs = trainer.fit(tokens, steps=24, validation=tokens[:500], eval_every=8)
+found = [logs["val_loss"], trainer.lost, comm.size, trainer.tokens, trainer.check_equal()]
+if comm.rank == 0:
+    print("FOUND " + json.dumps(found), flush=True)
+"""
+TOKENS = 24 * 16 * 8
+
+
+@pytest.fixture
+def train(run_job, tmp_path):
+    """``train(ranks, update, deaths, **options)``: a job, with the step at which some of its ranks die."""
+    (tmp_path / "train.py").write_text(SCRIPT)
+
+    def start(ranks, update, deaths, **options):
+        words = map(json.dumps, (update, deaths, options))
+        return run_job(ranks, ULFM, tmp_path / "train.py", *words)
+
+    return start
+
+
+def found(job):
+    assert job.code == 0, job.output
+    (line,) = [line for line in job.output.splitlines() if line.startswith("FOUND ")]
+    return json.loads(line.removeprefix("FOUND "))
+
+
+@pytest.mark.parametrize(
+    ("update", "options"),
+    [
+        ("downpour", {"asynchrony": {"staleness": 2}}),
+        ("easgd", {"local": {"sync_every": 2}}),
+        ("gossip", {}),
+    ],
+)
+def test_two_die_and_the_others_go_on(train, update, options):
+    """One in the first stretch, one in the second; nothing is counted twice."""
+    job = train(4, update, {"2": 3, "1": 12}, **options)
+    losses, lost, left, tokens, _ = found(job)
+    assert lost == [2, 1] and left == 2
+    assert "rank 2 died before step 8: 3 ranks go on" in job.output
+    assert losses[0] > losses[1] > losses[2]
+    if update == "downpour":  # which lets others do what the dead had in hand
+        assert tokens == TOKENS
+    else:
+        assert 0.6 * TOKENS < tokens < TOKENS
+
+
+def test_nobody_is_left_but_the_master(train):
+    """With no staleness the bits are those of a run in which nobody dies."""
+    options = {"asynchrony": {"staleness": 0}}
+    job = train(3, "downpour", {"1": 1, "2": 3}, **options)
+    assert found(job)[1:4] == [[1, 2], 1, TOKENS]
+    calm = train(1, "downpour", {}, **options)
+    assert found(job)[0] == found(calm)[0] and found(job)[4] == found(calm)[4]
+
+
+@pytest.mark.parametrize(("update", "dead"), [("downpour", 0), ("allreduce", 2)])
+def test_whom_nobody_can_do_without(train, update, dead):
+    """The master; and anybody, where all wait for each other in each step."""
+    job = train(3, update, {str(dead): 5}, asynchrony={"master_trains": "on"})
+    assert job.code == 70, job.output
+    assert f"error: rank {dead} has died" in job.output and "Traceback" not in job.output
+
+
+def test_a_run_goes_on_and_says_what_happened(launcher, small, tmp_path):
+    """A worker is killed from outside at some moment: the weights are those of `--update allreduce`."""
+    flags = [*small, "--steps", STEPS, "--save-every", STEPS // 2, "--threads-per-rank", "1"]
+    path = tmp_path / "killed"
+    lone = ["--update", "downpour", "--staleness", "0"]
+    job = launcher.start(3, ULFM, "train.py", *flags, *lone, "--run-dir", path, cwd=tmp_path)
+    metrics = path / "metrics.jsonl"
+    job.wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 5)
+    os.kill(job.pid_of_rank(2), signal.SIGKILL)
+    ended = job.wait()
+    assert ended.code == 0, ended.output
+    assert "rank 2 has died after" in ended.output
+    calm = launcher.start(1, "train.py", *flags, "--run-dir", tmp_path / "calm", cwd=tmp_path).wait()
+    assert calm.code == 0, calm.output
+    status, other = (json.loads((run / "status.json").read_text()) for run in (path, tmp_path / "calm"))
+    assert status["state"] == "done" and status["ranks_lost"] == [2]
+    assert status["weights_sha256"] == other["weights_sha256"]
+    report = json.loads((path / "asynchronous.json").read_text())
+    assert [one["rank"] for one in report["lost"]] == [2]
+    assert report["updates"] == STEPS
