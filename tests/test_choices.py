@@ -10,6 +10,7 @@ OTHER = {
     "elastic_force": 0.5, "staleness": 2, "staleness_aware": "on", "master_trains": "on",
     "sync_every": 8, "sync_warmup_steps": 3,
     "outer_lr": 0.5, "outer_momentum": 0.5, "outer_fragments": 2, "outer_precision": "bfloat16",
+    "outer_delay": 2,
     "compression_rank": 2, "compression_least_rate": 3.0, "compression_density": 0.1,
     "compression_momentum": 0.9, "compression_start": 5,
 }  # fmt: skip
@@ -46,6 +47,8 @@ def test_an_option_of_another_update_is_refused(name):
         ({"update": "diloco", "outer_lr": 0.0}, "no meeting changes a weight"),
         ({"update": "diloco", "outer_momentum": 1.0}, "must be below 1"),
         ({"update": "local-sgd", "sync_every": 3, "outer_fragments": 4}, "at most 3 fragments"),
+        ({"update": "diloco", "sync_every": 9, "outer_fragments": 2, "outer_delay": 5}, "at most 4 steps"),
+        ({"update": "diloco", "outer_delay": 5, "outer_precision": "bfloat16"}, "travels as float32"),
         ({"update": "local-sgd", "sequence_parallel": 2}, "must sum their gradients in every step"),
         ({"update": "diloco", "backend": "horovod", "outer_precision": "bfloat16"}, "use backend mpi"),
         ({"update": "downpour", "staleness": -1}, "at least 0"),

@@ -21,7 +21,7 @@ NAMES = """
     tensor_parallel pipeline_parallel sequence_parallel pipeline_schedule pipeline_cuts virtual_stages
     micro_batches_in_flight recompute update zero_stage
     staleness staleness_aware master_trains sync_every elastic_force sync_warmup_steps
-    outer_lr outer_momentum outer_fragments outer_precision
+    outer_lr outer_momentum outer_fragments outer_precision outer_delay
     compression compression_rank compression_least_rate compression_density compression_momentum
     compression_start
     backend allreduce chunk_bytes overlap autotune xla check_every on_mismatch threads_per_rank

@@ -31,6 +31,7 @@ BELONGS_TO = {
     "outer_momentum": ("update", ("diloco",)),
     "outer_fragments": ("update", LOCAL),
     "outer_precision": ("update", LOCAL),
+    "outer_delay": ("update", LOCAL),
     "compression_rank": ("compression", ("powersgd",)),
     "compression_least_rate": ("compression", ("powersgd",)),
     "compression_density": ("compression", ("topk",)),
@@ -83,6 +84,17 @@ def _check_meetings(config: Config) -> None:
         raise UsageError(
             f"outer_fragments {config.outer_fragments} is more than sync_every {every}: each "
             f"part needs a step of its own. Use at most {every} fragments"
+        )
+    if config.outer_delay > every // config.outer_fragments:
+        raise UsageError(
+            f"outer_delay {config.outer_delay} is more than sync_every {every} / outer_fragments "
+            f"{config.outer_fragments}: one part must have arrived before the next one leaves. Use at most "
+            f"{every // config.outer_fragments} steps"
+        )
+    if config.outer_delay and config.outer_precision != "float32":
+        raise UsageError(
+            f"outer_precision {config.outer_precision} with outer_delay {config.outer_delay}: what travels "
+            "during other steps travels as float32. Leave one of them out"
         )
     if config.sequence_parallel > 1:
         raise UsageError(

@@ -94,6 +94,7 @@ class Config:
     outer_momentum: float = option(0.9, "ranks", "Nesterov momentum of the outer steps of update diloco", least=0)  # noqa: E501
     outer_fragments: int = option(1, "ranks", "parts of the weights that meet at steps of their own, so that less travels at once", least=1)  # noqa: E501
     outer_precision: str = option("float32", "ranks", "in which changes of weights travel at meetings", choices=("float32", "bfloat16"))  # noqa: E501
+    outer_delay: int = option(0, "ranks", "steps that ranks take while changes of weights travel, which they do not wait for then", least=0)  # noqa: E501
     compression: str = option("none", "ranks", "how gradients are compressed before they are summed, with update allreduce; what is not sent waits for the next step", choices=("none", "bf16", "topk", "powersgd", "onebit"))  # noqa: E501
     compression_rank: int = option(4, "ranks", "rank of the matrices of compression powersgd", least=1)
     compression_least_rate: float = option(2.0, "ranks", "how many times smaller powersgd must make a matrix; else it travels whole", least=1)  # noqa: E501

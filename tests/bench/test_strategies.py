@@ -2,12 +2,14 @@
 
 import pytest
 
-from tf_dist.bench import strategies
+from tf_dist.bench import strategies, strategies_on_ranks
 from tf_dist.config import Config
 
+ALL = {"tokens": 4000, "peak_pss": 3e8, "val_accuracy": 0.25}
 RUNS = {
-    "allreduce": {"points": [[50, 1.0, 5e7, 2.5], [100, 2.0, 1e8, 2.0]], "tokens": 4000, "peak_pss": 3e8},
-    "diloco 50": {"points": [[50, 0.5, 0.0, 2.6], [100, 1.0, 2e6, 2.1]], "tokens": 4000, "peak_pss": 3e8},
+    "allreduce": {"points": [[50, 1.0, 5e7, 2.5], [100, 2.0, 1e8, 2.0]], **ALL},
+    "diloco 50": {"points": [[50, 0.5, 0.0, 2.6], [100, 1.0, 2e6, 2.1]], **ALL},
+    "gossip 1": {"points": [[50, 0.5, 0.0, 2.9], [100, 1.0, 2e6, 2.6]], **ALL},
 }
 
 
@@ -17,8 +19,12 @@ def row_of(text, name):
 
 def test_losses_and_bytes_are_held_against_plain_sums():
     text = strategies.learn_table({"model": "gpt-0.81M", "ranks": 2, "runs": RUNS})
-    assert row_of(text, "allreduce") == ["2.0000", "+0.0", "%", "2.0", "2,000", "1.000", "1.0", "300"]
-    assert row_of(text, "diloco 50") == ["2.1000", "+5.0", "%", "1.0", "4,000", "0.040", "25.0", "300"]
+    assert "steps to 2.50" in text
+    plain = ["2.0000", "+0.0", "%", "25.0", "%", "50", "1.0", "2.0", "2,000", "1.000", "1.0", "300"]
+    assert row_of(text, "allreduce") == plain
+    local = ["2.1000", "+5.0", "%", "25.0", "%", "60", "0.6", "1.0", "4,000", "0.040", "25.0", "300"]
+    assert row_of(text, "diloco 50") == local
+    assert len(row_of(text, "gossip 1")) == len(local) - 2  # which has not come so far
 
 
 def test_workers_that_a_master_can_serve():
@@ -45,8 +51,8 @@ def test_ratios_come_last():
 
 def test_a_cycle_has_one_meeting():
     values = [10.0, 10.0, 10.0, 110.0] * 3
-    assert strategies.mean_of_a_cycle(values, 50) == pytest.approx(12.0)
-    assert strategies.mean_of_a_cycle(values, 1) == 10.0
+    assert strategies_on_ranks.mean_of_a_cycle(values, 50) == pytest.approx(12.0)
+    assert strategies_on_ranks.mean_of_a_cycle(values, 1) == 10.0
 
 
 def test_every_strategy_is_a_run_that_can_be():
@@ -63,6 +69,6 @@ def test_a_picture_has_three_panels(tmp_path):
 def test_a_text_is_split(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("abca" * 25)
-    train, held_out = strategies.split(path)
+    train, held_out = strategies_on_ranks.split(path)
     assert (train.size, held_out.size) == (90, 10)
     assert set(train.tolist()) == {0, 1, 2}

@@ -2,7 +2,7 @@
 
 import json
 
-from tf_dist.bench import memory, step
+from tf_dist.bench import memory, step, strategies
 
 
 def test_ways_that_share_a_job(run_job, tmp_path):
@@ -35,3 +35,19 @@ def test_memory_of_every_rank(run_job, tmp_path):
         assert 0 < rank["baseline_pss"] < rank["baseline_rss"]
         assert 0 < rank["peak_pss"] < rank["peak_rss"] <= rank["whole_rss"]
     assert memory.table([job])
+
+
+def test_strategies_learn(run_job, corpus, tmp_path):
+    names = ["allreduce", "powersgd 4", "diloco 50 delayed", "downpour 4"]
+    what = {"text": str(corpus), "names": names, "steps": 8, "every": 4, "ranks": 2, "rows": 8}
+    (tmp_path / strategies.FOLDER).mkdir(parents=True)
+    (tmp_path / strategies.FOLDER / strategies.WHAT).write_text(json.dumps(what))
+    out = tmp_path / "out.json"
+    ended = run_job(2, "-m", strategies.MODULE, "learn", "tiny-gpt", str(out))
+    assert ended.code == 0, ended.output
+    runs = json.loads(out.read_text())
+    assert list(runs) == names
+    for run in runs.values():
+        assert [point[0] for point in run["points"]] == [4, 8] and run["points"][-1][2] > 0
+    assert runs["downpour 4"]["master"]["updates"] == 8 * 4
+    assert strategies.learn_table({"ranks": 2, "model": "tiny-gpt", "runs": runs})

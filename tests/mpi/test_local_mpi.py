@@ -65,12 +65,16 @@ def test_short_changes_are_half_the_bytes(connected, everyone):
 
 
 @pytest.mark.skipif(N > 3, reason="up to three ranks show it")
-@pytest.mark.parametrize(("stop", "fragments"), [(2, 1), (3, 1), (4, 2)])  # between meetings and at one
-def test_a_run_that_goes_on_is_one_that_was_never_stopped(connected, tmp_path, everyone, stop, fragments):
+@pytest.mark.parametrize(  # between meetings, at one, and while something travels
+    ("stop", "fragments", "delay"), [(2, 1, 0), (3, 1, 0), (4, 2, 0), (4, 1, 2)]
+)
+def test_a_run_that_goes_on_is_one_that_was_never_stopped(
+    connected, tmp_path, everyone, stop, fragments, delay
+):
     from tf_dist.training import state
 
     folder = type(tmp_path)(MPI.COMM_WORLD.bcast(str(tmp_path)))
-    local = {"sync_every": 3, "outer_fragments": fragments}
+    local = {"sync_every": 3, "outer_fragments": fragments, "outer_delay": delay}
     first = trainer(connected, "diloco", local=local)
     steps_of(first, stop)
     state.save(first, folder, 1, {})
@@ -82,6 +86,24 @@ def test_a_run_that_goes_on_is_one_that_was_never_stopped(connected, tmp_path, e
     second.meet()
     first.meet()
     assert all(everyone(flat(first.model).tobytes() == flat(second.model).tobytes()))
+
+
+@pytest.mark.parametrize("fragments", [1, 3])
+def test_what_travels_meanwhile_has_the_bits_of_what_is_waited_for(ranks, everyone, fragments, monkeypatch):
+    local = {"sync_every": 6, "outer_fragments": fragments, "outer_delay": 2}
+    found = []
+    for travels in (True, False):
+        if not travels:
+            monkeypatch.setattr(ranks, "overlapped", lambda *_, **more: None)
+        before = ranks.overlapped_sums
+        trained = trainer(ranks, "diloco", local=local)
+        logs = steps_of(trained, 13)
+        trained.meet()
+        found.append((logs, flat(trained.model).tobytes()))
+        # With one fragment one has arrived, and one leaves and is met; with three two times as many and more.
+        assert (ranks.overlapped_sums - before > fragments) == (travels and N > 1)
+    assert found[0] == found[1]
+    assert len(set(everyone(found[0][1]))) == 1
 
 
 @pytest.mark.parametrize(("before", "after"), [("allreduce", "diloco"), ("diloco", "allreduce")])

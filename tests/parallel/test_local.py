@@ -83,19 +83,24 @@ def by_hand(plan, steps, ranks):
     blocks = [share(M, rank, ranks) for rank in range(ranks)]
     met = BEGIN.astype(np.float64)
     momentum, here = np.zeros(P), [met.copy() for _ in range(ranks)]
-    seen_tokens, found = np.zeros(ranks), []
+    seen_tokens, found, outer, left = np.zeros(ranks), [], np.zeros(P), list(here)
     for step in range(steps):
         for r, block in enumerate(blocks):
             count = sum(tokens_of(step, i) for i in block)
             total = sum(gradient_of(step, i, here[r]) for i in block)
             here[r] = here[r] - RATE * total / count
             seen_tokens[r] += count
-        if (step + 1) % plan.sync_every == 0:
-            weights = seen_tokens / seen_tokens.sum()
-            outer = sum(w * (met - one) for w, one in zip(weights, here, strict=True))
-            momentum = plan.outer_momentum * momentum + outer
-            met = met - plan.outer_lr * (outer + plan.outer_momentum * momentum)
-            here, seen_tokens = [met.copy() for _ in range(ranks)], np.zeros(ranks)
+        leaves = (step + 1) % plan.sync_every == 0
+        arrives = step + 1 - plan.outer_delay > 0 and (step + 1 - plan.outer_delay) % plan.sync_every == 0
+        for now in ("arrives", "leaves") if plan.outer_delay else ("leaves", "arrives"):
+            if now == "leaves" and leaves:
+                weights = seen_tokens / seen_tokens.sum()
+                outer = sum(w * (met - one) for w, one in zip(weights, here, strict=True))
+                left, seen_tokens = [one.copy() for one in here], np.zeros(ranks)
+            if now == "arrives" and arrives:
+                momentum = plan.outer_momentum * momentum + outer
+                met = met - plan.outer_lr * (outer + plan.outer_momentum * momentum)
+                here = [met + one - then for one, then in zip(here, left, strict=True)]
         found.append(np.stack(here))
     return np.stack(found)
 
@@ -110,14 +115,22 @@ def test_a_meeting_after_every_step_is_synchronous_sgd(ranks):
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-@pytest.mark.parametrize("plan", [Plan(3, **MEAN), Plan(2, 0, 0.7, 0.9), Plan(4, 0, 0.5, 0.0)])
+@pytest.mark.parametrize(
+    "plan",
+    [
+        Plan(3, **MEAN), Plan(2, 0, 0.7, 0.9), Plan(4, 0, 0.5, 0.0),
+        Plan(3, outer_delay=1, **MEAN), Plan(3, 0, 0.7, 0.9, outer_delay=2),
+        Plan(2, 0, 0.7, 0.5, outer_delay=2),
+    ],
+)  # fmt: skip
 def test_all_that_replicas_do_between_meetings_and_at_them(ranks, plan):
     steps = 9
     found = np.array(on_ranks(ranks, lambda comm: trained(comm, plan, steps)[2]))
     np.testing.assert_allclose(found.transpose(1, 0, 2), by_hand(plan, steps, ranks), atol=2e-5)
     for step in range(steps):
         equal = all(np.array_equal(found[0, step], one[step]) for one in found)
-        assert equal == (ranks == 1 or (step + 1) % plan.sync_every == 0)
+        meet = (step + 1) % plan.sync_every == 0 and not plan.outer_delay
+        assert equal == (ranks == 1 or meet)
 
 
 def test_synchronous_steps_come_first():
@@ -130,12 +143,13 @@ def test_synchronous_steps_come_first():
     np.testing.assert_array_equal(found[0][6], found[1][6])
 
 
-def test_all_can_meet_ahead_of_time():
+@pytest.mark.parametrize(("plan", "meetings"), [(Plan(100), 1), (Plan(4, outer_delay=3), 2)])
+def test_all_can_meet_ahead_of_time(plan, meetings):
     def work(comm):
-        replica, update, _ = trained(comm, Plan(100), 5)
+        replica, update, _ = trained(comm, plan, 5)
         assert not update.together
         update.meet(replica, Mesh(comm))
-        assert update.together and update.meetings == 1
+        assert update.together and update.meetings == meetings
         before = replica.weights.copy()
         update.meet(replica, Mesh(comm))  # nothing is left to do
         assert np.array_equal(before, replica.weights)

@@ -64,7 +64,12 @@ class Overlapped(ABC):
 
     On all ranks alike: `begin`, then `ready` with parts that together are everything, in one common order;
     then `Comm.allreduce_terms` with these terms waits for the sum, and returns it.
+
+    Attributes:
+        begun: whether a sum has begun and not yet been waited for: no other one may begin.
     """
+
+    begun: bool
 
     @abstractmethod
     def begin(self, terms: list[np.ndarray]) -> None:
@@ -201,10 +206,15 @@ class Comm(ABC):
         """How many groups of ranks share memory, as far as this Comm knows; a collective."""
         return 1
 
-    def overlapped(self, length: int, order: Order) -> Overlapped | None:
+    def overlapped(self, length: int, order: Order, shared: bool = True) -> Overlapped | None:
         """A way to sum such terms in parts, as they become ready; a collective.
 
-        To be asked for after `term_buffers`, whose memory it uses. The bits are those of `allreduce_terms`.
+        To be asked for after `term_buffers`. The bits are those of `allreduce_terms`.
+
+        Args:
+            length: elements of each term.
+            order: of the sums to come.
+            shared: terms will lie where `term_buffers` says, if it was asked; False: anywhere.
 
         Returns:
             None where this Comm, or this MPI, cannot; ``no_overlap_because`` says why.

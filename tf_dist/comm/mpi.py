@@ -112,7 +112,7 @@ class MPIComm(Comm):
         own: Any = self._node or self._mpi.Split_type(MPI.COMM_TYPE_SHARED)
         return sum(self.allgather_obj(int(own.Get_rank() == 0)))
 
-    def overlapped(self, length: int, order: Order) -> Overlapped | None:
+    def overlapped(self, length: int, order: Order, shared: bool = True) -> Overlapped | None:
         """As in `Comm`; where a window carries such sums, the ranks of a node first agree on each piece."""
         self.no_overlap_because = ""
         if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
@@ -122,13 +122,12 @@ class MPIComm(Comm):
             return None
         # One for each place where terms lie: a window, or each rank's own memory.
         known = self._overlaps.setdefault((length, order), {})
-        window = self._windows.get((length, order))
+        window = self._windows.get((length, order)) if shared else None
         if window not in known:
-            known[window] = Overlap(self, length, self._places_of_terms(length, order))
+            known[window] = Overlap(self, length, self._places_of_terms(window, order))
         return known[window]
 
-    def _places_of_terms(self, length: int, order: Order) -> Places:
-        window = self._windows.get((length, order))
+    def _places_of_terms(self, window: Window | None, order: Order) -> Places:
         if window is None:
             count = order.counts[self.rank]
             share = Share((count,), (), tuple(range(count)))
@@ -234,7 +233,7 @@ class MPIComm(Comm):
 
     def _allreduce_terms(self, terms: list[np.ndarray], order: Order, out: np.ndarray) -> Sum:
         for overlap in self._overlaps.get((out.size, order), {}).values():
-            if overlap.begun:
+            if overlap.has(terms):
                 return overlap.finish()
         window = self._window_for(out.size, order, out.dtype)
         if window is None:

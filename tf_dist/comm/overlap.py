@@ -53,9 +53,6 @@ class Overlap(Overlapped):
         comm: whose ``chunk_bytes`` holds, and who counts sums and seconds.
         length: elements of a term.
         places: of the terms.
-
-    Attributes:
-        begun: whether a sum has begun and not yet been finished.
     """
 
     def __init__(self, comm: Comm, length: int, places: Places) -> None:
@@ -88,6 +85,14 @@ class Overlap(Overlapped):
                 self._own_place = np.empty(self._length, np.float32)
             self._terms, self._out = terms, terms[0] if terms else self._own_place
         self._given, self.begun, self._awaited = 0, True, False
+
+    def has(self, terms: list[np.ndarray]) -> bool:
+        """Whether these are the terms of the sum that has begun."""
+        if not self.begun:
+            return False
+        if self._at.window is not None:
+            return self._at.window.holds(terms)
+        return all(one is other for one, other in zip(terms, self._terms, strict=True))
 
     def ready(self, part: slice) -> None:
         """As in `Overlapped`."""

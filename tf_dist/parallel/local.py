@@ -16,16 +16,25 @@ every step: losses, tokens, and whether somebody wants to stop. They are summed 
 gradient that is not a number stops all ranks before a weight has changed.
 
 Meetings can be spread: with F fragments each F-th part of the weights has meetings of its own, H / F steps
-after those of the part before (Streaming DiLoCo, Douillard et al. 2025, without its overlap).
+after those of the part before (Streaming DiLoCo, Douillard et al. 2025).
+
+And nobody need wait for a meeting. With a delay of T steps the changes travel while replicas take T more
+steps; then each goes on from the common weights and what it has done meanwhile (delayed averaging, Zhou et
+al. 2020, where Streaming DiLoCo mixes the two by halves):
+
+    w_r  <-  w + (w_r - w_r')                   w_r' where replica r was when its change left
+
+By steps and not by the clock: a run has the same bits however long the network takes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
-from tf_dist.comm.base import Order
+from tf_dist.comm.base import Order, Overlapped
 from tf_dist.parallel.flat import aligned_empty
 from tf_dist.parallel.mesh import Mesh
 from tf_dist.parallel.short import allreduce_bfloat16
@@ -45,6 +54,7 @@ class Plan:
         outer_momentum: mu.
         outer_fragments: F, parts of the weights that have meetings of their own.
         outer_precision: in which outer gradients travel, "float32" or "bfloat16".
+        outer_delay: T, steps that replicas take while a fragment's outer gradients travel.
     """
 
     sync_every: int = 0
@@ -53,6 +63,7 @@ class Plan:
     outer_momentum: float = 0.0
     outer_fragments: int = 1
     outer_precision: str = "float32"
+    outer_delay: int = 0
 
     def due(self, fragment: int, step: int) -> bool:
         """Whether a fragment has a meeting after a step, which is counted from 1."""
@@ -62,11 +73,24 @@ class Plan:
 
 @dataclass
 class _Fragment:
-    """A part of the flat weights: where it lies, and the tokens seen since its last meeting."""
+    """A part of the flat weights: where it lies, and the tokens seen since its last meeting.
+
+    by: what lets it travel during other steps, once that is known; None where the Comm cannot.
+    """
 
     part: slice
     mine: float = 0.0
     all: float = 0.0
+    by: list[Overlapped | None] = field(default_factory=list)
+
+
+class _Away(NamedTuple):
+    """A fragment whose outer gradients travel; left: this replica's weights when they left, and the step."""
+
+    fragment: _Fragment
+    change: np.ndarray
+    left: np.ndarray
+    step: int
 
 
 @dataclass
@@ -100,6 +124,7 @@ class LocalSteps:
         cuts = [self.parameters * i // count for i in range(count + 1)]
         self._fragments = [_Fragment(slice(cuts[i], cuts[i + 1])) for i in range(count)]
         self._anchor = np.empty(0, np.float32)
+        self._away: _Away | None = None
 
     def __call__(
         self,
@@ -125,7 +150,12 @@ class LocalSteps:
             self._depart(replica)
         length = self._step_alone(terms, totals, clip_norm, replica, mesh)
         due = [one for i, one in enumerate(self._fragments) if self.plan.due(i, self.step)]
-        self._meet(due, replica, mesh)
+        if self._away is not None and self.step == self._away.step + self.plan.outer_delay:
+            self._arrive(replica, mesh)
+        if not self.plan.outer_delay:
+            self._meet(due, replica, mesh)
+        elif due:
+            self._leave(due[0], replica, mesh)
         return length
 
     @property
@@ -141,10 +171,13 @@ class LocalSteps:
         parts = f", in {plan.outer_fragments} parts by turns" if plan.outer_fragments > 1 else ""
         short = f", in {plan.outer_precision}" if plan.outer_precision != "float32" else ""
         steps = f"{plan.sync_every} step{'s' * (plan.sync_every > 1)}"
-        return f"{first}weights of all ranks meet every {steps}{parts}{short}"
+        delay = f"; they travel during {plan.outer_delay} more" if plan.outer_delay else ""
+        return f"{first}weights of all ranks meet every {steps}{parts}{short}{delay}"
 
     def meet(self, replica: Replica, mesh: Mesh) -> None:
         """Let all replicas go on from the same weights, ahead of time if need be; a collective."""
+        if self._away is not None:
+            self._arrive(replica, mesh)
         if not self.together:
             self._meet(self._fragments, replica, mesh)
 
@@ -189,18 +222,53 @@ class LocalSteps:
 
     def _outer_step(self, one: _Fragment, weights: np.ndarray, mesh: Mesh) -> None:
         """Turn this replica's weights of a fragment into those of all."""
-        anchor, plan = self._anchor[one.part], self.plan
-        change = anchor - weights
-        change *= np.float32(one.mine / max(one.all, 1.0))
-        if plan.outer_precision == "bfloat16":
+        change = self._changed(one, weights)
+        if self.plan.outer_precision == "bfloat16":
             allreduce_bfloat16(mesh.replicas, change)
         else:
             change = mesh.replicas.allreduce_terms([change], one_each(mesh.replicas.size), change).array
+        np.copyto(weights, self._stepped(one, change))
+
+    def _leave(self, one: _Fragment, replica: Replica, mesh: Mesh) -> None:
+        """Let a fragment's outer gradients travel; a collective of the replicas."""
+        weights, comm = aligned_empty(self.parameters), mesh.replicas
+        replica.read_weights(weights)
+        left = weights[one.part].copy()
+        change = self._changed(one, left)
+        if not one.by:
+            one.by.append(comm.overlapped(change.size, one_each(comm.size), shared=False))
+        (by,) = one.by
+        if by is not None and not by.begun:  # by another Trainer
+            by.begin([change])
+            by.ready(slice(0, change.size))
+        self._away = _Away(one, change, left, self.step)
+
+    def _arrive(self, replica: Replica, mesh: Mesh) -> None:
+        """Take the outer step of the fragment that has travelled; a collective of the replicas."""
+        assert self._away is not None
+        (one, change, left, _), comm = self._away, mesh.replicas
+        total = comm.allreduce_terms([change], one_each(comm.size), change).array
+        weights = aligned_empty(self.parameters)
+        replica.read_weights(weights)
+        weights[one.part] += self._stepped(one, total) - left
+        replica.write_weights(weights)
+        self._away, self.meetings = None, self.meetings + 1
+
+    def _changed(self, one: _Fragment, weights: np.ndarray) -> np.ndarray:
+        """What this replica adds to a fragment's outer gradient; tokens are counted anew from here on."""
+        change: np.ndarray = self._anchor[one.part] - weights
+        change *= np.float32(one.mine / max(one.all, 1.0))
+        one.mine = one.all = 0.0
+        return change
+
+    def _stepped(self, one: _Fragment, change: np.ndarray) -> np.ndarray:
+        """The weights of a fragment after an outer step with the outer gradient of all, which is used up."""
+        anchor: np.ndarray = self._anchor[one.part]
+        plan = self.plan
         if plan.outer_momentum:
             momentum = self.momentum[one.part]
             momentum *= np.float32(plan.outer_momentum)
             momentum += change
             change += np.float32(plan.outer_momentum) * momentum
         anchor -= np.float32(plan.outer_lr) * change
-        np.copyto(weights, anchor)
-        one.mine = one.all = 0.0
+        return anchor
