@@ -5,7 +5,7 @@ import pytest
 from tf_dist.bench import strategies, strategies_on_ranks
 from tf_dist.config import Config
 
-ALL = {"tokens": 4000, "peak_pss": 3e8, "val_accuracy": 0.25}
+ALL = {"tokens": 4000, "added_pss": 3e8, "val_accuracy": 0.25}
 RUNS = {
     "allreduce": {"points": [[50, 1.0, 5e7, 2.5], [100, 2.0, 1e8, 2.0]], **ALL},
     "diloco 50": {"points": [[50, 0.5, 0.0, 2.6], [100, 1.0, 2e6, 2.1]], **ALL},

@@ -4,8 +4,8 @@
     python scripts/bench.py strategies learn lstm-1.08M steps=300 ranks=4 only=allreduce,diloco-50
     python scripts/bench.py strategies hosts      # or slow: one rank that takes twice as long
 
-``learn`` trains tinyshakespeare's characters on 2 and 4 ranks of this machine, all strategies one after
-another in one job, with the same rows in the same order. ``hosts`` times steps of a larger model on two
+``learn`` trains tinyshakespeare's characters on 2 and 4 ranks of this machine, each strategy in a job of its
+own, with the same rows in the same order. ``hosts`` times steps of a larger model on two
 emulated hosts: what a strategy learns does not depend on the network, but for downpour. ``slow`` lets the
 last rank sleep as long as it computes.
 """
@@ -116,9 +116,10 @@ def job(ranks: int, kind: str, model: str, what: dict[str, Any], *more: str, by:
 
 
 def learnt(ranks: int, model: str, what: dict[str, Any]) -> dict[str, Any]:
-    """Train a model by each strategy."""
+    """Train a model by each strategy, in a job of its own: memory of one would be used again by the next."""
     print(f"{model} on {ranks} ranks ...", flush=True)
-    found = {"ranks": ranks, "model": model, "runs": job(ranks, "learn", model, what)}
+    runs = {name: job(ranks, "learn", model, what | {"names": [name]})[name] for name in what["names"]}
+    found = {"ranks": ranks, "model": model, "runs": runs}
     print(f"\n{learn_table(found)}\n{masters(found)}", flush=True)
     return found
 
@@ -166,12 +167,12 @@ def learn_table(job: dict[str, Any]) -> str:
                 f"{run['tokens'] / seconds:,.0f}",
                 f"{memory.MB * sent:.3f}",
                 f"{sent_of_a_step(runs[PLAIN]) / sent:.1f}" if sent else "",
-                f"{memory.MB * run['peak_pss']:.0f}",
+                f"{memory.MB * run['added_pss']:.0f}",
             ]
         )
     head = [
         f"{job['model']}, {running.ranks_named(job['ranks'])} ranks", "val loss", "gap", "accuracy",
-        f"steps to {halfway:.2f}", "s to it", "train s", "tokens/s", "sent MB/step", "fewer", "peak MB",
+        f"steps to {halfway:.2f}", "s to it", "train s", "tokens/s", "sent MB/step", "fewer", "memory MB",
     ]  # fmt: skip
     return running.table(head, rows)
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from tf_dist.training.trainer import Trainer
 
 VALIDATED, WARM_UP, TIMED_STEPS, LOOK_EVERY_S = 128, 4, 12, 0.5
+# Asynchronous ones between hosts: all weights for each gradient take seconds.
+FEW = 2, 6
 # Where steps are timed replicas meet this often, so that meetings are among them; between hosts they count
 # as often as the strategy has them.
 MEETING_EVERY = 4
@@ -32,11 +34,12 @@ def main_on_ranks(kind: str, model: str, out: Path) -> None:
     from tf_dist.comm import launch
 
     comm = launch.connect()
-    what = json.loads((FOLDER / WHAT).read_text())
+    what = comm.broadcast_obj(json.loads((FOLDER / WHAT).read_text()))  # another bench may write there
     tokens, held_out = split(Path(what["text"]))
     found: dict[str, Any] = {}
-    if what["rows"] and kind == "learn":
-        ROWS[model] = what["rows"]
+    if kind == "learn":
+        ROWS[model] = what["rows"] or ROWS[model]
+        memory.used_once(comm)  # what the first strategy would take for all
     for name in what["names"]:
         if kind == "learn":
             found[name] = learn(comm, model, name, tokens, held_out, what["steps"], what["every"])
@@ -107,7 +110,11 @@ def trainer_of(
 def learn(
     comm: Comm, model: str, name: str, tokens: np.ndarray, held_out: np.ndarray, steps: int, every: int
 ) -> dict[str, Any]:
-    """Train, and validate now and then. Points: step, seconds of training, bytes sent by a rank, loss."""
+    """Train, and validate now and then. Points: step, seconds of training, bytes sent by a rank, loss.
+
+    Memory is what a rank takes beyond what every strategy does (`memory.used_once`).
+    """
+    before_pss = memory.memory_now()["pss"]
     trainer = trainer_of(comm, model, name, steps)
     from tf_dist.training.downpour import Downpour
 
@@ -131,16 +138,16 @@ def learn(
             most = max(comm.allgather_obj(sent))
             validated = trainer.validate(few)
             points.append([trainer.step, seconds, most, validated["val_loss"]])
-    peak, more = max(comm.allgather_obj(watch.peak_pss)), dict[str, Any]()
+    more: dict[str, Any] = {"added_pss": max(comm.allgather_obj(watch.peak_pss - before_pss))}
     # Meetings and compressed sums of the next strategies are to be messages, to be counted.
     comm.forget_buffers(trainer.replica.parameters, trainer.arrangement.order)
     if isinstance(trainer.update, Downpour) and comm.rank == 0:
-        more = {"master": trainer.update.load.report()}
-    if name == PLAIN:
+        more["master"] = trainer.update.load.report()
+    if NAMES[name].update == "allreduce" and "compression" not in NAMES[name].options:
         each = bytes_of_a_step(comm, model, tokens)
         points = [[step, seconds, each * step, loss] for step, seconds, _, loss in points]
     done = {"tokens": steps * ROWS[model] * trainer.seq_len, "val_accuracy": validated["val_accuracy"]}
-    return {"points": points, "peak_pss": peak, **done, **more}
+    return {"points": points, **done, **more}
 
 
 def bytes_of_a_step(comm: Comm, model: str, tokens: np.ndarray) -> float:
@@ -159,10 +166,11 @@ def time_steps(comm: Comm, model: str, name: str, tokens: np.ndarray) -> dict[st
     trainer = trainer_of(comm, model, name, 1000, 0 if delayed else MEETING_EVERY)
     step = stepper(trainer, tokens)
     if NAMES[name].update in ASYNCHRONOUS:
-        stretch(comm, trainer, step, WARM_UP)
+        warm_up, timed = FEW
+        stretch(comm, trainer, step, warm_up)
         before = comm.sent_bytes
-        step_ms = stretch(comm, trainer, step, TIMED_STEPS)
-        most = max(comm.allgather_obj(comm.sent_bytes - before)) / TIMED_STEPS
+        step_ms = stretch(comm, trainer, step, timed)
+        most = max(comm.allgather_obj(comm.sent_bytes - before)) / timed
         return {"step_ms": step_ms, "sent": most, "tokens": ROWS[model] * trainer.seq_len}
     # What travels during other steps cannot be told from them: a whole stretch counts.
     every = options.get("sync_every", 1)
