@@ -49,7 +49,7 @@ def picture(jobs: list[dict[str, Any]], path: Path) -> Path:
             for kind in kinds
         }
         title = f"sums over {running.ranks_named(job['ranks'])} ranks"
-        panels.append(pictures.Lines(title, "MB", "ms", drawn, log=True))
+        panels.append(pictures.Lines(title, "MB", "ms", drawn, log="xy"))
     return pictures.lines(path, panels)
 
 

@@ -22,14 +22,14 @@ class Bars(NamedTuple):
 class Lines(NamedTuple):
     """A panel of lines: title, the names of both axes, and points (x, y) by the name of each line.
 
-    Both axes are logarithmic where ``log``; ``level`` is marked by a line across, ``ticks`` are those of x.
+    Axes named in ``log`` (x, xy) are logarithmic; ``level`` is marked by a line across; ``ticks`` are of x.
     """
 
     title: str
     x: str
     y: str
     lines: Mapping[str, Sequence[tuple[float, float]]]
-    log: bool = False
+    log: str = ""
     level: float | None = None
     ticks: Sequence[float] = ()
 
@@ -70,11 +70,14 @@ def lines(path: Path, panels: Sequence[Lines]) -> Path:
     figure, axes = _figure([3.2] * len(panels), 7.5)
     for axis, panel in zip(axes, panels, strict=True):
         for number, (name, points) in enumerate(panel.lines.items()):
-            axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name, color=_colour(number))
-        if panel.log:
+            style = "--" if number >= len(COLOURS) else "-"
+            look = {"marker": "o", "markersize": 3, "color": _colour(number), "linestyle": style}
+            axis.plot(*zip(*points, strict=True), label=name, **look)
+        if "x" in panel.log:
             axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter("{x:.4g}")
+        if "y" in panel.log:
             axis.set_yscale("log")
-            axis.xaxis.set_major_formatter("{x:.3g}")
             axis.yaxis.set_major_formatter("{x:g}")
         if panel.ticks:
             axis.set_xticks(list(panel.ticks))
@@ -85,7 +88,8 @@ def lines(path: Path, panels: Sequence[Lines]) -> Path:
         axis.set_title(panel.title, fontsize=10, loc="left")
         axis.tick_params(labelsize=8, which="both")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        many = len(panel.lines) > len(COLOURS)  # they would cover what they explain
+        axis.legend(fontsize=8, **({"loc": "upper left", "bbox_to_anchor": (1.01, 1.0)} if many else {}))
     return _save(figure, path)
 
 

@@ -256,5 +256,5 @@ def picture(job: dict[str, Any], path: Path) -> Path:
         }
         drawn = {name: points for name, points in drawn.items() if points}
         if drawn:
-            panels.append(pictures.Lines(title, axis, "validation loss", drawn, log=column == 2))
+            panels.append(pictures.Lines(title, axis, "validation loss", drawn, log="x" * (column == 2)))
     return pictures.lines(path, panels)
