@@ -1,8 +1,10 @@
 """Tables and a picture of canned strategies, and means over meetings and other steps."""
 
+import json
+
 import pytest
 
-from tf_dist.bench import strategies, strategies_on_ranks
+from tf_dist.bench import report, strategies, strategies_on_ranks
 from tf_dist.config import Config
 
 ALL = {"tokens": 4000, "added_pss": 3e8, "val_accuracy": 0.25}
@@ -47,6 +49,20 @@ def test_ratios_come_last():
         "downpour 4": {"even_ms": 100.0, "slow_ms": 125.0, "tokens": 1000},
     }
     assert row_of(strategies.slow_table(slow), "downpour 4") == ["10,000", "8,000", "1.60"]
+
+
+def test_targets_are_read_from_the_newest_that_has_a_part(tmp_path):
+    (tmp_path / "strategies").mkdir()
+    runs = {"allreduce": RUNS["allreduce"], "diloco 50 tuned": RUNS["diloco 50"]}
+    learn = {"learn": [{"model": "gpt-0.81M", "ranks": 4, "runs": runs}]}
+    slow = {"slow": {"allreduce": {"slow_ms": 300.0}, "downpour 4": {"slow_ms": 200.0}}}
+    for day, part in (("01", learn), ("02", slow)):
+        (tmp_path / "strategies" / f"202601{day}-000000.json").write_text(json.dumps(part))
+    lines = report.targets(tmp_path).splitlines()
+    assert "| DiLoCo H=50, np 4: bytes of allreduce / its bytes | >= 40.00 | 25.00 | missed |" in lines
+    assert "| DiLoCo H=50, np 4: loss above that of allreduce | <= 1.0 % | 5.0 % | missed |" in lines
+    assert "| np 4, one rank 2x slower: downpour / allreduce | >= 1.30 | 1.50 | met |" in lines
+    assert sum("LSTM, np 4" in line and "not measured" in line for line in lines) == 2
 
 
 def test_a_cycle_has_one_meeting():

@@ -9,12 +9,13 @@ whose peer was not there, has no figure.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tf_dist.bench import nanogpt, running, step
+from tf_dist.bench import nanogpt, running, step, strategies
 
 STAMP = re.compile(r"\d{8}-\d{6}\.json")
 LARGE, SMALL, LSTM = "gpt-10.7M", "gpt-0.81M", "lstm-1.08M"
@@ -22,6 +23,7 @@ LARGE, SMALL, LSTM = "gpt-10.7M", "gpt-0.81M", "lstm-1.08M"
 SUMS = range(4 << 20, (64 << 20) + 1)
 
 Reports = dict[str, dict[str, Any]]
+Run = dict[str, Any]
 
 
 class Target(NamedTuple):
@@ -39,16 +41,15 @@ class Target(NamedTuple):
 
     def shown(self, ratio: float) -> str:
         """A ratio, in the unit of the target."""
-        return f"{100 * ratio:.0f} %" if self.percent else f"{ratio:.2f}"
+        return f"{100 * ratio:.{1 if self.bound < 0.1 else 0}f} %" if self.percent else f"{ratio:.2f}"
 
 
 def newest(folder: Path = running.FOLDER) -> Reports:
-    """The newest report of each benchmark, by name."""
+    """The newest report of each benchmark, by name; of parts that it leaves out, the newest that has them."""
     found: Reports = {}
     for place in sorted(folder.glob("*/")):
-        stamped = sorted(path for path in place.glob("*.json") if STAMP.fullmatch(path.name))
-        if stamped:
-            found[place.name] = json.loads(stamped[-1].read_text()) | {"file": str(stamped[-1])}
+        for path in sorted(path for path in place.glob("*.json") if STAMP.fullmatch(path.name)):
+            found[place.name] = found.get(place.name, {}) | json.loads(path.read_text()) | {"file": str(path)}
     return found
 
 
@@ -148,6 +149,65 @@ def network(reports: Reports) -> float | None:
     return float(steps["horovod"]) / float(steps["overlap"])
 
 
+def learnt(model: str, name: str, found: Callable[[Run, Run], float]) -> Callable[[Reports], float | None]:
+    """What a strategy's run and that of plain allreduce, on four ranks, say together."""
+
+    def read(reports: Reports) -> float | None:
+        jobs = reports["strategies"]["learn"]
+        runs = {(job["model"], job["ranks"]): job["runs"] for job in jobs}[model, 4]
+        return found(runs[name], runs[strategies.PLAIN])
+
+    return read
+
+
+def fewer(run: Run, plain: Run) -> float:
+    """Bytes of plain allreduce over those of a strategy, in a step."""
+    return strategies.sent_of_a_step(plain) / strategies.sent_of_a_step(run)
+
+
+def worse(run: Run, plain: Run) -> float:
+    """How much higher a strategy's last validation loss is, as a part."""
+    return float(run["points"][-1][3] / plain["points"][-1][3]) - 1.0
+
+
+def more_perplexed(run: Run, plain: Run) -> float:
+    """The same of perplexities."""
+    return math.exp(run["points"][-1][3] - plain["points"][-1][3]) - 1.0
+
+
+def between_hosts(rate: str, names: Sequence[str], peer: str) -> Callable[[Reports], float | None]:
+    """Speed of the fastest of some strategies over that of another one, or of computing alone."""
+
+    def read(reports: Reports) -> float | None:
+        runs = reports["strategies"]["hosts"][rate]
+        return float(runs[peer]["step_ms"] / min(runs[name]["step_ms"] for name in names if name in runs))
+
+    return read
+
+
+def beside_a_slow_rank(reports: Reports) -> float | None:
+    """Downpour's speed over that of plain allreduce."""
+    runs = reports["strategies"]["slow"]
+    return float(runs[strategies.PLAIN]["slow_ms"]) / float(runs["downpour 4"]["slow_ms"])
+
+
+def _of_strategies() -> Iterator[Target]:
+    few, best = "diloco 50 tuned", "diloco 50 delayed"
+    yield Target("DiLoCo H=50, np 4: bytes of allreduce / its bytes", 40.0, learnt(SMALL, few, fewer))
+    gap = learnt(SMALL, few, worse)
+    yield Target("DiLoCo H=50, np 4: loss above that of allreduce", 0.01, gap, at_most=True, percent=True)
+    smaller = learnt(LSTM, "powersgd 4", fewer)
+    yield Target("PowerSGD rank 4, LSTM, np 4: bytes of allreduce / its bytes", 30.0, smaller)
+    gap = learnt(LSTM, "powersgd 4", more_perplexed)
+    yield Target("PowerSGD rank 4, LSTM, np 4: perplexity above", 0.01, gap, at_most=True, percent=True)
+    slowest = between_hosts("100mbit", [best], "compute alone")
+    yield Target("two hosts at 100 Mbit/s, GPT 10.7 M: DiLoCo, delayed / compute alone", 0.95, slowest)
+    compressed = [name for name, way in strategies.NAMES.items() if "compression" in way.options]
+    ratio = between_hosts("1gbit", compressed, strategies.PLAIN)
+    yield Target("two hosts at 1 Gbit/s, GPT 10.7 M: best compressed / plain sums", 2.0, ratio)
+    yield Target("np 4, one rank 2x slower: downpour / allreduce", 1.3, beside_a_slow_rank)
+
+
 def _all() -> Iterator[Target]:
     for ranks in (2, 4):
         yield Target(f"window allreduce / MPI `Allreduce`, 4-64 MB, np {ranks}", 4.0, sums_against_mpi(ranks))
@@ -177,6 +237,7 @@ def _all() -> Iterator[Target]:
     yield Target("two hosts at 1 Gbit/s, GPT 10.7 M: np 2 / Horovod", 1.3, network)
     yield Target("LSTM: share of the GEMM peak", 0.85, gemm_share(LSTM), percent=True)
     yield Target("GPT 10.7 M: share of the GEMM peak", 0.80, gemm_share(LARGE), percent=True)
+    yield from _of_strategies()
 
 
 TARGETS = tuple(_all())
