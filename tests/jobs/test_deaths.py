@@ -70,15 +70,15 @@ def found(job):
 )
 def test_two_die_and_the_others_go_on(train, update, options):
     """One in the first stretch, one in the second; nothing is counted twice."""
-    job = train(4, update, {"2": 3, "1": 12}, **options)
+    job = train(3, update, {"1": 3, "2": 12}, **options)
     losses, lost, left, tokens, _ = found(job)
-    assert lost == [2, 1] and left == 2
-    assert "rank 2 died before step 8: 3 ranks go on" in job.output
+    assert lost == [1, 2] and left == 1
+    assert "rank 1 died before step 8: 2 ranks go on" in job.output
     assert losses[0] > losses[1] > losses[2]
     if update == "downpour":  # which lets others do what the dead had in hand
         assert tokens == TOKENS
     else:
-        assert 0.6 * TOKENS < tokens < TOKENS
+        assert 0.5 * TOKENS < tokens < TOKENS
 
 
 def test_nobody_is_left_but_the_master(train):
