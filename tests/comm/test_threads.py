@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from tf_dist.comm import threads
 from tf_dist.comm.base import SerialComm
@@ -73,7 +74,8 @@ def environment(monkeypatch):
     """An environment of our own, in which TensorFlow was not imported yet."""
     monkeypatch.setattr(os, "environ", {})
     monkeypatch.delitem(sys.modules, "tensorflow", raising=False)
-    return os.environ
+    with threadpool_limits(user_api="blas"):  # of this process, given back afterwards
+        yield os.environ
 
 
 def test_threads_are_set_before_tensorflow_reads_them(environment):
@@ -82,6 +84,8 @@ def test_threads_are_set_before_tensorflow_reads_them(environment):
     assert {environment[name] for name in threads.THREAD_VARIABLES} == {"3"}
     assert environment["TF_NUM_INTEROP_THREADS"] == "2"
     assert environment["KERAS_BACKEND"] == "tensorflow"
+    found = [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
+    assert set(found) == {3}
 
 
 def test_the_share_is_the_default(environment):
