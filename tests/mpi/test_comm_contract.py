@@ -241,6 +241,12 @@ def test_calls_are_counted_and_left(comm, everyone):
     assert all(everyone(comm.comm_s > moved))
 
 
+def test_nobody_has_died(comm, everyone):
+    before = comm.rank, comm.size, comm.calls
+    assert everyone(comm.regroup()) == [None] * len(everyone(None))
+    assert not comm.survives and (comm.rank, comm.size, comm.calls) == before
+
+
 def test_calls_of_all(comm, everyone):
     """Each rank's own number, itself not counted, and counted afterwards."""
     before = comm.calls
