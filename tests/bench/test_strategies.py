@@ -71,6 +71,11 @@ def test_a_cycle_has_one_meeting():
     assert strategies_on_ranks.mean_of_a_cycle(values, 1) == 10.0
 
 
+def test_a_stretch_has_steps_of_several_kinds():
+    values, kinds = [10.0, 10.0, 90.0, 30.0, 20.0], ["a", "a", "a", "b", "b"]
+    assert strategies_on_ranks.mean_of_kinds(values, kinds) == pytest.approx((3 * 10 + 2 * 25) / 5)
+
+
 def test_every_strategy_is_a_run_that_can_be():
     for name, (update, options) in strategies.NAMES.items():
         assert Config(update=update, **options).update == update, name

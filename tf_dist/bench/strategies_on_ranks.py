@@ -94,6 +94,8 @@ def trainer_of(
             options["compression_start"] = 1
         if "sync_every" in options and update not in ASYNCHRONOUS:
             options["sync_every"] = meeting_every
+        if "outer_delay" in options:  # it must fit between meetings
+            options["outer_delay"] = 1
     config = Config(
         **models.RECIPES[model].sizes, vocab_size=models.VOCABULARY, update=update, steps=steps,
         optimizer_args={"beta_2": 0.99}, warmup_steps=min(100, steps // 5), **options,
@@ -176,15 +178,17 @@ def time_steps(comm: Comm, model: str, name: str, tokens: np.ndarray) -> dict[st
         step_ms = stretch(comm, trainer, step, timed)
         most = max(comm.allgather_obj(comm.sent_bytes - before)) / timed
         return {"step_ms": step_ms, "sent": most, "tokens": ROWS[model] * trainer.seq_len}
-    # What travels during other steps cannot be told from them: a whole stretch counts.
     every = options.get("sync_every", 1)
-    taken, sent = [], []
+    taken, sent, kinds = [], [], []
     for _ in range(WARM_UP + (every if delayed else TIMED_STEPS)):
-        before = comm.sent_bytes
+        before, travelled = comm.sent_bytes, delayed and trainer.update.travels
         taken.append(running.slowest(comm, step))
         sent.append(max(comm.allgather_obj(comm.sent_bytes - before)))
+        kinds.append((travelled, delayed and trainer.update.travels))
     trainer.meet()
-    mean = statistics.mean if delayed else partial(mean_of_a_cycle, every=every)
+    mean = partial(mean_of_a_cycle, every=every)
+    if delayed:
+        mean = partial(mean_of_kinds, kinds=kinds[WARM_UP:])
     return {
         "step_ms": mean(taken[WARM_UP:]),
         "sent": mean(sent[WARM_UP:]),
@@ -211,6 +215,14 @@ def mean_of_a_cycle(values: Sequence[float], every: int) -> float:
     meetings = values[MEETING_EVERY - 1 :: MEETING_EVERY]
     others = [value for at, value in enumerate(values) if (at + 1) % MEETING_EVERY]
     return (statistics.median(meetings) + (every - 1) * statistics.median(others)) / every
+
+
+def mean_of_kinds(values: Sequence[float], kinds: Sequence[Any]) -> float:
+    """The mean over a whole stretch, of which each value stands for the median of its kind."""
+    of_kind: dict[Any, list[float]] = {}
+    for value, kind in zip(values, kinds, strict=True):
+        of_kind.setdefault(kind, []).append(value)
+    return sum(len(found) * statistics.median(found) for found in of_kind.values()) / len(values)
 
 
 def stepper(trainer: Trainer, tokens: np.ndarray) -> Callable[[], Any]:

@@ -164,6 +164,11 @@ class LocalSteps:
         return self.plan.sync_warmup_steps > 0
 
     @property
+    def travels(self) -> bool:
+        """Whether changes of weights are under way."""
+        return self._away is not None
+
+    @property
     def said(self) -> str:
         """A line for people."""
         plan = self.plan
