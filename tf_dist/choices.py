@@ -80,22 +80,7 @@ def _check_meetings(config: Config) -> None:
     if config.outer_momentum >= 1:
         raise UsageError(f"outer_momentum is {config.outer_momentum:g}: it must be below 1; use 0.9")
     every = config.sync_every or SYNC_EVERY[config.update]
-    if config.outer_fragments > every:
-        raise UsageError(
-            f"outer_fragments {config.outer_fragments} is more than sync_every {every}: each "
-            f"part needs a step of its own. Use at most {every} fragments"
-        )
-    if config.outer_delay > every // config.outer_fragments:
-        raise UsageError(
-            f"outer_delay {config.outer_delay} is more than sync_every {every} / outer_fragments "
-            f"{config.outer_fragments}: one part must have arrived before the next one leaves. Use at most "
-            f"{every // config.outer_fragments} steps"
-        )
-    if config.outer_delay and config.outer_precision != "float32":
-        raise UsageError(
-            f"outer_precision {config.outer_precision} with outer_delay {config.outer_delay}: what travels "
-            "during other steps travels as float32. Leave one of them out"
-        )
+    check_fragments(every, config.outer_fragments, config.outer_delay, config.outer_precision)
     if config.sequence_parallel > 1:
         raise UsageError(
             f"sequence_parallel {config.sequence_parallel} with update {config.update}: ranks that share "
@@ -104,6 +89,29 @@ def _check_meetings(config: Config) -> None:
     if config.backend == "horovod" and config.outer_precision != "float32":
         raise UsageError(
             f"backend horovod cannot carry outer_precision {config.outer_precision}: use backend mpi"
+        )
+
+
+def check_fragments(every: int, fragments: int, delay: int, precision: str) -> None:
+    """Refuse parts of the weights, and steps during which they travel, that do not fit between meetings.
+
+    Raises:
+        UsageError: with the reason, and what would do.
+    """
+    if fragments > every:
+        raise UsageError(
+            f"outer_fragments {fragments} is more than sync_every {every}: each part needs a step of its "
+            f"own. Use at most {every} fragments"
+        )
+    if delay > every // fragments:
+        raise UsageError(
+            f"outer_delay {delay} is more than sync_every {every} / outer_fragments {fragments}: one part "
+            f"must have arrived before the next one leaves. Use at most {every // fragments} steps"
+        )
+    if delay and precision != "float32":
+        raise UsageError(
+            f"outer_precision {precision} with outer_delay {delay}: what travels during other steps travels "
+            "as float32. Leave one of them out"
         )
 
 

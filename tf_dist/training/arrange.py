@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import keras
 
-from tf_dist.choices import ALONE, ASYNCHRONOUS, LOCAL, SYNC_EVERY
+from tf_dist.choices import ALONE, ASYNCHRONOUS, LOCAL, SYNC_EVERY, check_fragments
 from tf_dist.comm.base import Order
 from tf_dist.config import Config
 from tf_dist.degrees import share
@@ -245,6 +245,7 @@ def _update(replica: Weights, mesh: Mesh, mine: range, wishes: Wishes) -> tuple[
     if mesh.sequence.size > 1:
         raise UsageError(f"{mesh}: update {wishes.update} needs ranks with rows of their own")
     plan = replace(wishes.local, sync_every=wishes.local.sync_every or SYNC_EVERY[wishes.update])
+    check_fragments(plan.sync_every, plan.outer_fragments, plan.outer_delay, plan.outer_precision)
     if wishes.update == "local-sgd":  # the mean of the weights
         plan = replace(plan, outer_lr=1.0, outer_momentum=0.0)
     update = LocalSteps(plan, replica.parameters, mine)
