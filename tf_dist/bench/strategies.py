@@ -5,9 +5,9 @@
     python scripts/bench.py strategies hosts      # or slow: one rank that takes twice as long
 
 ``learn`` trains tinyshakespeare's characters on 2 and 4 ranks of this machine, each strategy in a job of its
-own, with the same rows in the same order. ``hosts`` times steps of a larger model on two
-emulated hosts: what a strategy learns does not depend on the network, but for downpour. ``slow`` lets the
-last rank sleep as long as it computes.
+own, with the same rows in the same order. ``hosts`` times steps of a larger model on two emulated hosts: what
+a strategy learns does not depend on the network, but for downpour. ``slow`` lets the last rank sleep as long
+as it computes.
 """
 
 from __future__ import annotations

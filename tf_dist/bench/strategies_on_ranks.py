@@ -141,8 +141,6 @@ def learn(
             validated = trainer.validate(few)
             points.append([trainer.step, seconds, most, validated["val_loss"]])
     more: dict[str, Any] = {"added_pss": max(comm.allgather_obj(watch.peak_pss - before_pss))}
-    # Meetings and compressed sums of the next strategies are to be messages, to be counted.
-    comm.forget_buffers(trainer.replica.parameters, trainer.arrangement.order)
     if isinstance(trainer.update, Downpour) and comm.rank == 0:
         more["master"] = trainer.update.load.report()
     # Whole sums of this node's ranks are made in a window, which sends nothing.

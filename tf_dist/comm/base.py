@@ -122,7 +122,7 @@ class Comm(ABC):
         exposed_s: those of them that were waited for, which are also in ``comm_s``.
         waiting: the verb this rank is inside of and when it entered it (`time.monotonic`), or None. Shared.
         calls: collectives begun so far.
-        origin: which rank each of the ranks was when the job began: another one where some have died.
+        origin: where ranks may die (`survives`): which rank each one was when the job began.
         chunk_bytes: sums of terms travel between ranks in pieces of this size, the same on every rank.
         no_overlap_because: why `overlapped` returned None.
         carried_by: how terms are summed since the last `term_buffers`: "a shared window", or "messages" and
@@ -303,11 +303,13 @@ class Comm(ABC):
             tag: 0 to `TAGS` - 1; what is received with it.
         """
         self.record.sent_bytes += array.nbytes
-        return _Timed(self._isend(_flat(array), to, tag), self.record, f"send to rank {to}")
+        with self._errors_as_ours():
+            return _Timed(self._isend(_flat(array), to, tag), self, f"send to rank {to}")
 
     def irecv(self, array: np.ndarray, source: int, tag: int = 0) -> Pending:
         """Begin to receive, into an array of the length and dtype of what is sent with this tag."""
-        return _Timed(self._irecv(_flat(array), source, tag), self.record, f"receive from rank {source}")
+        with self._errors_as_ours():
+            return _Timed(self._irecv(_flat(array), source, tag), self, f"receive from rank {source}")
 
     # Deaths --------------------------------------------------------------------------------------
 
@@ -398,19 +400,15 @@ class Comm(ABC):
     @abstractmethod
     def _allgather_bytes(self, raw: bytes) -> list[bytes]: ...
 
+    def _allgather_calls(self, calls: int) -> list[int]:
+        return [int(raw) for raw in self._allgather_bytes(str(calls).encode())]
+
     def _understood(self, error: Exception) -> Exception:
         """An error of the transport as one of ours, where it is one."""
         return error
 
-    def _allgather_calls(self, calls: int) -> list[int]:
-        return [int(raw) for raw in self._allgather_bytes(str(calls).encode())]
-
     @contextmanager
-    def _collective(self, verb: str, array: np.ndarray | None = None, root: int = 0) -> Iterator[None]:
-        begun = time.monotonic()
-        self.calls += 1
-        self.record.waiting = (verb, begun)
-        self.before(verb, array, root)
+    def _errors_as_ours(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:
@@ -418,6 +416,15 @@ class Comm(ABC):
             if understood is error:
                 raise
             raise understood from error
+
+    @contextmanager
+    def _collective(self, verb: str, array: np.ndarray | None = None, root: int = 0) -> Iterator[None]:
+        begun = time.monotonic()
+        self.calls += 1
+        self.record.waiting = (verb, begun)
+        self.before(verb, array, root)
+        with self._errors_as_ours():
+            yield
         # Not in a `finally`: a rank that failed inside a collective has not left it.
         self.record.waiting = None
         elapsed = time.monotonic() - begun
@@ -469,18 +476,20 @@ class SerialComm(Comm):
 class _Timed:
     """A message whose waiting counts as communication, and is seen by whoever looks for a rank that waits."""
 
-    def __init__(self, pending: Pending, record: Record, what: str) -> None:
-        self._pending, self._record, self._what = pending, record, what
+    def __init__(self, pending: Pending, comm: Comm, what: str) -> None:
+        self._pending, self._comm, self._what = pending, comm, what
 
     def wait(self) -> None:
-        begun = time.monotonic()
-        self._record.waiting = (self._what, begun)
-        self._pending.wait()
-        self._record.waiting = None
-        self._record.comm_s += time.monotonic() - begun
+        begun, record = time.monotonic(), self._comm.record
+        record.waiting = (self._what, begun)
+        with self._comm._errors_as_ours():
+            self._pending.wait()
+        record.waiting = None
+        record.comm_s += time.monotonic() - begun
 
     def done(self) -> bool:
-        return self._pending.done()
+        with self._comm._errors_as_ours():
+            return self._pending.done()
 
 
 def add_in_order(terms: Sequence[np.ndarray], additions: Sequence[tuple[int, int]]) -> np.ndarray:

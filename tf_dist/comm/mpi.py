@@ -190,16 +190,10 @@ class MPIComm(Comm):
         return int(first[0])
 
     def _isend(self, array: np.ndarray, to: int, tag: int) -> Pending:
-        return self._message(lambda: self._mpi.Isend(array, to, MESSAGE_TAG + tag), array)
+        return _Message(self._mpi.Isend(array, to, MESSAGE_TAG + tag), array)
 
     def _irecv(self, array: np.ndarray, source: int, tag: int) -> Pending:
-        return self._message(lambda: self._mpi.Irecv(array, source, MESSAGE_TAG + tag), array)
-
-    def _message(self, begin: Callable[[], Any], array: np.ndarray) -> Pending:
-        try:
-            return _Message(begin(), array, self._understood)
-        except MPI.Exception as error:
-            raise self._understood(error) from error
+        return _Message(self._mpi.Irecv(array, source, MESSAGE_TAG + tag), array)
 
     def _sub(self, shape: Sequence[int], axes: Sequence[int]) -> Comm:
         # reorder=False: a rank stays who it is, so that the innermost axis lies on neighbouring ranks.
@@ -316,20 +310,14 @@ class MPIComm(Comm):
 class _Message:
     """An MPI request, which keeps its array alive."""
 
-    def __init__(self, request: Any, array: np.ndarray, understood: Callable[[Exception], Exception]) -> None:
-        self._request, self._array, self._understood = request, array, understood
+    def __init__(self, request: Any, array: np.ndarray) -> None:
+        self._request, self._array = request, array
 
     def wait(self) -> None:
-        try:
-            self._request.Wait()
-        except MPI.Exception as error:
-            raise self._understood(error) from error
+        self._request.Wait()
 
     def done(self) -> bool:
-        try:
-            return bool(self._request.Test())
-        except MPI.Exception as error:
-            raise self._understood(error) from error
+        return bool(self._request.Test())
 
 
 def _chunks(array: np.ndarray) -> list[np.ndarray]:

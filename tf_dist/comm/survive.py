@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from mpi4py import MPI
 
 # What Open MPI's mpirun tells the ranks that it starts with `--with-ft ulfm`.
@@ -45,8 +46,6 @@ def dead(mpi: Any) -> list[int]:
 
 def agree(mpi: Any, fine: bool) -> bool:
     """Whether all who live are fine, and none has died; the same on all of them. It waits for all."""
-    import numpy as np
-
     flag = np.array([int(fine)], np.int32)
     try:
         request = mpi.Iagree(flag)

@@ -100,8 +100,8 @@ def set_threads(comm: Comm, threads_per_rank: int = 0) -> Place:
         raise LaunchError(f"KERAS_BACKEND is {framework!r}: tf_dist trains with tensorflow. Unset it")
     for name in THREAD_VARIABLES:
         os.environ[name] = str(threads)
-    # NumPy has been here before, and its BLAS took all cores: four ranks with two threads each on two cores
-    # take twenty times as long for a product of matrices.
+    # NumPy has been here before, and its BLAS took all cores: with four ranks on two cores a PowerSGD step of
+    # an LSTM took five times as long.
     threadpool_limits(threads, user_api="blas")
     # More than one operation at a time only pays when there are threads to spare; or between nodes, where
     # gradients leave during the backward pass: one thread would hand them over when all the rest is done.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 
 from tf_dist.comm.base import Pending, named
-from tf_dist.errors import LaunchError
+from tf_dist.errors import LaunchError, RankLost
 from tf_dist.parallel.updates import TOKENS, Replica, Totals, own_sum, scale_of
 
 # Between two looks of a rank that has nothing else to do.
@@ -40,6 +42,15 @@ def step_alone(terms: list[np.ndarray], totals: Totals, clip_norm: float, replic
     norm = replica.norm(gradient) / counts[TOKENS]
     replica.apply(gradient, scale_of(norm, counts, clip_norm))
     return float(norm)
+
+
+@contextmanager
+def unless_dead(peers: list[Any], peer: Any) -> Iterator[None]:
+    """Do something with another rank; where it has died, take it out of ``peers`` and go on."""
+    try:
+        yield
+    except RankLost:
+        peers[:] = [other for other in peers if other is not peer]
 
 
 def wait_for(messages: Sequence[Pending], rank: int) -> None:

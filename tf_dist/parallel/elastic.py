@@ -17,8 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tf_dist.comm.base import Comm, Order, Pending
-from tf_dist.errors import RankLost
-from tf_dist.parallel.alone import step_alone, wait_for, wait_until
+from tf_dist.parallel.alone import step_alone, unless_dead, wait_for, wait_until
 from tf_dist.parallel.flat import aligned_empty
 from tf_dist.parallel.mesh import Mesh
 from tf_dist.parallel.updates import STOP, Replica, Totals
@@ -130,7 +129,7 @@ class Elastic:
     def settle(self, replica: Replica) -> None:
         """Before a meeting nothing is under way: each step to the limit has waited for its exchange."""
 
-    def regroup(self, micro_batches: range, lost: list[int]) -> None:
+    def regroup(self, micro_batches: range) -> None:
         """Go on without ranks that have died, and with other micro-batches; all meet again."""
         self.micro_batches, self.together = micro_batches, False
         self._peers = self._all_workers()
@@ -166,13 +165,12 @@ class Elastic:
         def look() -> bool:
             came = False
             for peer in list(self._peers):
-                try:
+                # What a dead one has learnt since it came last is lost with it.
+                with unless_dead(self._peers, peer):
                     self._listen(peer)
                     if peer.coming is not None and all(one.done() for one in peer.coming):
                         came = True
                         self._answer(peer, totals)
-                except RankLost:  # what it has learnt since it came last is lost with it
-                    self._peers.remove(peer)
             return came
 
         if due and (not trains or self.step == self.limit):

@@ -15,15 +15,12 @@ Legend: P parameters, R ranks, H steps between pushes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 
 from tf_dist.comm.base import Comm, Order, Pending
-from tf_dist.errors import RankLost
-from tf_dist.parallel.alone import step_alone, wait_for, wait_until
+from tf_dist.parallel.alone import step_alone, unless_dead, wait_for, wait_until
 from tf_dist.parallel.flat import aligned_empty
 from tf_dist.parallel.mesh import Mesh
 from tf_dist.parallel.tree import one_each
@@ -134,7 +131,7 @@ class Gossip:
             self._own = aligned_empty(self.parameters)
             replica.read_weights(self._own)
 
-    def regroup(self, micro_batches: range, lost: list[int]) -> None:
+    def regroup(self, micro_batches: range) -> None:
         """Go on without ranks that have died, and with other micro-batches; all meet again."""
         self.micro_batches, self._shares_lost = micro_batches, True
         self.together = not self._own.size  # nobody has taken a step yet
@@ -144,19 +141,11 @@ class Gossip:
         """Replace sums over a rank's steps by those of all ranks."""
         self.comm.allreduce(sums)
 
-    @contextmanager
-    def _unless_dead(self, peer: _Peer) -> Iterator[None]:
-        """Do something with another rank; where it has died, go on without it. Its share is lost."""
-        try:
-            yield
-        except RankLost:
-            self._peers.remove(peer)
-
     def _push(self, replica: Replica) -> None:
         """Give half of the share to a rank that has taken what it was sent before; to nobody if none has."""
         free = []
         for peer in list(self._peers):
-            with self._unless_dead(peer):
+            with unless_dead(self._peers, peer):
                 free += [peer] if all(one.done() for one in peer.sends) else []
         if not free:
             return
@@ -165,7 +154,7 @@ class Gossip:
         weights = aligned_empty(self.parameters)
         replica.read_weights(weights)
         head = np.array([self.share])
-        with self._unless_dead(peer):
+        with unless_dead(self._peers, peer):
             for one in peer.sends:
                 one.wait()
             sent = self.comm.isend(head, peer.rank, SHARE_TAG)
@@ -175,7 +164,7 @@ class Gossip:
         """Mix in what has come; whether there was anything."""
         came = False
         for peer in list(self._peers):
-            with self._unless_dead(peer):
+            with unless_dead(self._peers, peer):
                 came |= self._hear(peer, replica)
         return came
 
@@ -209,7 +198,7 @@ class Gossip:
     def _drain(self, replica: Replica) -> None:
         """Take all that was sent to this rank. The last message of each rank comes after all others of it."""
         for peer in list(self._peers):
-            with self._unless_dead(peer):
+            with unless_dead(self._peers, peer):
                 peer.sends += (self.comm.isend(np.array([LAST]), peer.rank, SHARE_TAG),)
 
         def missing() -> list[int]:
@@ -217,6 +206,6 @@ class Gossip:
 
         wait_until(lambda: not missing(), lambda: self._look(replica), missing)
         for peer in list(self._peers):
-            with self._unless_dead(peer):
+            with unless_dead(self._peers, peer):
                 wait_for(peer.sends, peer.rank)
             peer.sends, peer.ended = (), False

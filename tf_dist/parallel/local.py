@@ -34,7 +34,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tf_dist.comm.base import Order, Overlapped
+from tf_dist.comm.base import Order
 from tf_dist.parallel.flat import aligned_empty
 from tf_dist.parallel.mesh import Mesh
 from tf_dist.parallel.short import allreduce_bfloat16
@@ -73,15 +73,11 @@ class Plan:
 
 @dataclass
 class _Fragment:
-    """A part of the flat weights: where it lies, and the tokens seen since its last meeting.
-
-    by: what lets it travel during other steps, once that is known; None where the Comm cannot.
-    """
+    """A part of the flat weights: where it lies, and the tokens seen since its last meeting."""
 
     part: slice
     mine: float = 0.0
     all: float = 0.0
-    by: list[Overlapped | None] = field(default_factory=list)
 
 
 class _Away(NamedTuple):
@@ -240,9 +236,7 @@ class LocalSteps:
         replica.read_weights(weights)
         left = weights[one.part].copy()
         change = self._changed(one, left)
-        if not one.by:
-            one.by.append(comm.overlapped(change.size, one_each(comm.size), shared=False))
-        (by,) = one.by
+        by = comm.overlapped(change.size, one_each(comm.size), shared=False)
         if by is not None and not by.begun:  # by another Trainer
             by.begin([change])
             by.ready(slice(0, change.size))

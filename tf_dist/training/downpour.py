@@ -104,8 +104,8 @@ class Downpour(Units):
     def settle(self, replica: Any) -> None:
         """Before a meeting nothing is under way: `take` has waited for it."""
 
-    def regroup(self, micro_batches: range, lost: list[int]) -> None:
-        """Go on without ranks that have died; all meet again."""
+    def regroup(self, micro_batches: range) -> None:
+        """Go on without ranks that have died; all meet again. No micro-batch is a rank's own."""
         self.together = False
         if isinstance(self._part, Master):
             self._part.regroup()

@@ -11,8 +11,7 @@ import keras
 
 from tf_dist.data.tokens import Sequences
 from tf_dist.training.callback_list import RankCallbackList
-from tf_dist.training.downpour import Downpour
-from tf_dist.training.meeting import Alone
+from tf_dist.training.meeting import Asynchronous
 
 if TYPE_CHECKING:
     from tf_dist.training.trainer import Trainer
@@ -108,7 +107,7 @@ class Fit:
             model=model,
             comm=trainer.comm,
             lone_optimizer=trainer.lone_optimizer,
-            lockstep=not isinstance(trainer.update, Downpour | Alone),
+            lockstep=not isinstance(trainer.update, Asynchronous),
             epochs=math.ceil(self.steps / self.stretch),
             steps=self.stretch,
             verbose=1,  # for a ProgbarLogger among the callbacks; none is added

@@ -32,7 +32,9 @@ REMEMBERED = "remembered/"
 
 # Updates of which each rank knows its own losses alone until all meet.
 Alone = Elastic | Gossip
-Remembering = LocalSteps | Compressed | Downpour | Alone
+# Of which no rank waits for all others until then.
+Asynchronous = Downpour | Alone
+Remembering = LocalSteps | Compressed | Asynchronous
 
 
 class Held:
@@ -91,7 +93,7 @@ def _done(meet: Callable[[], None]) -> bool:
 
 
 def put_together(update: Remembering, optimizer: Any, replica: Weights, count: int, mesh: Mesh) -> None:
-    """Leave nothing that a checkpoint cannot keep; a collective.
+    """Leave nothing that a checkpoint cannot keep, after all have met; a collective.
 
     Args:
         update: remembers something.
@@ -103,7 +105,6 @@ def put_together(update: Remembering, optimizer: Any, replica: Weights, count: i
     if isinstance(update, Compressed):
         update.fold(mesh.all)
         return
-    update.meet(replica, mesh)
     if isinstance(update, Downpour):
         # The master has taken several steps for each batch; schedules of whoever goes on count batches.
         optimizer.iterations.assign(update.step)

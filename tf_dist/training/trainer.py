@@ -28,7 +28,15 @@ from tf_dist.parallel.updates import CORRECT, LOSS, STOP, TOKENS, Totals
 from tf_dist.training.arrange import GROUPS, Wishes, arrange, rearranged
 from tf_dist.training.downpour import Downpour
 from tf_dist.training.fit import Fit
-from tf_dist.training.meeting import Alone, Remembering, held_by_all, put_together, remembered, survived
+from tf_dist.training.meeting import (
+    Alone,
+    Asynchronous,
+    Remembering,
+    held_by_all,
+    put_together,
+    remembered,
+    survived,
+)
 from tf_dist.training.passes import MicroBatch
 from tf_dist.training.sentinel import Group, Sentinel
 from tf_dist.training.tuning import Tuning
@@ -348,7 +356,7 @@ class Trainer:
 
         Where ranks that train at their own pace have died, and MPI goes on without them, so do the others.
         """
-        if isinstance(self.update, Downpour | Alone):
+        if isinstance(self.update, Asynchronous):
             self.update.settle(self.replica)
             survived(self.comm, self._meet, self._go_on_without)
         elif self.remembering is not None:
@@ -376,7 +384,7 @@ class Trainer:
         self.mesh.renew()
         self.arrangement = rearranged(self.arrangement, self.mesh, self.micro_batches, self.wishes)
         self.passes, self.my_micro_batches = self.arrangement.passes, self.arrangement.micro_batches
-        self.update.regroup(self.my_micro_batches, lost)
+        self.update.regroup(self.my_micro_batches)
         self._ahead = self._whole = None
         self.lost += lost
         if self.comm.rank == 0 and lost:
