@@ -53,8 +53,7 @@ def test_ratios_come_last():
 
 def test_targets_are_read_from_the_newest_that_has_a_part(tmp_path):
     (tmp_path / "strategies").mkdir()
-    runs = {"allreduce": RUNS["allreduce"], "diloco 50 tuned": RUNS["diloco 50"]}
-    learn = {"learn": [{"model": "gpt-0.81M", "ranks": 4, "runs": runs}]}
+    learn = {"learn": [{"model": "gpt-0.81M", "ranks": 4, "runs": RUNS}]}
     slow = {"slow": {"allreduce": {"slow_ms": 300.0}, "downpour 4": {"slow_ms": 200.0}}}
     for day, part in (("01", learn), ("02", slow)):
         (tmp_path / "strategies" / f"202601{day}-000000.json").write_text(json.dumps(part))
@@ -62,6 +61,7 @@ def test_targets_are_read_from_the_newest_that_has_a_part(tmp_path):
     assert "| DiLoCo H=50, np 4: bytes of allreduce / its bytes | >= 40.00 | 25.00 | missed |" in lines
     assert "| DiLoCo H=50, np 4: loss above that of allreduce | <= 1.0 % | 5.0 % | missed |" in lines
     assert "| np 4, one rank 2x slower: downpour / allreduce | >= 1.30 | 1.50 | met |" in lines
+    assert any("20260101-000000.json and" in line and "20260102-000000.json," in line for line in lines)
     assert sum("LSTM, np 4" in line and "not measured" in line for line in lines) == 2
 
 
