@@ -55,6 +55,8 @@ def test_targets_are_read_from_the_newest_that_has_a_part(tmp_path):
     (tmp_path / "strategies").mkdir()
     learn = {"learn": [{"model": "gpt-0.81M", "ranks": 4, "runs": RUNS}]}
     slow = {"slow": {"allreduce": {"slow_ms": 300.0}, "downpour 4": {"slow_ms": 200.0}}}
+    few = {"allreduce": {"step_ms": 400.0}, "bf16": {"step_ms": 160.0}, "compute alone": {"step_ms": 100.0}}
+    slow["hosts"] = {"1gbit": few, "100mbit": few}  # a run that left out DiLoCo
     for day, part in (("01", learn), ("02", slow)):
         (tmp_path / "strategies" / f"202601{day}-000000.json").write_text(json.dumps(part))
     lines = report.targets(tmp_path).splitlines()
@@ -62,6 +64,8 @@ def test_targets_are_read_from_the_newest_that_has_a_part(tmp_path):
     assert "| DiLoCo H=50, np 4: loss above that of allreduce | <= 1.0 % | 5.0 % | missed |" in lines
     assert "| np 4, one rank 2x slower: downpour / allreduce | >= 1.30 | 1.50 | met |" in lines
     assert any("20260101-000000.json and" in line and "20260102-000000.json," in line for line in lines)
+    assert any("best compressed / plain sums | >= 2.00 | 2.50 | met |" in line for line in lines)
+    assert any("DiLoCo, delayed / compute alone" in line and "not measured" in line for line in lines)
     assert sum("LSTM, np 4" in line and "not measured" in line for line in lines) == 2
 
 

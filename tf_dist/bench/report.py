@@ -185,7 +185,8 @@ def between_hosts(rate: str, names: Sequence[str], peer: str) -> Callable[[Repor
 
     def read(reports: Reports) -> float | None:
         runs = reports["strategies"]["hosts"][rate]
-        return float(runs[peer]["step_ms"] / min(runs[name]["step_ms"] for name in names if name in runs))
+        taken = sorted(float(runs[name]["step_ms"]) for name in names if name in runs)
+        return float(runs[peer]["step_ms"]) / taken[0]
 
     return read
 
