@@ -35,6 +35,8 @@ RENDEZVOUS_S = 1.0
 LOOK_EVERY_S = 0.25
 # How long a collective may still take after a rank has left: what it sent before may be under way.
 GRACE_S = 2.0
+# How long a rank waits to be ended by another one's abort, where it must not abort as well.
+ABORTED_S = 10.0
 NOTE_TAG = 7
 EXIT_RANK_FAILED = TfDistError.exit_code
 
@@ -149,8 +151,21 @@ class Ending:
         # Not beside a main thread that is inside MPI: Open MPI's Abort then crashes now and then. A launcher
         # ends the job as well when a process exits with a status and without having left MPI.
         if self._mpi is not None and threading.current_thread() is threading.main_thread():
+            self._leave_it_to_the_first(code)
             self._mpi.Abort(code)
         os._exit(code)
+
+    def _leave_it_to_the_first(self, code: int) -> None:
+        """Where a rank has died, all others meet it, and abort, at the same moment: only one of them should.
+
+        With `--with-ft ulfm`, Open MPI's mpirun hangs or crashes when several do.
+        """
+        from tf_dist.comm import survive
+
+        gone = survive.dead(self._mpi) if survive.can() else []
+        if gone and any(rank not in gone for rank in range(self.rank)):
+            time.sleep(ABORTED_S)
+            os._exit(code)
 
     # Leaving -------------------------------------------------------------------------------------
 
