@@ -47,11 +47,23 @@ class Strategy(NamedTuple):
 # For short runs: the momentum of the paper is for hundreds of meetings, and Adam of one replica takes
 # shorter steps than that of all, for its gradients have more noise.
 TUNED = {"learning_rate": 3e-3, "outer_lr": 1.0, "outer_momentum": 0.5}
+# What PowerSGD was made for: what comes late is added. AdamW divides it by a variance that it made larger.
+MOMENTUM = {
+    "optimizer": "sgd",
+    "optimizer_args": {"momentum": 0.9, "nesterov": True},
+    "learning_rate": 3.0,
+    "min_learning_rate": 0.3,
+    "weight_decay": 0.0,
+}
 NAMES = {
     "allreduce": Strategy(),
     "allreduce 3x rate": Strategy(options={"learning_rate": 3e-3}),
     "bf16": Strategy(options={"compression": "bf16"}),
     "powersgd 4": Strategy(options={"compression": "powersgd", "compression_start": 10}),
+    "allreduce momentum": Strategy(options=MOMENTUM),
+    "powersgd 4 momentum": Strategy(
+        options={"compression": "powersgd", "compression_start": 200, **MOMENTUM}
+    ),
     "onebit": Strategy(options={"compression": "onebit", "compression_start": 100}),
     "topk 1 %": Strategy(options={"compression": "topk", "compression_start": 10}),
     "local-sgd 8": Strategy("local-sgd", {"sync_every": 8}),

@@ -96,9 +96,10 @@ def trainer_of(
             options["sync_every"] = meeting_every
         if "outer_delay" in options:  # it must fit between meetings
             options["outer_delay"] = 1
+    usual = {"optimizer_args": {"beta_2": 0.99}, "warmup_steps": min(100, steps // 5)}
     config = Config(
         **models.RECIPES[model].sizes, vocab_size=models.VOCABULARY, update=update, steps=steps,
-        optimizer_args={"beta_2": 0.99}, warmup_steps=min(100, steps // 5), **options,
+        **{**usual, **options},
     )  # fmt: skip
     built = build(config)
     groups: dict[str, Any] = options_of(config)
