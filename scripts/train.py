@@ -108,6 +108,7 @@ def train(config: Config, mesh: Mesh, corpus: Prepared, run: RunFolder) -> None:
         chunk_bytes=config.chunk_bytes,
         mesh=mesh,
         zero_stage=config.zero_stage,
+        min_ranks=config.min_ranks,
         **options_of(config),
     )
     trainer.sentinel.say = run.say

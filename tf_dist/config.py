@@ -109,6 +109,7 @@ class Config:
     xla: str = option("auto", "ranks", "compile forward and backward by XLA: on, off, or as autotune or the checkpoint has it", choices=("auto", "on", "off"))  # noqa: E501
     check_every: int = option(100, "ranks", "steps between comparisons of all ranks' weights and optimizers, bit for bit; 0: only in the first steps", least=0)  # noqa: E501
     on_mismatch: str = option("stop", "ranks", "when a rank differs: stop, or restore it from a majority of the others", choices=("stop", "restore"))  # noqa: E501
+    min_ranks: int = option(1, "ranks", "where ranks may die and the others go on (mpirun --with-ft ulfm): with fewer the run ends", least=1)  # noqa: E501
     threads_per_rank: int = option(0, "ranks", "TensorFlow threads in each rank; 0: this rank's share of the node's cores", least=0)  # noqa: E501
 
     run_dir: str = option("", "run", "folder of this run; empty: a new one under runs/")

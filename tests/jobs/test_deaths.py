@@ -1,4 +1,4 @@
-"""Ranks that train at their own pace outlive one that is killed, where MPI lets them (ULFM)."""
+"""The others go on where ranks are killed, and MPI lets them (ULFM)."""
 
 import json
 import os
@@ -90,12 +90,53 @@ def test_nobody_is_left_but_the_master(train):
     assert found(job)[0] == found(calm)[0] and found(job)[4] == found(calm)[4]
 
 
-@pytest.mark.parametrize(("update", "dead"), [("downpour", 0), ("allreduce", 2)])
-def test_whom_nobody_can_do_without(train, update, dead):
-    """The master; and anybody, where all wait for each other in each step."""
-    job = train(3, update, {str(dead): 5}, asynchrony={"master_trains": "on"})
+def test_nobody_can_do_without_the_master(train):
+    job = train(3, "downpour", {"0": 5}, asynchrony={"master_trains": "on"})
     assert job.code == 70, job.output
-    assert f"error: rank {dead} has died" in job.output and "Traceback" not in job.output
+    assert "error: rank 0 has died" in job.output and "Traceback" not in job.output
+
+
+def test_too_few_are_left(train):
+    job = train(3, "allreduce", {"2": 5}, min_ranks=3)
+    assert job.code == 70, job.output
+    assert "error: 2 ranks are left, and --min-ranks is 3" in job.output and "Traceback" not in job.output
+
+
+def test_whoever_dies_the_weights_are_the_same(train):
+    """Two in the middle of one step, and rank 0 later: nothing has to be read from a file, or done again."""
+    job = train(4, "allreduce", {"1": 4, "3": 4, "0": 12})
+    assert found(job)[2:4] == [1, TOKENS] and sorted(found(job)[1]) == [0, 1, 3]
+    calm = train(1, "allreduce", {})
+    assert found(job)[0] == found(calm)[0] and found(job)[4] == found(calm)[4]
+
+
+def test_a_run_goes_on_without_its_first_rank(launcher, small, tmp_path):
+    """Rank 0 is killed from outside at some moment; the next one writes its files, and on the terminal."""
+    flags = [*small, "--steps", STEPS, "--save-every", 20, "--eval-every", 30, "--threads-per-rank", "1"]
+    path = tmp_path / "killed"
+    job = launcher.start(3, ULFM, "train.py", *flags, "--run-dir", path, cwd=tmp_path)
+    metrics = path / "metrics.jsonl"
+    job.wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 5)
+    os.kill(job.pid_of_rank(0), signal.SIGKILL)
+    ended = job.wait()
+    assert ended.code == 0, ended.output
+    assert "rank 0 died in step" in ended.output and "2 ranks go on after" in ended.output
+    assert f"done at step {STEPS}" in ended.output and "sample " in ended.output
+    calm = launcher.start(1, "train.py", *flags, "--run-dir", tmp_path / "calm", cwd=tmp_path).wait()
+    assert calm.code == 0, calm.output
+    status, other = (json.loads((run / "status.json").read_text()) for run in (path, tmp_path / "calm"))
+    assert status["state"] == "done" and status["ranks_lost"] == [0]
+    assert len(status["recoveries"]) == 1 and status["recoveries"][0]["lost"] == [0]
+    assert status["weights_sha256"] == other["weights_sha256"]
+    rows, others = (
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (path, tmp_path / "calm")
+    )
+    same = ("step", "loss", "val_loss", "tokens")
+    assert [[row[key] for key in same] for row in rows] == [[row[key] for key in same] for row in others]
+    assert {folder.name for folder in (path / "checkpoints").iterdir()} == {
+        folder.name for folder in (tmp_path / "calm" / "checkpoints").iterdir()
+    }
 
 
 def test_a_run_goes_on_and_says_what_happened(launcher, small, tmp_path):

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from tf_dist.errors import UsageError
+from tf_dist.errors import RankLost, UsageError
 
 # What `allgather_obj` and `broadcast_obj` carry is small by intent: facts, paths, manifests.
 OBJECT_BYTES_LIMIT = 64 << 20
@@ -30,6 +30,8 @@ ALIGNED_ELEMENTS = 16
 SQUARES_BLOCK = 4096
 # Sums of terms travel in one piece (of as much as MPI can count): on one node each piece costs a meeting of
 # the ranks. Between nodes smaller ones are faster: see `tf_dist.parallel.carrier`.
+# What `Comm.carried_by` says where sums are made in memory that ranks share.
+WINDOW = "a shared window"
 DEFAULT_CHUNK_BYTES = 1 << 30
 # Tags of messages between two ranks: MPI promises 32,768 of them, and other messages use the first 32,000.
 TAGS = 768
@@ -125,8 +127,7 @@ class Comm(ABC):
         origin: where ranks may die (`survives`): which rank each one was when the job began.
         chunk_bytes: sums of terms travel between ranks in pieces of this size, the same on every rank.
         no_overlap_because: why `overlapped` returned None.
-        carried_by: how terms are summed since the last `term_buffers`: "a shared window", or "messages" and
-            why.
+        carried_by: how terms are summed since the last `term_buffers`: `WINDOW`, or "messages" and why.
         before: called with verb, array (or None) and root at the beginning of every collective; does
             nothing, unless `debug.keep_order` has put its comparison there.
     """
@@ -280,7 +281,15 @@ class Comm(ABC):
     def allgather_obj(self, value: Any) -> list[Any]:
         """Return the JSON values of all ranks, in rank order."""
         with self._collective("allgather_obj"):
-            return [json.loads(raw) for raw in self._allgather_bytes(_encode(value))]
+            try:
+                return [json.loads(raw) for raw in self._allgather_bytes(_encode(value))]
+            except (ValueError, MemoryError) as error:
+                if not self.survives:
+                    raise
+                # Cut short, and MPI says nothing: seen once in some 400 deaths.
+                raise RankLost(
+                    "a rank has died. The same command goes on from the newest checkpoint"
+                ) from error
 
     def broadcast_obj(self, value: Any, root: int = 0) -> Any:
         """Return the JSON value of ``root``; what the others pass is ignored."""

@@ -13,7 +13,7 @@ import numpy as np
 from mpi4py import MPI
 
 from tf_dist.comm import survive
-from tf_dist.comm.base import Comm, Order, Overlapped, Pending, Sum, add_in_order, named
+from tf_dist.comm.base import WINDOW, Comm, Order, Overlapped, Pending, Sum, add_in_order, named
 from tf_dist.comm.exchange import Memory, sent_elements, sum_in_pieces
 from tf_dist.comm.node import Between, Share, Window, by_node, too_little_room
 from tf_dist.comm.overlap import Overlap, Places
@@ -67,7 +67,7 @@ class MPIComm(Comm):
         if not self.survives:
             return None
         if not fine:
-            self._mpi.Revoke()
+            self._call_back()
         lost: list[int] | None = None
         while not survive.agree(self._mpi, fine):
             mpi, gone = survive.shrink(self._mpi)
@@ -77,6 +77,12 @@ class MPIComm(Comm):
         if lost is not None:
             self.calls = 0  # some have begun a collective that others have not
         return lost
+
+    def _call_back(self) -> None:
+        """End whatever others are doing with this rank's communicators, in an error."""
+        for mpi in (self._mpi, self._node, self._across):
+            if mpi is not None:
+                mpi.Revoke()
 
     def _rejoin(self, mpi: Any) -> bool:
         """Be a rank of what is left; False if somebody has died meanwhile."""
@@ -99,7 +105,7 @@ class MPIComm(Comm):
     def term_buffers(self, length: int, order: Order) -> Callable[[], list[np.ndarray]] | None:
         """In memory that the ranks of a node share, where it has enough; a collective."""
         reason = "" if (length, order) in self._windows else self._open_window(length, order)
-        self.carried_by = f"messages: {reason}" if reason else "a shared window"
+        self.carried_by = f"messages: {reason}" if reason else WINDOW
         return None if reason else self._windows[length, order].buffers
 
     def forget_buffers(self, length: int, order: Order) -> None:

@@ -22,6 +22,8 @@ from mpi4py import MPI
 SWITCH = "OMPI_MCA_mpi_ft_enable"
 # Between two looks at an agreement: others may be at work for a long time yet, on the same cores.
 LOOK_EVERY_S = 0.0002
+# From an error that a death has caused until the death is known: some milliseconds; on a busy machine more.
+TOLD_S = 5.0
 
 
 def can(environment: Mapping[str, str] = os.environ) -> bool:
@@ -34,8 +36,17 @@ def is_loss(error: BaseException, mpi: Any) -> bool:
     if not isinstance(error, MPI.Exception):
         return False
     kinds = (MPI.ERR_PROC_FAILED, MPI.ERR_PROC_FAILED_PENDING, MPI.ERR_REVOKED)
-    # Several requests at once fail as MPI_ERR_IN_STATUS, whatever the cause.
-    return error.Get_error_class() in kinds or mpi.Get_failed().Get_size() > 0
+    if error.Get_error_class() in kinds:
+        return True
+    # Several requests at once fail as MPI_ERR_IN_STATUS, whatever the cause; and whoever has met a broken
+    # connection, as MPI_ERR_OTHER, may be told of the death only then.
+    deadline = time.monotonic() + TOLD_S
+    while mpi.Get_failed().Get_size() == 0:
+        if time.monotonic() > deadline:
+            return False
+        MPI.COMM_SELF.Iprobe()  # MPI hears of it only while it is at work
+        time.sleep(LOOK_EVERY_S)
+    return True
 
 
 def dead(mpi: Any) -> list[int]:

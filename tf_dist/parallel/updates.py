@@ -19,7 +19,7 @@ from typing import Protocol
 import numpy as np
 
 from tf_dist.comm.base import Comm, Order
-from tf_dist.errors import NumericError
+from tf_dist.errors import NumericError, RankLost
 from tf_dist.parallel.flat import aligned_empty
 from tf_dist.parallel.mesh import Mesh
 
@@ -128,8 +128,13 @@ def allreduce(
     found = mesh.replicas.allreduce_terms(terms, order, _sum_buffer(terms, replica))
     gradient = replica.complete(found.array)
     # Rank 0's norm for all: on a node with another processor it could differ in its last bit.
-    length = np.array([replica.norm(gradient, found.squares) / max(counts[TOKENS], 1.0)])
+    own = replica.norm(gradient, found.squares) / max(counts[TOKENS], 1.0)
+    length = np.array([own])
     mesh.all.broadcast(length)
+    if mesh.all.survives and not np.isclose(length[0], own, rtol=1e-3, equal_nan=True):
+        raise RankLost(
+            "a death has cut a broadcast short. The same command goes on from the newest checkpoint"
+        )
     replica.apply(gradient, scale_of(float(length[0]), counts, clip_norm))
     return float(length[0])
 

@@ -21,12 +21,10 @@ from typing import Protocol
 
 import numpy as np
 
-from tf_dist.comm.base import Order
+from tf_dist.comm.base import WINDOW, Order
 from tf_dist.parallel.flat import aligned_empty
 from tf_dist.parallel.mesh import Mesh
 from tf_dist.parallel.updates import TOKENS, Totals, scale_of
-
-SHARED = "a shared window"
 
 
 class Sharded(Protocol):
@@ -68,7 +66,7 @@ def zero_1(
     comm, shards = mesh.replicas, replica.shards
     mine = shards[comm.rank]
     whole = terms[0] if terms else aligned_empty(replica.parameters)
-    if comm.carried_by == SHARED or mesh.model.size > 1:
+    if comm.carried_by == WINDOW or mesh.model.size > 1:
         # In a window nothing is sent, and the sum lies where all can see it.
         whole = replica.complete(comm.allreduce_terms(terms, order, whole).array)
     else:

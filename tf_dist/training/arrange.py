@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import keras
 
 from tf_dist.choices import ALONE, ASYNCHRONOUS, LOCAL, SYNC_EVERY, check_fragments
-from tf_dist.comm.base import Order
+from tf_dist.comm.base import WINDOW, Order
 from tf_dist.config import Config
 from tf_dist.degrees import share
 from tf_dist.errors import UsageError
@@ -164,6 +164,8 @@ def _summing(
         return Arrangement(replica, pipelined, update, mine, terms, chosen.said, NO_XLA)
     sums = BlockSum(replica.parameters, leaves, blocks[comm.rank], chosen.buffers)
     why_not = "" if update is UPDATES["allreduce"] else "only --update allreduce sums everywhere"
+    if comm.survives:
+        why_not = "a rank may die meanwhile"
     if isinstance(update, Compressed):
         why_not = "gradients are compressed when all of them are there"
     overlap = buckets.choose(comm, replica.layout, terms, sums, wishes.overlap, why_not)
@@ -198,7 +200,7 @@ def _nothing_summed(replica: Any, mesh: Mesh, mine: range, count: int, update: A
 
 
 def rearranged(old: Arrangement, mesh: Mesh, count: int, wishes: Wishes) -> Arrangement:
-    """What is to do where some of the ranks that train at their own pace have died; no collective.
+    """What is to do where some ranks have died; a collective.
 
     Args:
         old: what this rank has worked with.
@@ -206,8 +208,22 @@ def rearranged(old: Arrangement, mesh: Mesh, count: int, wishes: Wishes) -> Arra
         count: micro-batches of a global batch.
         wishes: what was asked for.
     """
+    if wishes.update not in ASYNCHRONOUS:
+        return _summing_again(old, mesh, count, wishes)
     mine = _share(count, mesh, wishes) if wishes.update in ALONE else range(0)
     return _nothing_summed(old.replica, mesh, mine, count, old.update)
+
+
+def _summing_again(old: Arrangement, mesh: Mesh, count: int, wishes: Wishes) -> Arrangement:
+    """`_summing` of the ranks that are left, carried as before, with what is compiled already."""
+    mine, replica, comm = _share(count, mesh, wishes), old.replica, mesh.replicas
+    assert isinstance(replica, Replica)  # all ranks have everything (`InPlace.can`)
+    leaves, blocks = leaves_of(count, mesh)
+    terms = order(leaves, blocks)
+    buffers = comm.term_buffers(replica.parameters, terms) if comm.carried_by == WINDOW else None
+    sums = BlockSum(replica.parameters, leaves, blocks[comm.rank], buffers)
+    passes = passes_of_rows(replica, mine, sums, buckets.Overlap(None, ""), mesh)
+    return old._replace(passes=passes, micro_batches=mine, order=terms)
 
 
 def _alone(replica: Any, mesh: Mesh, mine: range, count: int, wishes: Wishes) -> Arrangement:

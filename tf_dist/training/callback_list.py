@@ -13,6 +13,7 @@ callback could have changed something there. Nothing is sent while predicting.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -44,6 +45,10 @@ END = ("on_train_batch_end", "on_batch_end")
 Logs = dict[str, Any] | None
 
 
+def _at_once(do: Callable[[], Any]) -> Any:
+    return do()
+
+
 def is_writer(callback: keras.callbacks.Callback) -> bool:
     """Whether a callback runs on rank 0 alone: ``rank_zero_only`` says so, or its class is known to write."""
     says = getattr(callback, "rank_zero_only", None)
@@ -66,6 +71,7 @@ class RankCallbackList(keras.callbacks.CallbackList):
         lone_optimizer: only rank 0's takes steps, and so only it has moving averages of the weights.
         lockstep: whether ranks end their batches together. Where not, they agree when an epoch ends: until
             then rank 0's learning rate is the one that counts, and a wish to stop travels with gradients.
+        together: runs what the ranks do together, see `tf_dist.training.in_place.InPlace`.
         **params: as in Keras.
     """
 
@@ -79,9 +85,10 @@ class RankCallbackList(keras.callbacks.CallbackList):
         comm: Comm,
         lone_optimizer: bool = False,
         lockstep: bool = True,
+        together: Callable[[Callable[[], Any]], Any] = _at_once,
         **params: Any,
     ) -> None:
-        self.comm = comm
+        self.comm, self._together = comm, together
         everything = keras.tree.flatten(callbacks) if callbacks else []
         # What a callback that is not kept here may do to rank 0 concerns this rank as well.
         self._may_change = [_may_change(everything, hooks) for hooks in (BEGIN, END)]
@@ -100,9 +107,13 @@ class RankCallbackList(keras.callbacks.CallbackList):
 
     def on_train_begin(self, logs: Logs = None) -> None:
         """Settle how often to agree; share what rank 0 may have restored."""
-        flags = np.array([*self._may_change, self._may_restore], np.float64)
-        self.comm.allreduce(flags)
-        self._agree_at_begin, self._agree_at_end, self._may_restore = (flags > 0).tolist()
+
+        def anybodys() -> list[bool]:
+            flags = np.array([*self._may_change, self._may_restore], np.float64)
+            self.comm.allreduce(flags)
+            return [bool(flag > 0) for flag in flags]
+
+        self._agree_at_begin, self._agree_at_end, self._may_restore = self._together(anybodys)
         if self._agree_at_end:
             self._async_train = False  # a wish from Keras's thread could come after the agreement
         self._stop_agreed = self._held_back = False
@@ -142,22 +153,27 @@ class RankCallbackList(keras.callbacks.CallbackList):
     def on_train_end(self, logs: Logs = None) -> None:
         """Call the callbacks; afterwards the files of rank 0 are there for every rank."""
         super().on_train_end(logs)
-        self.comm.barrier()
+        self._together(self.comm.barrier)
 
     # What is shared ------------------------------------------------------------------------------
 
     def _agree(self) -> None:
         """Stop if any rank wants to, and take over the learning rates of rank 0."""
         optimizers = adjustable(self.model)
-        shared = np.zeros(1 + len(optimizers))
-        shared[0] = self._held_back or self.model.stop_training
-        if self.comm.rank == 0:
-            shared[1:] = [float(optimizer.learning_rate) for optimizer in optimizers]
-        self.comm.allreduce(shared)
-        if shared[0]:
+
+        def known() -> list[float]:
+            shared = np.zeros(1 + len(optimizers))
+            shared[0] = self._held_back or self.model.stop_training
+            if self.comm.rank == 0:
+                shared[1:] = [float(optimizer.learning_rate) for optimizer in optimizers]
+            self.comm.allreduce(shared)
+            return [float(value) for value in shared]
+
+        stop, *rates = self._together(known)
+        if stop:
             self.model.stop_training = self._stop_agreed = True
         if self.comm.rank:
-            for optimizer, rate in zip(optimizers, shared[1:].tolist(), strict=True):
+            for optimizer, rate in zip(optimizers, rates, strict=True):
                 if float(optimizer.learning_rate) != rate:
                     optimizer.learning_rate = rate
 

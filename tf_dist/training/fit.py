@@ -65,8 +65,9 @@ class Fit:
             trainer.agree_to_stop()
         trainer.meets_every.discard(self.stretch)
         trainer.last_step = 0
-        trainer.sentinel.compare(trainer.step)
+        trainer.in_place(lambda: trainer.sentinel.compare(trainer.step))
         calls.on_train_end(logs)
+        trainer.in_place.close()
         return dict(trainer.model.history.history)
 
     def _train_until_end_of(self, epoch: int) -> dict[str, float]:
@@ -108,6 +109,7 @@ class Fit:
             comm=trainer.comm,
             lone_optimizer=trainer.lone_optimizer,
             lockstep=not isinstance(trainer.update, Asynchronous),
+            together=trainer.in_place,
             epochs=math.ceil(self.steps / self.stretch),
             steps=self.stretch,
             verbose=1,  # for a ProgbarLogger among the callbacks; none is added

@@ -41,6 +41,7 @@ class Job:
         self.config, self.comm, self.corpus, self.run, self.trainer = config, comm, corpus, run, trainer
         self.last: dict[str, Any] = {}
         self._sha256: dict[int, str] = {}  # of the weights after a step
+        trainer.in_place.when_first.append(run.take_over)
 
     def resume(self) -> None:
         """Go on from the checkpoint that ``--resume`` means, if there is one.
@@ -112,6 +113,8 @@ class Job:
         now = {"step": step, "val_loss": self.last.get("val_loss"), "weights_sha256": self._sha256[step]}
         if self.trainer.lost:
             now["ranks_lost"] = self.trainer.lost
+        if self.trainer.in_place.recoveries:
+            now["recoveries"] = [one._asdict() for one in self.trainer.in_place.recoveries]
         self.run.status(**now, **changes)
 
     def end(self, steps: int) -> None:
@@ -120,14 +123,17 @@ class Job:
         Raises:
             SavedAndStopped: a signal stopped the run before its last step.
         """
+        in_place = self.trainer.in_place
         if self.trainer.step < steps:
-            self._status(state="saved", exit_code=SavedAndStopped.exit_code)
+            in_place(lambda: self._status(state="saved", exit_code=SavedAndStopped.exit_code))
+            in_place.close()
             raise SavedAndStopped(
                 f"saved at step {self.trainer.step} of {steps} on a signal. The same command with "
                 f"--run-dir {self.run.path} goes on"
             )
-        self._status(state="done", exit_code=0)
-        sample = self._sample()
+        in_place(lambda: self._status(state="done", exit_code=0))
+        sample = in_place(self._sample)
+        in_place.close()
         if self.comm.rank == 0:
             self._leave_behind(sample)
 

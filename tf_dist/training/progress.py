@@ -23,13 +23,15 @@ class Show(Protocol):
 
 
 def display(progress: str, comm: Comm, steps: int, say: Callable[[str], None]) -> Show:
-    """What ``--progress`` asks for; nothing on ranks above 0.
+    """What ``--progress`` asks for; on ranks above 0 nothing that is seen.
 
     ``auto`` is a bar where one process has a terminal. Under mpirun `isatty` tells nothing: Open MPI gives
     every rank a terminal of its own.
     """
-    if progress == "none" or comm.rank:
+    if progress == "none":
         return Nothing()
+    if comm.rank:
+        return Lines(steps, say)  # which says nothing, unless rank 0 dies and this one takes its place
     alone = comm.size == 1 and not was_launched(os.environ) and sys.stdout.isatty()
     return Bar(steps) if progress == "bar" or (progress == "auto" and alone) else Lines(steps, say)
 

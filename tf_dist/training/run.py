@@ -44,6 +44,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self.later = Background()
+        self._console: dict[int, int] = {}
         self._status: dict[str, Any] = {
             "state": "running", "step": 0, "ranks": comm.size, "val_loss": None, "weights_sha256": None,
             "failures": [], "exit_code": None,
@@ -74,6 +75,7 @@ class RunFolder:
         if self.comm.rank:
             sys.stdout.flush()
             sys.stderr.flush()
+            self._console = {stream: os.dup(stream) for stream in (1, 2)}
             os.dup2(log, 1)
             os.dup2(log, 2)
 
@@ -143,8 +145,22 @@ class RunFolder:
         """Forget lines of steps that a resumed run will take again; on rank 0."""
         self.later.drain()
         if self.comm.rank == 0 and self.metrics.exists():
-            kept = [row for row in read_metrics(self.metrics) if row["step"] <= step]
-            self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+            self.keep_whole_rows(step)
+
+    def keep_whole_rows(self, step: int) -> bool:
+        """Drop what is half written, or of a later step; whether a row of this step is there. On rank 0."""
+        kept = (
+            [row for row in read_metrics(self.metrics) if row["step"] <= step]
+            if self.metrics.exists()
+            else []
+        )
+        self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+        return bool(kept) and kept[-1]["step"] == step
+
+    def take_over(self) -> None:
+        """Be the rank that others read: what it prints is for the terminal from now on."""
+        for ours, console in self._console.items():
+            os.dup2(console, ours)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -43,6 +43,8 @@ class LogRun(keras.callbacks.Callback):
         self.trainer, self.run, self.every, self.tell, self.show = trainer, run, every, tell, show
         self.steps_per_epoch = steps_per_epoch
         self._row: dict[str, Any] = {}
+        self._handed_on: dict[str, Any] = {}
+        trainer.in_place.when_first.append(self._take_over)
         self._begin_row()
 
     def _begin_row(self) -> None:
@@ -109,8 +111,15 @@ class LogRun(keras.callbacks.Callback):
         row, self._row = self._row, {}
         if row:
             self.tell(row)
+            self._handed_on = row
             if self.trainer.comm.rank == 0:
                 self.run.later(lambda: self._write_now(row))
+
+    def _take_over(self) -> None:
+        """Rank 0 has died: put right what it may have left half written."""
+        row = self._handed_on
+        if row and not self.run.keep_whole_rows(row["step"]):
+            self._write_now(row)
 
     def _write_now(self, row: dict[str, Any]) -> None:
         self.run.log_metrics(row)
@@ -154,5 +163,5 @@ class SaveRun(keras.callbacks.Callback):
 
     def _save(self) -> None:
         if self._saved_step != self.trainer.step:
-            self.save()
+            self.trainer.in_place(self.save)
             self._saved_step = self.trainer.step

@@ -86,6 +86,10 @@ class Sentinel:
             self.compare(step)
             self._due = False
 
+    def begin_anew(self) -> None:
+        """Ranks have died: the others compare themselves before their next steps, as before the first."""
+        self._steps_seen, self._due = 0, False
+
     def compare(self, step: int) -> None:
         """Compare now, and restore if that was chosen and is possible; a collective.
 

@@ -36,6 +36,7 @@ FREE = (
     "prepared_dir",
     "threads_per_rank",
     "check_every",
+    "min_ranks",
     "on_mismatch",
     "autotune",
     # How ranks share the work: a checkpoint knows nothing of it.

@@ -28,6 +28,7 @@ from tf_dist.parallel.updates import CORRECT, LOSS, STOP, TOKENS, Totals
 from tf_dist.training.arrange import GROUPS, Wishes, arrange, rearranged
 from tf_dist.training.downpour import Downpour
 from tf_dist.training.fit import Fit
+from tf_dist.training.in_place import InPlace
 from tf_dist.training.meeting import (
     Alone,
     Asynchronous,
@@ -77,8 +78,10 @@ class Trainer:
         local: options of updates with meetings by name, see `tf_dist.parallel.local.Plan`.
         compression: of gradients, options by name, see `tf_dist.parallel.compress.Compression`.
         asynchrony: options of "downpour" and "easgd" by name, see `tf_dist.training.units.Asynchrony`.
+        min_ranks: where ranks may die and the others go on (`InPlace`): with fewer the run ends.
 
     Attributes:
+        in_place: runs what is done together, in spite of deaths where that is possible.
         tuning: whether XLA compiles forward and backward, and why.
         step: optimizer steps taken so far.
         tokens: target tokens trained on so far.
@@ -119,6 +122,7 @@ class Trainer:
         local: Mapping[str, Any] | None = None,
         compression: Mapping[str, Any] | None = None,
         asynchrony: Mapping[str, Any] | None = None,
+        min_ranks: int = 1,
     ) -> None:
         self.rows = _rows(global_batch_size, micro_batch_size)
         self.model, self.optimizer, self.comm = model, optimizer, comm
@@ -146,6 +150,7 @@ class Trainer:
         self._ahead: tuple[Sequences, Sampler, Ahead[list[MicroBatch]]] | None = None
         self.last_step, self.meets_every = 0, set[int]()
         self._tokens_met, self.lost = 0, list[int]()
+        self.in_place = InPlace(self, min_ranks)
         self.stopped = self._stop_requested = False
         model.stop_training = False
 
@@ -158,6 +163,9 @@ class Trainer:
             loss (mean nats per token), accuracy, grad_norm and tokens: the same on every rank; with "easgd"
             and "gossip" what this rank knows.
         """
+        return dict(self.in_place(partial(self._step, sequences, sampler)))
+
+    def _step(self, sequences: Sequences, sampler: Sampler) -> dict[str, float]:
         self.sentinel.watch(self.step)
         totals = Totals(self.micro_batches)
         if (self._stop_requested or self.model.stop_training) and not isinstance(self.update, Alone):
@@ -169,10 +177,10 @@ class Trainer:
         self.stopped = bool(counts[STOP])  # any rank's wish, agreed by the reduction itself
         count = max(counts[TOKENS], 1.0)
         return {
-            "loss": counts[LOSS] / count,
-            "accuracy": counts[CORRECT] / count,
+            "loss": float(counts[LOSS] / count),
+            "accuracy": float(counts[CORRECT] / count),
             "grad_norm": norm,
-            "tokens": counts[TOKENS],
+            "tokens": float(counts[TOKENS]),
         }
 
     def _gradient_and_step(self, sequences: Sequences, sampler: Sampler, totals: Totals) -> float:
@@ -293,9 +301,13 @@ class Trainer:
 
     def agree_to_stop(self) -> None:
         """After callbacks have seen the end of an epoch: what one rank wants, all do; a collective."""
-        wanted = np.array([float(self._stop_requested or self.model.stop_training)])
-        self.comm.allreduce(wanted)
-        self.stopped = self.stopped or wanted[0] > 0
+
+        def anybody() -> bool:
+            wanted = np.array([float(self._stop_requested or self.model.stop_training)])
+            self.comm.allreduce(wanted)
+            return bool(wanted[0] > 0)
+
+        self.stopped = self.in_place(anybody) or self.stopped
 
     # Data ----------------------------------------------------------------------------------------
 
@@ -324,6 +336,9 @@ class Trainer:
             val_loss (nats per token), val_accuracy, perplexity and, where ``text_bytes`` is given,
             bits_per_byte: the same on every rank.
         """
+        return dict(self.in_place(partial(self._validate, held_out, text_bytes)))
+
+    def _validate(self, held_out: np.ndarray | Sequences, text_bytes: int) -> dict[str, float]:
         self.meet()
         sequences = self.sequences(held_out)
         totals = Totals(math.ceil(len(sequences) / self.rows))
@@ -381,15 +396,20 @@ class Trainer:
                 "one. The same command goes on from the newest checkpoint",
                 lost,
             )
-        self.mesh.renew()
-        self.arrangement = rearranged(self.arrangement, self.mesh, self.micro_batches, self.wishes)
-        self.passes, self.my_micro_batches = self.arrangement.passes, self.arrangement.micro_batches
+        self.share_anew()
         self.update.regroup(self.my_micro_batches)
-        self._ahead = self._whole = None
         self.lost += lost
         if self.comm.rank == 0 and lost:
             left = f"{self.comm.size} rank{'s' * (self.comm.size > 1)}"
             print(f"{named(lost)} died before step {self.step}: {left} go on", flush=True)
+
+    def share_anew(self) -> None:
+        """Share out all work among the ranks that are left; a collective."""
+        self.mesh.renew()
+        self.arrangement = rearranged(self.arrangement, self.mesh, self.micro_batches, self.wishes)
+        self.passes, self.my_micro_batches = self.arrangement.passes, self.arrangement.micro_batches
+        self._ahead = self._whole = None
+        self.sentinel.begin_anew()
 
     def resume_counting(self, tokens: int) -> None:
         """Go on from so many tokens of all ranks."""
@@ -436,8 +456,12 @@ class Trainer:
             LaunchError: on every rank, naming the ranks and the first weight that differs.
         """
         self.meet()
-        self.sentinel.compare(self.step)
-        return self.whole().weights_sha256()
+
+        def compared() -> str:
+            self.sentinel.compare(self.step)
+            return self.whole().weights_sha256()
+
+        return str(self.in_place(compared))
 
     def whole(self) -> Whole:
         """The whole model and its optimizer, of which ranks hold parts."""

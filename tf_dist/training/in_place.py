@@ -1,0 +1,186 @@
+"""Going on in place where a rank is killed: the others finish the step that was under way, without it.
+
+For `--update allreduce` under ``mpirun --with-ft ulfm``, where every rank has all weights and takes every
+step. A training is a list of *phases*: a step, a validation, a checkpoint, an agreement. All ranks go through
+the same ones, and each has collectives that no rank leaves before all have come to it. So when somebody dies
+the others are either inside one phase, or some have just left it, and are inside the next one.
+
+Whoever meets the death revokes the communicator, which calls all back; the others make a smaller one, share
+out the work of the dead, and compare how many phases they have done. Who is behind takes over the result of
+the last one, and with it weights and optimizer, from one who is ahead; then all begin the next phase, again
+or for the first time. Nothing else has to be undone: a step changes weights after its last collective.
+
+The unit of arithmetic is the micro-batch, so the weights are, bit for bit, those of a run that nobody left.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from math import prod
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from tf_dist.comm.base import named
+from tf_dist.errors import RankLost
+from tf_dist.parallel.updates import UPDATES
+
+# A phase that fails more often does not fail because of deaths.
+MOST_ATTEMPTS = 100
+
+if TYPE_CHECKING:
+    from tf_dist.training.trainer import Trainer
+
+
+class Recovery(NamedTuple):
+    """What it took to go on. lost: ranks by `Comm.origin`. step: under way. ms: from the error on."""
+
+    lost: list[int]
+    step: int
+    ms: float
+
+
+class _Ahead(NamedTuple):
+    """What a rank takes over from one that is a phase ahead: its result, and all state if that was a step."""
+
+    result: Any
+    counters: list[Any]
+    arrays: list[np.ndarray]
+
+
+class InPlace:
+    """Runs the phases of a training in spite of deaths.
+
+    Args:
+        trainer: whose phases they are.
+        min_ranks: with fewer the run ends, with exit code 70.
+
+    Attributes:
+        recoveries: so far.
+        when_first: called where a death has made this rank the first one, which has the files.
+    """
+
+    def __init__(self, trainer: Trainer, min_ranks: int = 1) -> None:
+        self._trainer, self._min_ranks = trainer, min_ranks
+        self._phases, self._result, self._inside = 0, None, False
+        self.recoveries: list[Recovery] = []
+        self.when_first: list[Callable[[], None]] = []
+
+    @property
+    def can(self) -> bool:
+        """Whether a death is survived: all ranks hold everything, and MPI lets them."""
+        trainer = self._trainer
+        return trainer.comm.survives and trainer.mesh.plain and trainer.update is UPDATES["allreduce"]
+
+    def __call__(self, do: Callable[[], Any]) -> Any:
+        """Run a phase; a collective.
+
+        Args:
+            do: collectives, the last of which no rank leaves before all have come to it, and only then what
+                would count twice if it were done twice. It is begun again after a death.
+
+        Returns:
+            Its result, which must be the same JSON value on every rank, or matter to none but its own.
+
+        Raises:
+            RankLost: where a death is not survived, or too few are left.
+        """
+        if self._inside or not self.can:
+            return do()
+        self._inside = True
+        try:
+            self._result = self._done(do)
+            self._phases += 1
+        finally:
+            self._inside = False
+        return self._result
+
+    def _done(self, do: Callable[[], Any]) -> Any:
+        for _ in range(MOST_ATTEMPTS):
+            try:
+                return do()
+            except RankLost as error:
+                failed, ahead = error, self._recover(fine=False)
+                if ahead is not None:
+                    return ahead.result
+        raise failed
+
+    def close(self) -> None:
+        """All have done all phases; a collective. Who leaves before could not help who is behind."""
+        if self.can:
+            self._recover(fine=True)
+
+    # After a death -------------------------------------------------------------------------------
+
+    def _recover(self, fine: bool) -> _Ahead | None:
+        """Be as far as all others who live; what was to be taken over from them.
+
+        Args:
+            fine: nobody has died as far as this rank knows.
+        """
+        trainer, begun = self._trainer, time.perf_counter()
+        first, lost, ahead = trainer.comm.rank == 0, list[int](), None
+        while (gone := trainer.comm.regroup(fine)) is not None:
+            lost += gone
+            fine, ahead = self._caught_up()
+        if ahead is not None:
+            self._take_over(ahead)
+        if lost:
+            self._note(lost, 1e3 * (time.perf_counter() - begun), first)
+        return ahead
+
+    def _caught_up(self) -> tuple[bool, _Ahead | None]:
+        """Whether nobody has died meanwhile; what this rank has to take over, once all are fine."""
+        trainer = self._trainer
+        if trainer.comm.size < self._min_ranks:
+            left = f"{trainer.comm.size} rank{'s are' if trainer.comm.size > 1 else ' is'} left"
+            raise RankLost(
+                f"{left}, and --min-ranks is {self._min_ranks}. The same command goes on from the newest "
+                "checkpoint"
+            )
+        try:
+            trainer.share_anew()
+            phases = trainer.comm.allgather_obj(self._phases)
+            if min(phases) == max(phases):
+                return True, None
+            assert max(phases) - min(phases) == 1, "a phase ended before all had come to its last collective"
+            ahead = self._given_by(phases.index(max(phases)))
+        except RankLost:
+            return False, None
+        return True, ahead if self._phases < max(phases) else None
+
+    def _given_by(self, source: int) -> _Ahead:
+        """What a rank has of the phase that it has done, and some others have not; a collective."""
+        trainer, comm = self._trainer, self._trainer.comm
+        mine = [self._result, [trainer.step, trainer.tokens, trainer.stopped]]
+        steps = comm.allgather_obj(trainer.step)
+        result, counters = comm.broadcast_obj(mine, source)
+        arrays = []
+        if min(steps) < max(steps):
+            for entry in trainer.whole().entries:
+                array = np.empty(prod(entry.shape), entry.dtype)
+                if comm.rank == source:
+                    array[:] = entry.pieces[0].read()
+                comm.broadcast(array.view(np.uint8), source)
+                arrays.append(array)
+        return _Ahead(result, counters, arrays)
+
+    def _take_over(self, ahead: _Ahead) -> None:
+        trainer = self._trainer
+        trainer.step, tokens, trainer.stopped = ahead.counters
+        trainer.resume_counting(tokens)
+        for entry, array in zip(trainer.whole().entries, ahead.arrays, strict=False):
+            entry.pieces[0].write(array)
+
+    def _note(self, lost: list[int], ms: float, was_first: bool) -> None:
+        trainer = self._trainer
+        trainer.lost += lost
+        self.recoveries.append(Recovery(lost, trainer.step, ms))
+        if trainer.comm.rank:
+            return
+        if not was_first:
+            for take_over in self.when_first:
+                take_over()
+        left = f"{trainer.comm.size} rank{'s' * (trainer.comm.size > 1)}"
+        print(f"{named(lost)} died in step {trainer.step + 1}: {left} go on after {ms:.0f} ms", flush=True)
