@@ -12,6 +12,7 @@
     python scripts/bench.py network          # two emulated hosts: sums and steps, ours with overlap, Horovod
     python scripts/bench.py parallel         # every grid of 2 and 4 ranks: tokens/s, bytes, memory, bubbles
     python scripts/bench.py strategies       # updates and compressions: loss over steps, time and bytes
+    python scripts/bench.py faults           # ranks are killed: the same weights, and how long it takes
     python scripts/bench.py --report         # the targets, and what the newest JSON files say of them
 
 `make bench` runs all of them, `make bench-NAME` one (with ARGS=gpt-0.81M of one model). They start their own
@@ -28,10 +29,10 @@ from tf_dist.bench import running
 
 NAMES = (
     "exact", "exact-cost", "comm", "optimizer", "step", "scaling", "memory", "nanogpt", "network", "parallel",
-    "strategies",
+    "strategies", "faults",
 )  # fmt: skip
 # These take words: names of models, or the path of a text.
-WITH_WORDS = ("step", "scaling", "memory", "nanogpt", "parallel", "strategies")
+WITH_WORDS = ("step", "scaling", "memory", "nanogpt", "parallel", "strategies", "faults")
 
 
 def main(argv: list[str]) -> int:

@@ -2,7 +2,7 @@
 
 import json
 
-from tf_dist.bench import memory, step, strategies
+from tf_dist.bench import faults, memory, step, strategies
 
 
 def test_ways_that_share_a_job(run_job, tmp_path):
@@ -35,6 +35,18 @@ def test_memory_of_every_rank(run_job, tmp_path):
         assert 0 < rank["baseline_pss"] < rank["baseline_rss"]
         assert 0 < rank["peak_pss"] < rank["peak_rss"] <= rank["whole_rss"]
     assert memory.table([job])
+
+
+def test_ranks_that_kill_themselves_change_nothing(run_job, tmp_path):
+    found = []
+    for ranks, deaths in ((3, 2), (1, 0)):
+        out = tmp_path / f"{deaths}.json"
+        ended = run_job(ranks, ("--with-ft", "ulfm"), "-m", faults.MODULE, deaths, 7, out)
+        assert ended.code == 0, ended.output
+        found.append(json.loads(out.read_text()))
+    killed, calm = found
+    assert sum(len(one["lost"]) for one in killed["recoveries"]) == 2 and killed["ranks"] == 1
+    assert killed["weights_sha256"] == calm["weights_sha256"]
 
 
 def test_strategies_learn(run_job, corpus, tmp_path):
