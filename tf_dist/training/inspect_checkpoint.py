@@ -1,0 +1,82 @@
+"""Checkpoints for people: whether they are sound, and what is in them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tf_dist.errors import CheckpointError
+from tf_dist.training import checkpoint
+
+# Facts that take too much room; `config` is also in the run folder's config.yaml.
+LONG_FACTS = ("config", "versions", "bits_depend_on")
+
+
+def found_at(path: Path) -> list[Path]:
+    """The checkpoints that a path means, oldest first: itself, or those of a run.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    if checkpoint.STEP_FOLDER.fullmatch(path.resolve().name):
+        found = [path]
+    else:
+        found = checkpoint.listing(path / "checkpoints") or checkpoint.listing(path)
+    if not found or not found[0].is_dir():
+        raise CheckpointError(
+            f"there is no checkpoint at {path}. Give a run folder, as --run-dir of scripts/train.py, its "
+            "checkpoints folder, or a folder step-NNNNNNNN in it"
+        )
+    return found
+
+
+def verified(path: Path) -> tuple[list[str], bool]:
+    """Read every byte of some checkpoints: a line for each, and whether all are sound.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    lines, sound = [], True
+    for one in found_at(path):
+        try:
+            manifest = checkpoint.verify(one)
+            lines.append(f"{one.name}  sound: {_size(manifest['tensors'])}")
+        except CheckpointError as error:
+            lines.append(f"{one.name}  damaged: {error}")
+            sound = False
+    return lines, sound
+
+
+def shown(path: Path) -> str:
+    """What is in a checkpoint, or in the newest one that is sound.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    found = found_at(path)
+    chosen = found[0] if len(found) == 1 else checkpoint.newest(found[0].parent, _unsaid)
+    assert chosen is not None
+    manifest = checkpoint.verify(chosen)
+    tensors, facts = manifest["tensors"], manifest["facts"]
+    lines = [f"{chosen}: step {manifest['step']}, {_size(tensors)}"]
+    lines += [f"  {name}: {json.dumps(facts[name])}" for name in sorted(facts) if name not in LONG_FACTS]
+    lines += [
+        f"  {name}: {', '.join(f'{key} {json.dumps(value)}' for key, value in sorted(facts[name].items()))}"
+        for name in LONG_FACTS
+        if isinstance(facts.get(name), dict)
+    ]
+    width = max((len(entry["name"]) for entry in tensors), default=0)
+    lines += [
+        f"  {entry['name']:<{width}}  {entry['dtype']:<8} {'x'.join(map(str, entry['shape'])) or 'scalar'}"
+        for entry in tensors
+    ]
+    return "\n".join(lines)
+
+
+def _size(tensors: list[dict[str, object]]) -> str:
+    total = sum(int(str(entry["bytes"])) for entry in tensors)
+    return f"{len(tensors)} tensors, {total / 1e6:.2f} MB"
+
+
+def _unsaid(line: str) -> None:
+    """What was skipped is a question for `verified`."""
