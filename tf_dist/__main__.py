@@ -1,10 +1,13 @@
-"""Questions about what a run leaves behind, answered without MPI and TensorFlow.
+"""Jobs that are started again, and questions about what they leave behind; without MPI and TensorFlow.
 
+    python -m tf_dist run -np 4 -- scripts/train.py --run-dir runs/long --steps 100000
     python -m tf_dist checkpoint verify runs/latest     # is everything as it was written?
     python -m tf_dist checkpoint show runs/latest       # what is in the newest sound one?
 
-A path is a run folder, its ``checkpoints`` folder, or one checkpoint.
-Exit codes: 0; 64 usage; 77 a checkpoint is damaged (verify), or there is none that can be used.
+`run` starts `mpirun -np N python ...`, and again after a failure, from the newest sound checkpoint; flags
+that it does not know go to mpirun. SIGTERM, SIGINT and SIGUSR1 are passed on, and end it. Its exit code is
+that of the last job. A path of `checkpoint` is a run folder, its ``checkpoints`` folder, or one checkpoint.
+Exit codes of `checkpoint`: 0; 77 one is damaged (verify), or there is none that can be used. 64 is for usage.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import sys
 from pathlib import Path
 
 from tf_dist.errors import CheckpointError, TfDistError
+from tf_dist.restarts import USUAL, Patience, Restarts, command_of, with_run_dir
 from tf_dist.training import inspect_checkpoint
 
 
@@ -26,11 +30,24 @@ def main(argv: list[str]) -> int:
     checkpoint = topics.add_parser("checkpoint", help="what a run has saved")
     checkpoint.add_argument("question", choices=("verify", "show"))
     checkpoint.add_argument("path", type=Path, help="a run folder, its checkpoints folder, or a checkpoint")
+    run = topics.add_parser("run", help="a job that is started again after failures")
+    run.add_argument("-np", type=int, default=2, help="ranks")
+    run.add_argument("--tries", type=int, default=USUAL.tries, help="starts without a new checkpoint")
+    run.add_argument("--mpirun", default=_own_mpirun(), help="the launcher")
+    own, job = _divided(argv)
     try:
-        arguments = parser.parse_args(argv)
+        arguments, others = parser.parse_known_args(own)
+        if arguments.topic == "run" and not job:
+            parser.error("run: give the job after --, as in: run -np 4 -- scripts/train.py --steps 1000")
+        if others and arguments.topic != "run":
+            parser.error(f"unknown: {' '.join(others)}")
     except SystemExit as error:  # argparse's own code is 2
         return 64 if error.code else 0
     try:
+        if arguments.topic == "run":
+            words, run_dir = with_run_dir(job)
+            command = command_of(words, arguments.np, arguments.mpirun, others)
+            return Restarts(command, run_dir, Patience(max(1, arguments.tries)), _say).run()
         if arguments.question == "show":
             print(inspect_checkpoint.shown(arguments.path))
             return 0
@@ -40,6 +57,22 @@ def main(argv: list[str]) -> int:
     except TfDistError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+
+
+def _divided(argv: list[str]) -> tuple[list[str], list[str]]:
+    """What comes before ``--``, and after it."""
+    at = argv.index("--") if "--" in argv else len(argv)
+    return argv[:at], argv[at + 1 :]
+
+
+def _own_mpirun() -> str:
+    """The mpirun beside this Python, which belongs to its mpi4py, or the first one on the path."""
+    beside = Path(sys.executable).with_name("mpirun")
+    return str(beside) if beside.exists() else "mpirun"
+
+
+def _say(line: str) -> None:
+    print(f"tf_dist run: {line}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

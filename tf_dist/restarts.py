@@ -1,0 +1,158 @@
+"""`run`: a job that is started again after failures, each time from its newest sound checkpoint.
+
+mpirun ends a job when one of its ranks dies. Whoever started it by ``python -m tf_dist run`` may be asleep.
+The same command is started again, after a pause that doubles while nothing gets better, until it has come to
+its end, or a person has to look at it. What would repeat itself is not tried again: wrong flags or data, a
+gradient that is not finite, no checkpoint that can be used.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple
+
+from tf_dist.errors import (
+    BackendMissing,
+    CheckpointError,
+    DataError,
+    LaunchError,
+    NumericError,
+    SavedAndStopped,
+    UsageError,
+)
+
+# Exit codes of jobs that would end in the same way again.
+HOPELESS = {
+    kind.exit_code
+    for kind in (UsageError, DataError, BackendMissing, NumericError, CheckpointError, LaunchError)
+}
+RUN_DIR = "--run-dir"
+# These mean that the job is to end, not to begin again.
+PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class Patience(NamedTuple):
+    """How often a job is started again. tries: in a row, with no step saved in between. The rest: seconds."""
+
+    tries: int = 5
+    first_pause_s: float = 1.0
+    longest_pause_s: float = 60.0
+
+    def pause_s(self, failures: int) -> float:
+        """Before the next start, after so many failures in a row."""
+        return float(min(self.longest_pause_s, self.first_pause_s * 2 ** (failures - 1)))
+
+
+USUAL = Patience()
+
+
+class Restarts:
+    """Starts a job until it is done.
+
+    Args:
+        command: of the job, its first word a program.
+        run_dir: where the job says how far it has come.
+        patience: when to give up.
+        say: takes a line.
+
+    Attributes:
+        starts: so far.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        run_dir: Path,
+        patience: Patience = USUAL,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self._command, self._run_dir, self._patience, self._say = list(command), run_dir, patience, say
+        self._job: subprocess.Popen[bytes] | None = None
+        self._told_to_end = False
+        self.starts = 0
+
+    def run(self) -> int:
+        """Start the job until it is done; its last exit code."""
+        before = {number: signal.signal(number, self._pass_on) for number in PASSED_ON}
+        try:
+            code = self._until_done()
+            return code if code >= 0 else 128 - code  # as shells count signals
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _until_done(self) -> int:
+        failures, reached = 0, saved_step(self._run_dir)
+        while True:
+            code = self._once()
+            if code == 0 or code in HOPELESS or self._told_to_end:
+                return code
+            now = saved_step(self._run_dir)
+            failures, reached = (1 if now > reached else failures + 1), now
+            how = f"exit code {code}" if code > 0 else f"signal {-code}"
+            if failures >= self._patience.tries:
+                self._say(
+                    f"giving up: {failures} failures in a row without a new checkpoint, the last one with "
+                    f"{how}. See status.json and logs/ in {self._run_dir}; the same command goes on"
+                )
+                return code
+            pause_s = 0.0 if code == SavedAndStopped.exit_code else self._patience.pause_s(failures)
+            self._say(f"the job has ended with {how}; starting it again in {pause_s:g} s, from step {now}")
+            self._wait(pause_s)
+            if self._told_to_end:
+                return SavedAndStopped.exit_code
+
+    def _once(self) -> int:
+        try:
+            self._job = subprocess.Popen(self._command)
+        except OSError as error:
+            raise LaunchError(
+                f"cannot start {self._command[0]}: {error.strerror}. Give --mpirun PATH"
+            ) from error
+        self.starts += 1
+        try:
+            return self._job.wait()
+        finally:
+            self._job = None
+
+    def _wait(self, seconds: float) -> None:
+        """Sleep, but not on when a signal came."""
+        until = time.monotonic() + seconds
+        while not self._told_to_end and time.monotonic() < until:
+            time.sleep(min(0.1, max(0.0, until - time.monotonic())))
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        self._told_to_end = True
+        if self._job is not None:
+            self._job.send_signal(number)
+
+
+def saved_step(run_dir: Path) -> int:
+    """The step of the newest checkpoint in a run folder, sound or not; 0 where there is none."""
+    names = [path.name.removeprefix("step-") for path in run_dir.glob("checkpoints/step-*")]
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
+def command_of(words: Sequence[str], ranks: int, mpirun: str, mpirun_flags: Sequence[str]) -> list[str]:
+    """The command line of a job of Python: ``words`` are a script and its flags."""
+    return [mpirun, "-np", str(ranks), *mpirun_flags, sys.executable, *words]
+
+
+def with_run_dir(words: Sequence[str]) -> tuple[list[str], Path]:
+    """The words of a job, which name a run folder, and that folder: a new one where they did not.
+
+    Without a folder of its own a job that is started again would begin anew.
+    """
+    for number, word in enumerate(words):
+        if word.startswith(RUN_DIR + "="):
+            return list(words), Path(word.partition("=")[2])
+        if word == RUN_DIR and number + 1 < len(words):
+            return list(words), Path(words[number + 1])
+    made = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-restarts"
+    return [*words, RUN_DIR, str(made)], made
