@@ -112,3 +112,13 @@ def test_evaluate_with_a_damaged_checkpoint(run_job, copy_of_first):
     assert job.code == 0, job.output
     assert "step 40, the held-out text of the run" in job.output
     assert job.output.count(f"skipping {newest.name}") == 1, job.output
+
+
+def test_a_folder_that_is_in_use(launcher, small, tmp_path, one_error):
+    path, flags = tmp_path / "run", [*small, "--run-dir", tmp_path / "run"]
+    first = launcher.start(2, "train.py", *flags, "--steps", 100_000, cwd=tmp_path)
+    first.wait_until(lambda: (path / "metrics.jsonl").exists())
+    second = launcher.start(2, "train.py", *flags, cwd=tmp_path).wait()
+    assert first.running()
+    first.kill()
+    one_error(second, 78, "is in use by process", "--run-dir")

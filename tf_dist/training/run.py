@@ -16,11 +16,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tf_dist.comm.agree import on_root
 from tf_dist.comm.base import Comm
 from tf_dist.config import Config
 from tf_dist.errors import LaunchError, TfDistError
 from tf_dist.files import write_whole
 from tf_dist.training.background import Background
+from tf_dist.training.in_use import claim
 
 METRICS = (
     "step", "epoch", "loss", "val_loss", "perplexity", "bits_per_byte", "learning_rate", "grad_norm",
@@ -51,10 +53,10 @@ class RunFolder:
         }  # fmt: skip
 
     def open(self) -> None:
-        """Make the folder, and send this rank's output to its log.
+        """Make the folder, and send this rank's output to its log; a collective.
 
         Raises:
-            LaunchError: the folder cannot be written.
+            LaunchError: the folder cannot be written, or another job is at work in it.
         """
         logs = self.path / "logs"
         try:
@@ -63,6 +65,7 @@ class RunFolder:
             probe = self.path / f".writable-{self.comm.rank}"
             probe.touch()
             probe.unlink()
+            on_root(self.comm, lambda: claim(self.path))
             with open(logs / f"rank-{self.comm.rank:04d}.log", "a") as log:
                 self._redirect_to(log.fileno())
         except OSError as error:
@@ -159,6 +162,8 @@ class RunFolder:
 
     def take_over(self) -> None:
         """Be the rank that others read: what it prints is for the terminal from now on."""
+        with contextlib.suppress(LaunchError):  # the one that died may still be going
+            claim(self.path)
         for ours, console in self._console.items():
             os.dup2(console, ours)
 
