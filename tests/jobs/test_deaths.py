@@ -3,10 +3,10 @@
 import json
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 
-STEPS = 120
 ULFM = ("--with-ft", "ulfm")
 # Ends ranks in the middle of a step; then all numbers that the others find, on one line.
 SCRIPT = """
@@ -86,7 +86,7 @@ def test_nobody_is_left_but_the_master(train):
     options = {"asynchrony": {"staleness": 0}}
     job = train(3, "downpour", {"1": 1, "2": 3}, **options)
     assert found(job)[1:4] == [[1, 2], 1, TOKENS]
-    calm = train(1, "downpour", {}, **options)
+    calm = train(1, "allreduce", {})
     assert found(job)[0] == found(calm)[0] and found(job)[4] == found(calm)[4]
 
 
@@ -110,52 +110,49 @@ def test_whoever_dies_the_weights_are_the_same(train):
     assert found(job)[0] == found(calm)[0] and found(job)[4] == found(calm)[4]
 
 
-def test_a_run_goes_on_without_its_first_rank(launcher, small, tmp_path):
-    """Rank 0 is killed from outside at some moment; the next one writes its files, and on the terminal."""
-    flags = [*small, "--steps", STEPS, "--save-every", 20, "--eval-every", 30, "--threads-per-rank", "1"]
-    path = tmp_path / "killed"
-    job = launcher.start(3, ULFM, "train.py", *flags, "--run-dir", path, cwd=tmp_path)
-    metrics = path / "metrics.jsonl"
-    job.wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 5)
-    os.kill(job.pid_of_rank(0), signal.SIGKILL)
-    ended = job.wait()
-    assert ended.code == 0, ended.output
-    assert "rank 0 died in step" in ended.output and "2 ranks go on after" in ended.output
-    assert f"done at step {STEPS}" in ended.output and "sample " in ended.output
-    calm = launcher.start(1, "train.py", *flags, "--run-dir", tmp_path / "calm", cwd=tmp_path).wait()
-    assert calm.code == 0, calm.output
-    status, other = (json.loads((run / "status.json").read_text()) for run in (path, tmp_path / "calm"))
-    assert status["state"] == "done" and status["ranks_lost"] == [0]
-    assert len(status["recoveries"]) == 1 and status["recoveries"][0]["lost"] == [0]
-    assert status["weights_sha256"] == other["weights_sha256"]
+@pytest.fixture
+def killed(launcher, first_run, tmp_path):
+    """``killed(rank, *flags)``: the first run again, on three ranks of which one is killed from outside."""
+
+    def start(rank, *flags):
+        path = tmp_path / "killed"
+        words = [*first_run.flags, "--threads-per-rank", "1", *flags, "--run-dir", path]
+        job = launcher.start(3, ULFM, "train.py", *words, cwd=tmp_path)
+        metrics = path / "metrics.jsonl"
+        job.wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 5)
+        os.kill(job.pid_of_rank(rank), signal.SIGKILL)
+        ended = job.wait()
+        assert ended.code == 0, ended.output
+        return replace(first_run, path=path, job=ended)
+
+    return start
+
+
+def test_a_run_goes_on_without_its_first_rank(killed, first_run):
+    """The next one writes its files, and on the terminal."""
+    run = killed(0)
+    assert "rank 0 died in step" in run.job.output and "2 ranks go on after" in run.job.output
+    assert "done at step 60" in run.job.output and "sample " in run.job.output
+    assert run.status["state"] == "done" and run.status["ranks_lost"] == [0]
+    assert [one["lost"] for one in run.status["recoveries"]] == [[0]]
+    assert run.status["weights_sha256"] == first_run.status["weights_sha256"]
     rows, others = (
-        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        for run in (path, tmp_path / "calm")
+        [[row[key] for key in ("step", "loss", "val_loss", "tokens")] for row in one.metrics]
+        for one in (run, first_run)
     )
-    same = ("step", "loss", "val_loss", "tokens")
-    assert [[row[key] for key in same] for row in rows] == [[row[key] for key in same] for row in others]
-    assert {folder.name for folder in (path / "checkpoints").iterdir()} == {
-        folder.name for folder in (tmp_path / "calm" / "checkpoints").iterdir()
-    }
+    assert rows == others
+    saved, others = (
+        {folder.name for folder in (one.path / "checkpoints").iterdir()} for one in (run, first_run)
+    )
+    assert saved == others
 
 
-def test_a_run_goes_on_and_says_what_happened(launcher, small, tmp_path):
-    """A worker is killed from outside at some moment: the weights are those of `--update allreduce`."""
-    flags = [*small, "--steps", STEPS, "--save-every", STEPS // 2, "--threads-per-rank", "1"]
-    path = tmp_path / "killed"
-    lone = ["--update", "downpour", "--staleness", "0"]
-    job = launcher.start(3, ULFM, "train.py", *flags, *lone, "--run-dir", path, cwd=tmp_path)
-    metrics = path / "metrics.jsonl"
-    job.wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 5)
-    os.kill(job.pid_of_rank(2), signal.SIGKILL)
-    ended = job.wait()
-    assert ended.code == 0, ended.output
-    assert "rank 2 has died after" in ended.output
-    calm = launcher.start(1, "train.py", *flags, "--run-dir", tmp_path / "calm", cwd=tmp_path).wait()
-    assert calm.code == 0, calm.output
-    status, other = (json.loads((run / "status.json").read_text()) for run in (path, tmp_path / "calm"))
-    assert status["state"] == "done" and status["ranks_lost"] == [2]
-    assert status["weights_sha256"] == other["weights_sha256"]
-    report = json.loads((path / "asynchronous.json").read_text())
+def test_a_run_goes_on_and_says_what_happened(killed, first_run):
+    """Without a worker of a master the weights are those of `--update allreduce`, where nobody is ahead."""
+    run = killed(2, "--update", "downpour", "--staleness", "0")
+    assert "rank 2 has died after" in run.job.output
+    assert run.status["state"] == "done" and run.status["ranks_lost"] == [2]
+    assert run.status["weights_sha256"] == first_run.status["weights_sha256"]
+    report = json.loads((run.path / "asynchronous.json").read_text())
     assert [one["rank"] for one in report["lost"]] == [2]
-    assert report["updates"] == STEPS
+    assert report["updates"] == 60
