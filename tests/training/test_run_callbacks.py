@@ -1,5 +1,7 @@
 """What `LogRun` writes, whatever the numbers of steps between rows, validations and the end."""
 
+import json
+
 import keras
 import numpy as np
 import pytest
@@ -52,3 +54,41 @@ def test_a_short_run_with_a_validation_is_one_row(rows):
 def test_a_validation_between_two_rows_is_a_row(rows):
     found = [(row["step"], row["loss"] is None, row["val_loss"] is None) for row in rows(8, 4, eval_every=3)]
     assert found == [(3, True, False), (4, False, True), (6, True, False), (8, False, False)]
+
+
+@pytest.mark.parametrize(
+    ("left", "kept"),
+    [
+        ([5, 10], [5, 10]),
+        ([5], [5, 10]),  # the last row was with the thread that writes
+        ([5, 10, 15], [5, 10]),  # whoever died was a step ahead
+    ],
+)
+@pytest.mark.parametrize("half", ["", '{"step": 10, "lo'])
+def test_rank_0_dies_and_the_next_one_has_the_files(tmp_path, left, kept, half):
+    run = RunFolder(tmp_path, SerialComm())
+    run.open()
+    model = keras.Sequential([keras.Input((T,), dtype="int32"), layers.Embedding(V, V)])
+    trainer = Trainer(model, keras.optimizers.SGD(0.1), SerialComm(), global_batch_size=G, micro_batch_size=4)
+    trainer.fit(TOKENS, steps=10, callbacks=[LogRun(trainer, run, 5, 10)])
+    rows = {row["step"]: row for row in read_metrics(run.metrics)}
+    lines = [json.dumps(rows.get(step, {"step": step})) + "\n" for step in left]
+    run.metrics.write_text("".join(lines) + half)
+    (take_over,) = trainer.in_place.when_first
+    take_over()
+    assert read_metrics(run.metrics) == [rows[step] for step in kept]
+    assert run.metrics.read_text().endswith("}\n")
+
+
+def test_rank_0_dies_before_this_rank_knows_of_a_row(tmp_path):
+    run = RunFolder(tmp_path, SerialComm())
+    run.open()
+    model = keras.Sequential([keras.Input((T,), dtype="int32"), layers.Embedding(V, V)])
+    trainer = Trainer(model, keras.optimizers.SGD(0.1), SerialComm(), global_batch_size=G, micro_batch_size=4)
+    trainer.step = 20  # resumed
+    LogRun(trainer, run, 5, 10)
+    for step in (20, 25):
+        run.log_metrics({"step": step})
+    (take_over,) = trainer.in_place.when_first
+    take_over()
+    assert [row["step"] for row in read_metrics(run.metrics)] == [20]

@@ -44,6 +44,7 @@ class LogRun(keras.callbacks.Callback):
         self.steps_per_epoch = steps_per_epoch
         self._row: dict[str, Any] = {}
         self._handed_on: dict[str, Any] = {}
+        self._first_step = trainer.step
         trainer.in_place.when_first.append(self._take_over)
         self._begin_row()
 
@@ -118,7 +119,8 @@ class LogRun(keras.callbacks.Callback):
     def _take_over(self) -> None:
         """Rank 0 has died: put right what it may have left half written."""
         row = self._handed_on
-        if row and not self.run.keep_whole_rows(row["step"]):
+        there = self.run.keep_whole_rows(row.get("step", self._first_step))
+        if row and not there:
             self._write_now(row)
 
     def _write_now(self, row: dict[str, Any]) -> None:
