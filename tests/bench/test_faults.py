@@ -1,8 +1,12 @@
 """Who dies when, and the table of canned campaigns."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 
-from tf_dist.bench import faults, faults_on_ranks
+from tf_dist.bench import faults, faults_of_files, faults_on_ranks
 
 CALM = {"seed": 0, "weights_sha256": "same", "recoveries": []}
 
@@ -34,3 +38,34 @@ def test_other_weights_and_no_weights_do_not_count():
 
 def test_without_a_calm_run_nothing_counts():
     assert faults.sound({"ranks": 4, "calm": {"seed": 0}, "runs": [{"seed": 1}, CALM]}) == []
+
+
+def test_damaged_checkpoints_are_noticed_and_do_no_harm():
+    # In a process of its own: what forks should have no threads.
+    command = [sys.executable, "-m", faults_of_files.__name__, "60", "300"]
+    found = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    assert (
+        found["kills"]["calls"] > 6 and found["flips"]["tried"] == 60 and found["manifests"]["refused"] > 100
+    )
+    assert faults_of_files.sound(found)
+    assert "60 of 60" in faults_of_files.table(found)
+
+
+@pytest.mark.parametrize(
+    ("campaign", "change"),
+    [
+        ("kills", {"sound": 8}),
+        ("flips", {"noticed": 59}),
+        ("manifests", {"read": 0}),
+        ("manifests", {"harm": ["exec"]}),
+    ],
+)
+def test_what_is_not_sound(campaign, change):
+    found = {
+        "kills": {"calls": 9, "sound": 9, "new": 1},
+        "flips": {"tried": 60, "noticed": 60, "harmless": 0},
+        "manifests": {"tried": 10, "refused": 8, "read": 2, "other errors": 0, "harm": []},
+    }
+    assert faults_of_files.sound(found)
+    found[campaign] |= change
+    assert not faults_of_files.sound(found)

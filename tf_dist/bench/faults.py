@@ -2,10 +2,12 @@
 
     python scripts/bench.py faults                     # 50 jobs on 3 ranks and 50 on 4, a quarter of an hour
     python scripts/bench.py faults seeds=10 ranks=4
+    python scripts/bench.py faults files               # of checkpoints alone, half a minute
 
 In each job all ranks but one are killed (SIGKILL), one after another: who, in which step and when in it (also
 beyond it, in a validation or while a checkpoint is written) is drawn from the seed. Rank 0 is one like any
-other. The ranks that are left go on in place (`tf_dist.training.in_place`).
+other. The ranks that are left go on in place (`tf_dist.training.in_place`). Before that checkpoints are
+damaged, and their writers killed (`faults_of_files`).
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tf_dist.bench import running
+from tf_dist.bench import faults_of_files, running
 
 MODULE = "tf_dist.bench.faults_on_ranks"
 FOLDER = running.FOLDER / "faults"
@@ -28,20 +30,24 @@ def main(words: Sequence[str] = ()) -> int:
     """Start the jobs; a table, a JSON file, and 1 where one of them ended otherwise than in peace.
 
     Args:
-        words: seeds=N jobs on each number of ranks; ranks=N on this number only.
+        words: seeds=N jobs on each number of ranks; ranks=N on this number only; files: none.
     """
     options = dict(word.split("=", 1) for word in words if "=" in word)
+    files = faults_of_files.main()
+    print(f"{faults_of_files.table(files)}\n", flush=True)
     seeds, chosen = int(options.get("seeds", SEEDS)), options.get("ranks")
     jobs = list[dict[str, Any]]()
-    for ranks in [int(chosen)] if chosen else RANKS:
+    for ranks in [] if "files" in words else [int(chosen)] if chosen else RANKS:
         print(f"{seeds} jobs on {ranks} ranks ...", flush=True)
         calm = trained(ranks, 0, 0)
         jobs.append(
             {"ranks": ranks, "calm": calm, "runs": [trained(ranks, ranks - 1, s) for s in range(seeds)]}
         )
-    print(f"\n{table(jobs)}")
-    print(f"\nin {running.save('faults', {'jobs': jobs})}")
-    return int(any(len(sound(job)) < len(job["runs"]) for job in jobs))
+    if jobs:
+        print(f"\n{table(jobs)}\n")
+    print(f"in {running.save('faults', {'files': files, 'jobs': jobs})}")
+    all_sound = faults_of_files.sound(files) and all(len(sound(job)) == len(job["runs"]) for job in jobs)
+    return int(not all_sound)
 
 
 def trained(ranks: int, deaths: int, seed: int) -> dict[str, Any]:
