@@ -34,6 +34,7 @@ from typing import Any
 
 from tf_dist.errors import BackendMissing, LaunchError, TfDistError, UsageError
 from tf_dist.flags import Parser
+from tf_dist.restarts import own_mpirun
 
 INSIDE = "--inside"
 # One process tree that ends with its first process, and a network and mounts that nobody else sees.
@@ -142,8 +143,7 @@ def find_mpirun() -> str:
     Raises:
         BackendMissing: none, or another one.
     """
-    beside = Path(sys.executable).with_name("mpirun")
-    mpirun = str(beside) if beside.exists() else shutil.which("mpirun")
+    mpirun = shutil.which(own_mpirun())
     if mpirun is None:
         raise BackendMissing("no mpirun, because none is beside this Python or on PATH; do `make install`")
     said = subprocess.run([mpirun, "--version"], capture_output=True, text=True).stdout

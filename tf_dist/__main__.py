@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from tf_dist.errors import CheckpointError, TfDistError
-from tf_dist.restarts import USUAL, Patience, Restarts, command_of, with_run_dir
+from tf_dist.restarts import USUAL, Patience, Restarts, command_of, own_mpirun, with_run_dir
 from tf_dist.training import inspect_checkpoint
 
 
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     run = topics.add_parser("run", help="a job that is started again after failures")
     run.add_argument("-np", type=int, default=2, help="ranks")
     run.add_argument("--tries", type=int, default=USUAL.tries, help="starts without a new checkpoint")
-    run.add_argument("--mpirun", default=_own_mpirun(), help="the launcher")
+    run.add_argument("--mpirun", default=own_mpirun(), help="the launcher")
     own, job = _divided(argv)
     try:
         arguments, others = parser.parse_known_args(own)
@@ -63,12 +63,6 @@ def _divided(argv: list[str]) -> tuple[list[str], list[str]]:
     """What comes before ``--``, and after it."""
     at = argv.index("--") if "--" in argv else len(argv)
     return argv[:at], argv[at + 1 :]
-
-
-def _own_mpirun() -> str:
-    """The mpirun beside this Python, which belongs to its mpi4py, or the first one on the path."""
-    beside = Path(sys.executable).with_name("mpirun")
-    return str(beside) if beside.exists() else "mpirun"
 
 
 def _say(line: str) -> None:

@@ -24,6 +24,10 @@ class OrderError(TfDistError, RuntimeError):
 class RankLost(TfDistError, RuntimeError):
     """A rank has died, and MPI goes on without it (``mpirun --with-ft ulfm``).
 
+    Args:
+        what: happened; what helps is added.
+        ranks: as below.
+
     Attributes:
         ranks: those known to have died, as they were numbered when the job began; may be empty where another
             rank has noticed.
@@ -31,8 +35,8 @@ class RankLost(TfDistError, RuntimeError):
 
     exit_code = 70
 
-    def __init__(self, message: str, ranks: Sequence[int] = ()) -> None:
-        super().__init__(message)
+    def __init__(self, what: str, ranks: Sequence[int] = ()) -> None:
+        super().__init__(f"{what}. The same command goes on from the newest checkpoint")
         self.ranks = list(ranks)
 
 

@@ -139,6 +139,12 @@ def saved_step(run_dir: Path) -> int:
     return max((int(name) for name in names if name.isdigit()), default=0)
 
 
+def own_mpirun() -> str:
+    """The mpirun beside this Python, which belongs to its mpi4py, or whichever is on the path."""
+    beside = Path(sys.executable).with_name("mpirun")
+    return str(beside) if beside.exists() else "mpirun"
+
+
 def command_of(words: Sequence[str], ranks: int, mpirun: str, mpirun_flags: Sequence[str]) -> list[str]:
     """The command line of a job of Python: ``words`` are a script and its flags."""
     return [mpirun, "-np", str(ranks), *mpirun_flags, sys.executable, *words]

@@ -15,14 +15,14 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from tf_dist.bench import faults_of_files, running
+from tf_dist.restarts import own_mpirun
 
 MODULE = "tf_dist.bench.faults_on_ranks"
 FOLDER = running.FOLDER / "faults"
-RANKS = (3, 4)
+RANKS: tuple[int, ...] = (3, 4)
 SEEDS = 50
 
 
@@ -35,9 +35,13 @@ def main(words: Sequence[str] = ()) -> int:
     options = dict(word.split("=", 1) for word in words if "=" in word)
     files = faults_of_files.main()
     print(f"{faults_of_files.table(files)}\n", flush=True)
-    seeds, chosen = int(options.get("seeds", SEEDS)), options.get("ranks")
+    seeds, counts = int(options.get("seeds", SEEDS)), RANKS
+    if "files" in words:
+        counts = ()
+    elif "ranks" in options:
+        counts = (int(options["ranks"]),)
     jobs = list[dict[str, Any]]()
-    for ranks in [] if "files" in words else [int(chosen)] if chosen else RANKS:
+    for ranks in counts:
         print(f"{seeds} jobs on {ranks} ranks ...", flush=True)
         calm = trained(ranks, 0, 0)
         jobs.append(
@@ -52,8 +56,7 @@ def main(words: Sequence[str] = ()) -> int:
 
 def trained(ranks: int, deaths: int, seed: int) -> dict[str, Any]:
     """What a job leaves behind; nothing but the seed where it does not end well."""
-    mpirun = str(Path(sys.executable).with_name("mpirun"))
-    by = [mpirun, "--with-ft", "ulfm", "-np", str(ranks)]
+    by = [own_mpirun(), "--with-ft", "ulfm", "-np", str(ranks)]
     try:
         found = running.measured(ranks, MODULE, str(deaths), str(seed), folder=FOLDER, by=by)
     except SystemExit as error:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from tf_dist.bench import pictures, running
+from tf_dist.restarts import own_mpirun
 
 FOLDER = running.FOLDER / "nanogpt"
 RECIPE = Path("data/nanogpt.yaml")
@@ -83,8 +84,7 @@ def ours(text: Path, seed: int, steps: int, every: int) -> dict[str, Any]:
     """A run of ``scripts/train.py``, read from its folder."""
     folder = FOLDER / f"run-{seed}"
     shutil.rmtree(folder, ignore_errors=True)
-    mpirun = str(Path(sys.executable).with_name("mpirun"))
-    command = [mpirun, "-np", str(RANKS), sys.executable, "scripts/train.py", "--config", str(RECIPE)]
+    command = [own_mpirun(), "-np", str(RANKS), sys.executable, "scripts/train.py", "--config", str(RECIPE)]
     command += ["--data", str(text), "--seed", str(seed), "--run-dir", str(folder), "--progress", "none"]
     command += ["--steps", str(steps), "--eval-every", str(every), "--save-every", "0"]
     command += ["--log-every", str(every)]  # so that each evaluation has the time of its step beside it

@@ -18,6 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tf_dist.restarts import own_mpirun
+
 if TYPE_CHECKING:
     from tf_dist.comm.base import Comm
 
@@ -50,7 +52,7 @@ def launch(
     if ranks and by:
         command = [*by, *command]
     elif ranks:
-        command = [str(Path(sys.executable).with_name("mpirun")), "-np", str(ranks), *command]
+        command = [own_mpirun(), "-np", str(ranks), *command]
     run(command, log)
 
 

@@ -28,10 +28,10 @@ OBJECT_BYTES_LIMIT = 64 << 20
 ALIGNED_ELEMENTS = 16
 # Elements whose squares are summed before the sums are: fixed, so that no thread and no rank changes a bit.
 SQUARES_BLOCK = 4096
-# Sums of terms travel in one piece (of as much as MPI can count): on one node each piece costs a meeting of
-# the ranks. Between nodes smaller ones are faster: see `tf_dist.parallel.carrier`.
 # What `Comm.carried_by` says where sums are made in memory that ranks share.
 WINDOW = "a shared window"
+# Sums of terms travel in one piece (of as much as MPI can count): on one node each piece costs a meeting of
+# the ranks. Between nodes smaller ones are faster: see `tf_dist.parallel.carrier`.
 DEFAULT_CHUNK_BYTES = 1 << 30
 # Tags of messages between two ranks: MPI promises 32,768 of them, and other messages use the first 32,000.
 TAGS = 768
@@ -287,9 +287,7 @@ class Comm(ABC):
                 if not self.survives:
                     raise
                 # Cut short, and MPI says nothing: seen once in some 400 deaths.
-                raise RankLost(
-                    "a rank has died. The same command goes on from the newest checkpoint"
-                ) from error
+                raise RankLost("a rank has died") from error
 
     def broadcast_obj(self, value: Any, root: int = 0) -> Any:
         """Return the JSON value of ``root``; what the others pass is ignored."""

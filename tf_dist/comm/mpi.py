@@ -100,7 +100,7 @@ class MPIComm(Comm):
             return error
         ranks = [self.origin[rank] for rank in survive.dead(self._mpi)]
         who = f"{named(ranks)} ha{'s' if len(ranks) == 1 else 've'} died" if ranks else "a rank has died"
-        return RankLost(f"{who}. The same command goes on from the newest checkpoint", ranks)
+        return RankLost(who, ranks)
 
     def term_buffers(self, length: int, order: Order) -> Callable[[], list[np.ndarray]] | None:
         """In memory that the ranks of a node share, where it has enough; a collective."""

@@ -132,9 +132,7 @@ def allreduce(
     length = np.array([own])
     mesh.all.broadcast(length)
     if mesh.all.survives and not np.isclose(length[0], own, rtol=1e-3, equal_nan=True):
-        raise RankLost(
-            "a death has cut a broadcast short. The same command goes on from the newest checkpoint"
-        )
+        raise RankLost("a death has cut a broadcast short")
     replica.apply(gradient, scale_of(float(length[0]), counts, clip_norm))
     return float(length[0])
 

@@ -135,10 +135,7 @@ class InPlace:
         trainer = self._trainer
         if trainer.comm.size < self._min_ranks:
             left = f"{trainer.comm.size} rank{'s are' if trainer.comm.size > 1 else ' is'} left"
-            raise RankLost(
-                f"{left}, and --min-ranks is {self._min_ranks}. The same command goes on from the newest "
-                "checkpoint"
-            )
+            raise RankLost(f"{left}, and --min-ranks is {self._min_ranks}")
         try:
             trainer.share_anew()
             phases = trainer.comm.allgather_obj(self._phases)

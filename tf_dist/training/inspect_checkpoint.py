@@ -54,9 +54,12 @@ def shown(path: Path) -> str:
         CheckpointError: there is none.
     """
     found = found_at(path)
-    chosen = found[0] if len(found) == 1 else checkpoint.newest(found[0].parent, _unsaid)
-    assert chosen is not None
-    manifest = checkpoint.verify(chosen)
+    if len(found) == 1:
+        chosen, manifest = found[0], checkpoint.verify(found[0])
+    else:
+        newest = checkpoint.newest(found[0].parent, _unsaid)  # which has verified it
+        assert newest is not None
+        chosen, manifest = newest, checkpoint.read_manifest(newest)
     tensors, facts = manifest["tensors"], manifest["facts"]
     lines = [f"{chosen}: step {manifest['step']}, {_size(tensors)}"]
     lines += [f"  {name}: {json.dumps(facts[name])}" for name in sorted(facts) if name not in LONG_FACTS]

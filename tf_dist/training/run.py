@@ -146,17 +146,15 @@ class RunFolder:
 
     def drop_metrics_after(self, step: int) -> None:
         """Forget lines of steps that a resumed run will take again; on rank 0."""
-        self.later.drain()
-        if self.comm.rank == 0 and self.metrics.exists():
+        if self.comm.rank == 0:
             self.keep_whole_rows(step)
 
     def keep_whole_rows(self, step: int) -> bool:
         """Drop what is half written, or of a later step; whether a row of this step is there. On rank 0."""
-        kept = (
-            [row for row in read_metrics(self.metrics) if row["step"] <= step]
-            if self.metrics.exists()
-            else []
-        )
+        self.later.drain()
+        if not self.metrics.exists():
+            return False
+        kept = [row for row in read_metrics(self.metrics) if row["step"] <= step]
         self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
         return bool(kept) and kept[-1]["step"] == step
 

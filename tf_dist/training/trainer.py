@@ -393,7 +393,7 @@ class Trainer:
         if 0 in lost:
             raise RankLost(
                 "rank 0 has died, which writes what a run leaves behind, and is the master where there is "
-                "one. The same command goes on from the newest checkpoint",
+                "one",
                 lost,
             )
         self.share_anew()
