@@ -6,7 +6,8 @@ from collections import defaultdict
 
 import numpy as np
 
-from tf_dist.comm.base import Comm, Sum, add_in_order
+from tf_dist.comm.base import Comm
+from tf_dist.comm.sums import Sum, add_in_order
 from tf_dist.errors import TfDistError
 
 LIMIT_S = 30.0

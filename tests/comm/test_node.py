@@ -4,8 +4,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tf_dist.comm.base import add_in_order
 from tf_dist.comm.node import by_node
+from tf_dist.comm.sums import add_in_order
 from tf_dist.parallel.tree import order, subtrees
 
 

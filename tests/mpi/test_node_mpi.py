@@ -8,8 +8,8 @@ import pytest
 from mpi4py import MPI
 
 from tf_dist.comm import node
-from tf_dist.comm.base import SQUARES_BLOCK, block_squares
 from tf_dist.comm.mpi import MPIComm
+from tf_dist.comm.sums import SQUARES_BLOCK, block_squares
 from tf_dist.data.sampler import share
 from tf_dist.parallel.flat import norm
 from tf_dist.parallel.tree import BlockSum, TreeSum, order

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from thread_comm import on_ranks
 
-from tf_dist.comm.base import SQUARES_BLOCK
+from tf_dist.comm.sums import SQUARES_BLOCK
 from tf_dist.parallel.flat import norm
 from tf_dist.parallel.norms import GlobalNorm, Run
 

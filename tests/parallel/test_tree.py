@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tf_dist.comm.base import add_in_order
+from tf_dist.comm.sums import add_in_order
 from tf_dist.parallel import tree as tree_module
 from tf_dist.parallel.tree import BlockSum, TreeSum, order, subtrees
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from thread_comm import on_ranks
 
-from tf_dist.comm.base import SQUARES_BLOCK, slices_of_blocks
+from tf_dist.comm.sums import SQUARES_BLOCK, slices_of_blocks
 from tf_dist.parallel import scatter
 from tf_dist.parallel.scatter import ShardSums, dealt
 from tf_dist.parallel.tree import TreeSum

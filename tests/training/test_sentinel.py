@@ -8,8 +8,9 @@ import pytest
 import thread_comm
 from thread_comm import ThreadComm
 
-from tf_dist.comm.base import SerialComm, Sum
+from tf_dist.comm.base import SerialComm
 from tf_dist.comm.probe import prove
+from tf_dist.comm.sums import Sum
 from tf_dist.errors import LaunchError, UsageError
 from tf_dist.training.sentinel import Group, Sentinel
 

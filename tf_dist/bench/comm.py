@@ -120,7 +120,7 @@ def medians(comm: Comm, horovod: Comm | None, size_bytes: int) -> dict[str, floa
 
 def limit(size: int, mine: Any) -> Callable[[], Any]:
     """Read R slices and write one, in memory of this rank's own."""
-    from tf_dist.comm.base import add_in_order
+    from tf_dist.comm.sums import add_in_order
 
     slices = [mine, *(mine.copy() for _ in range(size - 1))]
     additions = [(0, other) for other in range(1, size)]

@@ -16,7 +16,8 @@ from tf_dist.bench import models, pictures, running
 if TYPE_CHECKING:
     import numpy as np
 
-    from tf_dist.comm.base import Comm, Order, Sum
+    from tf_dist.comm.base import Comm
+    from tf_dist.comm.sums import Order, Sum
 
 MODULE = "tf_dist.bench.exact_cost"
 FOLDER = running.FOLDER / "exact-cost"
@@ -105,7 +106,7 @@ def main_on_ranks(out: Path) -> None:
 
 def plain_sum(comm: Comm) -> Any:
     """As `Comm.allreduce_terms`, but each rank adds its own terms, and MPI those of the ranks as it likes."""
-    from tf_dist.comm.base import Sum
+    from tf_dist.comm.sums import Sum
 
     def add(terms: list[np.ndarray], order: Order, out: np.ndarray) -> Sum:
         for term in terms[1:]:

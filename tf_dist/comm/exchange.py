@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from tf_dist.comm.base import Order, add_in_order, slices
+from tf_dist.comm.sums import Order, add_in_order, slices
 
 # Pieces under way at once: one whose terms come in, one whose sum goes out, and one between.
 DEPTH = 3

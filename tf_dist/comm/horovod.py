@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from tf_dist.comm.base import Comm, Order, Sum
+from tf_dist.comm.base import Comm
+from tf_dist.comm.sums import Order, Sum
 from tf_dist.comm.threads import load_tensorflow
 from tf_dist.errors import BackendMissing
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from mpi4py import MPI
 
-from tf_dist.comm.base import (
+from tf_dist.comm.sums import (
     ADDED_AT_ONCE,
     SQUARES_BLOCK,
     Order,

@@ -21,9 +21,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from mpi4py import MPI
 
-from tf_dist.comm.base import Comm, Order, Overlapped, Sum, add_in_order, slices
+from tf_dist.comm.base import Comm, Overlapped
 from tf_dist.comm.exchange import DEPTH, Memory, Requests, pieces, sent_elements, sum_of_piece
 from tf_dist.comm.node import Share, Window
+from tf_dist.comm.sums import Order, Sum, add_in_order, slices
 
 # Between two looks at messages under way. A look takes some 20 us of the core that computes.
 LOOK_EVERY_S = 0.0005

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from tf_dist.comm.base import Comm, Order
+from tf_dist.comm.base import Comm
+from tf_dist.comm.sums import Order
 from tf_dist.errors import LaunchError
 
 LENGTH = 1000

@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tf_dist.comm.base import Comm, Order
+from tf_dist.comm.base import Comm
+from tf_dist.comm.sums import Order
 from tf_dist.errors import TfDistError, hide
 from tf_dist.parallel.flat import aligned_empty
 

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tf_dist.comm.base import Comm, Order, Overlapped
+from tf_dist.comm.base import Comm, Overlapped
+from tf_dist.comm.sums import Order
 from tf_dist.errors import LaunchError
 from tf_dist.parallel.flat import FlatLayout
 from tf_dist.parallel.tree import BlockSum

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tf_dist.comm.base import Comm, Order
+from tf_dist.comm.base import Comm
+from tf_dist.comm.sums import Order
 from tf_dist.errors import LaunchError, UsageError
 from tf_dist.parallel.flat import aligned_empty
 

@@ -10,7 +10,8 @@ from typing import Protocol
 
 import numpy as np
 
-from tf_dist.comm.base import Comm, Order
+from tf_dist.comm.base import Comm
+from tf_dist.comm.sums import Order
 from tf_dist.parallel.compress import Compressor
 from tf_dist.parallel.flat import aligned_empty
 from tf_dist.parallel.mesh import Mesh

@@ -11,7 +11,7 @@ from math import prod
 
 import numpy as np
 
-from tf_dist.comm.base import SQUARES_BLOCK, block_squares
+from tf_dist.comm.sums import SQUARES_BLOCK, block_squares
 
 # Below this, a sum of squares may have lost terms that float32 cannot hold.
 TINY = 1e-25

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tf_dist.comm.base import Comm, Order, Pending
+from tf_dist.comm.base import Comm, Pending
+from tf_dist.comm.sums import Order
 from tf_dist.parallel.alone import step_alone, unless_dead, wait_for, wait_until
 from tf_dist.parallel.flat import aligned_empty
 from tf_dist.parallel.mesh import Mesh

@@ -34,7 +34,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tf_dist.comm.base import Order
+from tf_dist.comm.sums import Order
 from tf_dist.parallel.flat import aligned_empty
 from tf_dist.parallel.mesh import Mesh
 from tf_dist.parallel.short import allreduce_bfloat16

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tf_dist.comm.base import SQUARES_BLOCK, Comm, block_squares
+from tf_dist.comm.base import Comm
+from tf_dist.comm.sums import SQUARES_BLOCK, block_squares
 from tf_dist.parallel.flat import TINY, norm
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from tf_dist.comm.base import Comm, slices_of_blocks
+from tf_dist.comm.base import Comm
+from tf_dist.comm.sums import slices_of_blocks
 from tf_dist.parallel.short import swapped
 
 # Elements that share a scale; a whole number of the blocks at which slices are cut.

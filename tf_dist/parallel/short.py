@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import ml_dtypes
 import numpy as np
 
-from tf_dist.comm.base import TAGS, Comm, slices
+from tf_dist.comm.base import TAGS, Comm
+from tf_dist.comm.sums import slices
 
 # Of the messages of a sum: the last one, for those of pipelines have the first ones.
 TAG = TAGS - 1

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from tf_dist.comm.base import Order
+from tf_dist.comm.sums import Order
 from tf_dist.parallel.flat import aligned_empty
 
 

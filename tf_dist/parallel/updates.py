@@ -18,7 +18,8 @@ from typing import Protocol
 
 import numpy as np
 
-from tf_dist.comm.base import Comm, Order
+from tf_dist.comm.base import Comm
+from tf_dist.comm.sums import Order
 from tf_dist.errors import NumericError, RankLost
 from tf_dist.parallel.flat import aligned_empty
 from tf_dist.parallel.mesh import Mesh

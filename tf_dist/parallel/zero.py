@@ -21,7 +21,8 @@ from typing import Protocol
 
 import numpy as np
 
-from tf_dist.comm.base import WINDOW, Order
+from tf_dist.comm.base import WINDOW
+from tf_dist.comm.sums import Order
 from tf_dist.parallel.flat import aligned_empty
 from tf_dist.parallel.mesh import Mesh
 from tf_dist.parallel.updates import TOKENS, Totals, scale_of

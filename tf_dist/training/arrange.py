@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import keras
 
 from tf_dist.choices import ALONE, ASYNCHRONOUS, LOCAL, SYNC_EVERY, check_fragments
-from tf_dist.comm.base import WINDOW, Order
+from tf_dist.comm.base import WINDOW
+from tf_dist.comm.sums import Order
 from tf_dist.config import Config
 from tf_dist.degrees import share
 from tf_dist.errors import UsageError

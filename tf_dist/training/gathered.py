@@ -25,7 +25,8 @@ import numpy as np
 import tensorflow as tf
 from keras.src.backend.common.stateless_scope import StatelessScope
 
-from tf_dist.comm.base import ALIGNED_ELEMENTS, Comm
+from tf_dist.comm.base import Comm
+from tf_dist.comm.sums import ALIGNED_ELEMENTS
 from tf_dist.errors import UsageError
 from tf_dist.models.outline import is_outline, materialize
 from tf_dist.parallel.flat import aligned_empty, neighbours

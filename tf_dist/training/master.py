@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tf_dist.comm.base import Pending, add_in_order
+from tf_dist.comm.base import Pending
+from tf_dist.comm.sums import add_in_order
 from tf_dist.errors import RankLost
 from tf_dist.parallel.alone import wait_for, wait_until
 from tf_dist.parallel.dealing import Dealer, Unit

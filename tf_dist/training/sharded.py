@@ -12,7 +12,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_dist.comm.base import Comm, slices_of_blocks
+from tf_dist.comm.base import Comm
+from tf_dist.comm.sums import slices_of_blocks
 from tf_dist.parallel.buckets import BUCKET_BYTES, divide
 from tf_dist.parallel.flat import aligned_empty
 from tf_dist.parallel.mesh import Mesh
