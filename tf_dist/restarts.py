@@ -116,6 +116,8 @@ class Restarts:
                 f"cannot start {self._command[0]}: {error.strerror}. Give --mpirun PATH"
             ) from error
         self.starts += 1
+        if self._told_to_end:  # while it was being started
+            self._job.terminate()
         try:
             return self._job.wait()
         finally:
