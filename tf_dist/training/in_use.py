@@ -13,7 +13,6 @@ import os
 import platform
 import time
 from pathlib import Path
-from typing import Any
 
 from tf_dist.errors import LaunchError
 
@@ -21,8 +20,8 @@ NAME = "in-use.json"
 # A job that was killed a moment ago may still be going.
 GOING_S = 3.0
 LOOK_EVERY_S = 0.05
-# Folders that this process has, by path: it does not lock itself out.
-_ours: dict[Path, Any] = {}
+# Locks that this process has, as file descriptors, by path: it does not lock itself out.
+_ours: dict[Path, int] = {}
 
 
 def claim(folder: Path) -> None:
@@ -35,29 +34,28 @@ def claim(folder: Path) -> None:
     if path in _ours and path.exists():
         return
     try:
-        file = open(path, "a+b")
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)  # kept open, for the lock goes with it
     except OSError:
         return  # said by whoever writes there next
-    if not _locked(file):
+    if not _locked(lock):
+        os.close(lock)
         raise LaunchError(_whose(path, folder))
-    _ours[path] = file
+    _ours[path] = lock
     mine = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
     with contextlib.suppress(OSError):  # a full disk: the lock is what counts
-        file.truncate(0)
-        file.write((json.dumps(mine) + "\n").encode())
-        file.flush()
+        os.ftruncate(lock, 0)
+        os.write(lock, (json.dumps(mine) + "\n").encode())
 
 
-def _locked(file: Any) -> bool:
+def _locked(lock: int) -> bool:
     """Lock a file; False where another process has it, also after a while."""
     deadline = time.monotonic() + GOING_S
     while True:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
         except BlockingIOError:
             if time.monotonic() > deadline:
-                file.close()
                 return False
             time.sleep(LOOK_EVERY_S)
         except OSError:
