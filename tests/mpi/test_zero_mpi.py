@@ -17,14 +17,20 @@ TOKENS = np.random.default_rng(1).integers(0, V, 1500).astype(np.uint16)
 HELD_OUT = np.random.default_rng(2).integers(0, V, 50).astype(np.uint16)
 
 
-def trained(comm, update, stage=1, micro_batches=3, weightless=False, tied=True, **more):
-    """Some steps of a small Transformer; what is left of it, as the whole model has it on rank 0."""
+def trained(
+    comm, update, stage=1, micro_batches=3, weightless=False, tied=True, stop=STEPS, folder=None, **more
+):
+    """Some steps of a small Transformer; what is left of it, as the whole model has it on rank 0.
+
+    Until step ``stop``; from the checkpoint in ``folder`` on where there is one, which else is made.
+    """
     import contextlib
 
     import keras
 
     from tf_dist.models import transformer
     from tf_dist.models.outline import outline
+    from tf_dist.training import state
     from tf_dist.training.trainer import Trainer
 
     keras.utils.set_random_seed(1)
@@ -35,10 +41,14 @@ def trained(comm, update, stage=1, micro_batches=3, weightless=False, tied=True,
         global_batch_size=B * micro_batches, micro_batch_size=B, seq_len=T, clip_norm=1.0, seed=3,
         autotune="off", **more,
     )  # fmt: skip
-    logs = trainer.fit(TOKENS, steps=STEPS, validation=HELD_OUT, eval_every=STEPS)
-    state = [np.array(array) for _, array in trainer.whole().tensors()]
+    if folder is not None and stop == STEPS:
+        state.restore(trainer, folder / "step-00000001")
+    logs = trainer.fit(TOKENS, steps=stop, validation=HELD_OUT, eval_every=STEPS)
+    if folder is not None and stop < STEPS:
+        state.save(trainer, folder, 1, {})
+    arrays = [np.array(array) for _, array in trainer.whole().tensors()]
     logits = trainer.passes.logits(np.arange(T, dtype=np.int32)[None])
-    return trainer.check_equal(), (logs["loss"], logs["val_loss"]), state, logits
+    return trainer.check_equal(), (logs["loss"], logs.get("val_loss")), arrays, logits
 
 
 def from_rank_0(make):
@@ -79,6 +89,16 @@ def test_stage_2_has_the_bits_of_allreduce(connected, serial):
 
 def test_stage_3_in_one_segment_has_the_bits_of_allreduce(connected, serial):
     check_same(trained(connected, "zero", 3, weightless=True), serial, connected)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_fit_that_goes_on_has_the_bits_of_one_that_was_never_stopped(connected, serial, tmp_path, stage):
+    """Shards end inside weights, so a checkpoint sets what the model has and what the optimizer steps."""
+    folder = type(tmp_path)(MPI.COMM_WORLD.bcast(str(tmp_path)))
+    for stop in (1, STEPS):
+        found = trained(connected, "zero", stage, weightless=stage == 3, stop=stop, folder=folder)
+    assert found[0] == serial[0]
+    assert found[1][1] == serial[1][1]
 
 
 @pytest.mark.parametrize("tied", [True, False])

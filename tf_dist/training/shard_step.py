@@ -84,7 +84,7 @@ class ShardStep:
         # One call: to read a variable from outside takes as long as to copy a small one many times.
         values = [variable.value for variable in held]
         self._read = tf.function(lambda: concat(values), input_signature=[])
-        self._take_parts = tf.function(self._parts_graph, input_signature=[], autograph=False)
+        self._copy_parts = tf.function(self._parts_graph, input_signature=[], autograph=False)
 
     def _refuse(self, variables: Sequence[Any]) -> None:
         # All ranks look at all variables, so that all of them refuse.
@@ -100,15 +100,18 @@ class ShardStep:
 
     def apply(self, gradient_S: np.ndarray, scale: float) -> None:
         """Take one step with ``scale * gradient``, this shard of the summed gradient, (S,) float32."""
-        self._take_parts()
+        self.take_parts()
         self._step.apply(as_tensor(gradient_S), np.float32(scale))
 
     def give_back(self) -> None:
         """As of `OptimizerStep`."""
         self._step.give_back()
 
+    def take_parts(self) -> None:
+        """Let the parts of variables be those of the model, whoever has set them there."""
+        self._copy_parts()
+
     def _parts_graph(self) -> None:
-        # Let the parts of variables be those of the model, whoever has set them there.
         for one in self.stretches:
             variable = self.variables[one.number]
             if not one.whole and not is_outline(variable):

@@ -86,6 +86,7 @@ class Sharded(Weights):
 
     def give_weights(self, comm: Comm) -> None:
         """Let every rank begin with the weights of those who step them; a collective."""
+        self.optimizer_step.take_parts()  # a checkpoint has set the model's variables
         self.spread()
 
     def write_variables(self, numbers: Sequence[int], weights: np.ndarray, first: int) -> None:
