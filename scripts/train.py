@@ -19,6 +19,8 @@ from __future__ import annotations
 import dataclasses
 import signal
 import sys
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -27,11 +29,13 @@ from tf_dist.comm.agree import agree, versions
 from tf_dist.config import Config
 from tf_dist.errors import UsageError
 from tf_dist.flags import from_command_line
-from tf_dist.parallel.mesh import Mesh
+from tf_dist.parallel.mesh import Mesh, data_ranks
 from tf_dist.parallel.parts import part_of
 
 if TYPE_CHECKING:
+    from tf_dist.comm.base import Comm
     from tf_dist.data.prepared import Prepared
+    from tf_dist.training.begin_again import Deaths
     from tf_dist.training.run import RunFolder
 
 DEFAULT_STEPS = 400
@@ -51,7 +55,7 @@ def main(argv: list[str]) -> None:
     from tf_dist.training.corpus import shared_corpus
     from tf_dist.training.run import RunFolder, choose_folder, point_latest_to
 
-    mesh = Mesh(comm, config.pipeline_parallel, config.sequence_parallel, config.tensor_parallel)
+    data_ranks(comm.size, *degrees(config))  # what does not fit is refused before anything is read
     run = RunFolder(choose_folder(config, comm), comm)
     run.open()
     launch.on_failure(run.failed)
@@ -59,7 +63,11 @@ def main(argv: list[str]) -> None:
     config = dataclasses.replace(config, vocab_size=corpus.tokenizer.vocab_size, run_dir=str(run.path))
     if comm.rank == 0:
         point_latest_to(run.path)
-    train(config, mesh, corpus, run)
+    threads.load_tensorflow()  # only now: a mistake in the flags or the data was said at once
+    from tf_dist.training.begin_again import in_spite_of_deaths
+
+    begin = partial(train, config, corpus, run)
+    in_spite_of_deaths(comm, begin, config.min_ranks, together=prod(degrees(config)))
 
 
 def answer(argv: list[str]) -> NoReturn:
@@ -73,9 +81,13 @@ def answer(argv: list[str]) -> NoReturn:
     raise SystemExit(0)
 
 
-def train(config: Config, mesh: Mesh, corpus: Prepared, run: RunFolder) -> None:
+def degrees(config: Config) -> tuple[int, int, int]:
+    """How many ranks share layers, the tokens of a row, and each layer."""
+    return config.pipeline_parallel, config.sequence_parallel, config.tensor_parallel
+
+
+def train(config: Config, corpus: Prepared, run: RunFolder, comm: Comm, deaths: Deaths) -> None:
     """Build what was asked for, resume, train, and leave text and a picture."""
-    threads.load_tensorflow()  # only now: a mistake in the flags or the data was said at once
     from tf_dist.training import optimizers, progress, run_callbacks
     from tf_dist.training.arrange import options_of
     from tf_dist.training.banner import banner
@@ -84,7 +96,7 @@ def train(config: Config, mesh: Mesh, corpus: Prepared, run: RunFolder) -> None:
     from tf_dist.training.state_room import check_room
     from tf_dist.training.trainer import Trainer
 
-    comm = mesh.all
+    mesh = Mesh(comm, *degrees(config))
     model = model_for(config, mesh)
     agree(comm, {v.path: list(part_of(v).whole) for v in model.trainable_variables}, "the model")
     check_room(model, config, mesh)
@@ -112,7 +124,7 @@ def train(config: Config, mesh: Mesh, corpus: Prepared, run: RunFolder) -> None:
         **options_of(config),
     )
     trainer.sentinel.say = run.say
-    job = Job(config, comm, corpus, run, trainer)
+    job = Job(config, comm, corpus, run, trainer, deaths)
     job.resume()
     trainer.tuning.choose()
     steps_per_epoch = trainer.sampler(trainer.sequences(corpus.train)).steps_per_epoch

@@ -6,7 +6,12 @@ job systems may rely on them. An error's text says what happened, why, and what 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class TfDistError(Exception):
@@ -38,6 +43,10 @@ class RankLost(TfDistError, RuntimeError):
     def __init__(self, what: str, ranks: Sequence[int] = ()) -> None:
         super().__init__(f"{what}. The same command goes on from the newest checkpoint")
         self.ranks = list(ranks)
+
+
+class TooFewLeft(RankLost):
+    """So many ranks have died that the run is to end."""
 
 
 class UsageError(TfDistError, ValueError):
@@ -111,12 +120,29 @@ def ways_out() -> str:
 
 
 _hidden: list[TfDistError] = []
+# A few may be under way, of threads that run graphs; older ones would keep alive what they hold.
+MOST_HIDDEN = 8
 
 
 def hide(error: TfDistError) -> TfDistError:
     """Remember an error that is raised in a running graph: TensorFlow's own knows nothing but its text."""
     _hidden.append(error)
+    del _hidden[:-MOST_HIDDEN]
     return error
+
+
+def called_by_a_graph(function: Callable[P, T]) -> Callable[P, T]:
+    """A function for `tf.numpy_function`, whose errors `behind` finds again."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return function(*args, **kwargs)
+        except TfDistError as error:
+            hide(error)
+            raise
+
+    return call
 
 
 def behind(error: BaseException) -> BaseException:

@@ -112,12 +112,12 @@ def test_whoever_dies_the_weights_are_the_same(train):
 
 @pytest.fixture
 def killed(launcher, first_run, tmp_path):
-    """``killed(rank, *flags)``: the first run again, on three ranks of which one is killed from outside."""
+    """``killed(rank, *flags, ranks=3)``: the first run again, with a rank that is killed from outside."""
 
-    def start(rank, *flags):
+    def start(rank, *flags, ranks=3):
         path = tmp_path / "killed"
         words = [*first_run.flags, "--threads-per-rank", "1", *flags, "--run-dir", path]
-        job = launcher.start(3, ULFM, "train.py", *words, cwd=tmp_path)
+        job = launcher.start(ranks, ULFM, "train.py", *words, cwd=tmp_path)
         metrics = path / "metrics.jsonl"
         job.wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 5)
         os.kill(job.pid_of_rank(rank), signal.SIGKILL)
@@ -156,3 +156,21 @@ def test_a_run_goes_on_and_says_what_happened(killed, first_run):
     report = json.loads((run.path / "asynchronous.json").read_text())
     assert [one["rank"] for one in report["lost"]] == [2]
     assert report["updates"] == 60
+
+
+def test_what_only_the_dead_had_is_read_from_the_newest_checkpoint(killed, first_run):
+    """Rank 0 had a third of the optimizer. No process is started."""
+    run = killed(0, "--update", "zero", "--save-every", "5")
+    assert "rank 0 died: 2 ranks begin again from the newest checkpoint" in run.job.output
+    assert "resumed at step" in run.job.output and "done at step 60" in run.job.output
+    assert run.status["ranks_lost"] == [0] and run.status["ranks"] == 2
+    assert [one["lost"] for one in run.status["recoveries"]] == [[0]]
+    assert run.status["weights_sha256"] == first_run.status["weights_sha256"]
+    assert [row["step"] for row in run.metrics] == [row["step"] for row in first_run.metrics]
+
+
+def test_ranks_that_share_a_model_go_on_in_whole_groups(killed, first_run):
+    """Of four ranks, which share two models, two go on; the third waits for the end."""
+    run = killed(1, "--tensor-parallel", "2", ranks=4)
+    assert run.status["ranks_lost"] == [1] and run.status["ranks"] == 2
+    assert run.status["val_loss"] == pytest.approx(first_run.status["val_loss"], abs=1e-5)

@@ -7,6 +7,7 @@ import pytest
 
 from tf_dist.errors import RankLost
 from tf_dist.parallel.updates import UPDATES
+from tf_dist.training.begin_again import AGAIN, BeginAgain
 from tf_dist.training.in_place import MOST_ATTEMPTS, InPlace
 
 
@@ -143,6 +144,23 @@ def test_nobody_leaves_before_all_are_done(weight):
     trainer = trainer_of(comm, weight)
     InPlace(trainer).close()
     assert comm.fine == [True, True] and trainer.lost == [2]
+
+
+def test_all_begin_again_where_others_are_in_no_phase(weight):
+    comm = Ranks(agreed=[[2], None], said=[[AGAIN]])
+    trainer = trainer_of(comm, weight)
+    with pytest.raises(BeginAgain) as met:
+        InPlace(trainer)(failing(LOST))
+    assert met.value.ranks == [2] and trainer.shared == 0
+
+
+def test_who_cannot_go_on_without_the_dead_does_not_leave(weight):
+    comm = Ranks(agreed=[None, [1]])
+    trainer = trainer_of(comm, weight)
+    trainer.update = UPDATES["master"]
+    InPlace(trainer).close()
+    with pytest.raises(RankLost, match="rank 1 has died before the end"):
+        InPlace(trainer).close()
 
 
 def test_what_is_no_death_comes_to_an_end(weight):

@@ -334,7 +334,14 @@ class Comm(ABC):
             made[-1].record = self.record
         return made
 
+    def first(self, count: int) -> Comm | None:
+        """The first ``count`` ranks as a Comm, None on the others; a collective."""
+        return self if count == self.size else self._first(count)
+
     # What a transport provides -------------------------------------------------------------------
+
+    def _first(self, count: int) -> Comm | None:
+        raise self._cannot("be divided")
 
     def _isend(self, array: np.ndarray, to: int, tag: int) -> Pending:
         raise self._cannot("send to a single rank")
@@ -382,7 +389,7 @@ class Comm(ABC):
     def _allgather_calls(self, calls: int) -> list[int]:
         return [int(raw) for raw in self._allgather_bytes(str(calls).encode())]
 
-    def _understood(self, error: Exception) -> Exception:
+    def understood(self, error: BaseException) -> BaseException:
         """An error of the transport as one of ours, where it is one."""
         return error
 
@@ -391,7 +398,7 @@ class Comm(ABC):
         try:
             yield
         except Exception as error:
-            understood = self._understood(error)
+            understood = self.understood(error)
             if understood is error:
                 raise
             raise understood from error

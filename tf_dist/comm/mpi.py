@@ -52,11 +52,20 @@ class MPIComm(Comm):
         """Be a rank of a communicator, with nothing left of an earlier one; a collective of its ranks."""
         self._mpi, self.rank, self.size = mpi, mpi.Get_rank(), mpi.Get_size()
         self._memory, self._across = Memory(), None
+        # Made of this one, whose ranks may wait for each other in them: called back with it (`_call_back`).
+        self._made: list[Any] = []
+        self._groups: list[MPIComm] = []
         self._windows: dict[tuple[int, Order], Window] = {}
         self._overlaps: dict[tuple[int, Order], dict[Window | None, Overlap]] = {}
         # A collective that a rank left out may have left messages, which the next one takes for its own.
-        self._apart = mpi.Dup()
-        self._node: Any = node or (mpi.Split_type(MPI.COMM_TYPE_SHARED) if self._window_wanted else None)
+        self._apart = self._remembered(mpi.Dup())
+        self._node: Any = node
+        if node is None and self._window_wanted:
+            self._node = self._remembered(mpi.Split_type(MPI.COMM_TYPE_SHARED))
+
+    def _remembered(self, mpi: Any) -> Any:
+        self._made.append(mpi)
+        return mpi
 
     @property
     def survives(self) -> bool:
@@ -81,9 +90,10 @@ class MPIComm(Comm):
 
     def _call_back(self) -> None:
         """End whatever others are doing with this rank's communicators, in an error."""
-        for mpi in (self._mpi, self._node, self._across):
-            if mpi is not None:
-                mpi.Revoke()
+        for mpi in (self._mpi, *self._made):
+            mpi.Revoke()
+        for group in self._groups:
+            group._call_back()
 
     def _rejoin(self, mpi: Any) -> bool:
         """Be a rank of what is left; False if somebody has died meanwhile."""
@@ -96,7 +106,8 @@ class MPIComm(Comm):
             return False
         return True
 
-    def _understood(self, error: Exception) -> Exception:
+    def understood(self, error: BaseException) -> BaseException:
+        """As in `Comm`."""
         if not self.survives or not survive.is_loss(error, self._mpi):
             return error
         ranks = [self.origin[rank] for rank in survive.dead(self._mpi)]
@@ -138,9 +149,10 @@ class MPIComm(Comm):
         if window is None:
             count = order.counts[self.rank]
             share = Share((count,), (), tuple(range(count)))
-            return Places(None, MPI.COMM_SELF, self._mpi.Dup(), share, order)
+            return Places(None, MPI.COMM_SELF, self._remembered(self._mpi.Dup()), share, order)
         share, rest = self._shares(order, self._places())
-        return Places(window, self._node.Dup(), self._same_slice().Dup(), share, rest)
+        node, across = self._remembered(self._node.Dup()), self._remembered(self._same_slice().Dup())
+        return Places(window, node, across, share, rest)
 
     def _shares(self, order: Order, places: list[list[int]]) -> tuple[Share, Order]:
         """What this rank's node adds, and what is left."""
@@ -188,7 +200,7 @@ class MPIComm(Comm):
     def _same_slice(self) -> Any:
         """The ranks that add the same slice, one of each node."""
         if self._across is None:
-            self._across = self._mpi.Split(self._node.rank, self._first_of_node())
+            self._across = self._remembered(self._mpi.Split(self._node.rank, self._first_of_node()))
         return self._across
 
     def _first_of_node(self) -> int:
@@ -205,7 +217,17 @@ class MPIComm(Comm):
     def _sub(self, shape: Sequence[int], axes: Sequence[int]) -> Comm:
         # reorder=False: a rank stays who it is, so that the innermost axis lies on neighbouring ranks.
         grid = self._mpi.Create_cart(list(shape), reorder=False)
-        return MPIComm(grid.Sub([axis in axes for axis in range(len(shape))]), window=self._node is not None)
+        along = [axis in axes for axis in range(len(shape))]
+        self._groups.append(MPIComm(grid.Sub(along), window=self._node is not None))
+        return self._groups[-1]
+
+    def _first(self, count: int) -> Comm | None:
+        here = self._mpi.Split(0 if self.rank < count else MPI.UNDEFINED, self.rank)
+        if here == MPI.COMM_NULL:
+            return None
+        self._groups.append(MPIComm(here, window=self._node is not None))
+        self._groups[-1].origin = self.origin[:count]
+        return self._groups[-1]
 
     def _allreduce(self, array: np.ndarray) -> None:
         self.record.sent_bytes += 2 * array.nbytes * (self.size - 1) // self.size

@@ -26,7 +26,7 @@ import tensorflow as tf
 
 from tf_dist.comm.base import Comm
 from tf_dist.comm.sums import Order
-from tf_dist.errors import TfDistError, hide
+from tf_dist.errors import called_by_a_graph
 from tf_dist.parallel.flat import aligned_empty
 
 # Sums of this many elements and more (256 KiB) lie in a shared window, where there is one: the fewer cores a
@@ -117,14 +117,8 @@ def _take(x: Any, part: range) -> Any:
 
 def _talk(function: Callable[[np.ndarray], np.ndarray], x: Any, shape: Any) -> Any:
     """Call a function of arrays, which talks, from inside a graph."""
-
-    def call(array: np.ndarray) -> np.ndarray:
-        try:
-            return function(array)
-        except TfDistError as error:
-            raise hide(error) from error
-
-    y = tf.numpy_function(tf.autograph.experimental.do_not_convert(call), [x], x.dtype, stateful=True)
+    plainly = tf.autograph.experimental.do_not_convert(called_by_a_graph(function))
+    y = tf.numpy_function(plainly, [x], x.dtype, stateful=True)
     return tf.ensure_shape(y, shape)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_dist.comm.base import Comm, Pending
+from tf_dist.errors import called_by_a_graph
 from tf_dist.parallel.flat import aligned_empty
 
 
@@ -73,7 +74,7 @@ class Ring:
 
 def _call(function: Callable[..., Any], inputs: list[Any], types: Any) -> Any:
     """Call a function of arrays from inside a graph."""
-    plainly = tf.autograph.experimental.do_not_convert(function)
+    plainly = tf.autograph.experimental.do_not_convert(called_by_a_graph(function))
     return tf.numpy_function(plainly, inputs, types, stateful=True)
 
 

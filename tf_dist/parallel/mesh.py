@@ -44,7 +44,7 @@ class Mesh:
 
     def __init__(self, comm: Comm, pipeline: int = 1, sequence: int = 1, tensor: int = 1) -> None:
         self.all = comm
-        self.shape = (_data_ranks(comm.size, pipeline, sequence, tensor), pipeline, sequence, tensor)
+        self.shape = (data_ranks(comm.size, pipeline, sequence, tensor), pipeline, sequence, tensor)
         axes = [(DATA,), (PIPELINE,), (SEQUENCE,), (TENSOR,), (DATA, SEQUENCE), (PIPELINE, TENSOR)]
         made = comm.grid(self.shape, axes)
         self.data, self.pipeline, self.sequence, self.tensor, self.replicas, self.model = made
@@ -104,8 +104,12 @@ def leaves_of(micro_batches: int, mesh: Mesh) -> tuple[range, list[range]]:
     return range(start), blocks
 
 
-def _data_ranks(ranks: int, pipeline: int, sequence: int, tensor: int) -> int:
-    """What is left for the data axis."""
+def data_ranks(ranks: int, pipeline: int, sequence: int, tensor: int) -> int:
+    """What is left for the data axis.
+
+    Raises:
+        UsageError: the product of the others does not divide the number of ranks.
+    """
     each = pipeline * sequence * tensor
     if ranks % each == 0:
         return ranks // each

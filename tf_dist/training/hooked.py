@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import tensorflow as tf
 
+from tf_dist.errors import called_by_a_graph
 from tf_dist.layers.collectives import keep_order
 from tf_dist.parallel.buckets import Overlap
 from tf_dist.parallel.tree import BlockSum
@@ -104,5 +105,5 @@ def _hook(buckets: TakesBuckets, number: int) -> Callable[..., list[Any]]:
         buckets.add(number, gradients)
         return []
 
-    unconverted: Callable[..., list[Any]] = tf.autograph.experimental.do_not_convert(hook)
+    unconverted: Callable[..., list[Any]] = tf.autograph.experimental.do_not_convert(called_by_a_graph(hook))
     return unconverted

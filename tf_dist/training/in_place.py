@@ -25,20 +25,13 @@ import numpy as np
 from tf_dist.comm.base import named
 from tf_dist.errors import RankLost
 from tf_dist.parallel.updates import UPDATES
+from tf_dist.training.begin_again import BeginAgain, Recovery, check_enough
 
 # A phase that fails more often does not fail because of deaths.
 MOST_ATTEMPTS = 100
 
 if TYPE_CHECKING:
     from tf_dist.training.trainer import Trainer
-
-
-class Recovery(NamedTuple):
-    """What it took to go on. lost: ranks by `Comm.origin`. step: under way. ms: from the error on."""
-
-    lost: list[int]
-    step: int
-    ms: float
 
 
 class _Ahead(NamedTuple):
@@ -84,7 +77,9 @@ class InPlace:
             Its result, which must be the same JSON value on every rank, or matter to none but its own.
 
         Raises:
-            RankLost: where a death is not survived, or too few are left.
+            RankLost: where a death is not survived.
+            TooFewLeft: fewer than ``min_ranks`` live.
+            BeginAgain: a rank has met the death outside all phases.
         """
         if self._inside or not self.can:
             return do()
@@ -100,6 +95,8 @@ class InPlace:
         for _ in range(MOST_ATTEMPTS):
             try:
                 return do()
+            except BeginAgain:
+                raise
             except RankLost as error:
                 failed, ahead = error, self._recover(fine=False)
                 if ahead is not None:
@@ -107,9 +104,15 @@ class InPlace:
         raise failed
 
     def close(self) -> None:
-        """All have done all phases; a collective. Who leaves before could not help who is behind."""
+        """All have done all phases; a collective. Who leaves before could not help who is behind.
+
+        Raises:
+            RankLost: somebody has died, and what is done here cannot go on without him.
+        """
         if self.can:
             self._recover(fine=True)
+        elif (lost := self._trainer.comm.regroup()) is not None:
+            raise RankLost(f"{named(lost)} ha{'s' if len(lost) == 1 else 've'} died before the end", lost)
 
     # After a death -------------------------------------------------------------------------------
 
@@ -120,32 +123,39 @@ class InPlace:
             fine: nobody has died as far as this rank knows.
         """
         trainer, begun = self._trainer, time.perf_counter()
-        first, lost, ahead = trainer.comm.rank == 0, list[int](), None
+        first, lost, ahead, all_go_on = trainer.comm.rank == 0, list[int](), None, True
         while (gone := trainer.comm.regroup(fine)) is not None:
             lost += gone
-            fine, ahead = self._caught_up()
+            check_enough(trainer.comm, self._min_ranks)
+            fine, all_go_on, ahead = self._caught_up()
+        if not all_go_on:
+            raise BeginAgain(lost)
         if ahead is not None:
             self._take_over(ahead)
         if lost:
             self._note(lost, 1e3 * (time.perf_counter() - begun), first)
         return ahead
 
-    def _caught_up(self) -> tuple[bool, _Ahead | None]:
-        """Whether nobody has died meanwhile; what this rank has to take over, once all are fine."""
+    def _caught_up(self) -> tuple[bool, bool, _Ahead | None]:
+        """Be where all others are, once all are fine.
+
+        Returns:
+            Whether nobody has died meanwhile, whether all others are at this training as well, and what this
+            rank has to take over.
+        """
         trainer = self._trainer
-        if trainer.comm.size < self._min_ranks:
-            left = f"{trainer.comm.size} rank{'s are' if trainer.comm.size > 1 else ' is'} left"
-            raise RankLost(f"{left}, and --min-ranks is {self._min_ranks}")
         try:
-            trainer.share_anew()
             phases = trainer.comm.allgather_obj(self._phases)
+            if min(phases) < 0:
+                return True, False, None
+            trainer.share_anew()
             if min(phases) == max(phases):
-                return True, None
+                return True, True, None
             assert max(phases) - min(phases) == 1, "a phase ended before all had come to its last collective"
             ahead = self._given_by(phases.index(max(phases)))
         except RankLost:
-            return False, None
-        return True, ahead if self._phases < max(phases) else None
+            return False, True, None
+        return True, True, ahead if self._phases < max(phases) else None
 
     def _given_by(self, source: int) -> _Ahead:
         """What a rank has of the phase that it has done, and some others have not; a collective."""

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 
 from tf_dist.comm.agree import on_root, versions
-from tf_dist.comm.base import Comm
+from tf_dist.comm.base import Comm, named
 from tf_dist.config import Config
 from tf_dist.data.prepared import Prepared
 from tf_dist.errors import CheckpointError, SavedAndStopped
 from tf_dist.parallel.buckets import spent
 from tf_dist.parallel.compressed import Compressed
 from tf_dist.training import checkpoint, state
+from tf_dist.training.begin_again import Deaths
 from tf_dist.training.downpour import Downpour
 from tf_dist.training.environment import bits_depend_on, changes
 from tf_dist.training.generate import Sampling, write_on
@@ -36,11 +37,19 @@ class Job:
     """
 
     def __init__(
-        self, config: Config, comm: Comm, corpus: Prepared, run: RunFolder, trainer: Trainer
+        self,
+        config: Config,
+        comm: Comm,
+        corpus: Prepared,
+        run: RunFolder,
+        trainer: Trainer,
+        deaths: Deaths | None = None,
     ) -> None:
         self.config, self.comm, self.corpus, self.run, self.trainer = config, comm, corpus, run, trainer
         self.last: dict[str, Any] = {}
         self._sha256: dict[int, str] = {}  # of the weights after a step
+        self._deaths = deaths or Deaths()
+        trainer.lost, trainer.in_place.recoveries = self._deaths.lost, self._deaths.recoveries
         trainer.in_place.when_first.append(run.take_over)
 
     def resume(self) -> None:
@@ -49,10 +58,27 @@ class Job:
         Raises:
             CheckpointError: it cannot be used, or is of another run.
         """
+        if self._deaths.lost:
+            self._begin_again()
+            return
         if self.config.resume == "never":
             on_root(self.comm, self.run.set_aside)
             return
-        found = on_root(self.comm, self._find)
+        self._go_on_from(on_root(self.comm, self._find))
+
+    def _begin_again(self) -> None:
+        """Go on from what this job has saved, or from where it began."""
+        self.run.be_first(self.comm)
+        left = f"{self.comm.size} rank{'s' * (self.comm.size > 1)}"
+        self.run.say(f"{named(self._deaths.newest)} died: {left} begin again from the newest checkpoint")
+        found = on_root(self.comm, lambda: self._checked(self._newest()))
+        if found is None and self.config.resume not in ("auto", "never"):
+            found = on_root(self.comm, self._find)
+        if found is None:
+            self.run.drop_metrics_after(0)
+        self._go_on_from(found)
+
+    def _go_on_from(self, found: dict[str, Any] | None) -> None:
         if found is None:
             return
         state.restore(self.trainer, Path(found["path"]))
@@ -64,13 +90,20 @@ class Job:
         """The checkpoint to resume from, checked; on rank 0."""
         wanted = Path(self.config.resume)
         if self.config.resume == "auto":
-            path = checkpoint.newest(self.run.checkpoints, self.run.say)
+            path = self._newest()
         elif (wanted / "manifest.json").exists():
             path = wanted
         else:
             path = checkpoint.newest(wanted / "checkpoints", self.run.say)
             if path is None:
                 raise CheckpointError(f"--resume {wanted}: neither a checkpoint nor a run folder with one")
+        return self._checked(path)
+
+    def _newest(self) -> Path | None:
+        return checkpoint.newest(self.run.checkpoints, self.run.say)
+
+    def _checked(self, path: Path | None) -> dict[str, Any] | None:
+        """Whether a checkpoint is of this run; on rank 0."""
         if path is None:
             return None
         facts = checkpoint.read_manifest(path)["facts"]
@@ -83,6 +116,9 @@ class Job:
 
     def begin(self) -> None:
         """Write what is known before the first step."""
+        recovery = self._deaths.over(self.trainer.step)
+        if recovery is not None:
+            self.run.say(f"going on after {recovery.ms / 1e3:.1f} s")
         self.run.write("config.yaml", self.config.as_yaml())
         tokenizer = (self.corpus.path / "tokenizer.json").read_text(encoding="utf-8")
         self.run.write("tokenizer.json", tokenizer)

@@ -42,7 +42,7 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, comm: Comm) -> None:
-        self.path, self.comm = path, comm
+        self.path, self.comm, self._is_first = path, comm, comm.rank == 0
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self.later = Background()
@@ -158,8 +158,16 @@ class RunFolder:
         self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
         return bool(kept) and kept[-1]["step"] == step
 
+    def be_first(self, comm: Comm) -> None:
+        """Go on with those who live; whoever is the first of them is the one that others read."""
+        self.comm = comm
+        self._status["ranks"] = comm.size
+        if comm.rank == 0 and not self._is_first:
+            self.take_over()
+
     def take_over(self) -> None:
         """Be the rank that others read: what it prints is for the terminal from now on."""
+        self._is_first = True
         with contextlib.suppress(LaunchError):  # the one that died may still be going
             claim(self.path)
         for ours, console in self._console.items():

@@ -1,0 +1,174 @@
+"""Beginning again from the newest checkpoint, with the ranks that live and without starting any process.
+
+`InPlace` finishes the step in which somebody died. That needs every rank to have everything. Where it has
+not (a divided optimizer or model, a master that is gone), or somebody dies before the first step, the others
+still need no new processes: they make a smaller communicator, and do once more what a job does from the model
+on: share it out, read the newest checkpoint, train. What is lost is the steps since then; they are taken
+again, with the same data, so the weights are in the end those of a run that nobody left.
+
+Where ranks share a model, some may be too many now: 3 for a model on 2. They wait until they are needed.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from tf_dist.comm.base import Comm
+from tf_dist.errors import RankLost, SavedAndStopped, TooFewLeft, behind
+
+# What a rank says after a death that is in no phase of a training (`InPlace`): phases count from 0 on.
+AGAIN, DONE = -1, -2
+# An error that comes back so often though nobody dies has another cause.
+MOST_IN_VAIN = 10
+
+
+class Recovery(NamedTuple):
+    """What it took to go on. lost: ranks by `Comm.origin`. step: under way. ms: from the error on."""
+
+    lost: list[int]
+    step: int
+    ms: float
+
+
+class BeginAgain(RankLost):
+    """All have agreed that the training is to be begun again, with those who live.
+
+    Args:
+        lost: ranks that have died, by `Comm.origin`.
+    """
+
+    def __init__(self, lost: list[int]) -> None:
+        super().__init__("the training begins again", lost)
+
+
+class Deaths:
+    """What a training that is begun again has to know of the ones before.
+
+    Attributes:
+        lost: ranks that have died so far, by `Comm.origin`.
+        newest: those of them because of whom all begin again now.
+        recoveries: so far.
+    """
+
+    def __init__(self) -> None:
+        self.lost, self.newest, self.recoveries = list[int](), list[int](), list[Recovery]()
+        self._since: float | None = None
+
+    def begin(self, lost: list[int], at: float) -> None:
+        """Ranks have died; the others met it at this time (``time.perf_counter``)."""
+        self.lost += lost
+        self.newest, self._since = lost, at
+
+    def over(self, step: int) -> Recovery | None:
+        """All go on from this step; None where they do not do so because of a death."""
+        if self._since is None:
+            return None
+        ms, self._since = 1e3 * (time.perf_counter() - self._since), None
+        self.recoveries.append(Recovery(self.newest, step, ms))
+        return self.recoveries[-1]
+
+
+def in_spite_of_deaths(
+    comm: Comm, train: Callable[[Comm, Deaths], None], min_ranks: int = 1, together: int = 1
+) -> None:
+    """Train, and begin again whenever ranks have died and MPI lets the others go on; a collective.
+
+    Args:
+        comm: all ranks.
+        train: the whole training with some of the ranks, from the newest checkpoint on where there have been
+            deaths. Leaves by `RankLost` where it cannot go on.
+        min_ranks: with fewer the run ends.
+        together: ranks that share a model: as many multiples of it train as there are.
+
+    Raises:
+        TooFewLeft: fewer than ``min_ranks`` or ``together`` live.
+        RankLost: again and again, and nobody dies.
+    """
+    deaths, in_vain = Deaths(), 0
+    while True:
+        try:
+            stopped = _train_or_wait(comm, train, deaths, together)
+            met, lost = time.perf_counter(), _agreed(comm, True, min_ranks)
+        except Exception as error:
+            met, lost = time.perf_counter(), _lost(comm, error, min_ranks)
+            in_vain = 0 if lost else in_vain + 1
+            if in_vain > MOST_IN_VAIN:
+                raise
+        if lost is None:
+            _leave_together(comm, stopped)
+            return
+        deaths.begin(lost, met)
+        gc.collect()  # the model, and all that was made for it
+
+
+def _train_or_wait(
+    comm: Comm, train: Callable[[Comm, Deaths], None], deaths: Deaths, together: int
+) -> str | None:
+    """Train where this rank is needed; what is said where that has stopped on a signal."""
+    count = comm.size // together * together
+    if not count:
+        ranks = f"{comm.size} rank{'s are' if comm.size > 1 else ' is'}"
+        raise TooFewLeft(f"{ranks} left, and {together} share the model")
+    part = comm.first(count)
+    try:
+        if part is not None:
+            train(part, deaths)
+    except SavedAndStopped as stopped:
+        return str(stopped)
+    return None
+
+
+def _lost(comm: Comm, error: Exception, min_ranks: int) -> list[int]:
+    """Who has died, if this error comes of it; a collective. Any other error is raised."""
+    ours = comm.understood(behind(error))
+    if not isinstance(ours, RankLost) or isinstance(ours, TooFewLeft) or not comm.survives:
+        raise error
+    if isinstance(ours, BeginAgain):  # that is agreed
+        return ours.ranks
+    return _agreed(comm, False, min_ranks) or []
+
+
+def _agreed(comm: Comm, done: bool, min_ranks: int) -> list[int] | None:
+    """Wait for all who live: None where all are done, else who has died, and all begin again; a collective.
+
+    ``done``: this rank has trained to the end, or is not needed for it.
+    """
+    lost, fine, all_done = list[int](), done, done
+    while (gone := comm.regroup(fine)) is not None:
+        lost += gone
+        check_enough(comm, min_ranks)
+        try:
+            fine, all_done = True, set(comm.allgather_obj(DONE if done else AGAIN)) == {DONE}
+        except RankLost:
+            fine = False
+    return None if all_done else lost
+
+
+def _leave_together(comm: Comm, stopped: str | None) -> None:
+    """Leave with one exit code, also the ranks that were not needed.
+
+    Raises:
+        SavedAndStopped: others have.
+    """
+    said = stopped
+    if comm.survives:
+        try:
+            said = next(filter(None, comm.allgather_obj(stopped)), None)
+        except RankLost:
+            pass  # it had nothing to do any more
+    if said:
+        raise SavedAndStopped(said)
+
+
+def check_enough(comm: Comm, min_ranks: int) -> None:
+    """Refuse to go on with too few ranks.
+
+    Raises:
+        TooFewLeft: fewer than ``min_ranks``.
+    """
+    if comm.size < min_ranks:
+        left = f"{comm.size} rank{'s are' if comm.size > 1 else ' is'} left"
+        raise TooFewLeft(f"{left}, and --min-ranks is {min_ranks}")
