@@ -4,9 +4,10 @@
     python -m tf_dist checkpoint verify runs/latest     # is everything as it was written?
     python -m tf_dist checkpoint show runs/latest       # what is in the newest sound one?
 
-`run` starts `mpirun -np N python ...`, and again after a failure, from the newest sound checkpoint; flags
-that it does not know go to mpirun. SIGTERM, SIGINT and SIGUSR1 are passed on, and end it. Its exit code is
-that of the last job. A path of `checkpoint` is a run folder, its ``checkpoints`` folder, or one checkpoint.
+`run` starts `mpirun -np N python ...`, and again after a failure, from the newest sound checkpoint; flags that
+it does not know go to mpirun. Of the hosts in --host or --hostfile those that do not answer after a failure
+are left out, with their ranks. SIGTERM, SIGINT and SIGUSR1 are passed on, and end it. Its exit code is that
+of the last job. A path of `checkpoint` is a run folder, its ``checkpoints`` folder, or one checkpoint.
 Exit codes of `checkpoint`: 0; 77 one is damaged (verify), or there is none that can be used. 64 is for usage.
 """
 
@@ -17,7 +18,8 @@ import sys
 from pathlib import Path
 
 from tf_dist.errors import CheckpointError, TfDistError
-from tf_dist.restarts import USUAL, Patience, Restarts, command_of, own_mpirun, with_run_dir
+from tf_dist.hosts import Launch
+from tf_dist.restarts import USUAL, Patience, Restarts, own_mpirun, with_run_dir
 from tf_dist.training import inspect_checkpoint
 
 
@@ -32,6 +34,7 @@ def main(argv: list[str]) -> int:
     checkpoint.add_argument("path", type=Path, help="a run folder, its checkpoints folder, or a checkpoint")
     run = topics.add_parser("run", help="a job that is started again after failures")
     run.add_argument("-np", type=int, default=2, help="ranks")
+    run.add_argument("--min-ranks", type=int, default=1, help="where hosts are gone: no fewer than this")
     run.add_argument("--tries", type=int, default=USUAL.tries, help="starts without a new checkpoint")
     run.add_argument("--mpirun", default=own_mpirun(), help="the launcher")
     own, job = _divided(argv)
@@ -46,8 +49,8 @@ def main(argv: list[str]) -> int:
     try:
         if arguments.topic == "run":
             words, run_dir = with_run_dir(job)
-            command = command_of(words, arguments.np, arguments.mpirun, others)
-            return Restarts(command, run_dir, Patience(max(1, arguments.tries)), _say).run()
+            launch = Launch(words, arguments.np, arguments.min_ranks, arguments.mpirun, others, _say)
+            return Restarts(launch.command, run_dir, Patience(max(1, arguments.tries)), _say).run()
         if arguments.question == "show":
             print(inspect_checkpoint.shown(arguments.path))
             return 0

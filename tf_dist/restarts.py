@@ -56,7 +56,7 @@ class Restarts:
     """Starts a job until it is done.
 
     Args:
-        command: of the job, its first word a program.
+        command: makes that of the job, its first word a program; told whether this is a start after another.
         run_dir: where the job says how far it has come.
         patience: when to give up.
         say: takes a line.
@@ -67,12 +67,12 @@ class Restarts:
 
     def __init__(
         self,
-        command: Sequence[str],
+        command: Callable[[bool], Sequence[str]],
         run_dir: Path,
         patience: Patience = USUAL,
         say: Callable[[str], None] = print,
     ) -> None:
-        self._command, self._run_dir, self._patience, self._say = list(command), run_dir, patience, say
+        self._command, self._run_dir, self._patience, self._say = command, run_dir, patience, say
         self._job: subprocess.Popen[bytes] | None = None
         self._told_to_end = False
         self.starts = 0
@@ -109,12 +109,11 @@ class Restarts:
                 return SavedAndStopped.exit_code
 
     def _once(self) -> int:
+        command = list(self._command(self.starts > 0))
         try:
-            self._job = subprocess.Popen(self._command)
+            self._job = subprocess.Popen(command)
         except OSError as error:
-            raise LaunchError(
-                f"cannot start {self._command[0]}: {error.strerror}. Give --mpirun PATH"
-            ) from error
+            raise LaunchError(f"cannot start {command[0]}: {error.strerror}. Give --mpirun PATH") from error
         self.starts += 1
         if self._told_to_end:  # while it was being started
             self._job.terminate()
@@ -145,11 +144,6 @@ def own_mpirun() -> str:
     """The mpirun beside this Python, which belongs to its mpi4py, or whichever is on the path."""
     beside = Path(sys.executable).with_name("mpirun")
     return str(beside) if beside.exists() else "mpirun"
-
-
-def command_of(words: Sequence[str], ranks: int, mpirun: str, mpirun_flags: Sequence[str]) -> list[str]:
-    """The command line of a job of Python: ``words`` are a script and its flags."""
-    return [mpirun, "-np", str(ranks), *mpirun_flags, sys.executable, *words]
 
 
 def with_run_dir(words: Sequence[str]) -> tuple[list[str], Path]:

@@ -1,0 +1,72 @@
+"""Which hosts a job can be started on again, with an agent of our own instead of ssh."""
+
+import socket
+
+import pytest
+
+from tf_dist.errors import LaunchError
+from tf_dist.hosts import Host, Launch, agent_of, named_in, ranks_of_a_model, ranks_on, those_that_answer
+
+
+@pytest.fixture
+def agent(tmp_path):
+    """Reaches a and b; c refuses, d never answers."""
+    path = tmp_path / "agent"
+    path.write_text('#!/bin/sh\ncase $1 in d) sleep 60;; c) exit 255;; esac\nshift\nexec "$@"\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_lists_and_files_of_hosts(tmp_path):
+    path = tmp_path / "hosts"
+    path.write_text("# ours\na slots=2\n\nb:3   # MPICH's\nc max_slots=4 slots=1\nd\n")
+    assert named_in(["--hostfile", str(path), "--map-by", "core"]) == (
+        [Host("a", 2), Host("b", 3), Host("c", 1), Host("d", 0)],
+        ["--map-by", "core"],
+    )
+    assert named_in(["-x", "A=b", "--host=a:2,b"]) == ([Host("a", 2), Host("b", 0)], ["-x", "A=b"])
+    assert named_in(["--oversubscribe"]) == ([], ["--oversubscribe"])
+
+
+def test_a_file_that_is_not_there():
+    with pytest.raises(LaunchError, match="cannot read the hosts in nowhere"):
+        named_in(["--hostfile", "nowhere"])
+
+
+def test_who_answers(agent):
+    wanted = [Host(name, 2) for name in "abcd"] + [Host(socket.gethostname(), 1)]
+    assert those_that_answer(wanted, [agent], limit_s=3.0) == [wanted[0], wanted[1], wanted[4]]
+
+
+def test_where_nobody_can_ask_all_are_there():
+    assert those_that_answer([Host("a", 2)], ["no-such-program"]) == [Host("a", 2)]
+
+
+def test_mpirun_says_how_hosts_are_reached():
+    assert agent_of(["--prtemca", "plm_ssh_agent", "sh .agent"]) == ["sh", ".agent"]
+    assert agent_of([])[0] == "ssh"
+
+
+@pytest.mark.parametrize(
+    ("slots", "together", "ranks"), [((2, 2), 1, 4), ((2,), 1, 2), ((3,), 2, 2), ((0,), 1, 4), ((8,), 1, 8)]
+)
+def test_ranks_that_are_left(slots, together, ranks):
+    hosts = [Host("x", 2)] * 2
+    assert ranks_on([Host("x", n) for n in slots], hosts, 8, together) == ranks
+
+
+def test_ranks_that_share_a_model():
+    words = ["train.py", "--tensor-parallel", "2", "--pipeline-parallel=3", "--steps", "7"]
+    assert ranks_of_a_model(words) == 6 and ranks_of_a_model(["train.py"]) == 1
+
+
+def test_the_next_start_is_without_those_who_are_gone(agent):
+    said = []
+    flags = ["--host", "a:2,c:2", "--prtemca", "plm_ssh_agent", agent]
+    launch = Launch(["job.py"], 4, 1, "mpirun", flags, said.append)
+    assert launch.command(again=False)[:5] == ["mpirun", "-np", "4", "--host", "a:2,c:2"]
+    assert launch.command(again=True)[:5] == ["mpirun", "-np", "2", "--host", "a:2"]
+    assert launch.command(again=True)[5:8] == flags[2:]
+    assert said[0] == "no answer from c: starting 2 ranks"
+    with pytest.raises(LaunchError, match="no answer from c: 2 ranks could be started, 3 are wanted"):
+        launch._replace(least=3).command(again=True)
