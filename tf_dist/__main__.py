@@ -5,9 +5,9 @@
     python -m tf_dist checkpoint show runs/latest       # what is in the newest sound one?
 
 `run` starts `mpirun -np N python ...`, and again after a failure, from the newest sound checkpoint; flags
-that it does not know go to mpirun. Of the hosts in --host or --hostfile those that do not answer after a failure
-are left out, with their ranks. SIGTERM, SIGINT and SIGUSR1 are passed on, and end it. Its exit code is that
-of the last job. A path of `checkpoint` is a run folder, its ``checkpoints`` folder, or one checkpoint.
+that it does not know go to mpirun. Of the hosts in --host or --hostfile those that do not answer after a
+failure are left out, with their ranks. SIGTERM, SIGINT and SIGUSR1 are passed on, and end it. Its exit code
+is that of the last job. A path of `checkpoint` is a run folder, its ``checkpoints`` folder, or a checkpoint.
 Exit codes of `checkpoint`: 0; 77 one is damaged (verify), or there is none that can be used. 64 is for usage.
 """
 
