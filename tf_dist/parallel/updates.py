@@ -18,6 +18,7 @@ from typing import Protocol
 
 import numpy as np
 
+from tf_dist import faults
 from tf_dist.comm.base import Comm
 from tf_dist.comm.sums import Order
 from tf_dist.errors import NumericError, RankLost
@@ -126,6 +127,7 @@ def allreduce(
     """
     mesh.all.barrier()  # waiting for slower ranks is counted apart from moving bytes
     counts = totals.reduce(mesh.all)
+    faults.at("allreduce")
     found = mesh.replicas.allreduce_terms(terms, order, _sum_buffer(terms, replica))
     gradient = replica.complete(found.array)
     # Rank 0's norm for all: on a node with another processor it could differ in its last bit.
@@ -134,6 +136,7 @@ def allreduce(
     mesh.all.broadcast(length)
     if mesh.all.survives and not np.isclose(length[0], own, rtol=1e-3, equal_nan=True):
         raise RankLost("a death has cut a broadcast short")
+    faults.at("update")
     replica.apply(gradient, scale_of(float(length[0]), counts, clip_norm))
     return float(length[0])
 
@@ -149,12 +152,14 @@ def master(
     """
     mesh.all.barrier()
     counts = totals.reduce(mesh.all)
+    faults.at("allreduce")
     total = mesh.replicas.reduce_terms(terms, order, _sum_buffer(terms, replica))
     length = np.zeros(1)
     if total is not None:
         gradient = replica.complete(total.array)
         length[0] = replica.norm(gradient, total.squares) / max(counts[TOKENS], 1.0)
     mesh.all.broadcast(length)
+    faults.at("update")
     scale = scale_of(float(length[0]), counts, clip_norm)
     weights = aligned_empty(replica.parameters)
     if total is not None:

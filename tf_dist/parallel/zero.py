@@ -21,6 +21,7 @@ from typing import Protocol
 
 import numpy as np
 
+from tf_dist import faults
 from tf_dist.comm.base import WINDOW
 from tf_dist.comm.sums import Order
 from tf_dist.parallel.flat import aligned_empty
@@ -64,6 +65,7 @@ def zero_1(
     """
     mesh.all.barrier()
     counts = totals.reduce(mesh.all)
+    faults.at("allreduce")
     comm, shards = mesh.replicas, replica.shards
     mine = shards[comm.rank]
     whole = terms[0] if terms else aligned_empty(replica.parameters)
@@ -73,6 +75,7 @@ def zero_1(
     else:
         comm.reduce_scatter_terms(terms, order, shards, whole[mine])
     length = _agreed(replica, whole[mine], counts, mesh)
+    faults.at("update")
     replica.apply(whole[mine], scale_of(length, counts, clip_norm))
     if comm.size > 1:
         replica.read_shard(whole[mine])
@@ -102,7 +105,9 @@ def zero_2_and_3(
     """
     mesh.all.barrier()
     counts = totals.reduce(mesh.all)
+    faults.at("allreduce")
     length = _agreed(replica, terms[0], counts, mesh)
+    faults.at("update")
     replica.apply(terms[0], scale_of(length, counts, clip_norm))
     replica.spread()
     return length

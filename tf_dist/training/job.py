@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from tf_dist import faults
 from tf_dist.comm.agree import on_root, versions
 from tf_dist.comm.base import Comm
 from tf_dist.config import Config
@@ -55,6 +56,7 @@ class Job:
         found = on_root(self.comm, self._find)
         if found is None:
             return
+        faults.at("load")
         state.restore(self.trainer, Path(found["path"]))
         self.last["val_loss"] = found["val_loss"]
         self.run.drop_metrics_after(self.trainer.step)

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tf_dist import faults
 from tf_dist.comm.agree import on_root
 from tf_dist.comm.base import Comm
 from tf_dist.config import Config
@@ -68,6 +69,7 @@ class RunFolder:
             on_root(self.comm, lambda: claim(self.path))
             with open(logs / f"rank-{self.comm.rank:04d}.log", "a") as log:
                 self._redirect_to(log.fileno())
+            faults.writes_below(self.path)
         except OSError as error:
             raise LaunchError(
                 f"cannot write the run folder {self.path}: {error.strerror}. Choose another with --run-dir"

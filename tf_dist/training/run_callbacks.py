@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 
+from tf_dist import faults
 from tf_dist.training.run import RunFolder
 from tf_dist.training.trainer import Trainer
 
@@ -165,5 +166,6 @@ class SaveRun(keras.callbacks.Callback):
 
     def _save(self) -> None:
         if self._saved_step != self.trainer.step:
+            faults.at("save")
             self.trainer.in_place(self.save)
             self._saved_step = self.trainer.step

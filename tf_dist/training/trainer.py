@@ -5,7 +5,6 @@ Legend: G global rows, B rows of a micro-batch, T tokens, P parameters, R ranks.
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,14 +14,15 @@ from typing import Any
 import keras
 import numpy as np
 
+from tf_dist import faults
 from tf_dist.comm.base import Comm, named
 from tf_dist.comm.probe import prove
 from tf_dist.config import default_micro_batch
 from tf_dist.data.ahead import Ahead
-from tf_dist.data.sampler import Sampler, share
+from tf_dist.data.sampler import Sampler
 from tf_dist.data.tokens import Sequences
 from tf_dist.errors import DataError, RankLost, UsageError
-from tf_dist.parallel.mesh import DATA, Mesh
+from tf_dist.parallel.mesh import Mesh
 from tf_dist.parallel.parts import part_of
 from tf_dist.parallel.updates import CORRECT, LOSS, STOP, TOKENS, Totals
 from tf_dist.training.arrange import GROUPS, Wishes, arrange, rearranged
@@ -41,6 +41,7 @@ from tf_dist.training.meeting import (
 from tf_dist.training.passes import MicroBatch
 from tf_dist.training.sentinel import Group, Sentinel
 from tf_dist.training.tuning import Tuning
+from tf_dist.training.validation import validated
 from tf_dist.training.whole import Whole, sha256
 
 DEFAULT_SEQ_LEN = 128
@@ -166,7 +167,9 @@ class Trainer:
         return dict(self.in_place(partial(self._step, sequences, sampler)))
 
     def _step(self, sequences: Sequences, sampler: Sampler) -> dict[str, float]:
+        faults.begin(self.step + 1, self.replica.variables)
         self.sentinel.watch(self.step)
+        faults.at("forward")
         totals = Totals(self.micro_batches)
         if (self._stop_requested or self.model.stop_training) and not isinstance(self.update, Alone):
             totals.ask_to_stop()
@@ -194,6 +197,8 @@ class Trainer:
             return self.update.take(make, totals, self.clip_norm, self._next_meeting())
         self.passes.train(self.step, self._batches(sequences, sampler), totals)
         terms, order = self.passes.terms(), self.arrangement.order
+        faults.at("gradient")
+        faults.spoil(terms)
         return float(self.update(terms, order, totals, self.clip_norm, self.replica, self.mesh))
 
     def _next_meeting(self) -> int:
@@ -206,7 +211,7 @@ class Trainer:
     ) -> list[MicroBatch]:
         """Some micro-batches of a step."""
         rows_G = sampler.batch(step)
-        return [self._micro_batch(sequences, number, rows_G[number * self.rows :]) for number in numbers]
+        return [self.micro_batch(sequences, number, rows_G[number * self.rows :]) for number in numbers]
 
     def _batches(self, sequences: Sequences, sampler: Sampler) -> list[MicroBatch]:
         """The micro-batches of the step that are this rank's."""
@@ -218,7 +223,7 @@ class Trainer:
         self.input_s += time.perf_counter() - begun
         return batches
 
-    def _micro_batch(self, sequences: Sequences, number: int, indices: np.ndarray) -> MicroBatch:
+    def micro_batch(self, sequences: Sequences, number: int, indices: np.ndarray) -> MicroBatch:
         """The first B of these rows."""
         return MicroBatch(number, *sequences.rows(indices[: self.rows]))
 
@@ -336,29 +341,7 @@ class Trainer:
             val_loss (nats per token), val_accuracy, perplexity and, where ``text_bytes`` is given,
             bits_per_byte: the same on every rank.
         """
-        return dict(self.in_place(partial(self._validate, held_out, text_bytes)))
-
-    def _validate(self, held_out: np.ndarray | Sequences, text_bytes: int) -> dict[str, float]:
-        self.meet()
-        sequences = self.sequences(held_out)
-        totals = Totals(math.ceil(len(sequences) / self.rows))
-        indices = np.arange(totals.micro_batches * self.rows)
-        indices[indices >= len(sequences)] = -1
-        mine = share(totals.micro_batches, self.mesh.at[DATA], self.mesh.shape[DATA])
-        batches = [self._micro_batch(sequences, number, indices[number * self.rows :]) for number in mine]
-        self.passes.evaluate(batches, totals)
-        sums = totals.reduce(self.comm)
-        if not sums[TOKENS]:
-            raise DataError("there is no validation text: raise --val-fraction, or set --eval-every 0")
-        loss = float(sums[LOSS] / sums[TOKENS])
-        logs = {
-            "val_loss": loss,
-            "val_accuracy": float(sums[CORRECT] / sums[TOKENS]),
-            "perplexity": math.exp(min(loss, 700.0)),
-        }
-        if text_bytes:
-            logs["bits_per_byte"] = float(sums[LOSS] / math.log(2) / text_bytes)
-        return logs
+        return dict(self.in_place(partial(validated, self, self.sequences(held_out), text_bytes)))
 
     # Weights -------------------------------------------------------------------------------------
 
