@@ -109,14 +109,14 @@ def train(config: Config, mesh: Mesh, corpus: Prepared, run: RunFolder) -> None:
         mesh=mesh,
         zero_stage=config.zero_stage,
         min_ranks=config.min_ranks,
+        max_bad_steps=config.max_bad_steps,
         **options_of(config),
     )
-    trainer.sentinel.say = run.say
     job = Job(config, comm, corpus, run, trainer)
     job.resume()
     trainer.tuning.choose()
-    steps_per_epoch = trainer.sampler(trainer.sequences(corpus.train)).steps_per_epoch
-    run.say(banner(config, comm, corpus, trainer, steps, steps_per_epoch))
+    epoch = trainer.sampler(trainer.sequences(corpus.train)).steps_per_epoch
+    run.say(banner(config, comm, corpus, trainer, steps, epoch))
     signal.signal(signal.SIGUSR1, lambda *_: trainer.request_stop())
     show = progress.display(config.progress, comm, steps, run.say)
     job.begin()
@@ -127,7 +127,7 @@ def train(config: Config, mesh: Mesh, corpus: Prepared, run: RunFolder) -> None:
         validation_bytes=corpus.meta["text_bytes"]["val"],
         eval_every=config.eval_every,
         callbacks=[
-            run_callbacks.LogRun(trainer, run, config.log_every, steps_per_epoch, job.last.update, show),
+            run_callbacks.LogRun(trainer, run, config.log_every, epoch, job.last.update, show),
             run_callbacks.SaveRun(trainer, config.save_every, job.save),
         ],
     )

@@ -80,9 +80,10 @@ class Fit:
             begun = time.monotonic()
             logs = trainer.train_step(self.sequences, self.sampler)
             trainer.elapsed_s += time.monotonic() - begun
-            tokens += logs["tokens"]
-            for name in sums:
-                sums[name] += logs[name] * logs["tokens"]
+            if math.isfinite(logs["loss"]):  # of a step that was skipped it may be anything
+                tokens += logs["tokens"]
+                for name in sums:
+                    sums[name] += logs[name] * logs["tokens"]
             self.calls.on_train_batch_end(batch, logs)
         trainer.meet()  # callbacks, and what they save, see weights that all ranks have
         sums = trainer.of_all({**sums, "tokens": tokens})

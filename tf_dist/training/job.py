@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tf_dist.training.run import RunFolder
 from tf_dist.training.trainer import Trainer
 
 SAMPLE_TOKENS = 200
+KEEP_ALL = 1 << 30
 # Where all weights travel for each token (the third stage of ZeRO): of a large model many would take minutes.
 SAMPLE_TOKENS_OF_TRAVELLERS = 20
 
@@ -42,7 +44,9 @@ class Job:
         self.config, self.comm, self.corpus, self.run, self.trainer = config, comm, corpus, run, trainer
         self.last: dict[str, Any] = {}
         self._sha256: dict[int, str] = {}  # of the weights after a step
+        trainer.sentinel.say = trainer.bad.say = run.say
         trainer.in_place.when_first.append(run.take_over)
+        trainer.bad.before_giving_up.append(partial(self.save, prune=False))
 
     def resume(self) -> None:
         """Go on from the checkpoint that ``--resume`` means, if there is one.
@@ -59,6 +63,7 @@ class Job:
         faults.at("load")
         state.restore(self.trainer, Path(found["path"]))
         self.last["val_loss"] = found["val_loss"]
+        self.trainer.bad.counters = found["bad_steps"]
         self.run.drop_metrics_after(self.trainer.step)
         self.run.say(f"resumed at step {self.trainer.step} from {found['path']}")
 
@@ -81,7 +86,8 @@ class Job:
         changed = changes(facts.get("bits_depend_on", {}), bits_depend_on())
         if changed:
             self.run.say("resuming where last bits may differ, for these have changed: " + "; ".join(changed))
-        return {"path": str(path), "val_loss": facts["val_loss"]}
+        bad = facts.get("bad_steps", [0, 0])  # older checkpoints know of none
+        return {"path": str(path), "val_loss": facts["val_loss"], "bad_steps": bad}
 
     def begin(self) -> None:
         """Write what is known before the first step."""
@@ -90,8 +96,11 @@ class Job:
         self.run.write("tokenizer.json", tokenizer)
         self.run.status(step=self.trainer.step, val_loss=self.last.get("val_loss"))
 
-    def save(self) -> None:
+    def save(self, prune: bool = True) -> None:
         """Write a checkpoint and say so in ``status.json``.
+
+        Args:
+            prune: remove what is older than ``--keep`` checkpoints.
 
         Raises:
             LaunchError: the ranks differ: only what all of them hold is worth keeping.
@@ -104,15 +113,18 @@ class Job:
             "versions": versions(),
             "bits_depend_on": bits_depend_on(),
             "val_loss": self.last.get("val_loss"),
+            "bad_steps": self.trainer.bad.counters,
         }
-        state.save(self.trainer, self.run.checkpoints, self.config.keep, facts)
+        keep = self.config.keep if prune else KEEP_ALL
+        state.save(self.trainer, self.run.checkpoints, keep, facts)
         self._status()
 
     def _status(self, **changes: Any) -> None:
         step = self.trainer.step
         if step not in self._sha256:  # on a grid all weights travel for it
             self._sha256 = {step: self.trainer.whole().weights_sha256()}
-        now = {"step": step, "val_loss": self.last.get("val_loss"), "weights_sha256": self._sha256[step]}
+        now: dict[str, Any] = {"bad_steps": self.trainer.bad.total}
+        now |= {"step": step, "val_loss": self.last.get("val_loss"), "weights_sha256": self._sha256[step]}
         if self.trainer.lost:
             now["ranks_lost"] = self.trainer.lost
         if self.trainer.in_place.recoveries:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 import time
@@ -27,7 +28,7 @@ from tf_dist.training.in_use import claim
 
 METRICS = (
     "step", "epoch", "loss", "val_loss", "perplexity", "bits_per_byte", "learning_rate", "grad_norm",
-    "tokens", "tokens_per_s", "step_s", "comm_s", "wait_s", "elapsed_s",
+    "tokens", "tokens_per_s", "step_s", "comm_s", "wait_s", "elapsed_s", "bad_steps",
 )  # fmt: skip
 
 
@@ -50,7 +51,7 @@ class RunFolder:
         self._console: dict[int, int] = {}
         self._status: dict[str, Any] = {
             "state": "running", "step": 0, "ranks": comm.size, "val_loss": None, "weights_sha256": None,
-            "failures": [], "exit_code": None,
+            "failures": [], "exit_code": None, "bad_steps": 0,
         }  # fmt: skip
 
     def open(self) -> None:
@@ -142,7 +143,8 @@ class RunFolder:
     def log_metrics(self, row: Mapping[str, Any]) -> None:
         """Append a line to ``metrics.jsonl``, with every key of the contract; on rank 0."""
         if self.comm.rank == 0:
-            line = {**dict.fromkeys(METRICS), **row}
+            finite = {key: None if _is_no_number(value) else value for key, value in row.items()}
+            line = {**dict.fromkeys(METRICS), **finite}
             with open(self.metrics, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
@@ -166,6 +168,11 @@ class RunFolder:
             claim(self.path)
         for ours, console in self._console.items():
             os.dup2(console, ours)
+
+
+def _is_no_number(value: Any) -> bool:
+    """Whether JSON has no word for it: a loss or a norm of steps that were skipped."""
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

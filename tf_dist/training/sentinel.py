@@ -69,7 +69,7 @@ class Sentinel:
         self.comm, self.groups, self.every, self.on_mismatch = comm, list(groups), every, on_mismatch
         self.say: Callable[[str], None] = self._print
         self.ready: Callable[[], bool] = lambda: True
-        self._steps_seen, self._due = 0, False
+        self._steps_seen, self._due, self._restored = 0, False, False
 
     def watch(self, step: int) -> None:
         """Compare if it is time; called by all ranks at the beginning of each step, a collective then.
@@ -90,20 +90,27 @@ class Sentinel:
         """Ranks have died: the others compare themselves before their next steps, as before the first."""
         self._steps_seen, self._due = 0, False
 
-    def compare(self, step: int) -> None:
+    def compare(self, step: int) -> bool:
         """Compare now, and restore if that was chosen and is possible; a collective.
+
+        Returns:
+            Whether something was put right, on any rank.
 
         Raises:
             LaunchError: on every rank, with the same message, naming ranks and variable: ranks differ.
         """
         self._check_calls(step)
+        self._restored = False
         troubles = [self._trouble(step, group) for group in self.groups]
         # A group's ranks know of their own trouble, and all must end together.
         told = next(filter(None, troubles), "")
         if any(group.comm is not self.comm for group in self.groups):
-            told = next(filter(None, self.comm.allgather_obj(told)), "")
+            everyone = self.comm.allgather_obj([told, self._restored])
+            told = next(filter(None, (said for said, _ in everyone)), "")
+            self._restored = any(restored for _, restored in everyone)
         if told:
             raise LaunchError(f"{told}. {ADVICE}")
+        return self._restored
 
     def _trouble(self, step: int, group: Group) -> str:
         """What is wrong in a group, after it was put right where that was chosen and is possible."""
@@ -112,6 +119,7 @@ class Sentinel:
             said = self._described(step, group, found)
             for one in found:
                 self._restore(group, one)
+            self._restored = True
             self.say(f"{said}. Restored from the others")
             found = self._splits(group)
         return f"{self._described(step, group, found)}{self._why_not_restored(found)}" if found else ""

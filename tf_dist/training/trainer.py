@@ -5,6 +5,7 @@ Legend: G global rows, B rows of a micro-batch, T tokens, P parameters, R ranks.
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ from tf_dist.parallel.mesh import Mesh
 from tf_dist.parallel.parts import part_of
 from tf_dist.parallel.updates import CORRECT, LOSS, STOP, TOKENS, Totals
 from tf_dist.training.arrange import GROUPS, Wishes, arrange, rearranged
+from tf_dist.training.bad_steps import BadSteps
 from tf_dist.training.downpour import Downpour
 from tf_dist.training.fit import Fit
 from tf_dist.training.in_place import InPlace
@@ -80,8 +82,10 @@ class Trainer:
         compression: of gradients, options by name, see `tf_dist.parallel.compress.Compression`.
         asynchrony: options of "downpour" and "easgd" by name, see `tf_dist.training.units.Asynchrony`.
         min_ranks: where ranks may die and the others go on (`InPlace`): with fewer the run ends.
+        max_bad_steps: steps in a row that are skipped because a gradient is not finite (`BadSteps`).
 
     Attributes:
+        bad: steps that were skipped.
         in_place: runs what is done together, in spite of deaths where that is possible.
         tuning: whether XLA compiles forward and backward, and why.
         step: optimizer steps taken so far.
@@ -124,6 +128,7 @@ class Trainer:
         compression: Mapping[str, Any] | None = None,
         asynchrony: Mapping[str, Any] | None = None,
         min_ranks: int = 1,
+        max_bad_steps: int = 10,
     ) -> None:
         self.rows = _rows(global_batch_size, micro_batch_size)
         self.model, self.optimizer, self.comm = model, optimizer, comm
@@ -151,7 +156,7 @@ class Trainer:
         self._ahead: tuple[Sequences, Sampler, Ahead[list[MicroBatch]]] | None = None
         self.last_step, self.meets_every = 0, set[int]()
         self._tokens_met, self.lost = 0, list[int]()
-        self.in_place = InPlace(self, min_ranks)
+        self.in_place, self.bad = InPlace(self, min_ranks), BadSteps(self, max_bad_steps)
         self.stopped = self._stop_requested = False
         model.stop_training = False
 
@@ -162,18 +167,32 @@ class Trainer:
 
         Returns:
             loss (mean nats per token), accuracy, grad_norm and tokens: the same on every rank; with "easgd"
-            and "gossip" what this rank knows.
+            and "gossip" what this rank knows. Where grad_norm is not finite, no weight has changed.
+
+        Raises:
+            NumericError: it was not finite too often in a row, or never can be again.
         """
-        return dict(self.in_place(partial(self._step, sequences, sampler)))
+        logs = dict(self.in_place(partial(self._step, sequences, sampler)))
+        self.bad.check()
+        return logs
 
     def _step(self, sequences: Sequences, sampler: Sampler) -> dict[str, float]:
         faults.begin(self.step + 1, self.replica.variables)
         self.sentinel.watch(self.step)
+        return self._take(sequences, sampler)
+
+    def _take(self, sequences: Sequences, sampler: Sampler) -> dict[str, float]:
         faults.at("forward")
         totals = Totals(self.micro_batches)
         if (self._stop_requested or self.model.stop_training) and not isinstance(self.update, Alone):
             totals.ask_to_stop()
         norm = self._gradient_and_step(sequences, sampler, totals)
+        if isinstance(self.update, Asynchronous) or math.isfinite(norm):
+            self.bad.in_a_row = 0
+        elif self.sentinel.ready() and self.sentinel.compare(self.step):
+            return self._take(sequences, sampler)  # a replica that had drifted is put right
+        else:
+            self.bad.note(norm, totals, self._batches(sequences, sampler))
         self.step += 1
         counts = totals.sum()
         self.tokens += int(counts[TOKENS])
@@ -260,7 +279,7 @@ class Trainer:
 
         Raises:
             DataError: fewer sequences than one global batch.
-            NumericError: a gradient was not finite.
+            NumericError: gradients were not finite, see `max_bad_steps`.
             LaunchError: the ranks do not talk, or their weights or optimizers differ.
         """
         sequences = self.sequences(tokens)
