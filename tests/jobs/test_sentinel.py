@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-FLIP = "bitflip:rank=2,step={step},seed=3"
+FLIP = "bitflip:rank=2,step={step},seed=3,phase={phase}"
 
 
 def test_a_flipped_bit_stops_the_run(run_job, small, tmp_path, one_error):
     flags = ["--steps", "12", "--check-every", "2", "--threads-per-rank", "1", "--run-dir", tmp_path / "run"]
-    fault = {"TF_DIST_FAULT": FLIP.format(step=7)}
+    fault = {"TF_DIST_FAULT": FLIP.format(step=7, phase="step")}
     job = run_job(3, "train.py", *small, *flags, env=fault)
     one_error(job, 78, "before step 7 the ranks no longer hold")
     assert job.output.count("rank 2 differs from ranks 0, 1 in ") == 1, job.output
@@ -19,13 +19,17 @@ def test_a_flipped_bit_stops_the_run(run_job, small, tmp_path, one_error):
 
 
 def test_a_flipped_bit_is_put_right(run_job, first_run, tmp_path):
-    flags = ["--check-every", "2", "--on-mismatch", "restore", "--threads-per-rank", "1"]
-    fault = {"TF_DIST_FAULT": FLIP.format(step=31)}
+    """It has spoiled the gradients of ten steps, which all ranks have taken."""
+    flags = ["--check-every", "50", "--on-mismatch", "restore", "--threads-per-rank", "1"]
+    fault = {"TF_DIST_FAULT": FLIP.format(step=31, phase="forward")}
     job = run_job(3, "train.py", *first_run.flags, *flags, "--run-dir", tmp_path / "restored", env=fault)
     assert job.code == 0, job.output
-    assert job.output.count("rank 2 differs from ranks 0, 1") == 1
-    assert "Restored from the others" in job.output
+    assert (
+        job.output.count("before step 41 the ranks no longer hold the same model: rank 2 differs from") == 1
+    )
+    assert "Restored from the others, and steps 21 to 40 were taken again" in job.output
     restored = json.loads((tmp_path / "restored" / "status.json").read_text())
+    assert restored["val_loss"] == first_run.status["val_loss"]
     assert restored["weights_sha256"] == first_run.status["weights_sha256"]
     assert restored["state"] == "done"
 

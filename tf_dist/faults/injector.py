@@ -46,8 +46,9 @@ class Armed:
         self._step, self._weights = step, weights
         self.at("step")
 
-    def at(self, phase: str) -> None:
-        """Strike what is due in a phase to which this rank has come."""
+    def at(self, phase: str, step: int = 0) -> None:
+        """Strike what is due in a phase to which this rank has come; of that step, where it is given."""
+        self._step = step or self._step
         for fault in self._mine:
             if fault.phase == phase and self._due(fault):
                 self._strike(fault)
@@ -136,10 +137,10 @@ def begin(step: int, weights: Sequence[Any]) -> None:
         _armed.begin(step, weights)
 
 
-def at(phase: str) -> None:
-    """Say that this rank has come to a phase of `tf_dist.faults.spec.PHASES`."""
+def at(phase: str, step: int = 0) -> None:
+    """Say that this rank has come to a phase of `tf_dist.faults.spec.PHASES`, of that step if it is given."""
     if _armed is not None:
-        _armed.at(phase)
+        _armed.at(phase, step)
 
 
 def spoil(terms: Sequence[np.ndarray]) -> None:

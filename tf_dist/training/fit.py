@@ -59,10 +59,12 @@ class Fit:
             epoch = trainer.step // self.stretch
             calls.on_epoch_begin(epoch)
             logs = self._train_until_end_of(epoch)
+            self._verify()
             if self.held_out is not None and not trainer.stopped:
                 logs.update(self._validate(self.held_out))
             calls.on_epoch_end(epoch, logs)
             trainer.agree_to_stop()
+            self._verify()  # what callbacks have changed is not to be undone later
         trainer.meets_every.discard(self.stretch)
         trainer.last_step = 0
         trainer.in_place(lambda: trainer.sentinel.compare(trainer.step))
@@ -89,6 +91,12 @@ class Fit:
         sums = trainer.of_all({**sums, "tokens": tokens})
         tokens = max(sums.pop("tokens"), 1.0)
         return {name: value / tokens for name, value in sums.items()}
+
+    def _verify(self) -> None:
+        """Where steps may have to be taken again: all that was done up to here is right."""
+        trainer = self.trainer
+        if trainer.verified.can:
+            trainer.in_place(lambda: trainer.sentinel.compare(trainer.step))
 
     def _validate(self, held_out: Sequences) -> dict[str, float]:
         """Validate as Keras's fit does, with callbacks told."""

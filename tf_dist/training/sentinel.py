@@ -5,9 +5,9 @@ variable on one rank. So before the first steps, and every so many after them, e
 of every variable and the ranks compare one number. Only where it differs do they look at the rest, name
 the variable and take a vote on who is wrong.
 
-It looks at the beginning of a step, at the weights from which the next gradients will be computed: what
-went wrong since the last update is put right before it enters a sum. What went wrong earlier, between two
-checks or while gradients were computed, has entered sums that all ranks share, and is not undone.
+It looks at the beginning of a step, at the weights from which the next gradients will be computed. What went
+wrong before, between two checks or while gradients were computed, has entered sums that all ranks share:
+where ranks are restored, `Verified` undoes that as well.
 """
 
 from __future__ import annotations
@@ -53,6 +53,10 @@ class Sentinel:
 
     Attributes:
         say: takes a line when something was put right; prints it on rank 0 unless replaced.
+        keep: told after how many steps all were found equal.
+        take_again: called with a step after which ranks were restored; undoes what followed from the
+            difference, on all ranks, and says so.
+        finish: called before all else, on all ranks, with what a death may have interrupted in it.
         ready: whether ranks are to be equal now, the same on all; where not, a check waits until they are.
 
     Raises:
@@ -69,6 +73,9 @@ class Sentinel:
         self.comm, self.groups, self.every, self.on_mismatch = comm, list(groups), every, on_mismatch
         self.say: Callable[[str], None] = self._print
         self.ready: Callable[[], bool] = lambda: True
+        self.keep: Callable[[int], None] = lambda step: None
+        self.take_again: Callable[[int], str] = lambda step: ""
+        self.finish: Callable[[], None] = lambda: None
         self._steps_seen, self._due, self._restored = 0, False, False
 
     def watch(self, step: int) -> None:
@@ -99,6 +106,7 @@ class Sentinel:
         Raises:
             LaunchError: on every rank, with the same message, naming ranks and variable: ranks differ.
         """
+        self.finish()
         self._check_calls(step)
         self._restored = False
         troubles = [self._trouble(step, group) for group in self.groups]
@@ -110,6 +118,7 @@ class Sentinel:
             self._restored = any(restored for _, restored in everyone)
         if told:
             raise LaunchError(f"{told}. {ADVICE}")
+        self.keep(step)
         return self._restored
 
     def _trouble(self, step: int, group: Group) -> str:
@@ -119,8 +128,9 @@ class Sentinel:
             said = self._described(step, group, found)
             for one in found:
                 self._restore(group, one)
+            again = self.take_again(step)
             self._restored = True
-            self.say(f"{said}. Restored from the others")
+            self.say(f"{said}. Restored from the others{again}")
             found = self._splits(group)
         return f"{self._described(step, group, found)}{self._why_not_restored(found)}" if found else ""
 

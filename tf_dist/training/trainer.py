@@ -24,26 +24,26 @@ from tf_dist.data.sampler import Sampler
 from tf_dist.data.tokens import Sequences
 from tf_dist.errors import DataError, RankLost, UsageError
 from tf_dist.parallel.mesh import Mesh
-from tf_dist.parallel.parts import part_of
 from tf_dist.parallel.updates import CORRECT, LOSS, STOP, TOKENS, Totals
 from tf_dist.training.arrange import GROUPS, Wishes, arrange, rearranged
 from tf_dist.training.bad_steps import BadSteps
 from tf_dist.training.downpour import Downpour
 from tf_dist.training.fit import Fit
+from tf_dist.training.held import held_by_several
 from tf_dist.training.in_place import InPlace
 from tf_dist.training.meeting import (
     Alone,
     Asynchronous,
     Remembering,
-    held_by_all,
     put_together,
     remembered,
     survived,
 )
 from tf_dist.training.passes import MicroBatch
-from tf_dist.training.sentinel import Group, Sentinel
+from tf_dist.training.sentinel import Sentinel
 from tf_dist.training.tuning import Tuning
 from tf_dist.training.validation import validated
+from tf_dist.training.verified import Verified
 from tf_dist.training.whole import Whole, sha256
 
 DEFAULT_SEQ_LEN = 128
@@ -149,13 +149,15 @@ class Trainer:
         self.remembering = self.update if isinstance(self.update, Remembering) else None
         self.tuning = Tuning(self.replica, comm, autotune, xla, self.arrangement.no_xla)
         self.lone_optimizer = update in ("master", "downpour")
-        self.sentinel = Sentinel(comm, self._held_by_several(), check_every, on_mismatch)
+        self.sentinel = Sentinel(comm, held_by_several(self), check_every, on_mismatch)
         self.sentinel.ready = lambda: self.remembering is None or self.remembering.together
         self.step, self.tokens, self.elapsed_s, self.input_s = 0, 0, 0.0, 0.0
         self._whole: Whole | None = None
+        self._data: tuple[Sequences, Sampler]
         self._ahead: tuple[Sequences, Sampler, Ahead[list[MicroBatch]]] | None = None
         self.last_step, self.meets_every = 0, set[int]()
         self._tokens_met, self.lost = 0, list[int]()
+        self.verified = Verified(self, on_mismatch == "restore")
         self.in_place, self.bad = InPlace(self, min_ranks), BadSteps(self, max_bad_steps)
         self.stopped = self._stop_requested = False
         model.stop_training = False
@@ -177,12 +179,15 @@ class Trainer:
         return logs
 
     def _step(self, sequences: Sequences, sampler: Sampler) -> dict[str, float]:
+        self._data = sequences, sampler
         faults.begin(self.step + 1, self.replica.variables)
         self.sentinel.watch(self.step)
-        return self._take(sequences, sampler)
+        return self.take_once_more()
 
-    def _take(self, sequences: Sequences, sampler: Sampler) -> dict[str, float]:
-        faults.at("forward")
+    def take_once_more(self) -> dict[str, float]:
+        """Take the step of this number, on the data of the last one; as `train_step`, inside of a phase."""
+        sequences, sampler = self._data
+        faults.at("forward", self.step + 1)
         totals = Totals(self.micro_batches)
         if (self._stop_requested or self.model.stop_training) and not isinstance(self.update, Alone):
             totals.ask_to_stop()
@@ -190,7 +195,7 @@ class Trainer:
         if isinstance(self.update, Asynchronous) or math.isfinite(norm):
             self.bad.in_a_row = 0
         elif self.sentinel.ready() and self.sentinel.compare(self.step):
-            return self._take(sequences, sampler)  # a replica that had drifted is put right
+            return self.take_once_more()  # a replica that had drifted is put right
         else:
             self.bad.note(norm, totals, self._batches(sequences, sampler))
         self.step += 1
@@ -366,6 +371,7 @@ class Trainer:
 
     def broadcast_weights(self) -> None:
         """Give all replicas of a part of the model the weights of the first one."""
+        self.verified.drop()
         self.replica.give_weights(self.mesh.replicas)
 
     def meet(self) -> None:
@@ -430,23 +436,6 @@ class Trainer:
         self.meet()
         if self.remembering is not None:
             put_together(self.remembering, self.optimizer, self.replica, self.micro_batches, self.mesh)
-
-    def _held_by_several(self) -> list[Group]:
-        """What must be the same on which ranks."""
-        weights = [(v.path, v) for v in self.model.weights if self.replica.holds(v)]
-        state = [(v.path, v) for v in self.replica.optimizer_step.shared_variables()]
-        if self.lone_optimizer:  # there is none to compare it with
-            state = []
-        elif self.remembering is not None:
-            state = held_by_all(self.remembering, state)
-        groups = [Group(self.mesh.replicas, weights + state)]
-        if self.mesh.tensor.size > 1:
-            undivided = [(path, v) for path, v in weights if part_of(v).ranges is None]
-            groups.append(Group(self.mesh.tensor, undivided))
-        for variable in self.replica.tied:
-            named = [(variable.path, variable)]
-            groups.append(Group(self.mesh.pipeline, named, held=self.replica.holds(variable)))
-        return groups
 
     def check_equal(self) -> str:
         """Compare the weights of all ranks, bit for bit.
