@@ -33,6 +33,7 @@ from tf_dist.parallel.parts import part_of
 if TYPE_CHECKING:
     from tf_dist.data.prepared import Prepared
     from tf_dist.training.run import RunFolder
+    from tf_dist.training.trainer import Trainer
 
 DEFAULT_STEPS = 400
 REGISTRY = Path(__file__).resolve().parent.parent / "data" / "datasets.yaml"
@@ -76,23 +77,56 @@ def answer(argv: list[str]) -> NoReturn:
 def train(config: Config, mesh: Mesh, corpus: Prepared, run: RunFolder) -> None:
     """Build what was asked for, resume, train, and leave text and a picture."""
     threads.load_tensorflow()  # only now: a mistake in the flags or the data was said at once
-    from tf_dist.training import optimizers, progress, run_callbacks
-    from tf_dist.training.arrange import options_of
+    from tf_dist.training import progress, run_callbacks
     from tf_dist.training.banner import banner
     from tf_dist.training.job import Job
+
+    comm = mesh.all
+    steps = planned_steps(config, len(corpus.train))
+    trainer = trainer_for(config, mesh, steps)
+    job = Job(config, comm, corpus, run, trainer)
+    job.resume()
+    trainer.tuning.choose()
+    steps_per_epoch = trainer.sampler(trainer.sequences(corpus.train)).steps_per_epoch
+    run.say(banner(config, comm, corpus, trainer, steps, steps_per_epoch))
+    signal.signal(signal.SIGUSR1, lambda *_: trainer.request_stop())
+    show = progress.display(config.progress, comm, steps, run.say)
+    job.begin()
+
+    def fit() -> None:
+        trainer.fit(
+            corpus.train,
+            steps=steps,
+            validation=corpus.val if len(corpus.val) > 1 else None,
+            validation_bytes=corpus.meta["text_bytes"]["val"],
+            eval_every=config.eval_every,
+            callbacks=[
+                run_callbacks.LogRun(trainer, run, config.log_every, steps_per_epoch, job.last.update, show),
+                run_callbacks.SaveRun(trainer, config.save_every, job.save),
+            ],
+        )
+
+    job.train(fit)
+    show.close()
+    job.end(steps)
+
+
+def trainer_for(config: Config, mesh: Mesh, steps: int) -> Trainer:
+    """The model of a run, on its grid of ranks, and what trains it."""
+    from tf_dist.training import optimizers
+    from tf_dist.training.arrange import options_of
     from tf_dist.training.model import model_for
+    from tf_dist.training.spikes import Spikes
     from tf_dist.training.state_room import check_room
     from tf_dist.training.trainer import Trainer
 
-    comm = mesh.all
     model = model_for(config, mesh)
-    agree(comm, {v.path: list(part_of(v).whole) for v in model.trainable_variables}, "the model")
+    agree(mesh.all, {v.path: list(part_of(v).whole) for v in model.trainable_variables}, "the model")
     check_room(model, config, mesh)
-    steps = planned_steps(config, len(corpus.train))
-    trainer = Trainer(
+    return Trainer(
         model,
         optimizers.build(config, model, steps),
-        comm,
+        mesh.all,
         config.update,
         global_batch_size=config.global_batch_size,
         micro_batch_size=config.micro_batch_rows,
@@ -110,29 +144,9 @@ def train(config: Config, mesh: Mesh, corpus: Prepared, run: RunFolder) -> None:
         zero_stage=config.zero_stage,
         min_ranks=config.min_ranks,
         max_bad_steps=config.max_bad_steps,
+        spikes=Spikes(config.on_spike, config.spike_factor, config.spike_skip),
         **options_of(config),
     )
-    job = Job(config, comm, corpus, run, trainer)
-    job.resume()
-    trainer.tuning.choose()
-    epoch = trainer.sampler(trainer.sequences(corpus.train)).steps_per_epoch
-    run.say(banner(config, comm, corpus, trainer, steps, epoch))
-    signal.signal(signal.SIGUSR1, lambda *_: trainer.request_stop())
-    show = progress.display(config.progress, comm, steps, run.say)
-    job.begin()
-    trainer.fit(
-        corpus.train,
-        steps=steps,
-        validation=corpus.val if len(corpus.val) > 1 else None,
-        validation_bytes=corpus.meta["text_bytes"]["val"],
-        eval_every=config.eval_every,
-        callbacks=[
-            run_callbacks.LogRun(trainer, run, config.log_every, epoch, job.last.update, show),
-            run_callbacks.SaveRun(trainer, config.save_every, job.save),
-        ],
-    )
-    show.close()
-    job.end(steps)
 
 
 def planned_steps(config: Config, tokens: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from tf_dist.training.downpour import Downpour
 from tf_dist.training.environment import bits_depend_on, changes
 from tf_dist.training.generate import Sampling, write_on
 from tf_dist.training.plots import loss_curve
+from tf_dist.training.rolling_back import kept, roll_back
 from tf_dist.training.run import RunFolder
+from tf_dist.training.spikes import Spike
 from tf_dist.training.trainer import Trainer
 
 SAMPLE_TOKENS = 200
@@ -63,7 +66,7 @@ class Job:
         faults.at("load")
         state.restore(self.trainer, Path(found["path"]))
         self.last["val_loss"] = found["val_loss"]
-        self.trainer.bad.counters = found["bad_steps"]
+        self.trainer.bad.counters, self.trainer.spikes.facts = found["bad_steps"], found["spikes"]
         self.run.drop_metrics_after(self.trainer.step)
         self.run.say(f"resumed at step {self.trainer.step} from {found['path']}")
 
@@ -86,8 +89,7 @@ class Job:
         changed = changes(facts.get("bits_depend_on", {}), bits_depend_on())
         if changed:
             self.run.say("resuming where last bits may differ, for these have changed: " + "; ".join(changed))
-        bad = facts.get("bad_steps", [0, 0])  # older checkpoints know of none
-        return {"path": str(path), "val_loss": facts["val_loss"], "bad_steps": bad}
+        return {"path": str(path), **kept(facts)}
 
     def begin(self) -> None:
         """Write what is known before the first step."""
@@ -95,6 +97,19 @@ class Job:
         tokenizer = (self.corpus.path / "tokenizer.json").read_text(encoding="utf-8")
         self.run.write("tokenizer.json", tokenizer)
         self.run.status(step=self.trainer.step, val_loss=self.last.get("val_loss"))
+
+    def train(self, fit: Callable[[], object]) -> None:
+        """Call ``fit``, and again each time that it was left because the loss has jumped."""
+        listeners = list(self.trainer.in_place.when_first)
+        while True:
+            try:
+                fit()
+                return
+            except Spike as spike:
+                self.trainer.in_place.when_first[:] = listeners  # without those of callbacks of this `fit`
+                self.run.later.drain()
+                if roll_back(self, spike):
+                    self._sha256 = {}  # there are other weights after the same number of steps
 
     def save(self, prune: bool = True) -> None:
         """Write a checkpoint and say so in ``status.json``.
@@ -114,6 +129,7 @@ class Job:
             "bits_depend_on": bits_depend_on(),
             "val_loss": self.last.get("val_loss"),
             "bad_steps": self.trainer.bad.counters,
+            "spikes": self.trainer.spikes.facts,
         }
         keep = self.config.keep if prune else KEEP_ALL
         state.save(self.trainer, self.run.checkpoints, keep, facts)
@@ -125,6 +141,8 @@ class Job:
             self._sha256 = {step: self.trainer.whole().weights_sha256()}
         now: dict[str, Any] = {"bad_steps": self.trainer.bad.total}
         now |= {"step": step, "val_loss": self.last.get("val_loss"), "weights_sha256": self._sha256[step]}
+        if self.trainer.spikes.rollbacks:
+            now["rollbacks"] = self.trainer.spikes.rollbacks
         if self.trainer.lost:
             now["ranks_lost"] = self.trainer.lost
         if self.trainer.in_place.recoveries:

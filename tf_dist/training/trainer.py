@@ -41,6 +41,7 @@ from tf_dist.training.meeting import (
 )
 from tf_dist.training.passes import MicroBatch
 from tf_dist.training.sentinel import Sentinel
+from tf_dist.training.spikes import Spikes
 from tf_dist.training.tuning import Tuning
 from tf_dist.training.validation import validated
 from tf_dist.training.verified import Verified
@@ -83,6 +84,7 @@ class Trainer:
         asynchrony: options of "downpour" and "easgd" by name, see `tf_dist.training.units.Asynchrony`.
         min_ranks: where ranks may die and the others go on (`InPlace`): with fewer the run ends.
         max_bad_steps: steps in a row that are skipped because a gradient is not finite (`BadSteps`).
+        spikes: what to do where the loss jumps, and which batches are passed over; None: nothing, and none.
 
     Attributes:
         bad: steps that were skipped.
@@ -129,6 +131,7 @@ class Trainer:
         asynchrony: Mapping[str, Any] | None = None,
         min_ranks: int = 1,
         max_bad_steps: int = 10,
+        spikes: Spikes | None = None,
     ) -> None:
         self.rows = _rows(global_batch_size, micro_batch_size)
         self.model, self.optimizer, self.comm = model, optimizer, comm
@@ -153,12 +156,12 @@ class Trainer:
         self.sentinel.ready = lambda: self.remembering is None or self.remembering.together
         self.step, self.tokens, self.elapsed_s, self.input_s = 0, 0, 0.0, 0.0
         self._whole: Whole | None = None
-        self._data: tuple[Sequences, Sampler]
         self._ahead: tuple[Sequences, Sampler, Ahead[list[MicroBatch]]] | None = None
         self.last_step, self.meets_every = 0, set[int]()
         self._tokens_met, self.lost = 0, list[int]()
         self.verified = Verified(self, on_mismatch == "restore")
         self.in_place, self.bad = InPlace(self, min_ranks), BadSteps(self, max_bad_steps)
+        self.spikes = spikes or Spikes()
         self.stopped = self._stop_requested = False
         model.stop_training = False
 
@@ -173,9 +176,12 @@ class Trainer:
 
         Raises:
             NumericError: it was not finite too often in a row, or never can be again.
+            Spike: the loss has jumped, and ``spikes`` is to roll back.
         """
         logs = dict(self.in_place(partial(self._step, sequences, sampler)))
         self.bad.check()
+        if not isinstance(self.update, Alone) and (warning := self.spikes.look(self.step, logs["loss"])):
+            self.bad.say(warning)
         return logs
 
     def _step(self, sequences: Sequences, sampler: Sampler) -> dict[str, float]:
@@ -234,7 +240,7 @@ class Trainer:
         self, sequences: Sequences, sampler: Sampler, step: int, numbers: Sequence[int]
     ) -> list[MicroBatch]:
         """Some micro-batches of a step."""
-        rows_G = sampler.batch(step)
+        rows_G = sampler.batch(self.spikes.batch_of(step))
         return [self.micro_batch(sequences, number, rows_G[number * self.rows :]) for number in numbers]
 
     def _batches(self, sequences: Sequences, sampler: Sampler) -> list[MicroBatch]:
