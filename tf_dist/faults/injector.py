@@ -123,6 +123,8 @@ def arm(text: str, rank: int) -> None:
         UsageError: it asks for what there is not.
     """
     global _armed
+    if _armed is not None:
+        _armed.writes.give_back()
     _armed = Armed(text, rank) if text.strip() else None
 
 

@@ -38,9 +38,13 @@ class Writes:
         self._install()
 
     def _install(self) -> None:
-        for module in (builtins, io):
-            module.open = self._opened  # type: ignore[attr-defined]
+        builtins.open = io.open = self._opened
         os.open, os.write, os.pwrite = self._os_opened, self._written, self._pwritten
+
+    def give_back(self) -> None:
+        """Let files be written as ever."""
+        builtins.open = io.open = self._open
+        os.open, os.write, os.pwrite = self._os_open, self._write, self._pwrite
 
     def _is_below(self, path: object) -> bool:
         if not self._folder or not isinstance(path, str | bytes | os.PathLike):

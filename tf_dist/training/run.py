@@ -141,12 +141,22 @@ class RunFolder:
             write_whole(path, (json.dumps(status, indent=1) + "\n").encode(), LaunchError)
 
     def log_metrics(self, row: Mapping[str, Any]) -> None:
-        """Append a line to ``metrics.jsonl``, with every key of the contract; on rank 0."""
+        """Append a line to ``metrics.jsonl``, with every key of the contract; on rank 0.
+
+        Raises:
+            LaunchError: it cannot be written.
+        """
         if self.comm.rank == 0:
             finite = {key: None if _is_no_number(value) else value for key, value in row.items()}
             line = {**dict.fromkeys(METRICS), **finite}
-            with open(self.metrics, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            try:
+                with open(self.metrics, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+            except OSError as error:
+                raise LaunchError(
+                    f"cannot write {self.metrics}: {error.strerror}. Checkpoints are untouched. "
+                    "Make room, and start the same command again: it goes on from the newest one"
+                ) from error
 
     def drop_metrics_after(self, step: int) -> None:
         """Forget lines of steps that a resumed run will take again; on rank 0."""
