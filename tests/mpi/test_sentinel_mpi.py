@@ -152,6 +152,9 @@ class Corpus:
 
     meta: ClassVar = {"content_sha256": "of some text"}
 
+    def check_unchanged(self):
+        pass
+
 
 @pytest.mark.parametrize("on_mismatch", ["stop", "restore"])
 def test_no_checkpoint_holds_what_ranks_do_not_share(ranks, everyone, tmp_path, on_mismatch):

@@ -63,6 +63,7 @@ class Job:
         found = on_root(self.comm, self._find)
         if found is None:
             return
+        on_root(self.comm, self.corpus.verify)
         faults.at("load")
         state.restore(self.trainer, Path(found["path"]))
         self.last["val_loss"] = found["val_loss"]
@@ -119,7 +120,9 @@ class Job:
 
         Raises:
             LaunchError: the ranks differ: only what all of them hold is worth keeping.
+            DataError: the tokens have changed under the run.
         """
+        on_root(self.comm, self.corpus.check_unchanged)
         self.trainer.put_together()
         self.trainer.sentinel.compare(self.trainer.step)
         facts = {
