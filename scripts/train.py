@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from tf_dist.data.prepared import Prepared
     from tf_dist.training.begin_again import Deaths
     from tf_dist.training.run import RunFolder
+    from tf_dist.training.trainer import Trainer
 
 DEFAULT_STEPS = 400
 REGISTRY = Path(__file__).resolve().parent.parent / "data" / "datasets.yaml"
@@ -88,23 +89,56 @@ def degrees(config: Config) -> tuple[int, int, int]:
 
 def train(config: Config, corpus: Prepared, run: RunFolder, comm: Comm, deaths: Deaths) -> None:
     """Build what was asked for, resume, train, and leave text and a picture."""
-    from tf_dist.training import optimizers, progress, run_callbacks
-    from tf_dist.training.arrange import options_of
+    from tf_dist.training import progress, run_callbacks
     from tf_dist.training.banner import banner
     from tf_dist.training.job import Job
+
+    mesh = Mesh(comm, *degrees(config))
+    steps = planned_steps(config, len(corpus.train))
+    trainer = trainer_for(config, mesh, steps)
+    job = Job(config, comm, corpus, run, trainer, deaths)
+    job.resume()
+    trainer.tuning.choose()
+    steps_per_epoch = trainer.sampler(trainer.sequences(corpus.train)).steps_per_epoch
+    run.say(banner(config, comm, corpus, trainer, steps, steps_per_epoch))
+    signal.signal(signal.SIGUSR1, lambda *_: trainer.request_stop())
+    show = progress.display(config.progress, comm, steps, run.say)
+    job.begin()
+
+    def fit() -> None:
+        trainer.fit(
+            corpus.train,
+            steps=steps,
+            validation=corpus.val if len(corpus.val) > 1 else None,
+            validation_bytes=corpus.meta["text_bytes"]["val"],
+            eval_every=config.eval_every,
+            callbacks=[
+                run_callbacks.LogRun(trainer, run, config.log_every, steps_per_epoch, job.last.update, show),
+                run_callbacks.SaveRun(trainer, config.save_every, job.save),
+            ],
+        )
+
+    job.train(fit)
+    show.close()
+    job.end(steps)
+
+
+def trainer_for(config: Config, mesh: Mesh, steps: int) -> Trainer:
+    """The model of a run, on its grid of ranks, and what trains it."""
+    from tf_dist.training import optimizers
+    from tf_dist.training.arrange import options_of
     from tf_dist.training.model import model_for
+    from tf_dist.training.spikes import Spikes
     from tf_dist.training.state_room import check_room
     from tf_dist.training.trainer import Trainer
 
-    mesh = Mesh(comm, *degrees(config))
     model = model_for(config, mesh)
-    agree(comm, {v.path: list(part_of(v).whole) for v in model.trainable_variables}, "the model")
+    agree(mesh.all, {v.path: list(part_of(v).whole) for v in model.trainable_variables}, "the model")
     check_room(model, config, mesh)
-    steps = planned_steps(config, len(corpus.train))
-    trainer = Trainer(
+    return Trainer(
         model,
         optimizers.build(config, model, steps),
-        comm,
+        mesh.all,
         config.update,
         global_batch_size=config.global_batch_size,
         micro_batch_size=config.micro_batch_rows,
@@ -121,30 +155,10 @@ def train(config: Config, corpus: Prepared, run: RunFolder, comm: Comm, deaths: 
         mesh=mesh,
         zero_stage=config.zero_stage,
         min_ranks=config.min_ranks,
+        max_bad_steps=config.max_bad_steps,
+        spikes=Spikes(config.on_spike, config.spike_factor, config.spike_skip),
         **options_of(config),
     )
-    trainer.sentinel.say = run.say
-    job = Job(config, comm, corpus, run, trainer, deaths)
-    job.resume()
-    trainer.tuning.choose()
-    steps_per_epoch = trainer.sampler(trainer.sequences(corpus.train)).steps_per_epoch
-    run.say(banner(config, comm, corpus, trainer, steps, steps_per_epoch))
-    signal.signal(signal.SIGUSR1, lambda *_: trainer.request_stop())
-    show = progress.display(config.progress, comm, steps, run.say)
-    job.begin()
-    trainer.fit(
-        corpus.train,
-        steps=steps,
-        validation=corpus.val if len(corpus.val) > 1 else None,
-        validation_bytes=corpus.meta["text_bytes"]["val"],
-        eval_every=config.eval_every,
-        callbacks=[
-            run_callbacks.LogRun(trainer, run, config.log_every, steps_per_epoch, job.last.update, show),
-            run_callbacks.SaveRun(trainer, config.save_every, job.save),
-        ],
-    )
-    show.close()
-    job.end(steps)
 
 
 def planned_steps(config: Config, tokens: int) -> int:

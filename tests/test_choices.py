@@ -26,6 +26,12 @@ def test_every_such_option_is_tried():
     assert set(OTHER) == set(BELONGS_TO)
 
 
+@pytest.mark.parametrize("update", ["diloco", "downpour", "gossip"])
+def test_jumps_of_the_loss_need_steps_that_all_take_together(update):
+    assert "--on-spike off" in refusal(update=update, on_spike="rollback")
+    assert Config(update="zero", on_spike="rollback").on_spike == "rollback"
+
+
 @pytest.mark.parametrize("name", OTHER)
 def test_an_option_of_another_update_is_refused(name):
     text = refusal(**{name: OTHER[name]})

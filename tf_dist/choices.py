@@ -16,6 +16,8 @@ LOCAL = ("local-sgd", "diloco")
 # Updates whose ranks do not wait for each other between meetings; the last two log each rank's own numbers.
 ALONE = ("easgd", "gossip")
 ASYNCHRONOUS = ("downpour", *ALONE)
+# Of which all ranks take every step together, and know its loss.
+TOGETHER = ("allreduce", "master", "zero")
 # Steps between exchanges where none are given.
 SYNC_EVERY = {"local-sgd": 8, "diloco": 50, "easgd": 4, "gossip": 1}
 COMPRESSIONS = ("bf16", "topk", "powersgd", "onebit")
@@ -56,6 +58,11 @@ def check_update(config: Config) -> None:
             )
     if config.update in ASYNCHRONOUS:
         _check_asynchronous(config)
+    if config.on_spike != "off" and config.update not in TOGETHER:
+        raise UsageError(
+            f"on_spike is {config.on_spike}, but with update {config.update} not all ranks take each step "
+            f"together. Use --update {' or '.join(TOGETHER)}, or --on-spike off"
+        )
     if config.update in LOCAL:
         _check_meetings(config)
     if config.compression != "none":

@@ -72,6 +72,10 @@ class Config:
     warmup_steps: int = option(20, "optimizer", "steps of linear growth from 0 to the peak", least=0)
     weight_decay: float = option(0.1, "optimizer", "decoupled decay of matrices (not of biases and gains)", least=0)  # noqa: E501
     clip_norm: float = option(1.0, "optimizer", "largest global norm of the mean gradient; 0: no clipping", least=0)  # noqa: E501
+    on_spike: str = option("off", "optimizer", "when the training loss jumps: nothing, warn, or roll back to a checkpoint before and pass over the batches from there on", choices=("off", "warn", "rollback"))  # noqa: E501
+    spike_factor: float = option(10.0, "optimizer", "a jump: so many times the spread of the last 64 losses above their median", least=0)  # noqa: E501
+    spike_skip: int = option(100, "optimizer", "batches that are passed over after that of a jump", least=0)
+    max_bad_steps: int = option(10, "optimizer", "steps in a row that are skipped because a gradient is not finite; the next one ends the run. 0: the first one does", least=0)  # noqa: E501
 
     tensor_parallel: int = option(1, "grid", "ranks that share every layer: heads, units and vocabulary are divided among them", least=1)  # noqa: E501
     pipeline_parallel: int = option(1, "grid", "ranks that share the layers, one after another", least=1)

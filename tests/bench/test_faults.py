@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from tf_dist.bench import faults, faults_of_files, faults_on_ranks
+from tf_dist.bench import faults, faults_of_files, faults_of_numbers, faults_on_ranks
+from tf_dist.faults.spec import parse
 
 CALM = {"seed": 0, "weights_sha256": "same", "recoveries": []}
 
@@ -69,3 +70,23 @@ def test_what_is_not_sound(campaign, change):
     assert faults_of_files.sound(found)
     found[campaign] |= change
     assert not faults_of_files.sound(found)
+
+
+def test_faults_of_numbers_are_those_of_the_injector():
+    drawn = [faults_of_numbers.drawn(kind, 3, seed) for kind in faults_of_numbers.KINDS for seed in range(99)]
+    found = [fault for text in drawn for fault in parse(text)]
+    assert {fault.rank for fault in found} == {0, 1, 2}
+    assert {fault.phase for fault in found} == {"step", "forward", "gradient", "update"}
+    assert all(2 <= fault.step < fault.step + fault.times <= faults_of_numbers.STEPS for fault in found[:99])
+    assert drawn[:99] == [faults_of_numbers.drawn("nan", 3, seed) for seed in range(99)]
+
+
+@pytest.mark.parametrize("what", ["same", "named", "done"])
+def test_what_is_not_sound_of_numbers(what):
+    good = {"same": True, "named": True, "done": True}
+    found = {"nan": [good, good], "bitflip": [good]}
+    assert faults_of_numbers.sound(found)
+    found = {"nan": [good, {**good, what: False}], "bitflip": [good]}
+    assert not faults_of_numbers.sound(found)
+    words = faults_of_numbers.table(found)
+    assert "1 of 2" in words and "steps taken again" in words

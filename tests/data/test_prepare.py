@@ -238,6 +238,34 @@ def test_meta_that_is_none(tmp_path, content):
         open_prepared(folder)
 
 
+def test_tokens_that_change_under_a_run(tmp_path):
+    made = run(tmp_path, texts(tmp_path / "t", "aaa", "bbb", "ccc", "ddd"), val_fraction=0.25)
+    made.check_unchanged()
+    made.verify()
+    path = made.path / "train.bin"
+    raw = path.read_bytes()
+    os.utime(path, ns=(1, 1))
+    made.check_unchanged()  # touched, and no more
+    beside = made.path / "new"
+    beside.write_bytes(raw[::-1])
+    os.replace(beside, path)
+    made.check_unchanged()  # another file: what is mapped is still there
+    assert made.train.tobytes() == raw
+    with pytest.raises(DataError, match="have changed since they were prepared"):
+        made.verify()  # who opens it now must not go on with it
+    path.write_bytes(raw)
+    made.check_unchanged()
+    with path.open("r+b") as file:
+        file.write(bytes([raw[0] ^ 1]))
+    with pytest.raises(DataError, match=r"somebody has written to train\.bin") as caught:
+        made.check_unchanged()
+    assert caught.value.exit_code == 65
+    path.unlink()
+    made.check_unchanged()
+    with pytest.raises(DataError, match="cannot read"):
+        made.verify()
+
+
 def test_huge_meta_is_not_read(tmp_path, monkeypatch):
     folder = run(tmp_path, texts(tmp_path / "t", "aaa", "bbb")).path
     monkeypatch.setattr(prepared_module, "META_LIMIT_BYTES", 10)

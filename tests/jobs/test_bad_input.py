@@ -44,6 +44,11 @@ def test_mistake(files, run_job, small, one_error, name):
     one_error(job, code, *words)
 
 
+def test_a_fault_that_there_is_not(run_job, small, one_error):
+    job = run_job(2, "train.py", *small, "--run-dir", "run", timeout=60, env={"TF_DIST_FAULT": "kil:rank=1"})
+    one_error(job, 64, "TF_DIST_FAULT 'kil:rank=1'", "Did you mean 'kill'?")
+
+
 # Those that only a job with TensorFlow can meet ----------------------------------------------------
 
 

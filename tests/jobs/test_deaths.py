@@ -47,9 +47,9 @@ def train(run_job, tmp_path):
     """``train(ranks, update, deaths, **options)``: a job, with the step at which some of its ranks die."""
     (tmp_path / "train.py").write_text(SCRIPT)
 
-    def start(ranks, update, deaths, **options):
+    def start(ranks, update, deaths, fault="", **options):
         words = map(json.dumps, (update, deaths, options))
-        return run_job(ranks, ULFM, tmp_path / "train.py", *words)
+        return run_job(ranks, ULFM, tmp_path / "train.py", *words, env={"TF_DIST_FAULT": fault})
 
     return start
 
@@ -104,7 +104,8 @@ def test_too_few_are_left(train):
 
 def test_whoever_dies_the_weights_are_the_same(train):
     """Two in the middle of one step, and rank 0 later: nothing has to be read from a file, or done again."""
-    job = train(4, "allreduce", {"1": 4, "3": 4, "0": 12})
+    places = ("rank=1,step=5,phase=gradient", "rank=3,step=5,phase=allreduce", "rank=0,step=13,phase=update")
+    job = train(4, "allreduce", {}, fault=";".join(f"kill:{place}" for place in places))
     assert found(job)[2:4] == [1, TOKENS] and sorted(found(job)[1]) == [0, 1, 3]
     calm = train(1, "allreduce", {})
     assert found(job)[0] == found(calm)[0] and found(job)[4] == found(calm)[4]

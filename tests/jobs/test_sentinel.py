@@ -4,62 +4,33 @@ import json
 
 import pytest
 
-# Flips a bit of a weight on the last of some ranks before the seventh step.
-MODEL = """
-import keras
-import numpy as np
-from tf_dist.training.trainer import Trainer
-
-train_step = Trainer.train_step
-
-def train_step_with_an_accident(self, *batch):
-    if {flips} and self.step == 6 and self.comm.rank == self.comm.size - 1:
-        weight = self.model.weights[1]
-        array = np.array(weight.value)
-        array.reshape(-1).view(np.uint8)[3] ^= 64
-        weight.assign(array)
-    return train_step(self, *batch)
-
-def build(config):
-    Trainer.train_step = train_step_with_an_accident
-    tokens = keras.Input((config.seq_len,), dtype="int32")
-    x = keras.layers.Embedding(config.vocab_size, 8)(tokens)
-    return keras.Model(tokens, keras.layers.Dense(config.vocab_size)(x))
-"""
+FLIP = "bitflip:rank=2,step={step},seed=3,phase={phase}"
 
 
-@pytest.fixture
-def flags(small, tmp_path):
-    """Flags of a run of twelve steps whose model module is ``accident.py``."""
-    names = {True: "accident", False: "no_accident"}
-    for flips, name in names.items():
-        (tmp_path / f"{name}.py").write_text(MODEL.format(flips=flips))
-
-    def of(name, flips=True):
-        more = ["--steps", "12", "--model", f"{names[flips]}:build", "--run-dir", tmp_path / name]
-        return [*small, *more, "--check-every", "2", "--threads-per-rank", "1"]
-
-    return of
-
-
-def test_a_flipped_bit_stops_the_run(run_job, flags, tmp_path, one_error):
-    job = run_job(3, "train.py", *flags("run"))
+def test_a_flipped_bit_stops_the_run(run_job, small, tmp_path, one_error):
+    flags = ["--steps", "12", "--check-every", "2", "--threads-per-rank", "1", "--run-dir", tmp_path / "run"]
+    fault = {"TF_DIST_FAULT": FLIP.format(step=7, phase="step")}
+    job = run_job(3, "train.py", *small, *flags, env=fault)
     one_error(job, 78, "before step 7 the ranks no longer hold")
-    assert job.output.count("rank 2 differs from ranks 0, 1 in dense/kernel") == 1, job.output
+    assert job.output.count("rank 2 differs from ranks 0, 1 in ") == 1, job.output
+    assert "armed by TF_DIST_FAULT: bitflip on rank 2 in phase step, from step 7 on" in job.output
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("failed", 78)
 
 
-def test_a_flipped_bit_is_put_right(launcher, flags, tmp_path):
-    runs = [flags("undisturbed", flips=False), [*flags("restored"), "--on-mismatch", "restore"]]
-    job = launcher.several(3, "train.py", runs, cwd=tmp_path).wait()
+def test_a_flipped_bit_is_put_right(run_job, first_run, tmp_path):
+    """It has spoiled the gradients of ten steps, which all ranks have taken."""
+    flags = ["--check-every", "50", "--on-mismatch", "restore", "--threads-per-rank", "1"]
+    fault = {"TF_DIST_FAULT": FLIP.format(step=31, phase="forward")}
+    job = run_job(3, "train.py", *first_run.flags, *flags, "--run-dir", tmp_path / "restored", env=fault)
     assert job.code == 0, job.output
-    assert job.output.count("rank 2 differs from ranks 0, 1") == 1
-    assert "Restored from the others" in job.output
-    undisturbed, restored = (
-        json.loads((tmp_path / name / "status.json").read_text()) for name in ("undisturbed", "restored")
+    assert (
+        job.output.count("before step 41 the ranks no longer hold the same model: rank 2 differs from") == 1
     )
-    assert restored["weights_sha256"] == undisturbed["weights_sha256"]
+    assert "Restored from the others, and steps 21 to 40 were taken again" in job.output
+    restored = json.loads((tmp_path / "restored" / "status.json").read_text())
+    assert restored["val_loss"] == first_run.status["val_loss"]
+    assert restored["weights_sha256"] == first_run.status["weights_sha256"]
     assert restored["state"] == "done"
 
 

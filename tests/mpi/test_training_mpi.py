@@ -9,6 +9,7 @@ import os
 import numpy as np
 import pytest
 
+from tf_dist import faults
 from tf_dist.comm import launch, threads
 from tf_dist.comm.base import SerialComm
 from tf_dist.errors import LaunchError, NumericError
@@ -195,7 +196,7 @@ def test_a_replica_that_drifts_is_named(connected, everyone):
 @pytest.mark.parametrize("update", ["allreduce", "master"])
 def test_not_a_number_on_one_rank_stops_all(connected, everyone, update):
     """Every rank raises the same, at the same step, and no weight has changed."""
-    trained = trainer(connected, update)
+    trained = trainer(connected, update, max_bad_steps=0)
     before = flat(trained.model)
     gradients = trained.replica.gradients
 
@@ -206,8 +207,47 @@ def test_not_a_number_on_one_rank_stops_all(connected, everyone, update):
         return gradient, sums
 
     trained.replica.gradients = poisoned
-    assert "not finite" in refused_everywhere(trained, everyone)
+    said, path = refused_everywhere(trained, everyone), trained.model.trainable_variables[0].path
+    assert "not finite" in said and f"on rank {connected.size - 1}, first in {path}" in said
     assert all(everyone(bool((flat(trained.model) == before).all())))
+
+
+@pytest.fixture(scope="module")
+def serial_with_bad_steps(connected):
+    faults.arm("nan:step=4,times=2", 0)
+    alone = trainer(SerialComm())
+    steps_of(alone, 7)
+    faults.arm("", 0)
+    return flat(alone.model)
+
+
+@pytest.mark.parametrize(
+    ("update", "stage"), [("allreduce", 1), ("master", 1), ("zero", 1), ("zero", 2), ("zero", 3)]
+)
+def test_bad_steps_are_skipped_alike_on_any_number_of_ranks(
+    connected, everyone, serial_with_bad_steps, update, stage
+):
+    """NaN in the gradients of the last rank, in two steps: their batches are used up, and nothing else is."""
+    last = connected.size - 1
+    faults.arm(f"nan:rank={last},step=4,times=2", connected.rank)
+    trained = trainer(connected, update, zero_stage=stage)
+    lines = []
+    trained.bad.say = lines.append
+    logs = steps_of(trained, 7)
+    faults.arm("", 0)
+    assert (
+        everyone([log["grad_norm"] for log in logs if np.isfinite(log["grad_norm"])])
+        == [[log["grad_norm"] for log in logs[:3] + logs[5:]]] * connected.size
+    )
+    assert everyone(lines) == [lines] * connected.size
+    assert [line.split(" was")[0] for line in lines] == ["step 4", "step 5"]
+    assert all("first in " in line for line in lines)
+    assert stage > 1 or all(f"on rank {last}, first in " in line for line in lines)
+    assert (trained.step, trained.bad.total, int(trained.optimizer.iterations.numpy())) == (7, 2, 5)
+    sha = trained.check_equal()
+    if stage < 3:
+        assert all(everyone(bool((flat(trained.model) == serial_with_bad_steps).all())))
+    assert len(set(everyone(sha))) == 1
 
 
 def test_checkpoint_of_all_ranks(connected, everyone, tmp_path_factory):

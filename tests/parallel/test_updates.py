@@ -13,7 +13,7 @@ from tf_dist.errors import NumericError
 from tf_dist.parallel import flat
 from tf_dist.parallel.mesh import Mesh
 from tf_dist.parallel.tree import BlockSum, order
-from tf_dist.parallel.updates import LOSS, STOP, TOKENS, UPDATES, Totals, allreduce, master
+from tf_dist.parallel.updates import LOSS, STOP, TOKENS, UPDATES, Totals, allreduce, master, scale_of
 
 P = 6
 updates = pytest.mark.parametrize("update", UPDATES.values(), ids=UPDATES.keys())
@@ -139,22 +139,29 @@ def test_the_mean_gradient_is_clipped_after_the_sum(update, size, clip_norm, exp
 @updates
 @sizes
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_a_bad_number_on_one_rank_stops_all_and_changes_none(update, size, bad):
+def test_a_bad_number_on_one_rank_is_known_to_all_and_changes_none(update, size, bad):
     replicas = [Momentum() for _ in range(size)]
 
     def work(comm):
         gradients = [np.ones(P, np.float32) for _ in range(size)]
         gradients[-1][2] = bad
-        take_step(update, one_each(size), gradients, [3.0] * size, 1.0, replicas[comm.rank], comm)
+        return take_step(update, one_each(size), gradients, [3.0] * size, 1.0, replicas[comm.rank], comm)
 
-    for outcome in on_ranks(size, work):
-        assert isinstance(outcome, NumericError)
-        assert outcome.exit_code == 76
-        assert "no weight has changed" in str(outcome)
-        assert "--learning-rate" in str(outcome)
+    norms = [norm for _, norm in on_ranks(size, work)]
+    assert not np.isfinite(norms).any()
+    assert len({np.float64(norm).tobytes() for norm in norms}) == 1
     for replica in replicas:
         assert replica.weights.tolist() == list(range(P))
         assert (replica.steps, replica.applied) == (0, 0)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_no_step_can_be_scaled_by_what_is_not_finite(bad):
+    """What updates that do not skip such a step end with."""
+    with pytest.raises(NumericError, match="no weight has changed") as caught:
+        scale_of(bad, np.array([1.0, 2.0, 0.0, 0.0]), 1.0)
+    assert caught.value.exit_code == 76
+    assert "--learning-rate" in str(caught.value)
 
 
 @settings(max_examples=30)

@@ -44,6 +44,7 @@ def trainer_of(comm, weight):
     made = SimpleNamespace(
         comm=comm, mesh=SimpleNamespace(plain=True), update=UPDATES["allreduce"], lost=[], step=4, tokens=40,
         stopped=False, whole=lambda: SimpleNamespace(entries=[entry]), shared=0,
+        bad=SimpleNamespace(counters=[1, 0]),
     )  # fmt: skip
 
     def share_anew():
@@ -94,10 +95,11 @@ def test_a_phase_is_begun_again_together(weight, capsys):
 
 def test_who_is_behind_takes_over_all_that_a_step_has_changed(weight):
     given = np.array([3.0, 4.0], np.float32)
-    comm = Ranks(agreed=[[2], None], said=[[1], [5], ["logs", [5, 50, True]]], given=[given])
+    comm = Ranks(agreed=[[2], None], said=[[1], [5], ["logs", [5, 50, True, 3, 2]]], given=[given])
     trainer = trainer_of(comm, weight)
     assert InPlace(trainer)(failing(LOST)) == "logs"
     assert (trainer.step, trainer.tokens, trainer.stopped) == (5, 50, True)
+    assert trainer.bad.counters == [3, 2]
     assert weight.tolist() == [3.0, 4.0]
 
 

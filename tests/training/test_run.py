@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from tf_dist import faults
 from tf_dist.comm.base import SerialComm
 from tf_dist.config import Config
 from tf_dist.errors import LaunchError
@@ -29,6 +30,28 @@ def test_a_half_written_line_is_passed_over(run):
     with run.metrics.open("a") as file:
         file.write('{"step": 2, "lo')
     assert [row["step"] for row in read_metrics(run.metrics)] == [1]
+
+
+def test_a_full_disk_is_one_clear_error(run):
+    run.log_metrics({"step": 1})
+    before = run.metrics.read_text()
+    faults.arm("diskfull:step=2", 0)
+    try:
+        faults.writes_below(run.path)
+        faults.begin(2, [])
+        with pytest.raises(LaunchError, match=r"metrics.jsonl: No space left on device. .*Make room"):
+            run.log_metrics({"step": 2})
+    finally:
+        faults.arm("", 0)
+    assert run.metrics.read_text() == before
+    run.log_metrics({"step": 2})
+    assert [row["step"] for row in read_metrics(run.metrics)] == [1, 2]
+
+
+def test_what_is_no_number_is_null(run):
+    run.log_metrics({"step": 1, "loss": float("nan"), "grad_norm": float("inf")})
+    (row,) = [json.loads(line, parse_constant=pytest.fail) for line in run.metrics.read_text().splitlines()]
+    assert (row["step"], row["loss"], row["grad_norm"]) == (1, None, None)
 
 
 def test_lines_of_steps_taken_again_are_dropped(run):

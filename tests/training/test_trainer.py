@@ -344,7 +344,83 @@ def test_learning_that_explodes_is_a_numeric_error():
     with pytest.raises(NumericError, match="--learning-rate") as caught:
         trainer.fit(text(20 * T), steps=20)
     assert caught.value.exit_code == 76
-    assert trainer.step == int(trainer.optimizer.iterations.numpy())
+    assert (trainer.step, trainer.bad.total) == (12, 11)  # one, ten that were skipped, and one too many
+    assert trainer.step - trainer.bad.total == int(trainer.optimizer.iterations.numpy())
+
+
+def poisoned(trainer, steps):
+    """Let the second micro-batch of some steps have a gradient with NaN, in its last element."""
+    gradients = trainer.replica.gradients
+
+    def poison(x, y, draw):
+        gradient, sums = gradients(x, y, draw)
+        if draw[0] in steps and draw[1] == 1:
+            gradient = np.array(gradient)
+            gradient[-1] = np.nan
+        return gradient, sums
+
+    trainer.replica.gradients = poison
+    return trainer
+
+
+def test_a_bad_step_uses_up_its_batch_and_changes_nothing(capsys):
+    """As if the learning rate of that step had been 0, and its optimizer had not counted it."""
+    sequences = Sequences(text(60 * T + 1), T)
+    bad = poisoned(trainer_of(optimizer=keras.optimizers.Adam(0.1)), {2, 3})
+    good = trainer_of(optimizer=keras.optimizers.Adam(0.1))
+    sampler = good.sampler(sequences)
+    logs = [bad.train_step(sequences, sampler) for _ in range(6)]
+    for step in (0, 1, 4, 5):
+        good.step = step
+        good.train_step(sequences, sampler)
+    assert [math.isfinite(log["grad_norm"]) for log in logs] == [True, True, False, False, True, True]
+    assert (bad.step, bad.tokens, bad.bad.counters) == (6, 6 * G * T, [2, 0])
+    for one, other in zip(bad.optimizer.variables, good.optimizer.variables, strict=True):
+        np.testing.assert_array_equal(one.numpy(), other.numpy())
+    assert bad.check_equal() == weights_sha256(good.model)
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in said] == [
+        "step 3 was skipped (1 in a row, and --max-bad-steps is 10)",
+        "step 4 was skipped (2 in a row, and --max-bad-steps is 10)",
+    ]
+    path = bad.model.trainable_variables[-1].path
+    assert all(f"on rank 0, first in {path}" in line and "loss:" not in line for line in said)
+
+
+@pytest.mark.parametrize("most", [0, 2])
+def test_too_many_bad_steps_end_the_run_after_what_is_good_was_kept(most):
+    trainer = poisoned(trainer_of(max_bad_steps=most), {1, *range(3, 9)})
+    kept = []
+    trainer.bad.before_giving_up.append(lambda: kept.append((trainer.step, trainer.check_equal())))
+    with pytest.raises(NumericError, match=f"no weight has changed .*--max-bad-steps is {most}") as caught:
+        trainer.fit(text(60 * T), steps=20)
+    assert caught.value.exit_code == 76 and "on rank 0, first in " in str(caught.value)
+    assert kept == [(2 if most == 0 else 6, weights_sha256(trainer.model))]
+    assert trainer.bad.counters == [1 if most == 0 else 4, 0]  # who goes on from there begins to count anew
+
+
+def test_weights_that_are_not_finite_end_the_run_at_once():
+    trainer = trainer_of()
+    weight = trainer.model.weights[0]
+    weight.assign(np.full(weight.shape, np.nan, np.float32))
+    trainer.bad.before_giving_up.append(lambda: pytest.fail("there is nothing to keep"))
+    with pytest.raises(NumericError, match=f"in step 1 .*first in {weight.path}.*no later step could be"):
+        trainer.fit(text(60 * T), steps=3)
+
+
+def test_the_loss_of_bad_steps_is_not_in_means():
+    """A micro-batch whose loss is NaN, too."""
+    trainer = trainer_of()
+    gradients = trainer.replica.gradients
+
+    def poison(x, y, draw):
+        gradient, sums = gradients(x, y, draw)
+        return (gradient * np.nan, sums * [np.nan, 1, 1]) if draw[0] == 1 else (gradient, sums)
+
+    trainer.replica.gradients = poison
+    logs = trainer.fit(text(24 * T + 1), epochs=2)
+    assert trainer.bad.total == 1 and len(logs["loss"]) == 2
+    assert np.isfinite(logs["loss"]).all()
 
 
 def test_replicas_that_drifted_are_named(made, monkeypatch):

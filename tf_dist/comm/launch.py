@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
+from tf_dist import faults
 from tf_dist.comm.base import Comm, SerialComm
 from tf_dist.comm.debug import keep_order
 from tf_dist.comm.ending import Ending
@@ -76,6 +77,7 @@ def join() -> Comm:
         comm = MPIComm()
         _ending.join(mpi.COMM_WORLD.Dup(), can_watch=mpi.Query_thread() == mpi.THREAD_MULTIPLE)
     _ending.watch(comm)
+    faults.arm(os.environ.get(faults.VARIABLE, ""), comm.rank)
     return keep_order(comm, os.environ, lambda: mpi.COMM_WORLD.Dup())
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tf_dist.data.tokenizer import Tokenizer, load_tokenizer
-from tf_dist.data.tokens import DTYPES, LARGEST_VOCAB, TokenArray, map_tokens
+from tf_dist.data.tokens import DTYPES, LARGEST_VOCAB, TokenArray, content_sha256, map_tokens
 from tf_dist.errors import DataError
 from tf_dist.files import read_capped, sha256_of
 
@@ -21,6 +21,7 @@ FORMAT = "tf_dist tokens"
 VERSION = 1
 META_LIMIT_BYTES = 16 << 20
 SIDES = ("train", "val")
+Stamp = tuple[int, ...]
 SPLITS = ("none", "document", "position")
 
 
@@ -29,7 +30,7 @@ class Prepared:
     """A corpus as tokens.
 
     path: its folder. meta: what ``meta.json`` says. train, val: token ids, shape (tokens,), mapped
-    read-only; ``val`` is empty when nothing was kept for validation.
+    read-only; ``val`` is empty when nothing was kept for validation. stamps: of their files, when opened.
     """
 
     path: Path
@@ -37,6 +38,38 @@ class Prepared:
     tokenizer: Tokenizer
     train: TokenArray
     val: TokenArray
+    stamps: dict[str, Stamp] = field(default_factory=dict)
+
+    def check_unchanged(self) -> None:
+        """See whether the mapped files were written to since they were opened; a look at their times, mostly.
+
+        Files that were replaced as a whole do no harm: what is mapped stays what it was.
+
+        Raises:
+            DataError: the tokens are others than before.
+        """
+        now = {side: _stamp(self.path / f"{side}.bin") for side in self.stamps}
+        touched = [side for side, stamp in now.items() if stamp and self.stamps[side] != stamp]
+        if any(now[side][0] == self.stamps[side][0] for side in touched):
+            self.verify()
+        self.stamps.update({side: now[side] for side in touched})
+
+    def verify(self) -> None:
+        """Read all tokens.
+
+        Raises:
+            DataError: they are others than when they were prepared.
+        """
+        files = [self.path / f"{side}.bin" for side in SIDES]
+        try:
+            found = content_sha256(*files)
+        except OSError as error:
+            raise DataError(f"cannot read {error.filename}: {error.strerror}. Prepare again.") from error
+        if found != self.meta["content_sha256"]:
+            raise DataError(
+                f"the tokens in {self.path} have changed since they were prepared: somebody has written to "
+                f"{files[0].name} or {files[1].name}. Delete {self.path}, and start the same command again"
+            )
 
 
 def open_prepared(path: Path | str) -> Prepared:
@@ -59,7 +92,17 @@ def open_prepared(path: Path | str) -> Prepared:
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     if tokenizer.vocab_size != meta["vocab_size"]:
         raise DataError(f"{folder}: the tokenizer and meta.json differ in vocab_size. Prepare again.")
-    return Prepared(folder, meta, tokenizer, arrays["train"], arrays["val"])
+    stamps = {side: _stamp(folder / f"{side}.bin") for side in SIDES}
+    return Prepared(folder, meta, tokenizer, arrays["train"], arrays["val"], stamps)
+
+
+def _stamp(path: Path) -> Stamp:
+    """Inode, size and time of the last change of a file; nothing where it is gone."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def sha256_of_file(path: Path) -> str:

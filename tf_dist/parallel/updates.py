@@ -18,6 +18,7 @@ from typing import Protocol
 
 import numpy as np
 
+from tf_dist import faults
 from tf_dist.comm.base import Comm
 from tf_dist.comm.sums import Order
 from tf_dist.errors import NumericError, RankLost
@@ -27,6 +28,8 @@ from tf_dist.parallel.mesh import Mesh
 # The columns of `Totals`: of each micro-batch, the summed loss, the number of targets and of right guesses;
 # and whether a rank wants to stop.
 LOSS, TOKENS, CORRECT, STOP = range(4)
+# What helps against numbers that are none.
+ADVICE = "Try a lower --learning-rate, a longer --warmup-steps or --clip-norm 1"
 
 
 class Totals:
@@ -69,6 +72,10 @@ class Totals:
     def of(self, micro_batches: range) -> np.ndarray:
         """The totals of some neighbouring micro-batches, (4,)."""
         return np.asarray(self._rows[micro_batches.start : micro_batches.stop].sum(axis=0))
+
+    def not_finite(self) -> list[int]:
+        """The micro-batches whose loss is not finite."""
+        return np.flatnonzero(~np.isfinite(self._rows[:-1, LOSS])).tolist()
 
     def sum(self) -> np.ndarray:
         """The totals so far, (4,)."""
@@ -121,11 +128,11 @@ def allreduce(
     Returns:
         The global norm of the mean gradient before clipping.
 
-    Raises:
-        NumericError: the gradient is not finite; no weight has changed.
+        Where it is not finite, on every rank the same, nobody has stepped.
     """
     mesh.all.barrier()  # waiting for slower ranks is counted apart from moving bytes
     counts = totals.reduce(mesh.all)
+    faults.at("allreduce")
     found = mesh.replicas.allreduce_terms(terms, order, _sum_buffer(terms, replica))
     gradient = replica.complete(found.array)
     # Rank 0's norm for all: on a node with another processor it could differ in its last bit.
@@ -134,7 +141,9 @@ def allreduce(
     mesh.all.broadcast(length)
     if mesh.all.survives and not np.isclose(length[0], own, rtol=1e-3, equal_nan=True):
         raise RankLost("a death has cut a broadcast short")
-    replica.apply(gradient, scale_of(float(length[0]), counts, clip_norm))
+    faults.at("update")
+    if np.isfinite(length[0]):
+        replica.apply(gradient, scale_of(float(length[0]), counts, clip_norm))
     return float(length[0])
 
 
@@ -144,17 +153,21 @@ def master(
     """Gather the gradients on rank 0 of the replicas, which alone steps, and sends the weights.
 
     The parameter server of Li et al. (2014), in its synchronous form. Rank 0 holds R gradients and
-    moves R times the bytes of any other: see ``docs/guide.md`` for what that costs. Arguments,
-    result and errors are those of `allreduce`.
+    moves R times the bytes of any other: see ``docs/guide.md`` for what that costs. Arguments and
+    result are those of `allreduce`.
     """
     mesh.all.barrier()
     counts = totals.reduce(mesh.all)
+    faults.at("allreduce")
     total = mesh.replicas.reduce_terms(terms, order, _sum_buffer(terms, replica))
     length = np.zeros(1)
     if total is not None:
         gradient = replica.complete(total.array)
         length[0] = replica.norm(gradient, total.squares) / max(counts[TOKENS], 1.0)
     mesh.all.broadcast(length)
+    faults.at("update")
+    if not np.isfinite(length[0]):
+        return float(length[0])
     scale = scale_of(float(length[0]), counts, clip_norm)
     weights = aligned_empty(replica.parameters)
     if total is not None:
@@ -188,12 +201,16 @@ def own_sum(terms: list[np.ndarray], length: int) -> np.ndarray:
 
 
 def scale_of(norm: float, counts: np.ndarray, clip_norm: float) -> float:
-    """What turns the summed gradient into the mean gradient, clipped to ``clip_norm``."""
+    """What turns the summed gradient into the mean gradient, clipped to ``clip_norm``.
+
+    Raises:
+        NumericError: the norm is not finite.
+    """
     if not np.isfinite(norm):
         loss = counts[LOSS] / max(counts[TOKENS], 1.0)
         raise NumericError(
             f"the gradient is not finite (norm {norm}, mean loss {loss:.4g}), and no weight has changed. "
-            "Try a lower --learning-rate, a longer --warmup-steps or --clip-norm 1"
+            f"{ADVICE}"
         )
     return clipping(norm, clip_norm) / max(float(counts[TOKENS]), 1.0)
 

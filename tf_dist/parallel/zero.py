@@ -21,6 +21,7 @@ from typing import Protocol
 
 import numpy as np
 
+from tf_dist import faults
 from tf_dist.comm.base import WINDOW
 from tf_dist.comm.sums import Order
 from tf_dist.parallel.flat import aligned_empty
@@ -58,12 +59,13 @@ def zero_1(
 ) -> float:
     """Stage 1: each rank sums and steps its shard; all gather the new weights.
 
-    Arguments, result and errors are those of `tf_dist.parallel.updates.allreduce`. By messages a rank sends
+    Arguments and result are those of `tf_dist.parallel.updates.allreduce`. By messages a rank sends
     as many bytes. With a shared window on each of several nodes, or with other axes than data, it sends more:
     the sum is a whole allreduce there, and the allgather of the weights comes on top.
     """
     mesh.all.barrier()
     counts = totals.reduce(mesh.all)
+    faults.at("allreduce")
     comm, shards = mesh.replicas, replica.shards
     mine = shards[comm.rank]
     whole = terms[0] if terms else aligned_empty(replica.parameters)
@@ -73,6 +75,9 @@ def zero_1(
     else:
         comm.reduce_scatter_terms(terms, order, shards, whole[mine])
     length = _agreed(replica, whole[mine], counts, mesh)
+    faults.at("update")
+    if not np.isfinite(length):
+        return length
     replica.apply(whole[mine], scale_of(length, counts, clip_norm))
     if comm.size > 1:
         replica.read_shard(whole[mine])
@@ -95,16 +100,16 @@ def zero_2_and_3(
         mesh: all ranks.
 
     Returns:
-        The global norm of the mean gradient before clipping.
-
-    Raises:
-        NumericError: the gradient is not finite; no weight has changed.
+        The global norm of the mean gradient before clipping. Where it is not finite, nobody has stepped.
     """
     mesh.all.barrier()
     counts = totals.reduce(mesh.all)
+    faults.at("allreduce")
     length = _agreed(replica, terms[0], counts, mesh)
-    replica.apply(terms[0], scale_of(length, counts, clip_norm))
-    replica.spread()
+    faults.at("update")
+    if np.isfinite(length):
+        replica.apply(terms[0], scale_of(length, counts, clip_norm))
+        replica.spread()
     return length
 
 

@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from math import prod
 
+from tf_dist import faults
 from tf_dist.comm.base import Comm
 from tf_dist.comm.threads import Place, places
 from tf_dist.config import Config
@@ -39,6 +40,7 @@ def banner(
         "compute": trainer.tuning.said,
         "sums": "; ".join(filter(None, [trainer.arrangement.said, trainer.passes.said])),
         "run": config.run_dir,
+        **({"faults": f"armed by {faults.VARIABLE}: {faults.said()}"} if faults.said() else {}),
     }
     return "\n".join(f"{name:10}{text}" for name, text in lines.items())
 

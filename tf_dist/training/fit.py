@@ -59,10 +59,12 @@ class Fit:
             epoch = trainer.step // self.stretch
             calls.on_epoch_begin(epoch)
             logs = self._train_until_end_of(epoch)
+            self._verify()
             if self.held_out is not None and not trainer.stopped:
                 logs.update(self._validate(self.held_out))
             calls.on_epoch_end(epoch, logs)
             trainer.agree_to_stop()
+            self._verify()  # what callbacks have changed is not to be undone later
         trainer.meets_every.discard(self.stretch)
         trainer.last_step = 0
         trainer.in_place(lambda: trainer.sentinel.compare(trainer.step))
@@ -80,14 +82,21 @@ class Fit:
             begun = time.monotonic()
             logs = trainer.train_step(self.sequences, self.sampler)
             trainer.elapsed_s += time.monotonic() - begun
-            tokens += logs["tokens"]
-            for name in sums:
-                sums[name] += logs[name] * logs["tokens"]
+            if math.isfinite(logs["loss"]):  # of a step that was skipped it may be anything
+                tokens += logs["tokens"]
+                for name in sums:
+                    sums[name] += logs[name] * logs["tokens"]
             self.calls.on_train_batch_end(batch, logs)
         trainer.meet()  # callbacks, and what they save, see weights that all ranks have
         sums = trainer.of_all({**sums, "tokens": tokens})
         tokens = max(sums.pop("tokens"), 1.0)
         return {name: value / tokens for name, value in sums.items()}
+
+    def _verify(self) -> None:
+        """Where steps may have to be taken again: all that was done up to here is right."""
+        trainer = self.trainer
+        if trainer.verified.can:
+            trainer.in_place(lambda: trainer.sentinel.compare(trainer.step))
 
     def _validate(self, held_out: Sequences) -> dict[str, float]:
         """Validate as Keras's fit does, with callbacks told."""

@@ -17,7 +17,7 @@ Legend: B rows of a micro-batch, T tokens, V vocabulary, P parameters, S of them
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -313,6 +313,8 @@ class GatheringPasses:
         speaks: whether this rank counts losses.
     """
 
+    by_rank = False
+
     def __init__(self, replica: GatheredReplica, micro_batches: int, speaks: bool) -> None:
         self.replica, self._speaks = replica, speaks
         self._rooms = Rooms(replica)
@@ -345,6 +347,11 @@ class GatheringPasses:
     def terms(self) -> list[np.ndarray]:
         """The rank's shard of the sum, alone."""
         return [self._sums.result()]
+
+    def again(self, step: int, batches: Sequence[MicroBatch], totals: Totals) -> Iterator[np.ndarray]:
+        """As in `Passes`: the rank's shard of the sum."""
+        self.train(step, batches, totals)
+        yield from self.terms()
 
     def _forward(self, step: int, mine: Sequence[MicroBatch]) -> list[list[Any]]:
         """What goes into each segment, of each micro-batch."""

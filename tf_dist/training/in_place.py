@@ -160,7 +160,7 @@ class InPlace:
     def _given_by(self, source: int) -> _Ahead:
         """What a rank has of the phase that it has done, and some others have not; a collective."""
         trainer, comm = self._trainer, self._trainer.comm
-        mine = [self._result, [trainer.step, trainer.tokens, trainer.stopped]]
+        mine = [self._result, [trainer.step, trainer.tokens, trainer.stopped, *trainer.bad.counters]]
         steps = comm.allgather_obj(trainer.step)
         result, counters = comm.broadcast_obj(mine, source)
         arrays = []
@@ -175,7 +175,7 @@ class InPlace:
 
     def _take_over(self, ahead: _Ahead) -> None:
         trainer = self._trainer
-        trainer.step, tokens, trainer.stopped = ahead.counters
+        trainer.step, tokens, trainer.stopped, *trainer.bad.counters = ahead.counters
         trainer.resume_counting(tokens)
         for entry, array in zip(trainer.whole().entries, ahead.arrays, strict=False):
             entry.pieces[0].write(array)

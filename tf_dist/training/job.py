@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tf_dist import faults
 from tf_dist.comm.agree import on_root, versions
 from tf_dist.comm.base import Comm, named
 from tf_dist.config import Config
@@ -21,10 +24,13 @@ from tf_dist.training.downpour import Downpour
 from tf_dist.training.environment import bits_depend_on, changes
 from tf_dist.training.generate import Sampling, write_on
 from tf_dist.training.plots import loss_curve
+from tf_dist.training.rolling_back import kept, roll_back
 from tf_dist.training.run import RunFolder
+from tf_dist.training.spikes import Spike
 from tf_dist.training.trainer import Trainer
 
 SAMPLE_TOKENS = 200
+KEEP_ALL = 1 << 30
 # Where all weights travel for each token (the third stage of ZeRO): of a large model many would take minutes.
 SAMPLE_TOKENS_OF_TRAVELLERS = 20
 
@@ -50,7 +56,9 @@ class Job:
         self._sha256: dict[int, str] = {}  # of the weights after a step
         self._deaths = deaths or Deaths()
         trainer.lost, trainer.in_place.recoveries = self._deaths.lost, self._deaths.recoveries
+        trainer.sentinel.say = trainer.bad.say = run.say
         trainer.in_place.when_first.append(run.take_over)
+        trainer.bad.before_giving_up.append(partial(self.save, prune=False))
 
     def resume(self) -> None:
         """Go on from the checkpoint that ``--resume`` means, if there is one.
@@ -81,8 +89,11 @@ class Job:
     def _go_on_from(self, found: dict[str, Any] | None) -> None:
         if found is None:
             return
+        on_root(self.comm, self.corpus.verify)
+        faults.at("load")
         state.restore(self.trainer, Path(found["path"]))
         self.last["val_loss"] = found["val_loss"]
+        self.trainer.bad.counters, self.trainer.spikes.facts = found["bad_steps"], found["spikes"]
         self.run.drop_metrics_after(self.trainer.step)
         self.run.say(f"resumed at step {self.trainer.step} from {found['path']}")
 
@@ -112,7 +123,7 @@ class Job:
         changed = changes(facts.get("bits_depend_on", {}), bits_depend_on())
         if changed:
             self.run.say("resuming where last bits may differ, for these have changed: " + "; ".join(changed))
-        return {"path": str(path), "val_loss": facts["val_loss"]}
+        return {"path": str(path), **kept(facts)}
 
     def begin(self) -> None:
         """Write what is known before the first step."""
@@ -124,12 +135,30 @@ class Job:
         self.run.write("tokenizer.json", tokenizer)
         self.run.status(step=self.trainer.step, val_loss=self.last.get("val_loss"))
 
-    def save(self) -> None:
+    def train(self, fit: Callable[[], object]) -> None:
+        """Call ``fit``, and again each time that it was left because the loss has jumped."""
+        listeners = list(self.trainer.in_place.when_first)
+        while True:
+            try:
+                fit()
+                return
+            except Spike as spike:
+                self.trainer.in_place.when_first[:] = listeners  # without those of callbacks of this `fit`
+                self.run.later.drain()
+                if roll_back(self, spike):
+                    self._sha256 = {}  # there are other weights after the same number of steps
+
+    def save(self, prune: bool = True) -> None:
         """Write a checkpoint and say so in ``status.json``.
+
+        Args:
+            prune: remove what is older than ``--keep`` checkpoints.
 
         Raises:
             LaunchError: the ranks differ: only what all of them hold is worth keeping.
+            DataError: the tokens have changed under the run.
         """
+        on_root(self.comm, self.corpus.check_unchanged)
         self.trainer.put_together()
         self.trainer.sentinel.compare(self.trainer.step)
         facts = {
@@ -138,15 +167,21 @@ class Job:
             "versions": versions(),
             "bits_depend_on": bits_depend_on(),
             "val_loss": self.last.get("val_loss"),
+            "bad_steps": self.trainer.bad.counters,
+            "spikes": self.trainer.spikes.facts,
         }
-        state.save(self.trainer, self.run.checkpoints, self.config.keep, facts)
+        keep = self.config.keep if prune else KEEP_ALL
+        state.save(self.trainer, self.run.checkpoints, keep, facts)
         self._status()
 
     def _status(self, **changes: Any) -> None:
         step = self.trainer.step
         if step not in self._sha256:  # on a grid all weights travel for it
             self._sha256 = {step: self.trainer.whole().weights_sha256()}
-        now = {"step": step, "val_loss": self.last.get("val_loss"), "weights_sha256": self._sha256[step]}
+        now: dict[str, Any] = {"bad_steps": self.trainer.bad.total}
+        now |= {"step": step, "val_loss": self.last.get("val_loss"), "weights_sha256": self._sha256[step]}
+        if self.trainer.spikes.rollbacks:
+            now["rollbacks"] = self.trainer.spikes.rollbacks
         if self.trainer.lost:
             now["ranks_lost"] = self.trainer.lost
         if self.trainer.in_place.recoveries:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ class LeavingPasses(WholePasses):
         divided: the variables of each bucket, in the order in which gradients leave.
     """
 
+    by_rank = False
     said = "gradients leave for their owners during the backward pass"
 
     def __init__(self, replica: ShardedReplica, micro_batches: int, comm: Comm, speaks: bool) -> None:
@@ -63,3 +64,8 @@ class LeavingPasses(WholePasses):
     def terms(self) -> list[np.ndarray]:
         """The rank's shard of the sum, alone."""
         return [self._shard_sums.result()]
+
+    def again(self, step: int, batches: Sequence[MicroBatch], totals: Totals) -> Iterator[np.ndarray]:
+        """As in `Passes`: the rank's shard of the sum."""
+        self.train(step, batches, totals)
+        yield from self.terms()

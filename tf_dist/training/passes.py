@@ -8,7 +8,7 @@ Legend: B rows of a micro-batch, T tokens, V vocabulary, P parameters of this ra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -30,7 +30,12 @@ class MicroBatch(NamedTuple):
 
 
 class Passes(Protocol):
-    """How gradients are made of micro-batches on this rank."""
+    """How gradients are made of micro-batches on this rank.
+
+    by_rank: whether `again` gives what this rank alone has made, and not its part of a sum.
+    """
+
+    by_rank: bool
 
     @property
     def said(self) -> str:
@@ -47,6 +52,12 @@ class Passes(Protocol):
 
     def terms(self) -> list[np.ndarray]:
         """The sums of gradients of this rank, (P,) float32 each, for `Comm.allreduce_terms`."""
+
+    def again(self, step: int, batches: Sequence[MicroBatch], totals: Totals) -> Iterator[np.ndarray]:
+        """The gradients of a step that was taken, once more, to be looked at; a collective, to its end.
+
+        Arguments are those of `train`. Each is used before the next one is asked for, and may be written to.
+        """
 
     def evaluate(self, batches: Sequence[MicroBatch], totals: Totals) -> None:
         """The losses and counts of `train`, without dropout and without a gradient."""
@@ -65,6 +76,8 @@ class WholePasses:
         overlap: whether gradients leave during the backward pass.
         speaks: whether this rank counts losses.
     """
+
+    by_rank = True
 
     def __init__(
         self, replica: Replica, micro_batches: Sequence[int], sums: BlockSum, overlap: Overlap, speaks: bool
@@ -93,6 +106,11 @@ class WholePasses:
     def terms(self) -> list[np.ndarray]:
         """As in `Passes`; they may be on their way."""
         return self.overlap.terms()
+
+    def again(self, step: int, batches: Sequence[MicroBatch], totals: Totals) -> Iterator[np.ndarray]:
+        """As in `Passes`: the gradient of each micro-batch, none of which leaves."""
+        for number, x_BxT, y_BxT in batches:
+            yield np.array(self.replica.gradients(x_BxT, y_BxT, (step, number))[0])
 
     def evaluate(self, batches: Sequence[MicroBatch], totals: Totals) -> None:
         """As in `Passes`."""

@@ -247,6 +247,8 @@ class PipelinePasses:
         said: a line for people.
     """
 
+    by_rank = True
+
     def __init__(
         self,
         replica: PipelineReplica,
@@ -369,6 +371,11 @@ class PipelinePasses:
             for total in (total for totals in self._sums.values() for total in totals):
                 total.terms()  # they end at home: in these arrays
         return list(self._flat)
+
+    def again(self, step: int, batches: Sequence[MicroBatch], totals: Totals) -> Iterator[np.ndarray]:
+        """As in `tf_dist.training.passes.Passes`."""
+        self.train(step, batches, totals)
+        yield from self.terms()
 
     # Forward only --------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 import time
@@ -16,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tf_dist import faults
 from tf_dist.comm.agree import on_root
 from tf_dist.comm.base import Comm
 from tf_dist.config import Config
@@ -26,7 +28,7 @@ from tf_dist.training.in_use import claim
 
 METRICS = (
     "step", "epoch", "loss", "val_loss", "perplexity", "bits_per_byte", "learning_rate", "grad_norm",
-    "tokens", "tokens_per_s", "step_s", "comm_s", "wait_s", "elapsed_s",
+    "tokens", "tokens_per_s", "step_s", "comm_s", "wait_s", "elapsed_s", "bad_steps",
 )  # fmt: skip
 
 
@@ -49,7 +51,7 @@ class RunFolder:
         self._console: dict[int, int] = {}
         self._status: dict[str, Any] = {
             "state": "running", "step": 0, "ranks": comm.size, "val_loss": None, "weights_sha256": None,
-            "failures": [], "exit_code": None,
+            "failures": [], "exit_code": None, "bad_steps": 0,
         }  # fmt: skip
 
     def open(self) -> None:
@@ -68,6 +70,7 @@ class RunFolder:
             on_root(self.comm, lambda: claim(self.path))
             with open(logs / f"rank-{self.comm.rank:04d}.log", "a") as log:
                 self._redirect_to(log.fileno())
+            faults.writes_below(self.path)
         except OSError as error:
             raise LaunchError(
                 f"cannot write the run folder {self.path}: {error.strerror}. Choose another with --run-dir"
@@ -138,11 +141,22 @@ class RunFolder:
             write_whole(path, (json.dumps(status, indent=1) + "\n").encode(), LaunchError)
 
     def log_metrics(self, row: Mapping[str, Any]) -> None:
-        """Append a line to ``metrics.jsonl``, with every key of the contract; on rank 0."""
+        """Append a line to ``metrics.jsonl``, with every key of the contract; on rank 0.
+
+        Raises:
+            LaunchError: it cannot be written.
+        """
         if self.comm.rank == 0:
-            line = {**dict.fromkeys(METRICS), **row}
-            with open(self.metrics, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            finite = {key: None if _is_no_number(value) else value for key, value in row.items()}
+            line = {**dict.fromkeys(METRICS), **finite}
+            try:
+                with open(self.metrics, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+            except OSError as error:
+                raise LaunchError(
+                    f"cannot write {self.metrics}: {error.strerror}. Checkpoints are untouched. "
+                    "Make room, and start the same command again: it goes on from the newest one"
+                ) from error
 
     def drop_metrics_after(self, step: int) -> None:
         """Forget lines of steps that a resumed run will take again; on rank 0."""
@@ -172,6 +186,11 @@ class RunFolder:
             claim(self.path)
         for ours, console in self._console.items():
             os.dup2(console, ours)
+
+
+def _is_no_number(value: Any) -> bool:
+    """Whether JSON has no word for it: a loss or a norm of steps that were skipped."""
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

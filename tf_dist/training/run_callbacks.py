@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import keras
 
+from tf_dist import faults
 from tf_dist.training.run import RunFolder
 from tf_dist.training.trainer import Trainer
 
@@ -50,7 +52,7 @@ class LogRun(keras.callbacks.Callback):
 
     def _begin_row(self) -> None:
         comm = self.trainer.comm
-        self._loss_sum, self._tokens, self._steps = 0.0, 0.0, 0
+        self._loss_sum, self._tokens, self._finite, self._steps = 0.0, 0.0, 0.0, 0
         self._since = (self.trainer.elapsed_s, comm.comm_s, comm.wait_s)
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
@@ -62,7 +64,9 @@ class LogRun(keras.callbacks.Callback):
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Count a step; finish a row where one is due."""
         assert logs is not None
-        self._loss_sum += logs["loss"] * logs["tokens"]
+        if math.isfinite(logs["loss"]):  # of a step that was skipped it may be anything
+            self._loss_sum += logs["loss"] * logs["tokens"]
+            self._finite += logs["tokens"]
         self._tokens += logs["tokens"]
         self._steps += 1
         self._grad_norm = logs["grad_norm"]
@@ -78,8 +82,8 @@ class LogRun(keras.callbacks.Callback):
         self._row = {
             "step": trainer.step,
             "epoch": trainer.step / self.steps_per_epoch,
-            "loss": self._loss_sum / max(self._tokens, 1.0),
-            "learning_rate": _learning_rate(trainer.optimizer, trainer.step - 1),
+            "loss": self._loss_sum / self._finite if self._finite else math.nan,
+            "learning_rate": _learning_rate(trainer.optimizer, trainer.step - trainer.bad.total - 1),
             "grad_norm": self._grad_norm,
             "tokens": trainer.tokens,
             "tokens_per_s": self._tokens / max(elapsed, 1e-9),
@@ -87,6 +91,7 @@ class LogRun(keras.callbacks.Callback):
             "comm_s": comm_s / self._steps,
             "wait_s": wait_s / self._steps,
             "elapsed_s": trainer.elapsed_s,
+            "bad_steps": trainer.bad.total,
         }
         self._begin_row()
 
@@ -165,5 +170,6 @@ class SaveRun(keras.callbacks.Callback):
 
     def _save(self) -> None:
         if self._saved_step != self.trainer.step:
+            faults.at("save")
             self.trainer.in_place(self.save)
             self._saved_step = self.trainer.step

@@ -5,9 +5,9 @@ variable on one rank. So before the first steps, and every so many after them, e
 of every variable and the ranks compare one number. Only where it differs do they look at the rest, name
 the variable and take a vote on who is wrong.
 
-It looks at the beginning of a step, at the weights from which the next gradients will be computed: what
-went wrong since the last update is put right before it enters a sum. What went wrong earlier, between two
-checks or while gradients were computed, has entered sums that all ranks share, and is not undone.
+It looks at the beginning of a step, at the weights from which the next gradients will be computed. What went
+wrong before, between two checks or while gradients were computed, has entered sums that all ranks share:
+where ranks are restored, `Verified` undoes that as well.
 """
 
 from __future__ import annotations
@@ -53,6 +53,10 @@ class Sentinel:
 
     Attributes:
         say: takes a line when something was put right; prints it on rank 0 unless replaced.
+        keep: told after how many steps all were found equal.
+        take_again: called with a step after which ranks were restored; undoes what followed from the
+            difference, on all ranks, and says so.
+        finish: called before all else, on all ranks, with what a death may have interrupted in it.
         ready: whether ranks are to be equal now, the same on all; where not, a check waits until they are.
 
     Raises:
@@ -69,7 +73,10 @@ class Sentinel:
         self.comm, self.groups, self.every, self.on_mismatch = comm, list(groups), every, on_mismatch
         self.say: Callable[[str], None] = self._print
         self.ready: Callable[[], bool] = lambda: True
-        self._steps_seen, self._due = 0, False
+        self.keep: Callable[[int], None] = lambda step: None
+        self.take_again: Callable[[int], str] = lambda step: ""
+        self.finish: Callable[[], None] = lambda: None
+        self._steps_seen, self._due, self._restored = 0, False, False
 
     def watch(self, step: int) -> None:
         """Compare if it is time; called by all ranks at the beginning of each step, a collective then.
@@ -90,20 +97,29 @@ class Sentinel:
         """Ranks have died: the others compare themselves before their next steps, as before the first."""
         self._steps_seen, self._due = 0, False
 
-    def compare(self, step: int) -> None:
+    def compare(self, step: int) -> bool:
         """Compare now, and restore if that was chosen and is possible; a collective.
+
+        Returns:
+            Whether something was put right, on any rank.
 
         Raises:
             LaunchError: on every rank, with the same message, naming ranks and variable: ranks differ.
         """
+        self.finish()
         self._check_calls(step)
+        self._restored = False
         troubles = [self._trouble(step, group) for group in self.groups]
         # A group's ranks know of their own trouble, and all must end together.
         told = next(filter(None, troubles), "")
         if any(group.comm is not self.comm for group in self.groups):
-            told = next(filter(None, self.comm.allgather_obj(told)), "")
+            everyone = self.comm.allgather_obj([told, self._restored])
+            told = next(filter(None, (said for said, _ in everyone)), "")
+            self._restored = any(restored for _, restored in everyone)
         if told:
             raise LaunchError(f"{told}. {ADVICE}")
+        self.keep(step)
+        return self._restored
 
     def _trouble(self, step: int, group: Group) -> str:
         """What is wrong in a group, after it was put right where that was chosen and is possible."""
@@ -112,7 +128,9 @@ class Sentinel:
             said = self._described(step, group, found)
             for one in found:
                 self._restore(group, one)
-            self.say(f"{said}. Restored from the others")
+            again = self.take_again(step)
+            self._restored = True
+            self.say(f"{said}. Restored from the others{again}")
             found = self._splits(group)
         return f"{self._described(step, group, found)}{self._why_not_restored(found)}" if found else ""
 

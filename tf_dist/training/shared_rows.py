@@ -5,7 +5,7 @@ Legend: B rows of a micro-batch, T tokens, s ranks, L = T / s, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -59,6 +59,10 @@ class SharedRowPasses(WholePasses):
     def train(self, step: int, batches: Sequence[MicroBatch], totals: Totals) -> None:
         """As in `Passes`, from whole rows."""
         super().train(step, self._own(batches), totals)
+
+    def again(self, step: int, batches: Sequence[MicroBatch], totals: Totals) -> Iterator[np.ndarray]:
+        """As in `Passes`, from whole rows."""
+        return super().again(step, self._own(batches), totals)
 
     def evaluate(self, batches: Sequence[MicroBatch], totals: Totals) -> None:
         """As in `Passes`, from whole rows."""

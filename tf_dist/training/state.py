@@ -37,6 +37,7 @@ FREE = (
     "threads_per_rank",
     "check_every",
     "min_ranks",
+    "max_bad_steps",
     "on_mismatch",
     "autotune",
     # How ranks share the work: a checkpoint knows nothing of it.

@@ -15,32 +15,36 @@ from typing import Any
 import keras
 import numpy as np
 
+from tf_dist import faults
 from tf_dist.comm.base import Comm, named
 from tf_dist.comm.probe import prove
 from tf_dist.config import default_micro_batch
 from tf_dist.data.ahead import Ahead
-from tf_dist.data.sampler import Sampler, share
+from tf_dist.data.sampler import Sampler
 from tf_dist.data.tokens import Sequences
 from tf_dist.errors import DataError, RankLost, UsageError
-from tf_dist.parallel.mesh import DATA, Mesh
-from tf_dist.parallel.parts import part_of
+from tf_dist.parallel.mesh import Mesh
 from tf_dist.parallel.updates import CORRECT, LOSS, STOP, TOKENS, Totals
 from tf_dist.training.arrange import GROUPS, Wishes, arrange, rearranged
+from tf_dist.training.bad_steps import BadSteps
 from tf_dist.training.downpour import Downpour
 from tf_dist.training.fit import Fit
+from tf_dist.training.held import held_by_several
 from tf_dist.training.in_place import InPlace
 from tf_dist.training.meeting import (
     Alone,
     Asynchronous,
     Remembering,
-    held_by_all,
     put_together,
     remembered,
     survived,
 )
 from tf_dist.training.passes import MicroBatch
-from tf_dist.training.sentinel import Group, Sentinel
+from tf_dist.training.sentinel import Sentinel
+from tf_dist.training.spikes import Spikes
 from tf_dist.training.tuning import Tuning
+from tf_dist.training.validation import validated
+from tf_dist.training.verified import Verified
 from tf_dist.training.whole import Whole, sha256
 
 DEFAULT_SEQ_LEN = 128
@@ -79,8 +83,11 @@ class Trainer:
         compression: of gradients, options by name, see `tf_dist.parallel.compress.Compression`.
         asynchrony: options of "downpour" and "easgd" by name, see `tf_dist.training.units.Asynchrony`.
         min_ranks: where ranks may die and the others go on (`InPlace`): with fewer the run ends.
+        max_bad_steps: steps in a row that are skipped because a gradient is not finite (`BadSteps`).
+        spikes: what to do where the loss jumps, and which batches are passed over; None: nothing, and none.
 
     Attributes:
+        bad: steps that were skipped.
         in_place: runs what is done together, in spite of deaths where that is possible.
         tuning: whether XLA compiles forward and backward, and why.
         step: optimizer steps taken so far.
@@ -123,6 +130,8 @@ class Trainer:
         compression: Mapping[str, Any] | None = None,
         asynchrony: Mapping[str, Any] | None = None,
         min_ranks: int = 1,
+        max_bad_steps: int = 10,
+        spikes: Spikes | None = None,
     ) -> None:
         self.rows = _rows(global_batch_size, micro_batch_size)
         self.model, self.optimizer, self.comm = model, optimizer, comm
@@ -143,14 +152,16 @@ class Trainer:
         self.remembering = self.update if isinstance(self.update, Remembering) else None
         self.tuning = Tuning(self.replica, comm, autotune, xla, self.arrangement.no_xla)
         self.lone_optimizer = update in ("master", "downpour")
-        self.sentinel = Sentinel(comm, self._held_by_several(), check_every, on_mismatch)
+        self.sentinel = Sentinel(comm, held_by_several(self), check_every, on_mismatch)
         self.sentinel.ready = lambda: self.remembering is None or self.remembering.together
         self.step, self.tokens, self.elapsed_s, self.input_s = 0, 0, 0.0, 0.0
         self._whole: Whole | None = None
         self._ahead: tuple[Sequences, Sampler, Ahead[list[MicroBatch]]] | None = None
         self.last_step, self.meets_every = 0, set[int]()
         self._tokens_met, self.lost = 0, list[int]()
-        self.in_place = InPlace(self, min_ranks)
+        self.verified = Verified(self, on_mismatch == "restore")
+        self.in_place, self.bad = InPlace(self, min_ranks), BadSteps(self, max_bad_steps)
+        self.spikes = spikes or Spikes()
         self.stopped = self._stop_requested = False
         model.stop_training = False
 
@@ -161,16 +172,38 @@ class Trainer:
 
         Returns:
             loss (mean nats per token), accuracy, grad_norm and tokens: the same on every rank; with "easgd"
-            and "gossip" what this rank knows.
+            and "gossip" what this rank knows. Where grad_norm is not finite, no weight has changed.
+
+        Raises:
+            NumericError: it was not finite too often in a row, or never can be again.
+            Spike: the loss has jumped, and ``spikes`` is to roll back.
         """
-        return dict(self.in_place(partial(self._step, sequences, sampler)))
+        logs = dict(self.in_place(partial(self._step, sequences, sampler)))
+        self.bad.check()
+        if not isinstance(self.update, Alone) and (warning := self.spikes.look(self.step, logs["loss"])):
+            self.bad.say(warning)
+        return logs
 
     def _step(self, sequences: Sequences, sampler: Sampler) -> dict[str, float]:
+        self._data = sequences, sampler
+        faults.begin(self.step + 1, self.replica.variables)
         self.sentinel.watch(self.step)
+        return self.take_once_more()
+
+    def take_once_more(self) -> dict[str, float]:
+        """Take the step of this number, on the data of the last one; as `train_step`, inside of a phase."""
+        sequences, sampler = self._data
+        faults.at("forward", self.step + 1)
         totals = Totals(self.micro_batches)
         if (self._stop_requested or self.model.stop_training) and not isinstance(self.update, Alone):
             totals.ask_to_stop()
         norm = self._gradient_and_step(sequences, sampler, totals)
+        if isinstance(self.update, Asynchronous) or math.isfinite(norm):
+            self.bad.in_a_row = 0
+        elif self.sentinel.ready() and self.sentinel.compare(self.step):
+            return self.take_once_more()  # a replica that had drifted is put right
+        else:
+            self.bad.note(norm, totals, self._batches(sequences, sampler))
         self.step += 1
         counts = totals.sum()
         self.tokens += int(counts[TOKENS])
@@ -194,6 +227,8 @@ class Trainer:
             return self.update.take(make, totals, self.clip_norm, self._next_meeting())
         self.passes.train(self.step, self._batches(sequences, sampler), totals)
         terms, order = self.passes.terms(), self.arrangement.order
+        faults.at("gradient")
+        faults.spoil(terms)
         return float(self.update(terms, order, totals, self.clip_norm, self.replica, self.mesh))
 
     def _next_meeting(self) -> int:
@@ -205,8 +240,8 @@ class Trainer:
         self, sequences: Sequences, sampler: Sampler, step: int, numbers: Sequence[int]
     ) -> list[MicroBatch]:
         """Some micro-batches of a step."""
-        rows_G = sampler.batch(step)
-        return [self._micro_batch(sequences, number, rows_G[number * self.rows :]) for number in numbers]
+        rows_G = sampler.batch(self.spikes.batch_of(step))
+        return [self.micro_batch(sequences, number, rows_G[number * self.rows :]) for number in numbers]
 
     def _batches(self, sequences: Sequences, sampler: Sampler) -> list[MicroBatch]:
         """The micro-batches of the step that are this rank's."""
@@ -218,7 +253,7 @@ class Trainer:
         self.input_s += time.perf_counter() - begun
         return batches
 
-    def _micro_batch(self, sequences: Sequences, number: int, indices: np.ndarray) -> MicroBatch:
+    def micro_batch(self, sequences: Sequences, number: int, indices: np.ndarray) -> MicroBatch:
         """The first B of these rows."""
         return MicroBatch(number, *sequences.rows(indices[: self.rows]))
 
@@ -255,7 +290,7 @@ class Trainer:
 
         Raises:
             DataError: fewer sequences than one global batch.
-            NumericError: a gradient was not finite.
+            NumericError: gradients were not finite, see `max_bad_steps`.
             LaunchError: the ranks do not talk, or their weights or optimizers differ.
         """
         sequences = self.sequences(tokens)
@@ -336,34 +371,13 @@ class Trainer:
             val_loss (nats per token), val_accuracy, perplexity and, where ``text_bytes`` is given,
             bits_per_byte: the same on every rank.
         """
-        return dict(self.in_place(partial(self._validate, held_out, text_bytes)))
-
-    def _validate(self, held_out: np.ndarray | Sequences, text_bytes: int) -> dict[str, float]:
-        self.meet()
-        sequences = self.sequences(held_out)
-        totals = Totals(math.ceil(len(sequences) / self.rows))
-        indices = np.arange(totals.micro_batches * self.rows)
-        indices[indices >= len(sequences)] = -1
-        mine = share(totals.micro_batches, self.mesh.at[DATA], self.mesh.shape[DATA])
-        batches = [self._micro_batch(sequences, number, indices[number * self.rows :]) for number in mine]
-        self.passes.evaluate(batches, totals)
-        sums = totals.reduce(self.comm)
-        if not sums[TOKENS]:
-            raise DataError("there is no validation text: raise --val-fraction, or set --eval-every 0")
-        loss = float(sums[LOSS] / sums[TOKENS])
-        logs = {
-            "val_loss": loss,
-            "val_accuracy": float(sums[CORRECT] / sums[TOKENS]),
-            "perplexity": math.exp(min(loss, 700.0)),
-        }
-        if text_bytes:
-            logs["bits_per_byte"] = float(sums[LOSS] / math.log(2) / text_bytes)
-        return logs
+        return dict(self.in_place(partial(validated, self, self.sequences(held_out), text_bytes)))
 
     # Weights -------------------------------------------------------------------------------------
 
     def broadcast_weights(self) -> None:
         """Give all replicas of a part of the model the weights of the first one."""
+        self.verified.drop()
         self.replica.give_weights(self.mesh.replicas)
 
     def meet(self) -> None:
@@ -428,23 +442,6 @@ class Trainer:
         self.meet()
         if self.remembering is not None:
             put_together(self.remembering, self.optimizer, self.replica, self.micro_batches, self.mesh)
-
-    def _held_by_several(self) -> list[Group]:
-        """What must be the same on which ranks."""
-        weights = [(v.path, v) for v in self.model.weights if self.replica.holds(v)]
-        state = [(v.path, v) for v in self.replica.optimizer_step.shared_variables()]
-        if self.lone_optimizer:  # there is none to compare it with
-            state = []
-        elif self.remembering is not None:
-            state = held_by_all(self.remembering, state)
-        groups = [Group(self.mesh.replicas, weights + state)]
-        if self.mesh.tensor.size > 1:
-            undivided = [(path, v) for path, v in weights if part_of(v).ranges is None]
-            groups.append(Group(self.mesh.tensor, undivided))
-        for variable in self.replica.tied:
-            named = [(variable.path, variable)]
-            groups.append(Group(self.mesh.pipeline, named, held=self.replica.holds(variable)))
-        return groups
 
     def check_equal(self) -> str:
         """Compare the weights of all ranks, bit for bit.

@@ -1,0 +1,31 @@
+"""What several ranks of a trainer hold alike, for the sentinel to compare."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tf_dist.parallel.parts import part_of
+from tf_dist.training.meeting import held_by_all
+from tf_dist.training.sentinel import Group
+
+if TYPE_CHECKING:
+    from tf_dist.training.trainer import Trainer
+
+
+def held_by_several(trainer: Trainer) -> list[Group]:
+    """What must be the same on which ranks; as many groups on every rank."""
+    replica, mesh = trainer.replica, trainer.mesh
+    weights = [(v.path, v) for v in trainer.model.weights if replica.holds(v)]
+    state = [(v.path, v) for v in replica.optimizer_step.shared_variables()]
+    if trainer.lone_optimizer:  # there is none to compare it with
+        state = []
+    elif trainer.remembering is not None:
+        state = held_by_all(trainer.remembering, state)
+    groups = [Group(mesh.replicas, weights + state)]
+    if mesh.tensor.size > 1:
+        undivided = [(path, v) for path, v in weights if part_of(v).ranges is None]
+        groups.append(Group(mesh.tensor, undivided))
+    for variable in replica.tied:
+        named = [(variable.path, variable)]
+        groups.append(Group(mesh.pipeline, named, held=replica.holds(variable)))
+    return groups

@@ -1,0 +1,69 @@
+"""Going back to an earlier checkpoint of a run that goes on, and data that is passed over from there."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tf_dist.comm.agree import on_root
+from tf_dist.errors import CheckpointError
+from tf_dist.files import sync_folder
+from tf_dist.training import checkpoint, state
+from tf_dist.training.spikes import BEFORE, Spike
+
+if TYPE_CHECKING:
+    from tf_dist.training.job import Job
+
+
+def kept(facts: dict[str, Any]) -> dict[str, Any]:
+    """What a job takes from the facts of a checkpoint; older ones do not have all of it."""
+    none = {"bad_steps": [0, 0], "spikes": {}}
+    return {"val_loss": facts["val_loss"], **{name: facts.get(name, none[name]) for name in none}}
+
+
+def roll_back(job: Job, spike: Spike) -> bool:
+    """Go back to a checkpoint before a spike, and pass over the data from there on; a collective.
+
+    Returns:
+        Whether there was a checkpoint.
+
+    Raises:
+        NumericError: that was done too often.
+    """
+    trainer, run = job.trainer, job.run
+    found = on_root(job.comm, lambda: _before(run.checkpoints, spike.step - BEFORE, run.say))
+    if found is None:
+        run.say(f"{spike}; there is no checkpoint of {BEFORE} steps before, so it goes on")
+        return False
+    state.restore(trainer, Path(found["path"]))
+    step = trainer.step
+    job.last["val_loss"], trainer.bad.counters = found["val_loss"], found["bad_steps"]
+    count = trainer.spikes.go_back(spike.step, step, found["spikes"])
+    on_root(job.comm, lambda: _set_aside_after(run.checkpoints, step))
+    run.drop_metrics_after(step)
+    run.say(f"{spike}; back to step {step}, and {count} batches from there on are passed over")
+    return True
+
+
+def _before(folder: Path, step: int, say: Callable[[str], None]) -> dict[str, Any] | None:
+    """The newest sound checkpoint that is not beyond ``step``."""
+    for path in reversed([path for path in checkpoint.listing(folder) if _step_of(path) <= step]):
+        try:
+            return {"path": str(path), **kept(checkpoint.verify(path)["facts"])}
+        except CheckpointError as error:
+            say(f"skipping {path.name}: {error}")
+    return None
+
+
+def _set_aside_after(folder: Path, step: int) -> None:
+    """Rename checkpoints of the way that was left, so that nobody goes on from them."""
+    for path in [path for path in checkpoint.listing(folder) if _step_of(path) > step]:
+        os.rename(path, path.with_name(f"left-{path.name}-{secrets.token_hex(4)}"))
+    sync_folder(folder)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
