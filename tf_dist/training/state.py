@@ -38,6 +38,8 @@ FREE = (
     "check_every",
     "min_ranks",
     "on_mismatch",
+    "stall_warn",
+    "stall_abort",
     "autotune",
     # How ranks share the work: a checkpoint knows nothing of it.
     "tensor_parallel",

@@ -143,6 +143,9 @@ class Trainer:
         self.remembering = self.update if isinstance(self.update, Remembering) else None
         self.tuning = Tuning(self.replica, comm, autotune, xla, self.arrangement.no_xla)
         self.lone_optimizer = update in ("master", "downpour")
+        # Whether all ranks do the same with their micro-batches, so that one of them may be called slow.
+        apart = self.lone_optimizer or isinstance(self.update, Asynchronous)
+        self._alike = self.mesh.plain and not apart
         self.sentinel = Sentinel(comm, self._held_by_several(), check_every, on_mismatch)
         self.sentinel.ready = lambda: self.remembering is None or self.remembering.together
         self.step, self.tokens, self.elapsed_s, self.input_s = 0, 0, 0.0, 0.0
@@ -163,7 +166,10 @@ class Trainer:
             loss (mean nats per token), accuracy, grad_norm and tokens: the same on every rank; with "easgd"
             and "gossip" what this rank knows.
         """
-        return dict(self.in_place(partial(self._step, sequences, sampler)))
+        self.comm.record.begin_step(self.step + 1)
+        logs = dict(self.in_place(partial(self._step, sequences, sampler)))
+        self.comm.record.end_step(len(self.my_micro_batches) * self._alike)
+        return logs
 
     def _step(self, sequences: Sequences, sampler: Sampler) -> dict[str, float]:
         self.sentinel.watch(self.step)
