@@ -2,8 +2,8 @@
 
 A process that is killed cannot remove what it has made: Open MPI's memory for messages (16 MB for each
 rank), and folders of its launcher. Only files of this user are looked at, by names that we know. One is a
-leftover if no process of this machine maps it, has it open, or is the one whose number its name bears. What is
-younger than a minute may belong to a job that is being started. Processes of other containers that share a
+leftover if no process of this machine maps it, has it open, or is the one whose number its name bears. What
+is younger than a minute may belong to a job that is being started. Processes of other containers that share a
 folder with this one cannot be seen: nothing is removed unless that is asked for.
 """
 

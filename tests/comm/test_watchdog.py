@@ -1,4 +1,4 @@
-"""The watchdogs of several ranks on one board, in one process, without their threads, with a clock of ours."""
+"""The watchdogs of several ranks on one board, in one process: without threads, with a clock of ours."""
 
 import os
 import signal
