@@ -60,6 +60,7 @@ def main(argv: list[str]) -> None:
     run = RunFolder(choose_folder(config, comm), comm)
     run.open()
     launch.on_failure(run.failed)
+    launch.limit_stalls(config.stall_warn, config.stall_abort, run.path / "logs")
     corpus = shared_corpus(config, comm, REGISTRY, run.say)
     config = dataclasses.replace(config, vocab_size=corpus.tokenizer.vocab_size, run_dir=str(run.path))
     if comm.rank == 0:

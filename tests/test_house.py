@@ -10,7 +10,20 @@ PACKAGE = sorted((ROOT / "tf_dist").rglob("*.py"))
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 TREES = {path: ast.parse(path.read_bytes()) for path in PACKAGE + SCRIPTS}
 
-BOTTOM = {"choices", "config", "degrees", "errors", "faults", "files", "flags", "hosts"} | {"restarts", "version"}
+BOTTOM = {
+    "choices",
+    "config",
+    "degrees",
+    "doctor",
+    "errors",
+    "faults",
+    "files",
+    "flags",
+    "hosts",
+    "processes",
+    "restarts",
+    "version",
+}
 ROOMS = {"bench", "comm", "data", "layers", "models", "parallel", "training"}
 MAY_IMPORT = {
     "comm": BOTTOM,

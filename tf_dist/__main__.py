@@ -3,12 +3,14 @@
     python -m tf_dist run -np 4 -- scripts/train.py --run-dir runs/long --steps 100000
     python -m tf_dist checkpoint verify runs/latest     # is everything as it was written?
     python -m tf_dist checkpoint show runs/latest       # what is in the newest sound one?
+    python -m tf_dist doctor                            # what have dead jobs left in memory? (--clean)
 
 `run` starts `mpirun -np N python ...`, and again after a failure, from the newest sound checkpoint; flags
 that it does not know go to mpirun. Of the hosts in --host or --hostfile those that do not answer after a
 failure are left out, with their ranks. SIGTERM, SIGINT and SIGUSR1 are passed on, and end it. Its exit code
 is that of the last job. A path of `checkpoint` is a run folder, its ``checkpoints`` folder, or a checkpoint.
-Exit codes of `checkpoint`: 0; 77 one is damaged (verify), or there is none that can be used. 64 is for usage.
+Exit codes of `checkpoint`: 0; 77 one is damaged (verify), or there is none that can be used. Of `doctor`: 0;
+70 something could not be looked into, or removed. 64 is for usage.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from tf_dist import doctor
 from tf_dist.errors import CheckpointError, TfDistError
 from tf_dist.hosts import Launch
 from tf_dist.restarts import USUAL, Patience, Restarts, own_mpirun, with_run_dir
@@ -37,6 +40,8 @@ def main(argv: list[str]) -> int:
     run.add_argument("--min-ranks", type=int, default=1, help="where hosts are gone: no fewer than this")
     run.add_argument("--tries", type=int, default=USUAL.tries, help="starts without a new checkpoint")
     run.add_argument("--mpirun", default=own_mpirun(), help="the launcher")
+    health = topics.add_parser("doctor", help="what dead jobs have left on this machine")
+    health.add_argument("--clean", action="store_true", help="remove it")
     own, job = _divided(argv)
     try:
         arguments, others = parser.parse_known_args(own)
@@ -51,6 +56,10 @@ def main(argv: list[str]) -> int:
             words, run_dir = with_run_dir(job)
             launch = Launch(words, arguments.np, arguments.min_ranks, arguments.mpirun, others, _say)
             return Restarts(launch.command, run_dir, Patience(max(1, arguments.tries)), _say).run()
+        if arguments.topic == "doctor":
+            lines, well = doctor.report(doctor.folders(), arguments.clean)
+            print("\n".join(lines))
+            return 0 if well else TfDistError.exit_code
         if arguments.question == "show":
             print(inspect_checkpoint.shown(arguments.path))
             return 0

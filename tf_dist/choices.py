@@ -150,3 +150,18 @@ def _check_compression(config: Config) -> None:
         raise UsageError(
             f"backend horovod cannot carry compression {kind}: use backend mpi, or compression powersgd"
         )
+
+
+def check_limits(warn_s: float, abort_s: float) -> None:
+    """Check the limits of a wait for other ranks: stall_warn and stall_abort, seconds, 0 for never.
+
+    Raises:
+        UsageError: negative, or the job would end before anything was said.
+    """
+    if warn_s < 0 or abort_s < 0:
+        raise UsageError(f"stall_warn is {warn_s:g}, stall_abort {abort_s:g}: seconds, or 0 for never")
+    if 0 < abort_s <= warn_s:
+        raise UsageError(
+            f"stall_abort ({abort_s:g} s) is not beyond stall_warn ({warn_s:g} s): the job would end before "
+            f"anybody was warned. Try --stall-abort {10 * warn_s:g}, or 0 for never"
+        )

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from tf_dist.choices import check_update
+from tf_dist.choices import check_limits, check_update
 from tf_dist.degrees import check_degrees
 from tf_dist.errors import UsageError
 
@@ -114,6 +114,8 @@ class Config:
     check_every: int = option(100, "ranks", "steps between comparisons of all ranks' weights and optimizers, bit for bit; 0: only in the first steps", least=0)  # noqa: E501
     on_mismatch: str = option("stop", "ranks", "when a rank differs: stop, or restore it from a majority of the others", choices=("stop", "restore"))  # noqa: E501
     min_ranks: int = option(1, "ranks", "where ranks may die and the others go on (mpirun --with-ft ulfm): with fewer the run ends", least=1)  # noqa: E501
+    stall_warn: float = option(60.0, "ranks", "seconds that ranks wait for another one before they name it, and say what it does; 0: never", least=0)  # noqa: E501
+    stall_abort: float = option(600.0, "ranks", "seconds after which they end the job, with 70; 0: never. A rank that still prepares or compiles is given time", least=0)  # noqa: E501
     threads_per_rank: int = option(0, "ranks", "TensorFlow threads in each rank; 0: this rank's share of the node's cores", least=0)  # noqa: E501
 
     run_dir: str = option("", "run", "folder of this run; empty: a new one under runs/")
@@ -158,6 +160,7 @@ class Config:
             )
         check_degrees(self)
         check_update(self)
+        check_limits(self.stall_warn, self.stall_abort)
 
     @property
     def micro_batch_rows(self) -> int:

@@ -13,12 +13,12 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from math import prod
 from typing import Any, Protocol
 
 import numpy as np
 
+from tf_dist.comm.record import Record
 from tf_dist.comm.sums import Order, Sum, add_in_order
 from tf_dist.errors import RankLost, UsageError
 
@@ -66,16 +66,6 @@ class Pending(Protocol):
 
     def done(self) -> bool:
         """Whether `wait` would return at once."""
-
-
-@dataclass
-class Record:
-    """What a rank has spent on talking, through a Comm and all that were made of it (`Comm.grid`)."""
-
-    comm_s: float = 0.0
-    wait_s: float = 0.0
-    sent_bytes: int = 0
-    waiting: tuple[str, float] | None = None
 
 
 class Comm(ABC):

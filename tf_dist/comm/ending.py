@@ -10,6 +10,8 @@ makes three promises:
 * A rank that simply leaves, while another waits for it in a collective, is named and the job is
   aborted with exit code 70.
 
+Ranks that neither fail nor leave, and do not come, are the business of `tf_dist.comm.watchdog`.
+
 The ranks find each other on a communicator of their own, so nothing here disturbs the training.
 """
 
@@ -24,10 +26,14 @@ import time
 import traceback
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from tf_dist.comm.base import Comm, named
+from tf_dist.comm.stalls import AT_THE_END
 from tf_dist.errors import SavedAndStopped, TfDistError, behind, of_memory
+
+if TYPE_CHECKING:
+    from tf_dist.comm.watchdog import Watchdog
 
 # How long a failing rank waits for the others to fail too, before it speaks for itself.
 RENDEZVOUS_S = 1.0
@@ -54,6 +60,7 @@ class Ending:
         self._exit: tuple[Any, str] | None = None
         # Called with exit code and message on a rank that fails, while it still can.
         self.note: Callable[[int, str], None] | None = None
+        self.watchdog: Watchdog | None = None
         self._left = threading.Event()
         self._original_exit = sys.exit
         sys.excepthook = self._on_exception
@@ -84,6 +91,12 @@ class Ending:
         """Print on the terminal, from whichever rank."""
         self._console.write(text if text.endswith("\n") else text + "\n")
         self._console.flush()
+
+    def end(self, message: str) -> NoReturn:
+        """End the job with 70, with a word of the thread that calls, whatever the main thread is doing."""
+        self._note(message)
+        self.speak(f"error: {message}")
+        self._abort(EXIT_RANK_FAILED)
 
     # Errors --------------------------------------------------------------------------------------
 
@@ -175,8 +188,14 @@ class Ending:
 
     def _leave(self) -> None:
         """At exit of the interpreter, before MPI is finalized."""
-        if self._left.is_set():
-            return
+        try:
+            if not self._left.is_set():
+                self._leave_together()
+        finally:
+            if self.watchdog is not None:
+                self.watchdog.stop()
+
+    def _leave_together(self) -> None:
         status, stack = self._exit or (0, "")
         self._left.set()
         if self._mpi is None:
@@ -188,6 +207,10 @@ class Ending:
         if self._watcher.is_alive():
             self._watcher.join()
             self._send_notes(stack)
+        if self.watchdog is not None:
+            self.watchdog.settle()
+        if self._comm is not None:
+            self._comm.record.waiting = (AT_THE_END, time.monotonic())
         # Into MPI's finalization together: should the job be aborted while some ranks wait there for the
         # others, Open MPI's mpirun may crash, and its exit code would be lost.
         from tf_dist.comm import survive

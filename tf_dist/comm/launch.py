@@ -11,12 +11,15 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 from tf_dist import faults
+from tf_dist.comm import watchdog
 from tf_dist.comm.base import Comm, SerialComm
 from tf_dist.comm.debug import keep_order
 from tf_dist.comm.ending import Ending
+from tf_dist.comm.stalls import Limits
 from tf_dist.comm.threads import load_tensorflow, set_threads
 from tf_dist.errors import LaunchError, UsageError
 
@@ -41,12 +44,16 @@ RANK_VARIABLES = (
 _ending: Ending | None = None
 
 
-def connect(backend: str = "mpi", threads_per_rank: int = 0) -> Comm:
+def connect(
+    backend: str = "mpi", threads_per_rank: int = 0, *, stall_warn: float = 60.0, stall_abort: float = 600.0
+) -> Comm:
     """Join the other ranks; call it once, before TensorFlow or Keras is imported.
 
     Args:
         backend: ``"mpi"`` or ``"horovod"``.
         threads_per_rank: TensorFlow threads of this rank; 0 is this rank's share of the node.
+        stall_warn: seconds that ranks wait for another one before they name it; 0: never.
+        stall_abort: seconds after which they end the job, with 70; 0: never.
 
     Returns:
         The group of all ranks; a `SerialComm` when the job is one process.
@@ -54,9 +61,10 @@ def connect(backend: str = "mpi", threads_per_rank: int = 0) -> Comm:
     Raises:
         LaunchError: the launcher and mpi4py's MPI library do not belong together.
         BackendMissing: ``backend="horovod"`` without Horovod.
-        UsageError: an unknown backend.
+        UsageError: an unknown backend, or limits that cannot hold together.
     """
     comm = join()
+    limit_stalls(stall_warn, stall_abort)
     set_threads(comm, threads_per_rank)
     load_tensorflow()
     return use_backend(comm, backend)
@@ -76,9 +84,19 @@ def join() -> Comm:
 
         comm = MPIComm()
         _ending.join(mpi.COMM_WORLD.Dup(), can_watch=mpi.Query_thread() == mpi.THREAD_MULTIPLE)
-    _ending.watch(comm)
     faults.arm(os.environ.get(faults.VARIABLE, ""), comm.rank)
+    _watch(mpi, comm, _ending)
     return keep_order(comm, os.environ, lambda: mpi.COMM_WORLD.Dup())
+
+
+def _watch(mpi: Any, comm: Comm, ending: Ending) -> None:
+    """See to it that nobody waits for ever, or outlives the launcher; a collective."""
+    ending.watch(comm)
+    if ending.watchdog is None and was_launched(os.environ):
+        ending.watchdog = watchdog.made(mpi, comm.size, ending)
+        ending.watchdog.start()
+    if ending.watchdog is not None:
+        ending.watchdog.comm = comm
 
 
 def use_backend(comm: Comm, backend: str) -> Comm:
@@ -96,7 +114,7 @@ def use_backend(comm: Comm, backend: str) -> Comm:
             "Horovod was built for another MPI. Run `make horovod`"
         )
     if _ending is not None:
-        _ending.watch(carried)
+        _watch(None, carried, _ending)
     return keep_order(carried, os.environ, lambda: _import_mpi().COMM_WORLD.Dup())
 
 
@@ -104,6 +122,30 @@ def on_failure(note: Callable[[int, str], None]) -> None:
     """Call ``note(exit_code, message)`` on a failing rank before the job ends."""
     if _ending is not None:
         _ending.note = note
+
+
+def limit_stalls(warn_s: float, abort_s: float, folder: Path | None = None) -> None:
+    """How long ranks wait for one that does not come.
+
+    Args:
+        warn_s: seconds until it is named; 0: never.
+        abort_s: seconds until the job is ended, with 70; 0: never.
+        folder: for Python stacks, and what is said; None: as before.
+
+    Raises:
+        UsageError: the job would end before anybody was warned.
+    """
+    limits = Limits(warn_s, abort_s).checked()
+    if _ending is not None and _ending.watchdog is not None:
+        _ending.watchdog.limits = limits
+        _ending.watchdog.folder = folder or _ending.watchdog.folder
+
+
+def stragglers() -> list[dict[str, Any]]:
+    """Ranks that were slower than the others for some time, in rank order; known to the first rank alone."""
+    if _ending is None or _ending.watchdog is None:
+        return []
+    return [one._asdict() for _, one in sorted(_ending.watchdog.stragglers.items())]
 
 
 def launched_rank(environment: Mapping[str, str]) -> int:

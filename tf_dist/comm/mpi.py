@@ -6,6 +6,7 @@ would let any process that joins the job run code here.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -79,11 +80,13 @@ class MPIComm(Comm):
         if not fine:
             self._call_back()
         lost: list[int] | None = None
+        self.record.waiting = ("an agreement of all ranks", time.monotonic())
         while not survive.agree(self._mpi, fine):
             mpi, gone = survive.shrink(self._mpi)
             lost = (lost or []) + [self.origin[rank] for rank in gone]
             self.origin = [first for rank, first in enumerate(self.origin) if rank not in gone]
             fine = self._rejoin(mpi)
+        self.record.waiting = None
         if lost is not None:
             self.calls = 0  # some have begun a collective that others have not
         return lost

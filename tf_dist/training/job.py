@@ -13,6 +13,7 @@ import numpy as np
 from tf_dist import faults
 from tf_dist.comm.agree import on_root, versions
 from tf_dist.comm.base import Comm, named
+from tf_dist.comm.launch import stragglers
 from tf_dist.config import Config
 from tf_dist.data.prepared import Prepared
 from tf_dist.errors import CheckpointError, SavedAndStopped
@@ -186,6 +187,8 @@ class Job:
             now["ranks_lost"] = self.trainer.lost
         if self.trainer.in_place.recoveries:
             now["recoveries"] = [one._asdict() for one in self.trainer.in_place.recoveries]
+        if slow := stragglers():
+            now["stragglers"] = slow
         self.run.status(**now, **changes)
 
     def end(self, steps: int) -> None:

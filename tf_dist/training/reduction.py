@@ -64,6 +64,7 @@ class Reduction:
             self._fail(self._unequal_steps(sums))
 
     def _mean_flat(self, flat_P: np.ndarray) -> np.ndarray:
+        self.comm.record.next_step()
         self._step(flat_P.size)
         # A new buffer each time: TensorFlow keeps what is returned, and variables may move into it.
         buffer_P = aligned_empty(flat_P.size, flat_P.dtype)

@@ -39,6 +39,8 @@ FREE = (
     "min_ranks",
     "max_bad_steps",
     "on_mismatch",
+    "stall_warn",
+    "stall_abort",
     "autotune",
     # How ranks share the work: a checkpoint knows nothing of it.
     "tensor_parallel",

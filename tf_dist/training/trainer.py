@@ -152,6 +152,9 @@ class Trainer:
         self.remembering = self.update if isinstance(self.update, Remembering) else None
         self.tuning = Tuning(self.replica, comm, autotune, xla, self.arrangement.no_xla)
         self.lone_optimizer = update in ("master", "downpour")
+        # Whether all ranks do the same with their micro-batches, so that one of them may be called slow.
+        apart = self.lone_optimizer or isinstance(self.update, Asynchronous)
+        self._alike = self.mesh.plain and not apart
         self.sentinel = Sentinel(comm, held_by_several(self), check_every, on_mismatch)
         self.sentinel.ready = lambda: self.remembering is None or self.remembering.together
         self.step, self.tokens, self.elapsed_s, self.input_s = 0, 0, 0.0, 0.0
@@ -178,7 +181,9 @@ class Trainer:
             NumericError: it was not finite too often in a row, or never can be again.
             Spike: the loss has jumped, and ``spikes`` is to roll back.
         """
+        self.comm.record.begin_step(self.step + 1)
         logs = dict(self.in_place(partial(self._step, sequences, sampler)))
+        self.comm.record.end_step(len(self.my_micro_batches) * self._alike)
         self.bad.check()
         if not isinstance(self.update, Alone) and (warning := self.spikes.look(self.step, logs["loss"])):
             self.bad.say(warning)
