@@ -20,7 +20,7 @@ class Ranks:
         self.training = count
         return self if self.rank < count else None
 
-    def regroup(self, fine=True):
+    def regroup(self, fine=True, at=""):
         self.fine.append(fine)
         return self.agreed.pop(0)
 
@@ -93,7 +93,7 @@ def test_ranks_that_are_too_many_wait_until_they_are_needed():
     comm.rank = 2
     train = training(60)
 
-    def regroup(fine=True):
+    def regroup(fine=True, at=""):
         if len(comm.fine) == 0:
             comm.rank, comm.size = 1, 2
         return Ranks.regroup(comm, fine)
@@ -108,7 +108,7 @@ def test_too_few_are_left(limits):
     comm = Ranks(agreed=[[1], None], said=[[]])
     train = training(LOST)
 
-    def regroup(fine=True):
+    def regroup(fine=True, at=""):
         comm.size = 1
         return Ranks.regroup(comm, fine)
 

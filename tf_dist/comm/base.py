@@ -26,6 +26,8 @@ from tf_dist.errors import RankLost, UsageError
 OBJECT_BYTES_LIMIT = 64 << 20
 # What `Comm.carried_by` says where sums are made in memory that ranks share.
 WINDOW = "a shared window"
+# What a rank is said to wait in where it waits for all who live (`Comm.regroup`).
+AGREEMENT = "an agreement of all ranks"
 # Sums of terms travel in one piece (of as much as MPI can count): on one node each piece costs a meeting of
 # the ranks. Between nodes smaller ones are faster: see `tf_dist.parallel.carrier`.
 DEFAULT_CHUNK_BYTES = 1 << 30
@@ -287,7 +289,7 @@ class Comm(ABC):
         """Whether a rank that dies is an error of its own for the others, `RankLost`, and not their end."""
         return False
 
-    def regroup(self, fine: bool = True) -> list[int] | None:
+    def regroup(self, fine: bool = True, at: str = AGREEMENT) -> list[int] | None:
         """Agree with all who live that everything is fine, else go on as a smaller group; a collective.
 
         The others keep their order: the first of them is rank 0. Memory that ranks shared is forgotten, and
@@ -295,6 +297,7 @@ class Comm(ABC):
 
         Args:
             fine: whether this rank has met no `RankLost` since the last time.
+            at: what is said of a rank that waits here.
 
         Returns:
             None where all was fine; else the ranks that have died since, by `origin`.
@@ -325,8 +328,13 @@ class Comm(ABC):
         return made
 
     def first(self, count: int) -> Comm | None:
-        """The first ``count`` ranks as a Comm, None on the others; a collective."""
-        return self if count == self.size else self._first(count)
+        """The first ``count`` ranks as a Comm with this one's `record`, None on the others; a collective."""
+        if count == self.size:
+            return self
+        part = self._first(count)
+        if part is not None:
+            part.record = self.record
+        return part
 
     # What a transport provides -------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ import numpy as np
 from mpi4py import MPI
 
 from tf_dist.comm import survive
-from tf_dist.comm.base import WINDOW, Comm, Overlapped, Pending, named
+from tf_dist.comm.base import AGREEMENT, WINDOW, Comm, Overlapped, Pending, named
 from tf_dist.comm.exchange import Memory, sent_elements, sum_in_pieces
 from tf_dist.comm.node import Between, Share, Window, by_node, too_little_room
 from tf_dist.comm.overlap import Overlap, Places
@@ -73,14 +73,14 @@ class MPIComm(Comm):
         """As in `Comm`; not in debug mode, which has a communicator of its own for all ranks."""
         return survive.can() and not self.watched
 
-    def regroup(self, fine: bool = True) -> list[int] | None:
+    def regroup(self, fine: bool = True, at: str = AGREEMENT) -> list[int] | None:
         """As in `Comm`."""
         if not self.survives:
             return None
         if not fine:
             self._call_back()
         lost: list[int] | None = None
-        self.record.waiting = ("an agreement of all ranks", time.monotonic())
+        self.record.waiting = (at, time.monotonic())
         while not survive.agree(self._mpi, fine):
             mpi, gone = survive.shrink(self._mpi)
             lost = (lost or []) + [self.origin[rank] for rank in gone]

@@ -16,7 +16,8 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from tf_dist.comm.base import Comm
+from tf_dist.comm.base import AGREEMENT, Comm
+from tf_dist.comm.stalls import AT_THE_END
 from tf_dist.errors import RankLost, SavedAndStopped, TooFewLeft, behind
 
 # What a rank says after a death that is in no phase of a training (`InPlace`): phases count from 0 on.
@@ -137,7 +138,7 @@ def _agreed(comm: Comm, done: bool, min_ranks: int) -> list[int] | None:
     ``done``: this rank has trained to the end, or is not needed for it.
     """
     lost, fine, all_done = list[int](), done, done
-    while (gone := comm.regroup(fine)) is not None:
+    while (gone := comm.regroup(fine, AT_THE_END if done else AGREEMENT)) is not None:
         lost += gone
         check_enough(comm, min_ranks)
         try:

@@ -152,9 +152,6 @@ class Trainer:
         self.remembering = self.update if isinstance(self.update, Remembering) else None
         self.tuning = Tuning(self.replica, comm, autotune, xla, self.arrangement.no_xla)
         self.lone_optimizer = update in ("master", "downpour")
-        # Whether all ranks do the same with their micro-batches, so that one of them may be called slow.
-        apart = self.lone_optimizer or isinstance(self.update, Asynchronous)
-        self._alike = self.mesh.plain and not apart
         self.sentinel = Sentinel(comm, held_by_several(self), check_every, on_mismatch)
         self.sentinel.ready = lambda: self.remembering is None or self.remembering.together
         self.step, self.tokens, self.elapsed_s, self.input_s = 0, 0, 0.0, 0.0
@@ -167,6 +164,11 @@ class Trainer:
         self.spikes = spikes or Spikes()
         self.stopped = self._stop_requested = False
         model.stop_training = False
+
+    @property
+    def _alike(self) -> bool:
+        """Whether all ranks do the same with their micro-batches, so that one of them may be called slow."""
+        return self.mesh.plain and not (self.lone_optimizer or isinstance(self.update, Asynchronous))
 
     # One step ------------------------------------------------------------------------------------
 
