@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tf_dist.bench import faults, faults_of_files, faults_on_ranks
+from tf_dist.bench import faults, faults_of_files, faults_of_ranks, faults_on_ranks
 
 CALM = {"seed": 0, "weights_sha256": "same", "recoveries": []}
 
@@ -69,3 +69,41 @@ def test_what_is_not_sound(campaign, change):
     assert faults_of_files.sound(found)
     found[campaign] |= change
     assert not faults_of_files.sound(found)
+
+
+def test_faults_take_turns_and_anybody_may_have_them():
+    found = [faults_of_ranks.drawn(seed) for seed in range(300)]
+    assert [one.name for one in found[:5]] == list(faults_of_ranks.FAULTS)
+    assert {one.rank for one in found} == set(range(faults_of_ranks.RANKS))
+    assert {one.phase for one in found} == set(faults_of_ranks.PHASES)
+    assert all(1 <= one.step < faults_of_ranks.STEPS - 1 for one in found)
+
+
+@pytest.mark.parametrize(
+    ("code", "ended", "output", "sound"),
+    [
+        (70, 103.0, "FAULT AT 100.5\nrank 1: Traceback", True),
+        (139, 103.0, "FAULT AT 100.5\nprterun noticed that process rank 1 with PID 7 exited", True),
+        (3, 103.0, "FAULT AT 100.5\n   Process name: [prterun-host-7@1,1]", True),
+        (0, 103.0, "FAULT AT 100.5\nrank 1 is gone", False),
+        (-9, 103.0, "FAULT AT 100.5\nrank 1 is slow", False),  # it hung, and was killed
+        (70, 203.0, "FAULT AT 100.5\nrank 1: Traceback", False),
+        (70, 103.0, "FAULT AT 100.5\nrank 0 waits, rank 11 not", False),
+        (70, 103.0, "rank 1 is slow\nFAULT AT 100.5\n", False),
+        (70, 103.0, "rank 1: Traceback", False),
+    ],
+)
+def test_a_job_has_to_end_in_time_and_name_the_rank(code, ended, output, sound):
+    fault = faults_of_ranks.Fault("exception", 1, 3, "before")
+    assert faults_of_ranks.judged(fault, code, ended, output)["sound"] is sound
+
+
+def test_one_job_that_does_not_is_enough():
+    jobs = [
+        {"name": "exception", "sound": True, "seconds": 1.0, "code": 70},
+        {"name": "SIGSTOP", "sound": False, "code": -9},
+    ]
+    assert not faults_of_ranks.sound(jobs) and faults_of_ranks.sound(jobs[:1])
+    lines = faults_of_ranks.table(jobs).splitlines()
+    assert lines[1].split() == ["exception", "1", "of", "1", "1.0", "1.0", "70"]
+    assert "0 of 1" in lines[4] and lines[4].endswith("-9")

@@ -3,6 +3,7 @@
     python scripts/bench.py faults                     # 50 jobs on 3 ranks and 50 on 4, a quarter of an hour
     python scripts/bench.py faults seeds=10 ranks=4
     python scripts/bench.py faults files               # of checkpoints alone, half a minute
+    python scripts/bench.py faults culprits            # of one rank: nobody waits for it (`faults_of_ranks`)
 
 In each job all ranks but one are killed (SIGKILL), one after another: who, in which step and when in it (also
 beyond it, in a validation or while a checkpoint is written) is drawn from the seed. Rank 0 is one like any
@@ -17,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from tf_dist.bench import faults_of_files, running
+from tf_dist.bench import faults_of_files, faults_of_ranks, running
 from tf_dist.restarts import own_mpirun
 
 MODULE = "tf_dist.bench.faults_on_ranks"
@@ -30,9 +31,12 @@ def main(words: Sequence[str] = ()) -> int:
     """Start the jobs; a table, a JSON file, and 1 where one of them ended otherwise than in peace.
 
     Args:
-        words: seeds=N jobs on each number of ranks; ranks=N on this number only; files: none.
+        words: seeds=N jobs on each number of ranks; ranks=N on this number only; files: none; culprits:
+            those of `faults_of_ranks` instead.
     """
     options = dict(word.split("=", 1) for word in words if "=" in word)
+    if "culprits" in words:
+        return culprits(int(options.get("seeds", faults_of_ranks.SEEDS)))
     files = faults_of_files.main()
     print(f"{faults_of_files.table(files)}\n", flush=True)
     seeds, counts = int(options.get("seeds", SEEDS)), RANKS
@@ -52,6 +56,14 @@ def main(words: Sequence[str] = ()) -> int:
     print(f"in {running.save('faults', {'files': files, 'jobs': jobs})}")
     all_sound = faults_of_files.sound(files) and all(len(sound(job)) == len(job["runs"]) for job in jobs)
     return int(not all_sound)
+
+
+def culprits(seeds: int) -> int:
+    """Let one rank of each job fail; as `main`."""
+    found = faults_of_ranks.main(seeds)
+    print(f"\n{faults_of_ranks.table(found)}\n")
+    print(f"in {running.save('faults', {'culprits': found})}")
+    return int(not faults_of_ranks.sound(found))
 
 
 def trained(ranks: int, deaths: int, seed: int) -> dict[str, Any]:
