@@ -13,7 +13,7 @@
     python scripts/bench.py parallel         # every grid of 2 and 4 ranks: tokens/s, bytes, memory, bubbles
     python scripts/bench.py strategies       # updates and compressions: loss over steps, time and bytes
     python scripts/bench.py faults           # ranks are killed: the same weights, and how long it takes
-    python scripts/bench.py faults numbers   # NaN and flipped bits: skipped or put right, and the rank named
+    python scripts/bench.py faults numbers   # a part of it: NaN and flipped bits
     python scripts/bench.py --report         # the targets, and what the newest JSON files say of them
 
 `make bench` runs all of them, `make bench-NAME` one (with ARGS=gpt-0.81M of one model). They start their own

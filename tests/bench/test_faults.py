@@ -6,7 +6,15 @@ import sys
 
 import pytest
 
-from tf_dist.bench import faults, faults_of_files, faults_of_numbers, faults_on_ranks
+from tf_dist.bench import (
+    faults,
+    faults_in_place,
+    faults_of_culprits,
+    faults_of_files,
+    faults_of_jobs,
+    faults_of_numbers,
+    faults_on_ranks,
+)
 from tf_dist.faults.spec import parse
 
 CALM = {"seed": 0, "weights_sha256": "same", "recoveries": []}
@@ -33,12 +41,12 @@ def test_rank_0_is_one_like_any_other():
 def test_other_weights_and_no_weights_do_not_count():
     runs = [died(([2], 4.0), ([0, 1], 8.0)), died(([1], 100.0), sha="other"), {"seed": 3}]
     job = {"ranks": 4, "calm": CALM, "runs": runs}
-    cells = faults.table([job]).splitlines()[-1].split()
+    cells = faults_in_place.table([job]).splitlines()[-1].split()
     assert cells == ["4", "1", "of", "3", "3", "1", "6.0", "8.0"]
 
 
 def test_without_a_calm_run_nothing_counts():
-    assert faults.sound({"ranks": 4, "calm": {"seed": 0}, "runs": [{"seed": 1}, CALM]}) == []
+    assert faults_in_place.sound({"ranks": 4, "calm": {"seed": 0}, "runs": [{"seed": 1}, CALM]}) == []
 
 
 def test_damaged_checkpoints_are_noticed_and_do_no_harm():
@@ -90,3 +98,72 @@ def test_what_is_not_sound_of_numbers(what):
     assert not faults_of_numbers.sound(found)
     words = faults_of_numbers.table(found)
     assert "1 of 2" in words and "steps taken again" in words
+
+
+def test_faults_take_turns_and_anybody_may_have_them():
+    found = [faults_of_culprits.drawn(seed) for seed in range(300)]
+    assert [one.name for one in found[:5]] == list(faults_of_culprits.FAULTS)
+    assert {one.rank for one in found} == set(range(faults_of_culprits.RANKS))
+    assert {one.phase for one in found} == set(faults_of_culprits.PHASES)
+    assert all(1 <= one.step < faults_of_culprits.STEPS - 1 for one in found)
+
+
+@pytest.mark.parametrize(
+    ("code", "ended", "output", "sound"),
+    [
+        (70, 103.0, "FAULT AT 100.5\nrank 1: Traceback", True),
+        (139, 103.0, "FAULT AT 100.5\nprterun noticed that process rank 1 with PID 7 exited", True),
+        (3, 103.0, "FAULT AT 100.5\n   Process name: [prterun-host-7@1,1]", True),
+        (0, 103.0, "FAULT AT 100.5\nrank 1 is gone", False),
+        (-9, 103.0, "FAULT AT 100.5\nrank 1 is slow", False),  # it hung, and was killed
+        (70, 203.0, "FAULT AT 100.5\nrank 1: Traceback", False),
+        (70, 103.0, "FAULT AT 100.5\nrank 0 waits, rank 11 not", False),
+        (70, 103.0, "rank 1 is slow\nFAULT AT 100.5\n", False),
+        (70, 103.0, "rank 1: Traceback", False),
+    ],
+)
+def test_a_job_has_to_end_in_time_and_name_the_rank(code, ended, output, sound):
+    fault = faults_of_culprits.Fault("exception", 1, 3, "before")
+    assert faults_of_culprits.judged(fault, code, ended, output)["sound"] is sound
+
+
+def test_one_job_that_does_not_is_enough():
+    jobs = [
+        {"name": "exception", "sound": True, "seconds": 1.0, "code": 70},
+        {"name": "SIGSTOP", "sound": False, "code": -9},
+    ]
+    assert not faults_of_culprits.sound(jobs) and faults_of_culprits.sound(jobs[:1])
+    lines = faults_of_culprits.table(jobs).splitlines()
+    assert lines[1].split() == ["exception", "1", "of", "1", "1.0", "1.0", "70"]
+    assert "0 of 1" in lines[4] and lines[4].endswith("-9")
+
+
+def test_parts_that_are_wanted_are_done_and_kept(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(faults.running, "FOLDER", tmp_path)
+    parts = {
+        "files": lambda options: ({"seeds": options.get("seeds")}, "a table", True),
+        "numbers": lambda options: ([], "another", False),
+    }
+    monkeypatch.setattr(faults, "PARTS", parts)
+    assert faults.main(["files", "seeds=3"]) == 0 and faults.main(["numbers"]) == 1 and faults.main() == 1
+    said = capsys.readouterr().out
+    assert said.count("a table") == 2 and said.count("another") == 2
+    newest = max((tmp_path / "faults").glob("*.json"))
+    assert json.loads(newest.read_text())["numbers"] == []
+    assert faults.main(["flies"]) == 64 and "They are files, numbers" in capsys.readouterr().err
+
+
+def test_lines_of_jobs():
+    lines = [
+        faults_of_jobs.Line("killed", 3, 3, "1.0 s"),
+        faults_of_jobs.Line("resumed", 15, 16, "not: 2 to 1"),
+    ]
+    assert [line.sound for line in lines] == [True, False]
+    assert faults_of_jobs.table(lines).splitlines()[-1].split("  ")[-1] == "not: 2 to 1"
+    assert set(faults_of_jobs.PARTS) == set(faults_of_jobs.SEEDS)
+
+
+def test_a_job_that_did_not_end_has_no_weights():
+    status = {"state": "failed", "weights_sha256": "old"}
+    assert faults_of_jobs.Ended(70, status, [], 1.0).weights is None
+    assert faults_of_jobs.Ended(0, {**status, "state": "done"}, [], 1.0).weights == "old"

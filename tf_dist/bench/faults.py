@@ -1,104 +1,98 @@
-"""Ranks are killed at random, and the weights must be those of a run in which nobody died.
+"""Everything is broken on purpose, from a seed, and the weights must be those of an undisturbed run.
 
-    python scripts/bench.py faults                     # 50 jobs on 3 ranks and 50 on 4, a quarter of an hour
-    python scripts/bench.py faults seeds=10 ranks=4
-    python scripts/bench.py faults files               # of checkpoints alone, half a minute
-    python scripts/bench.py faults numbers             # of numbers alone: NaN and flipped bits, some minutes
+    python scripts/bench.py faults                     # all of it, three quarters of an hour
+    python scripts/bench.py faults files               # some parts of it
+    python scripts/bench.py faults in-place restarts seeds=10
 
-In each job all ranks but one are killed (SIGKILL), one after another: who, in which step and when in it (also
-beyond it, in a validation or while a checkpoint is written) is drawn from the seed. Rank 0 is one like any
-other. The ranks that are left go on in place (`tf_dist.training.in_place`). Before that checkpoints are
-damaged, and their writers killed (`faults_of_files`).
+The parts: checkpoints are damaged, and their writers killed (`faults_of_files`); ranks are killed, and the
+others finish the step (`faults_in_place`); jobs are started again, go on with other numbers of ranks, begin
+again without those who died, are killed once a minute (`faults_of_jobs`); gradients and weights are spoiled
+(`faults_of_numbers`); one rank fails, leaves, crashes or stops (`faults_of_culprits`).
 """
 
 from __future__ import annotations
 
-import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from tf_dist.bench import faults_of_files, faults_of_numbers, running
-from tf_dist.restarts import own_mpirun
+from tf_dist.bench import (
+    faults_in_place,
+    faults_of_culprits,
+    faults_of_files,
+    faults_of_jobs,
+    faults_of_numbers,
+    running,
+)
+from tf_dist.errors import UsageError
 
-MODULE = "tf_dist.bench.faults_on_ranks"
 FOLDER = running.FOLDER / "faults"
-RANKS: tuple[int, ...] = (3, 4)
-SEEDS = 50
+# What a part has found: to be kept, a table, and whether all was as it must be.
+Found = tuple[Any, str, bool]
 
 
 def main(words: Sequence[str] = ()) -> int:
-    """Start the jobs; a table, a JSON file, and 1 where one of them ended otherwise than in peace.
+    """Do what was asked for; tables, a JSON file, and 1 where something ended otherwise than it must.
 
     Args:
-        words: seeds=N jobs on each number of ranks; ranks=N on this number only; files: none; numbers: none
-            of all that, but NaN and flipped bits (`faults_of_numbers`).
+        words: parts, all of them where none is named; seeds=N of each; ranks=N, of ``in-place`` alone.
     """
     options = dict(word.split("=", 1) for word in words if "=" in word)
-    if "numbers" in words:
-        return _numbers(int(options.get("seeds", faults_of_numbers.SEEDS)))
-    files = faults_of_files.main()
-    print(f"{faults_of_files.table(files)}\n", flush=True)
-    seeds, counts = int(options.get("seeds", SEEDS)), RANKS
-    if "files" in words:
-        counts = ()
-    elif "ranks" in options:
-        counts = (int(options["ranks"]),)
-    jobs = list[dict[str, Any]]()
-    for ranks in counts:
-        print(f"{seeds} jobs on {ranks} ranks ...", flush=True)
-        calm = trained(ranks, 0, 0)
-        jobs.append(
-            {"ranks": ranks, "calm": calm, "runs": [trained(ranks, ranks - 1, s) for s in range(seeds)]}
+    wanted = [word for word in words if "=" not in word]
+    if unknown := set(wanted) - set(PARTS):
+        print(
+            f"error: no such part: {', '.join(sorted(unknown))}. They are {', '.join(PARTS)}", file=sys.stderr
         )
-    if jobs:
-        print(f"\n{table(jobs)}\n")
-    print(f"in {running.save('faults', {'files': files, 'jobs': jobs})}")
-    all_sound = faults_of_files.sound(files) and all(len(sound(job)) == len(job["runs"]) for job in jobs)
+        return UsageError.exit_code
+    kept, all_sound = dict[str, Any](), True
+    for part in wanted or PARTS:
+        found, table, sound = PARTS[part](options)
+        print(f"\n{table}\n", flush=True)
+        kept[part], all_sound = found, all_sound and sound
+        path = running.save("faults", kept)  # after each: the next one may take long
+    print(f"in {path}")
     return int(not all_sound)
 
 
-def _numbers(seeds: int) -> int:
-    """As `main`, of numbers."""
-    print(f"{seeds} times NaN, and as many flipped bits ...", flush=True)
-    found = faults_of_numbers.main(seeds, FOLDER)
-    print(f"\n{faults_of_numbers.table(found)}\n\nin {running.save('faults', {'numbers': found})}")
-    return int(not faults_of_numbers.sound(found))
+def _seeds(options: dict[str, str], usual: int) -> int:
+    return int(options.get("seeds", usual))
 
 
-def trained(ranks: int, deaths: int, seed: int) -> dict[str, Any]:
-    """What a job leaves behind; nothing but the seed where it does not end well."""
-    by = [own_mpirun(), "--with-ft", "ulfm", "-np", str(ranks)]
-    try:
-        found = running.measured(ranks, MODULE, str(deaths), str(seed), folder=FOLDER, by=by)
-    except SystemExit as error:
-        print(f"seed {seed}: {error}", file=sys.stderr)
-        return {"seed": seed}
-    return {"seed": seed, **found}
+def _files(options: dict[str, str]) -> Found:
+    found = faults_of_files.main()
+    return found, faults_of_files.table(found), faults_of_files.sound(found)
 
 
-def sound(job: dict[str, Any]) -> list[dict[str, Any]]:
-    """The runs that have ended with the weights of the calm one."""
-    wanted = job["calm"].get("weights_sha256")
-    return [run for run in job["runs"] if wanted and run.get("weights_sha256") == wanted]
+def _in_place(options: dict[str, str]) -> Found:
+    counts = (int(options["ranks"]),) if "ranks" in options else faults_in_place.RANKS
+    jobs = faults_in_place.main(_seeds(options, faults_in_place.SEEDS), counts)
+    sound = all(len(faults_in_place.sound(job)) == len(job["runs"]) for job in jobs)
+    return jobs, faults_in_place.table(jobs), sound
 
 
-def table(jobs: Sequence[dict[str, Any]]) -> str:
-    """A line for each number of ranks. ms: from the error that a rank meets to where all go on."""
-    rows = []
-    for job in jobs:
-        good = sound(job)
-        took = [one["ms"] for run in good for one in run["recoveries"]] or [float("nan")]
-        deaths = sum(len(one["lost"]) for run in good for one in run["recoveries"])
-        rows.append(
-            [
-                f"{job['ranks']}",
-                f"{len(good)} of {len(job['runs'])}",
-                f"{deaths}",
-                f"{sum(0 in one['lost'] for run in good for one in run['recoveries'])}",
-                f"{statistics.median(took):.1f}",
-                f"{max(took):.1f}",
-            ]
-        )
-    head = ["killed in place, ranks", "same weights", "deaths", "of rank 0", "median ms", "worst ms"]
-    return running.table(head, rows)
+def _numbers(options: dict[str, str]) -> Found:
+    found = faults_of_numbers.main(_seeds(options, faults_of_numbers.SEEDS), FOLDER)
+    return found, faults_of_numbers.table(found), faults_of_numbers.sound(found)
+
+
+def _culprits(options: dict[str, str]) -> Found:
+    found = faults_of_culprits.main(_seeds(options, faults_of_culprits.SEEDS))
+    return found, faults_of_culprits.table(found), faults_of_culprits.sound(found)
+
+
+def _of_jobs(part: str) -> Callable[[dict[str, str]], Found]:
+    def run(options: dict[str, str]) -> Found:
+        lines = faults_of_jobs.main(part, _seeds(options, faults_of_jobs.SEEDS[part]))
+        kept = [line._asdict() for line in lines]
+        return kept, faults_of_jobs.table(lines), all(line.sound for line in lines)
+
+    return run
+
+
+PARTS: dict[str, Callable[[dict[str, str]], Found]] = {
+    "files": _files,
+    "in-place": _in_place,
+    **{part: _of_jobs(part) for part in faults_of_jobs.SEEDS},
+    "numbers": _numbers,
+    "culprits": _culprits,
+}

@@ -213,54 +213,56 @@ class Line(NamedTuple):
         return self.good == self.tried
 
 
-def by_restart(seeds: int, calm: str) -> Line:
+def by_restart(seeds: int, calm: str) -> Iterator[Line]:
     """Jobs on 2 ranks that are started again."""
     ended = [restarted(seed) for seed in range(seeds)]
     took = f"{statistics.median(one.seconds for one in ended):.1f} s a job"
-    return Line("killed, by restart, np 2", sum(one.weights == calm for one in ended), seeds, took)
+    yield Line("killed, by restart, np 2", sum(one.weights == calm for one in ended), seeds, took)
 
 
-def by_resume(calm: str) -> Line:
+def by_resume(seeds: int, calm: str) -> Iterator[Line]:
     """Jobs that go on with as many, more or fewer ranks."""
-    pairs = [(before, after) for before in range(1, 5) for after in range(1, 5)]
+    pairs = [(before, after) for before in range(1, 5) for after in range(1, 5)] * seeds
     bad = [f"{before} to {after}" for before, after in pairs if resumed(before, after).weights != calm]
     more = f"not: {', '.join(bad)}" if bad else ""
-    return Line("resumed, np 1-4 to np 1-4", len(pairs) - len(bad), len(pairs), more)
+    yield Line("resumed, np 1-4 to np 1-4", len(pairs) - len(bad), len(pairs), more)
 
 
 def by_other_updates(seeds: int, calm: str) -> Iterator[Line]:
     """Updates and grids that cannot finish a step in place: 2 of 4 ranks are killed."""
     for flags in OTHERS:
         ended = [elsewhere(flags, seed) for seed in range(seeds)]
-        # Sums over the ranks of a tensor are in another order: as near as the calm job's by rounding.
-        near = [one.status.get("state") == "done" for one in ended]
-        same = [one.weights == calm for one in ended]
+        # Sums over the ranks of a tensor are in another order: weights are near the calm job's, by rounding.
+        exact = "--tensor-parallel" not in flags
+        good = [one.weights == calm if exact else one.weights is not None for one in ended]
         took = [ms["ms"] for one in ended for ms in one.status.get("recoveries", [])] or [float("nan")]
         more = f"median {statistics.median(took):.0f} ms, worst {max(took):.0f} ms"
-        good = near if "--tensor-parallel" in flags else same
         yield Line(f"2 of 4 killed, {' '.join(flags)}", sum(good), seeds, more)
 
 
-def campaign(words: Sequence[str], seeds: int) -> list[dict[str, Any]]:
-    """What was asked for of restarts, resume, others and goodput; each line is printed as it is ready."""
-    calm, lines = "", list[Line]()
-    if set(words) & {"restarts", "resume", "others"}:
-        calm = Job(mpirun(2, *SMALL), FOLDER / "calm").wait().weights or ""
-
-    def note(line: Line) -> None:
-        print(f"{line.fault:45} {line.good} of {line.tried}  {line.more}", flush=True)
-        lines.append(line)
-
-    if "restarts" in words:
-        note(by_restart(seeds, calm))
-    if "resume" in words:
-        note(by_resume(calm))
-    if "others" in words:
-        for line in by_other_updates(max(1, seeds // 10), calm):
-            note(line)
-    if "goodput" in words:
+def by_the_minute(seeds: int, calm: str) -> Iterator[Line]:
+    """Jobs of some minutes in which a rank is killed each minute."""
+    for _ in range(seeds):
         found = goodput()
         share = found["useful_s"] / found["wall_s"]
         more = f"{100 * share:.1f} % of {found['wall_s']:.0f} s, {found['steps']} steps"
-        note(Line("goodput, a kill a minute, np 4", found["kills"], KILLS, more))
-    return [line._asdict() | {"sound": line.sound} for line in lines]
+        yield Line("goodput, a kill a minute, np 4", found["kills"], KILLS, more)
+
+
+PARTS = {"restarts": by_restart, "resume": by_resume, "others": by_other_updates, "goodput": by_the_minute}
+SEEDS = {"restarts": 50, "resume": 1, "others": 5, "goodput": 1}
+
+
+def main(part: str, seeds: int) -> list[Line]:
+    """Do one part; each of its lines."""
+    calm = ""
+    if part != "goodput":
+        print(f"{part}: {seeds} of each ...", flush=True)
+        calm = Job(mpirun(2, *SMALL), FOLDER / "calm").wait().weights or "no calm run"
+    return list(PARTS[part](seeds, calm))
+
+
+def table(lines: Sequence[Line]) -> str:
+    """A line for each fault."""
+    rows = [[line.fault, f"{line.good} of {line.tried}", line.more] for line in lines]
+    return running.table(["jobs", "as they must be", ""], rows)

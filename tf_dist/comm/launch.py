@@ -92,7 +92,7 @@ def join() -> Comm:
 def _watch(mpi: Any, comm: Comm, ending: Ending) -> None:
     """See to it that nobody waits for ever, or outlives the launcher; a collective."""
     ending.watch(comm)
-    if ending.watchdog is None and was_launched(os.environ):
+    if ending.watchdog is None and (comm.size > 1 or was_launched(os.environ)):
         ending.watchdog = watchdog.made(mpi, comm.size, ending)
         ending.watchdog.start()
     if ending.watchdog is not None:

@@ -194,6 +194,8 @@ class Watchdog:
             return stacks
         if not stall.may_end_the_job():
             return f". It is given time{stacks}"
+        if self.may_kill:
+            return f". It is killed after {self.limits.abort_s:g} s{stacks}"
         return f". The job ends after {self.limits.abort_s:g} s{stacks}"
 
     def _end_of_patience(self, stall: Stall, now: float) -> None:
