@@ -8,6 +8,7 @@ import pytest
 from keras import layers
 
 from tf_dist.comm.base import SerialComm
+from tf_dist.training.replica import Replica
 from tf_dist.training.run import RunFolder, read_metrics
 from tf_dist.training.run_callbacks import LogRun
 from tf_dist.training.schedules import schedule
@@ -54,6 +55,24 @@ def test_a_short_run_with_a_validation_is_one_row(rows):
 def test_a_validation_between_two_rows_is_a_row(rows):
     found = [(row["step"], row["loss"] is None, row["val_loss"] is None) for row in rows(8, 4, eval_every=3)]
     assert found == [(3, True, False), (4, False, True), (6, True, False), (8, False, False)]
+
+
+def test_steps_that_were_skipped(rows, monkeypatch):
+    """They are counted, have no learning rate of their own, and what is no number is no part of a mean."""
+    gradients, spoiled = Replica.gradients, {1: 1.0, 4: np.nan, 5: np.nan}
+
+    def spoil(self, x, y, draw):
+        gradient, sums = gradients(self, x, y, draw)
+        factor = spoiled.get(draw[0])
+        return (gradient, sums) if factor is None else (gradient * np.nan, sums * [factor, 1, 1])
+
+    monkeypatch.setattr(Replica, "gradients", spoil)
+    found = rows(8, 2)
+    assert [row["bad_steps"] for row in found] == [1, 1, 3, 3]
+    assert [row["loss"] is None for row in found] == [False, False, True, False]
+    assert [row["grad_norm"] is None for row in found] == [True, False, True, False]
+    assert found[-1]["learning_rate"] == pytest.approx(1.0)  # the fifth that was taken, and no step 8
+    assert [row["tokens"] for row in found] == [2 * G * T, 4 * G * T, 6 * G * T, 8 * G * T]
 
 
 @pytest.mark.parametrize(
