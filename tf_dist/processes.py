@@ -10,7 +10,7 @@ PROC = Path("/proc")
 UNKNOWN = "?"
 # What starts ranks, by the names of its processes: Open MPI 5 and 4, MPICH and Intel MPI, Slurm, Cray.
 LAUNCHERS = frozenset(
-    "prterun prted prte mpirun mpiexec orterun orted hydra_pmi_proxy hydra_bstrap_pro mpiexec.hydra "
+    "prterun prted prte mpirun mpiexec orterun orted hydra_pmi_proxy hydra_bstrap_pr mpiexec.hydra "
     "slurmstepd palsd".split()
 )
 

@@ -45,6 +45,8 @@ SLOT = np.dtype(
 # In place of the state of a process that is gone.
 GONE = b"-"
 HEAD_BYTES = 64
+# In names of files whose lines tell a user little: installed packages, what TensorFlow makes of functions.
+NOT_A_PLACE = ("site-packages", "__autograph_generated_file")
 NAME_BYTES = 256
 # What our files in shared memory are called until all ranks have them open; `doctor` knows the name.
 PREFIX = "tf_dist-board-"
@@ -189,7 +191,7 @@ def place_of(frame: FrameType | None) -> str:
     innermost = frame
     while frame is not None:
         file = frame.f_code.co_filename
-        if not file.startswith(("<", sys.base_prefix)) and "site-packages" not in file:
+        if not file.startswith(("<", sys.base_prefix)) and not any(word in file for word in NOT_A_PLACE):
             break
         frame = frame.f_back
     frame = frame or innermost
