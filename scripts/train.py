@@ -128,7 +128,7 @@ def train(config: Config, mesh: Mesh, corpus: Prepared, run: RunFolder) -> None:
         eval_every=config.eval_every,
         callbacks=[
             run_callbacks.LogRun(trainer, run, config.log_every, steps_per_epoch, job.last.update, show),
-            run_callbacks.SaveRun(trainer, config.save_every, job.save),
+            run_callbacks.SaveRun(trainer, config.save_every, job.save, job.finish, job.look, job.saved),
         ],
     )
     show.close()

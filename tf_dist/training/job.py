@@ -19,8 +19,10 @@ from tf_dist.training import checkpoint, state
 from tf_dist.training.downpour import Downpour
 from tf_dist.training.environment import bits_depend_on, changes
 from tf_dist.training.generate import Sampling, write_on
+from tf_dist.training.manifest import read_manifest
 from tf_dist.training.plots import loss_curve
 from tf_dist.training.run import RunFolder
+from tf_dist.training.saving import Saver
 from tf_dist.training.trainer import Trainer
 
 SAMPLE_TOKENS = 200
@@ -41,6 +43,7 @@ class Job:
         self.config, self.comm, self.corpus, self.run, self.trainer = config, comm, corpus, run, trainer
         self.last: dict[str, Any] = {}
         self._sha256: dict[int, str] = {}  # of the weights after a step
+        self.saver = Saver(trainer, run.checkpoints, config.keep, config.async_save == "on", run.say)
         trainer.in_place.when_first.append(run.take_over)
 
     def resume(self) -> None:
@@ -73,7 +76,7 @@ class Job:
                 raise CheckpointError(f"--resume {wanted}: neither a checkpoint nor a run folder with one")
         if path is None:
             return None
-        facts = checkpoint.read_manifest(path)["facts"]
+        facts = read_manifest(path)["facts"]
         content = self.corpus.meta["content_sha256"]
         state.check_same_run(facts, self.config, content, self.run.say)
         changed = changes(facts.get("bits_depend_on", {}), bits_depend_on())
@@ -82,35 +85,74 @@ class Job:
         return {"path": str(path), "val_loss": facts["val_loss"]}
 
     def begin(self) -> None:
-        """Write what is known before the first step."""
+        """Write what is known before the first step; remove what a job that was killed left half saved."""
+        on_root(self.comm, lambda: checkpoint.remove_unfinished(self.run.checkpoints))
         self.run.write("config.yaml", self.config.as_yaml())
         tokenizer = (self.corpus.path / "tokenizer.json").read_text(encoding="utf-8")
         self.run.write("tokenizer.json", tokenizer)
         self.run.status(step=self.trainer.step, val_loss=self.last.get("val_loss"))
 
     def save(self) -> None:
-        """Write a checkpoint and say so in ``status.json``.
+        """Have a checkpoint written, and wait for the last one.
 
         Raises:
+            CheckpointError: the last one could not be written.
             LaunchError: the ranks differ: only what all of them hold is worth keeping.
         """
+        self._compare()
+        if self.config.async_save == "on":
+            self.saver.begin(self._facts())
+        else:
+            self.saver.save(self._facts())
+
+    def finish(self) -> dict[str, Any] | None:
+        """Have a checkpoint written, and wait until it is on the disk; what `saved` is to be told.
+
+        Raises:
+            CheckpointError: it could not be written.
+            LaunchError: the ranks differ.
+        """
+        self._compare()
+        return self.saver.save(self._facts())
+
+    def look(self) -> None:
+        """Say in ``status.json`` what has been saved since the last step.
+
+        Raises:
+            CheckpointError: it could not be written; on the rank that could not.
+        """
+        news = self.saver.news()
+        if news is not None:
+            self._say_saved(news)
+
+    def saved(self, made: dict[str, Any] | None) -> None:
+        """Say in ``status.json`` that the end is saved."""
+        if made is not None:
+            self._sha256 = {made["step"]: made["weights_sha256"]}
+            self._say_saved(made)
+
+    def _compare(self) -> None:
         self.trainer.put_together()
         self.trainer.sentinel.compare(self.trainer.step)
-        facts = {
+
+    def _facts(self) -> dict[str, Any]:
+        return {
             "config": self.config.as_dict(),
             "content_sha256": self.corpus.meta["content_sha256"],
             "versions": versions(),
             "bits_depend_on": bits_depend_on(),
             "val_loss": self.last.get("val_loss"),
         }
-        state.save(self.trainer, self.run.checkpoints, self.config.keep, facts)
-        self._status()
 
     def _status(self, **changes: Any) -> None:
         step = self.trainer.step
         if step not in self._sha256:  # on a grid all weights travel for it
             self._sha256 = {step: self.trainer.whole().weights_sha256()}
         now = {"step": step, "val_loss": self.last.get("val_loss"), "weights_sha256": self._sha256[step]}
+        self._say_saved(now, **changes)
+
+    def _say_saved(self, saved: dict[str, Any], **changes: Any) -> None:
+        now = dict(saved)
         if self.trainer.lost:
             now["ranks_lost"] = self.trainer.lost
         if self.trainer.in_place.recoveries:
