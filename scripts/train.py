@@ -127,7 +127,7 @@ def train(config: Config, mesh: Mesh, corpus: Prepared, run: RunFolder) -> None:
         validation_bytes=corpus.meta["text_bytes"]["val"],
         eval_every=config.eval_every,
         callbacks=[
-            run_callbacks.LogRun(trainer, run, config.log_every, steps_per_epoch, job.last.update, show),
+            run_callbacks.LogRun(trainer, run, config.log_every, steps_per_epoch, job.heard, show),
             run_callbacks.SaveRun(trainer, config.save_every, job.save, job.finish, job.look, job.saved),
         ],
     )

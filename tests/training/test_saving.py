@@ -94,7 +94,7 @@ def test_a_disk_that_fails(tmp_path, monkeypatch, background):
     for hear in (saver.news, saver.settle, lambda: saver.begin({})):
         saver.begin({})
         saver._flight.ended()
-        with pytest.raises(CheckpointError, match=r"No space left on device. Older checkpoints are untouched"):
+        with pytest.raises(CheckpointError, match=r"No space left on device. Older .* untouched"):
             hear()
         saver._flight = None
     assert checkpoint.newest(tmp_path).name == "step-00000000"
@@ -112,6 +112,34 @@ def test_the_end_of_a_training_is_on_the_disk(tmp_path):
     again = trainer()
     state.restore(again, tmp_path / "step-00000005")
     assert again.check_equal() == one.check_equal()
+
+
+# The best one --------------------------------------------------------------------------------------
+
+
+def test_the_lowest_validation_loss_is_kept(tmp_path):
+    """Only where it is of the step that is saved; a number that is none is never the best."""
+    one = trainer()
+    saver = Saver(one, tmp_path, 1)
+    validated = [(1, 3.0), (2, 2.0), (2, 1.0), (4, 2.5), (5, float("nan"))]
+    for step, (at, loss) in enumerate(validated, 1):
+        one.step = step
+        saver.save({"val_loss": loss, "val_loss_step": at})
+    assert [path.name for path in checkpoint.listing(tmp_path)] == ["step-00000002", "step-00000005"]
+    assert checkpoint.best(tmp_path) == tmp_path / "step-00000002"
+    assert (tmp_path / "latest").read_text() == "step-00000005\n"
+    one.step = 6
+    saver.save({"val_loss": 1.5, "val_loss_step": 6})
+    assert [path.name for path in checkpoint.listing(tmp_path)] == ["step-00000006"]
+    assert checkpoint.best(tmp_path) == tmp_path / "step-00000006"
+
+
+@pytest.mark.parametrize("said", [b"", b"../step-00000002", b"step-00000009", b"\xff" * 100, b"/etc"])
+def test_what_best_says_is_not_trusted(tmp_path, said):
+    checkpoint.save(tmp_path, 2, {}, {})
+    assert checkpoint.best(tmp_path) is None
+    (tmp_path / "best").write_bytes(said)
+    assert checkpoint.best(tmp_path) is None
 
 
 # Several ranks, one of which does not write ------------------------------------------------------------

@@ -3,6 +3,7 @@
     checkpoints/step-00000400/manifest.json    what, where, and a CRC-32 of each tensor
     checkpoints/step-00000400/shard-0000.bin   raw little-endian bytes, one tensor after another; and so on
     checkpoints/latest                         the name of the newest one, for people and scripts
+    checkpoints/best                           that of the one with the lowest validation loss
 
 Written under a temporary name, synced, then renamed (`shards`): a killed job leaves the old checkpoints or
 the new one. The reader trusts nothing: it checks names, sizes and sums before it hands out an array, and
@@ -11,6 +12,7 @@ the new one. The reader trusts nothing: it checks names, sizes and sums before i
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -26,7 +28,8 @@ from tf_dist.errors import CheckpointError
 from tf_dist.training import shards
 from tf_dist.training.manifest import file_sizes, read_manifest
 
-STEP_FOLDER = re.compile(r"step-(\d{8,})")
+STEP_FOLDER = re.compile(r"step-(\d{8,})", re.ASCII)
+BEST = "best"
 
 
 Tensors = Mapping[str, np.ndarray] | Iterable[tuple[str, np.ndarray]]
@@ -179,19 +182,55 @@ def _step_of(path: Path) -> int:
 
 
 def prune(folder: Path, keep: int, step: int) -> None:
-    """Keep the newest ``keep`` checkpoints up to ``step``, the one just saved; remove older ones.
+    """Keep the newest ``keep`` checkpoints up to ``step``, just saved, and the best; remove older ones.
 
     What lies beyond ``step`` was passed over as damaged when the run was resumed: it neither counts nor
     goes. What killed jobs left half written does go.
     """
+    kept = best(folder)
     for path in [path for path in listing(folder) if _step_of(path) <= step][:-keep]:
-        shutil.rmtree(path, ignore_errors=True)
+        if path != kept:
+            shutil.rmtree(path, ignore_errors=True)
     remove_unfinished(folder)
+
+
+def best(folder: Path) -> Path | None:
+    """The checkpoint that the file ``best`` names, sound or not; None where there is none."""
+    try:
+        with open(folder / BEST, "rb") as file:
+            name = file.read(64).decode("ascii", "replace").strip()
+    except OSError:
+        return None
+    path = folder / name
+    return path if STEP_FOLDER.fullmatch(name) and path.is_dir() else None
+
+
+def mark_if_best(path: Path, val_loss: float | None) -> None:
+    """Let ``best`` name a checkpoint whose validation loss is lower than that of the one it names.
+
+    Args:
+        path: of the checkpoint.
+        val_loss: of its step; None where that was not validated.
+
+    Raises:
+        CheckpointError: the name cannot be written.
+    """
+    if val_loss is None or not math.isfinite(val_loss):
+        return
+    before = best(path.parent)
+    if before is not None and before != path:
+        try:
+            known = read_manifest(before)["facts"].get("val_loss")
+        except CheckpointError:
+            known = None
+        if isinstance(known, int | float) and math.isfinite(known) and known <= val_loss:
+            return
+    shards.point_to(path, BEST)
 
 
 def remove_unfinished(folder: Path) -> None:
     """Remove what jobs that were killed have left half written."""
     for path in folder.glob(".tmp-step-*"):
         shutil.rmtree(path, ignore_errors=True)
-    for path in (*folder.glob(".tmp-latest-*"), *folder.glob(".probe-*")):
+    for path in (*folder.glob(".tmp-latest-*"), *folder.glob(".tmp-best-*"), *folder.glob(".probe-*")):
         path.unlink(missing_ok=True)

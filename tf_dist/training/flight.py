@@ -143,6 +143,8 @@ class Flight:
         plan = self._plan
         with shards.told_apart(plan.final):
             shards.commit(plan.temporary, plan.final, plan.facts, plan.writers)
+        if plan.facts.get("val_loss_step") == self.step:  # else it is of an earlier step
+            checkpoint.mark_if_best(plan.final, plan.facts.get("val_loss"))
         checkpoint.prune(plan.final.parent, plan.keep, self.step)
         weights = checkpoint.read_tensors(plan.final, read_manifest(plan.final), "weights/")
         found = sha256(array for _, array in weights)

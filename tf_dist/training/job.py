@@ -43,6 +43,7 @@ class Job:
         self.config, self.comm, self.corpus, self.run, self.trainer = config, comm, corpus, run, trainer
         self.last: dict[str, Any] = {}
         self._sha256: dict[int, str] = {}  # of the weights after a step
+        self._validated: int | None = None  # the step of the last validation of this job
         self.saver = Saver(trainer, run.checkpoints, config.keep, config.async_save == "on", run.say)
         trainer.in_place.when_first.append(run.take_over)
 
@@ -91,6 +92,12 @@ class Job:
         tokenizer = (self.corpus.path / "tokenizer.json").read_text(encoding="utf-8")
         self.run.write("tokenizer.json", tokenizer)
         self.run.status(step=self.trainer.step, val_loss=self.last.get("val_loss"))
+
+    def heard(self, row: dict[str, Any]) -> None:
+        """Remember a row of the metrics."""
+        self.last.update(row)
+        if "val_loss" in row:
+            self._validated = row["step"]
 
     def save(self) -> None:
         """Have a checkpoint written, and wait for the last one.
@@ -142,6 +149,7 @@ class Job:
             "versions": versions(),
             "bits_depend_on": bits_depend_on(),
             "val_loss": self.last.get("val_loss"),
+            "val_loss_step": self._validated,
         }
 
     def _status(self, **changes: Any) -> None:
