@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     from tf_dist.training.load import load_run
     from tf_dist.training.trainer import Trainer
 
-    run = load_run(flags.run_dir, print if comm.rank == 0 else lambda line: None)
+    run = load_run(flags.run_dir, print if comm.rank == 0 else lambda line: None, flags.checkpoint)
     config = run.config
     if flags.data:
         tokenizer = str(Path(flags.run_dir) / "tokenizer.json")
@@ -63,6 +63,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """The flags."""
     parser = Parser(__doc__ or "")
     parser.add_argument("--run-dir", default="runs/latest", help="folder of the run [runs/latest]")
+    parser.add_argument(
+        "--checkpoint",
+        default="latest",
+        help="latest, best (by validation loss), or a path [latest]",
+    )
     parser.add_argument("--data", nargs="+", help="other text to evaluate on, all of it")
     return parser.parse_args(argv)
 

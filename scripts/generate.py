@@ -37,7 +37,7 @@ def write(flags: argparse.Namespace) -> None:
     from tf_dist.training.load import load_run
 
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
-    run = load_run(flags.run_dir, lambda line: print(line, file=sys.stderr))
+    run = load_run(flags.run_dir, lambda line: print(line, file=sys.stderr), flags.checkpoint)
     prompt = run.tokenizer.encode(flags.prompt)
     ids = [int(i) for i in prompt]
     shown = run.tokenizer.decode(ids)
@@ -56,6 +56,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """The flags."""
     parser = Parser(__doc__ or "")
     parser.add_argument("--run-dir", default="runs/latest", help="folder of the run [runs/latest]")
+    parser.add_argument(
+        "--checkpoint",
+        default="latest",
+        help="latest, best (by validation loss), or a path [latest]",
+    )
     parser.add_argument("--prompt", default="\n", help="text to go on from [a new line]")
     parser.add_argument("--tokens", type=int, default=200, help="how many tokens to write [200]")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy [0.8]")

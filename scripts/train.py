@@ -114,8 +114,8 @@ def train(config: Config, corpus: Prepared, run: RunFolder, comm: Comm, deaths: 
             validation_bytes=corpus.meta["text_bytes"]["val"],
             eval_every=config.eval_every,
             callbacks=[
-                run_callbacks.LogRun(trainer, run, config.log_every, steps_per_epoch, job.last.update, show),
-                run_callbacks.SaveRun(trainer, config.save_every, job.save),
+                run_callbacks.LogRun(trainer, run, config.log_every, steps_per_epoch, job.heard, show),
+                run_callbacks.SaveRun(trainer, config.save_every, job.save, job.finish, job.look, job.saved),
             ],
         )
 

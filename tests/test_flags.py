@@ -27,7 +27,7 @@ NAMES = """
     compression_start
     backend allreduce chunk_bytes overlap autotune xla check_every on_mismatch min_ranks
     stall_warn stall_abort threads_per_rank
-    run_dir resume save_every keep eval_every log_every progress
+    run_dir resume save_every async_save keep eval_every log_every progress
 """.split()
 
 

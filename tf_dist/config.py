@@ -121,6 +121,7 @@ class Config:
     run_dir: str = option("", "run", "folder of this run; empty: a new one under runs/")
     resume: str = option("auto", "run", "auto: go on from the newest checkpoint of the run folder; never: start anew, older files are moved aside; or the path of a run folder or checkpoint")  # noqa: E501
     save_every: int = option(200, "run", "steps between checkpoints; 0: only at the end", least=0)
+    async_save: str = option("on", "run", "write checkpoints while training goes on; off: stop until they are on the disk", choices=("on", "off"))  # noqa: E501
     keep: int = option(3, "run", "newest checkpoints kept", least=1)
     eval_every: int = option(100, "run", "steps between validations; 0 is never", least=0)
     log_every: int = option(10, "run", "steps between lines of progress", least=1)

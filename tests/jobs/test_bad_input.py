@@ -66,7 +66,7 @@ def test_not_a_number(run_job, small, one_error):
 def test_no_checkpoint_that_is_sound(run_job, first_run, copy_of_first, one_error):
     damaged = checkpoint.listing(copy_of_first / "checkpoints")
     (damaged[0] / "manifest.json").write_text("{")
-    tensors = damaged[1] / "tensors.bin"
+    tensors = damaged[1] / "shard-0000.bin"
     tensors.write_bytes(tensors.read_bytes()[:-1])
     before = (copy_of_first / "metrics.jsonl").read_bytes()
     job = run_job(2, "train.py", *first_run.flags, "--run-dir", copy_of_first)

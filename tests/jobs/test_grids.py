@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from tf_dist.training import checkpoint
+from tf_dist.training.manifest import read_manifest
 
 STEPS, HALF = 8, 4
 FOUR = {
@@ -61,7 +61,7 @@ def near(found, expected):
 
 def layout(path):
     """Names and shapes of a checkpoint's tensors; Keras numbers the optimizers of a process."""
-    manifest = checkpoint.read_manifest(path / "checkpoints" / f"step-{STEPS:08d}")
+    manifest = read_manifest(path / "checkpoints" / f"step-{STEPS:08d}")
     return [(re.sub(r"adam_w_\d+", "adam_w", one["name"]), one["shape"]) for one in manifest["tensors"]]
 
 

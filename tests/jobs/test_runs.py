@@ -158,7 +158,7 @@ def test_a_run_with_accidents_is_the_run_without(first_run, small, start_job, ru
 
 def damage(path):
     """Flip one bit in the middle of the tensors of a checkpoint."""
-    file = path / "tensors.bin"
+    file = path / "shard-0000.bin"
     raw = bytearray(file.read_bytes())
     raw[len(raw) // 2] ^= 1
     file.write_bytes(raw)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 import textwrap
@@ -13,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tf_dist.errors import CheckpointError
-from tf_dist.training import checkpoint
+from tf_dist.training import checkpoint, shards
+from tf_dist.training.manifest import DTYPES, FORMAT, crc32_of, read_manifest
 
 FACTS = {"tokens": 12345, "config": {"layers": 2, "learning_rate": 1e-3}, "note": "é", "none": None}
 
@@ -49,12 +51,13 @@ def is_sound(path, step=400, seed=0):
 def test_round_trip(tmp_path):
     path = save(tmp_path / "run" / "checkpoints")
     assert path.name == "step-00000400"
-    assert sorted(p.name for p in path.iterdir()) == ["manifest.json", "tensors.bin"]
-    assert sorted(p.name for p in path.parent.iterdir()) == ["step-00000400"]
+    assert sorted(p.name for p in path.iterdir()) == ["manifest.json", "shard-0000.bin"]
+    assert sorted(p.name for p in path.parent.iterdir()) == ["latest", "step-00000400"]
+    assert (path.parent / "latest").read_text() == "step-00000400\n"
     assert is_sound(path)
 
 
-@pytest.mark.parametrize("dtype", checkpoint.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_every_dtype_shape_and_byte_order(tmp_path, dtype):
     whole = np.arange(24).reshape(2, 3, 4).astype(dtype)
     kept = {
@@ -94,13 +97,13 @@ def test_facts_that_are_not_json_leave_nothing_behind(tmp_path):
 def test_a_step_saved_again_is_replaced(tmp_path):
     save(tmp_path, seed=0)
     assert is_sound(save(tmp_path, seed=1), seed=1)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000400"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000400"]
 
 
 def test_steps_of_more_than_eight_digits(tmp_path):
     for step in (99_999_999, 100_000_000, 1_000_000_000):
         checkpoint.save(tmp_path, step, {}, {})
-    assert [checkpoint.read_manifest(path)["step"] for path in checkpoint.listing(tmp_path)] == [
+    assert [read_manifest(path)["step"] for path in checkpoint.listing(tmp_path)] == [
         99_999_999, 100_000_000, 1_000_000_000,
     ]  # fmt: skip
 
@@ -112,7 +115,7 @@ def test_steps_of_more_than_eight_digits(tmp_path):
 def victim(tmp_path_factory):
     """A checkpoint to be damaged, and the bytes that its files had."""
     path = save(tmp_path_factory.mktemp("victim"))
-    return path, {name: (path / name).read_bytes() for name in ("tensors.bin", "manifest.json")}
+    return path, {name: (path / name).read_bytes() for name in ("shard-0000.bin", "manifest.json")}
 
 
 def refused(path):
@@ -122,7 +125,7 @@ def refused(path):
     return str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["tensors.bin", "manifest.json"])
+@pytest.mark.parametrize("name", ["shard-0000.bin", "manifest.json"])
 @settings(max_examples=200)
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_any_flipped_bit_is_noticed_or_changes_nothing(victim, name, place, bit):
@@ -138,7 +141,7 @@ def test_any_flipped_bit_is_noticed_or_changes_nothing(victim, name, place, bit)
         (path / name).write_bytes(whole[name])
 
 
-@pytest.mark.parametrize("name", ["tensors.bin", "manifest.json"])
+@pytest.mark.parametrize("name", ["shard-0000.bin", "manifest.json"])
 @settings(max_examples=60)
 @given(place=st.floats(0, 1, exclude_max=True), more=st.binary(min_size=1, max_size=9))
 def test_any_truncation_or_addition_is_noticed(victim, name, place, more):
@@ -151,7 +154,7 @@ def test_any_truncation_or_addition_is_noticed(victim, name, place, more):
         (path / name).write_bytes(whole[name])
 
 
-@pytest.mark.parametrize("name", ["tensors.bin", "manifest.json"])
+@pytest.mark.parametrize("name", ["shard-0000.bin", "manifest.json"])
 def test_files_that_are_missing_or_folders(tmp_path, name):
     path = save(tmp_path)
     (path / name).unlink()
@@ -166,12 +169,18 @@ def test_files_that_are_missing_or_folders(tmp_path, name):
 
 def entry(**changes):
     raw = np.zeros(3, np.float32).tobytes()
-    return {"name": "x", "shape": [3], "dtype": "float32", "bytes": 12, "crc32": zlib.crc32(raw), **changes}
+    place = {"file": "shard-0000.bin", "offset": 0, "bytes": 12}
+    return {"name": "x", "shape": [3], "dtype": "float32", **place, "crc32": zlib.crc32(raw), **changes}
 
 
 def manifest(*entries, **changes):
-    made = {"format": checkpoint.FORMAT, "version": 1, "step": 3, "tensors": list(entries), "facts": {}}
+    made = {"format": FORMAT, "version": 2, "step": 3, "tensors": list(entries), "facts": {}}
     return {key: value for key, value in {**made, **changes}.items() if value is not ...}
+
+
+def signed(made):
+    """With its own sum, so that it is refused for what it says."""
+    return {**made, "crc32": crc32_of(made)} if isinstance(made, dict) else made
 
 
 EMPTY_CRC = zlib.crc32(b"")
@@ -188,7 +197,7 @@ HOSTILE = {
     "a number of 5000 digits": "9" * 5000,
     "another format": manifest(format="zip"),
     "no format": manifest(format=...),
-    "another version": manifest(version=2),
+    "another version": manifest(version=3),
     "version true": manifest(version=[1]),
     "no step": manifest(step=...),
     "negative step": manifest(step=-1),
@@ -229,6 +238,22 @@ HOSTILE = {
     "size true": manifest(entry(shape=[], dtype="bool", bytes=True)),
     "size of another shape": manifest(entry(bytes=8)),
     "sizes that add up only together": manifest(entry(bytes=24), entry(name="y", bytes=-12)),
+    "no file": manifest(entry(file=None)),
+    "a file elsewhere": manifest(entry(file="../shard-0000.bin")),
+    "a file at the root": manifest(entry(file="/shard-0000.bin")),
+    "a file in a folder": manifest(entry(file="a/shard-0000.bin")),
+    "a file of a long name": manifest(entry(file="shard-" + "0" * 300 + ".bin")),
+    "a name that ends in a new line": manifest(entry(file="shard-0000.bin\n")),
+    "digits of another script": manifest(entry(file="shard-\u0660\u0660\u0660\u0660.bin")),
+    "the manifest as a shard": manifest(entry(file="manifest.json")),
+    "no offset": manifest(entry(offset=None)),
+    "negative offset": manifest(entry(offset=-4)),
+    "offset of a fraction": manifest(entry(offset=0.0)),
+    "offset false": manifest(entry(offset=False)),
+    "a gap before it": manifest(entry(offset=4)),
+    "offset far away": manifest(entry(offset=2**70)),
+    "two in one place": manifest(entry(), entry(name="y")),
+    "another shard that is not there": manifest(entry(), entry(name="y", file="shard-0001.bin")),
     "no crc32": manifest({k: v for k, v in entry().items() if k != "crc32"}),
     "crc32 of text": manifest(entry(crc32="0")),
     "crc32 too large": manifest(entry(crc32=2**40)),
@@ -240,9 +265,9 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_manifests(tmp_path, name):
     made = HOSTILE[name]
-    raw = made if isinstance(made, str | bytes) else json.dumps(made)
+    raw = made if isinstance(made, str | bytes) else json.dumps(signed(made))
     (tmp_path / "manifest.json").write_bytes(raw if isinstance(raw, bytes) else raw.encode())
-    (tmp_path / "tensors.bin").write_bytes(b"" if "but empty" in name else bytes(12))
+    (tmp_path / "shard-0000.bin").write_bytes(b"" if "but empty" in name else bytes(12))
     assert str(tmp_path) in refused(tmp_path)
 
 
@@ -251,12 +276,13 @@ def test_the_manifest_that_the_hostile_ones_are_made_of_has_no_other_fault(tmp_p
     real = json.loads((written / "manifest.json").read_text())
     ours = manifest(entry())
     assert {key: real[key] for key in ours} == ours
+    assert real == signed(ours)
 
 
 def test_a_manifest_of_a_billion_bytes_is_not_read(tmp_path):
     with open(tmp_path / "manifest.json", "wb") as file:
         file.truncate(10**9)  # sparse: takes no room on the disk
-    (tmp_path / "tensors.bin").write_bytes(b"")
+    (tmp_path / "shard-0000.bin").write_bytes(b"")
     refused(tmp_path)
 
 
@@ -272,7 +298,7 @@ json_values = st.recursive(
 @settings(max_examples=100)
 @given(
     size=st.sampled_from([0, 12]),
-    at=st.sampled_from(["format", "version", "step", "tensors", "name", "shape", "dtype", "bytes", "crc32"]),
+    at=st.sampled_from("format version step tensors name shape dtype file offset bytes crc32".split()),
     value=json_values,
 )
 def test_any_value_anywhere(tmp_path_factory, size, at, value):
@@ -280,8 +306,8 @@ def test_any_value_anywhere(tmp_path_factory, size, at, value):
     folder.mkdir(exist_ok=True)
     here = entry() if size else entry(shape=[0], bytes=0, crc32=EMPTY_CRC)
     made = manifest({**here, at: value}) if at in here else manifest(here, **{at: value})
-    (folder / "manifest.json").write_text(json.dumps(made))
-    (folder / "tensors.bin").write_bytes(bytes(size))
+    (folder / "manifest.json").write_text(json.dumps(signed(made)))
+    (folder / "shard-0000.bin").write_bytes(bytes(size))
     try:
         loaded, _, step = checkpoint.load(folder)
     except CheckpointError:
@@ -291,13 +317,59 @@ def test_any_value_anywhere(tmp_path_factory, size, at, value):
     assert all(math.prod(array.shape) in (0, 3) for array in loaded.values())
 
 
+def test_what_is_no_plain_file_is_not_read(tmp_path):
+    path = save(tmp_path / "run")
+    shard, elsewhere = path / "shard-0000.bin", tmp_path / "elsewhere"
+    shard.rename(elsewhere)
+    shard.symlink_to(elsewhere)
+    refused(path)
+    shard.unlink()
+    os.mkfifo(shard)  # which would be waited for
+    assert "is no plain file" in refused(path)
+
+
+# Shards -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_it_does_not_matter_how_many_have_written(tmp_path, count):
+    """Also more than there are tensors: some have nothing to write."""
+    path = checkpoint.save(tmp_path, 400, tensors(), FACTS, count)
+    assert is_sound(path)
+    assert len(list(path.glob("shard-*.bin"))) == count
+    assert [one.name for one in path.glob("*.json")] == ["manifest.json"]
+    used = {one["file"] for one in read_manifest(path)["tensors"]}
+    assert len(used) == min(count, 3)
+
+
+@given(
+    sizes=st.lists(st.integers(0, 1000), max_size=30),
+    writers=st.lists(st.integers(0, 50), min_size=1, max_size=8, unique=True),
+)
+def test_bytes_are_dealt_evenly(sizes, writers):
+    of = shards.dealt(sizes, writers)
+    assert len(of) == len(sizes) and set(of) <= set(writers)
+    loads = [sum(size for size, rank in zip(sizes, of, strict=True) if rank == one) for one in writers]
+    assert max(loads) - min(loads) <= max(sizes, default=0)
+
+
+@pytest.mark.parametrize("what", ["missing", "short"])
+def test_a_shard_is_missing(tmp_path, what):
+    older = checkpoint.save(tmp_path, 200, tensors(), FACTS, 2)
+    path = checkpoint.save(tmp_path, 400, tensors(), FACTS, 2)
+    shard = path / "shard-0001.bin"
+    shard.unlink() if what == "missing" else shard.write_bytes(shard.read_bytes()[:-1])
+    assert "shard-0001.bin" in refused(path)
+    assert checkpoint.newest(tmp_path, lambda line: None) == older
+
+
 # Several ------------------------------------------------------------------------------------------
 
 
 def spoil(path):
-    raw = bytearray((path / "tensors.bin").read_bytes())
+    raw = bytearray((path / "shard-0000.bin").read_bytes())
     raw[0] ^= 1
-    (path / "tensors.bin").write_bytes(raw)
+    (path / "shard-0000.bin").write_bytes(raw)
 
 
 def test_newest_walks_back_to_the_last_sound_one(tmp_path):
@@ -319,7 +391,7 @@ def test_newest_walks_back_to_the_last_sound_one(tmp_path):
 def test_listing_knows_checkpoints_by_their_names(tmp_path):
     for step in (1000, 20, 300):
         save(tmp_path, step)
-    for name in ("step-7", "step-00000020.bak", ".tmp-step-00000400-77-ab", "latest"):
+    for name in ("step-7", "step-00000020.bak", ".tmp-step-00000400-77-ab", "best"):
         (tmp_path / name).mkdir()
     assert [path.name for path in checkpoint.listing(tmp_path)] == [
         "step-00000020", "step-00000300", "step-00001000",
@@ -332,10 +404,15 @@ def test_prune_keeps_the_newest_and_removes_what_is_half_written(tmp_path):
         save(tmp_path, step)
     half = tmp_path / ".tmp-step-00000005-77-ab"
     half.mkdir()
-    (half / "tensors.bin").write_bytes(b"half")
+    (half / "shard-0000.bin").write_bytes(b"half")
     (tmp_path / "notes.txt").write_text("the user's own")
     checkpoint.prune(tmp_path, 2, step=4)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt", "step-00000003", "step-00000004"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "latest",
+        "notes.txt",
+        "step-00000003",
+        "step-00000004",
+    ]
     checkpoint.prune(tmp_path, 5, step=4)
     assert len(checkpoint.listing(tmp_path)) == 2
 
@@ -367,7 +444,7 @@ FILLED = """
     import numpy as np
 
     from tf_dist.errors import CheckpointError
-    from tf_dist.training import checkpoint
+    from tf_dist.training import checkpoint, shards
 
     folder, limit = Path(sys.argv[1]), int(sys.argv[2])
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -393,7 +470,8 @@ def test_a_full_disk_leaves_the_older_checkpoint(tmp_path, limit, elements):
     )
     assert done.returncode == 77, done.stderr
     assert "Older checkpoints are untouched" in done.stdout
-    assert [path.name for path in tmp_path.iterdir()] == [older.name]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", older.name]
+    assert (tmp_path / "latest").read_text() == f"{older.name}\n"
     assert is_sound(checkpoint.newest(tmp_path))
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tf_dist.training import checkpoint
+from tf_dist.training.manifest import DTYPES, VERSION
 
 GOLDEN = sorted((Path(__file__).parent / "golden").iterdir())
 
@@ -25,7 +26,7 @@ def test_it_is_read_as_it_was_written(folder):
     (path,) = checkpoint.listing(folder)
     tensors, facts, step = checkpoint.load(path)
     assert step == 3 and facts == {"tokens": 12345, "config": {"model": "lstm", "tie_embeddings": False}}
-    wanted = {f"weights/{i:04d}/{dtype}": tensor(i, dtype) for i, dtype in enumerate(checkpoint.DTYPES)}
+    wanted = {f"weights/{i:04d}/{dtype}": tensor(i, dtype) for i, dtype in enumerate(DTYPES)}
     assert list(tensors) == list(wanted)
     for name, array in wanted.items():
         assert tensors[name].dtype == array.dtype and tensors[name].shape == array.shape
@@ -33,4 +34,4 @@ def test_it_is_read_as_it_was_written(folder):
 
 
 def test_there_is_one_of_this_version():
-    assert f"version-{checkpoint.VERSION}" in [folder.name for folder in GOLDEN]
+    assert f"version-{VERSION}" in [folder.name for folder in GOLDEN]

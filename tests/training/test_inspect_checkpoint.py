@@ -24,7 +24,7 @@ def run(tmp_path):
 
 
 def spoil(run, step):
-    path = run / "checkpoints" / f"step-{step:08d}" / "tensors.bin"
+    path = run / "checkpoints" / f"step-{step:08d}" / "shard-0000.bin"
     raw = bytearray(path.read_bytes())
     raw[5] ^= 1
     path.write_bytes(raw)

@@ -22,16 +22,20 @@ from typing import Any
 
 import numpy as np
 
+from tf_dist import files
 from tf_dist.bench import running
 from tf_dist.errors import CheckpointError
-from tf_dist.training import checkpoint
+from tf_dist.training import checkpoint, shards
+from tf_dist.training.manifest import crc32_of
 
 FLIPS, MANIFESTS = 1_000, 10_000
+SHARDS = 2
 # What a child may take beyond what it begins with.
 MEMORY_BYTES = 256 << 20
 HARM = ("exec", "compile", "os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "socket.connect")
 ODD_VALUES: tuple[Any, ...] = (
     None, True, -1, 0, 1 << 62, 1e308, "", "../../etc/passwd", "/etc/passwd", "float32", "object", "\0",
+    "shard-0001.bin", "../shard-0000.bin", "shard-0000.bin/../../x", "tensors.bin",
     [], {}, [1 << 40] * 40, [-3, 2], [[1]], {"a": 1},
 )  # fmt: skip
 
@@ -105,8 +109,8 @@ def holds(path: Path, step: int) -> bool:
 
 
 def save(folder: Path, step: int) -> None:
-    """Write a checkpoint."""
-    checkpoint.save(folder, step, tensors(step), {"tokens": step})
+    """Write a checkpoint, as two ranks would, the one after the other."""
+    checkpoint.save(folder, step, tensors(step), {"tokens": step}, SHARDS)
 
 
 # Kills ------------------------------------------------------------------------------------------------
@@ -156,7 +160,8 @@ def _count_calls(last: int) -> None:
 
     for name in ("fsync", "rename", "replace", "mkdir", "rmdir", "unlink"):
         setattr(os, name, _after(called, getattr(os, name)))
-    setattr(checkpoint, "open", partial(_Cut, called))  # noqa: B010 - the module has no such name of its own
+    for module in (shards, files):
+        setattr(module, "open", partial(_Cut, called))  # noqa: B010 - a module has no such name of its own
 
 
 def _after(called: Callable[[], None], function: Callable[..., Any]) -> Callable[..., Any]:
@@ -198,7 +203,7 @@ def flips(count: int, folder: Path) -> dict[str, Any]:
     chance, found = random.Random(1), {"tried": count, "noticed": 0, "harmless": 0}  # noqa: S311
     save(folder, 3)
     path = folder / "step-00000003"
-    whole = {name: (path / name).read_bytes() for name in ("manifest.json", "tensors.bin")}
+    whole = {one.name: one.read_bytes() for one in sorted(path.iterdir())}
     for _ in range(count):
         name = chance.choice(list(whole))
         raw = bytearray(whole[name])
@@ -241,7 +246,7 @@ def _mutated(whole: dict[str, Any], chance: random.Random) -> bytes:
         _change(manifest, chance)
     if chance.random() < 0.8:
         manifest.pop("crc32", None)
-        manifest["crc32"] = checkpoint._manifest_crc32(manifest)
+        manifest["crc32"] = crc32_of(manifest)
     raw = bytearray(json.dumps(manifest).encode())
     if chance.random() < 0.1:
         raw[chance.randrange(len(raw))] = chance.randrange(256)

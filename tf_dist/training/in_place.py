@@ -52,6 +52,7 @@ class InPlace:
     Attributes:
         recoveries: so far.
         when_first: called where a death has made this rank the first one, which has the files.
+        when_lost: called on every rank that is left, after each death.
     """
 
     def __init__(self, trainer: Trainer, min_ranks: int = 1) -> None:
@@ -59,6 +60,7 @@ class InPlace:
         self._phases, self._result, self._inside = 0, None, False
         self.recoveries: list[Recovery] = []
         self.when_first: list[Callable[[], None]] = []
+        self.when_lost: list[Callable[[], None]] = []
 
     @property
     def can(self) -> bool:
@@ -184,6 +186,8 @@ class InPlace:
         trainer = self._trainer
         trainer.lost += lost
         self.recoveries.append(Recovery(lost, trainer.step, ms))
+        for call in self.when_lost:
+            call()
         if trainer.comm.rank:
             return
         if not was_first:

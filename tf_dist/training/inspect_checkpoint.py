@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tf_dist.errors import CheckpointError
 from tf_dist.training import checkpoint
+from tf_dist.training.manifest import read_manifest
 
 # Facts that take too much room; `config` is also in the run folder's config.yaml.
 LONG_FACTS = ("config", "versions", "bits_depend_on")
@@ -59,7 +60,7 @@ def shown(path: Path) -> str:
     else:
         newest = checkpoint.newest(found[0].parent, _unsaid)  # which has verified it
         assert newest is not None
-        chosen, manifest = newest, checkpoint.read_manifest(newest)
+        chosen, manifest = newest, read_manifest(newest)
     tensors, facts = manifest["tensors"], manifest["facts"]
     lines = [f"{chosen}: step {manifest['step']}, {_size(tensors)}"]
     lines += [f"  {name}: {json.dumps(facts[name])}" for name in sorted(facts) if name not in LONG_FACTS]

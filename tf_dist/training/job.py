@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,11 @@ from tf_dist.training.begin_again import Deaths
 from tf_dist.training.downpour import Downpour
 from tf_dist.training.environment import bits_depend_on, changes
 from tf_dist.training.generate import Sampling, write_on
+from tf_dist.training.manifest import read_manifest
 from tf_dist.training.plots import loss_curve
 from tf_dist.training.rolling_back import kept, roll_back
 from tf_dist.training.run import RunFolder
+from tf_dist.training.saving import Saver
 from tf_dist.training.spikes import Spike
 from tf_dist.training.trainer import Trainer
 
@@ -58,8 +59,11 @@ class Job:
         self._deaths = deaths or Deaths()
         trainer.lost, trainer.in_place.recoveries = self._deaths.lost, self._deaths.recoveries
         trainer.sentinel.say = trainer.bad.say = run.say
+        self._validated: int | None = None  # the step of the last validation of this job
+        self.saver = Saver(trainer, run.checkpoints, config.keep, config.async_save == "on", run.say)
+        self._deaths.when_lost[:] = [self.saver.abandon]
         trainer.in_place.when_first.append(run.take_over)
-        trainer.bad.before_giving_up.append(partial(self.save, prune=False))
+        trainer.bad.before_giving_up.append(self._save_beside_all)
 
     def resume(self) -> None:
         """Go on from the checkpoint that ``--resume`` means, if there is one.
@@ -118,7 +122,7 @@ class Job:
         """Whether a checkpoint is of this run; on rank 0."""
         if path is None:
             return None
-        facts = checkpoint.read_manifest(path)["facts"]
+        facts = read_manifest(path)["facts"]
         content = self.corpus.meta["content_sha256"]
         state.check_same_run(facts, self.config, content, self.run.say)
         changed = changes(facts.get("bits_depend_on", {}), bits_depend_on())
@@ -127,7 +131,8 @@ class Job:
         return {"path": str(path), **kept(facts)}
 
     def begin(self) -> None:
-        """Write what is known before the first step."""
+        """Write what is known before the first step; remove what a job that was killed left half saved."""
+        on_root(self.comm, lambda: checkpoint.remove_unfinished(self.run.checkpoints))
         recovery = self._deaths.over(self.trainer.step)
         if recovery is not None:
             self.run.say(f"going on after {recovery.ms / 1e3:.1f} s")
@@ -135,6 +140,12 @@ class Job:
         tokenizer = (self.corpus.path / "tokenizer.json").read_text(encoding="utf-8")
         self.run.write("tokenizer.json", tokenizer)
         self.run.status(step=self.trainer.step, val_loss=self.last.get("val_loss"))
+
+    def heard(self, row: dict[str, Any]) -> None:
+        """Remember a row of the metrics."""
+        self.last.update(row)
+        if "val_loss" in row:
+            self._validated = row["step"]
 
     def train(self, fit: Callable[[], object]) -> None:
         """Call ``fit``, and again each time that it was left because the loss has jumped."""
@@ -146,23 +157,62 @@ class Job:
             except Spike as spike:
                 self.trainer.in_place.when_first[:] = listeners  # without those of callbacks of this `fit`
                 self.run.later.drain()
+                self.saver.settle()
                 if roll_back(self, spike):
                     self._sha256 = {}  # there are other weights after the same number of steps
 
-    def save(self, prune: bool = True) -> None:
-        """Write a checkpoint and say so in ``status.json``.
-
-        Args:
-            prune: remove what is older than ``--keep`` checkpoints.
+    def save(self) -> None:
+        """Have a checkpoint written, and wait for the last one.
 
         Raises:
+            CheckpointError: the last one could not be written.
             LaunchError: the ranks differ: only what all of them hold is worth keeping.
             DataError: the tokens have changed under the run.
         """
+        self._compare()
+        if self.config.async_save == "on":
+            self.saver.begin(self._facts())
+        else:
+            self.saver.save(self._facts())
+
+    def finish(self) -> dict[str, Any] | None:
+        """Have a checkpoint written, and wait until it is on the disk; what `saved` is to be told.
+
+        Raises:
+            CheckpointError: it could not be written.
+            LaunchError: the ranks differ.
+        """
+        self._compare()
+        return self.saver.save(self._facts())
+
+    def _save_beside_all(self) -> None:
+        """Save the last good weights, and remove no older checkpoint for them: they may be what is needed."""
+        self._compare()
+        self.saved(self.saver.save(self._facts(), KEEP_ALL))
+
+    def look(self) -> None:
+        """Say in ``status.json`` what has been saved since the last step.
+
+        Raises:
+            CheckpointError: it could not be written; on the rank that could not.
+        """
+        news = self.saver.news()
+        if news is not None:
+            self._say_saved(news)
+
+    def saved(self, made: dict[str, Any] | None) -> None:
+        """Say in ``status.json`` that the end is saved."""
+        if made is not None:
+            self._sha256 = {made["step"]: made["weights_sha256"]}
+            self._say_saved(made)
+
+    def _compare(self) -> None:
         on_root(self.comm, self.corpus.check_unchanged)
         self.trainer.put_together()
         self.trainer.sentinel.compare(self.trainer.step)
-        facts = {
+
+    def _facts(self) -> dict[str, Any]:
+        return {
             "config": self.config.as_dict(),
             "content_sha256": self.corpus.meta["content_sha256"],
             "versions": versions(),
@@ -170,17 +220,18 @@ class Job:
             "val_loss": self.last.get("val_loss"),
             "bad_steps": self.trainer.bad.counters,
             "spikes": self.trainer.spikes.facts,
+            "val_loss_step": self._validated,
         }
-        keep = self.config.keep if prune else KEEP_ALL
-        state.save(self.trainer, self.run.checkpoints, keep, facts)
-        self._status()
 
     def _status(self, **changes: Any) -> None:
         step = self.trainer.step
         if step not in self._sha256:  # on a grid all weights travel for it
             self._sha256 = {step: self.trainer.whole().weights_sha256()}
-        now: dict[str, Any] = {"bad_steps": self.trainer.bad.total}
-        now |= {"step": step, "val_loss": self.last.get("val_loss"), "weights_sha256": self._sha256[step]}
+        now = {"step": step, "val_loss": self.last.get("val_loss"), "weights_sha256": self._sha256[step]}
+        self._say_saved(now, **changes)
+
+    def _say_saved(self, saved: dict[str, Any], **changes: Any) -> None:
+        now = {"bad_steps": self.trainer.bad.total, **saved}
         if self.trainer.spikes.rollbacks:
             now["rollbacks"] = self.trainer.spikes.rollbacks
         if self.trainer.lost:

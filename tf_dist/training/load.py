@@ -26,8 +26,8 @@ class LoadedRun:
     step: int
 
 
-def load_run(run_dir: str, say: Callable[[str], None] = print) -> LoadedRun:
-    """Rebuild the model of a run and give it the weights of its newest sound checkpoint.
+def load_run(run_dir: str, say: Callable[[str], None] = print, which: str = "latest") -> LoadedRun:
+    """Rebuild the model of a run and give it the weights of one of its checkpoints.
 
     The model is built from the run's ``config.yaml`` by our own code (or the function it names);
     nothing is unpickled and no model file is loaded.
@@ -35,6 +35,7 @@ def load_run(run_dir: str, say: Callable[[str], None] = print) -> LoadedRun:
     Args:
         run_dir: the folder that a job made.
         say: told which checkpoints are passed over because they are damaged.
+        which: ``latest``, the newest that is sound; ``best``, by validation loss; or the path of one.
 
     Raises:
         CheckpointError: the folder holds no run, or no checkpoint that can be used.
@@ -43,10 +44,27 @@ def load_run(run_dir: str, say: Callable[[str], None] = print) -> LoadedRun:
     if not (folder / "config.yaml").exists():
         raise CheckpointError(f"{folder} holds no run (no config.yaml). Train one: python scripts/train.py")
     config = from_mapping(read_config_file(str(folder / "config.yaml")), str(folder / "config.yaml"))
-    path = checkpoint.newest(folder / "checkpoints", say)
-    if path is None:
-        raise CheckpointError(f"{folder} holds no checkpoint yet: let the run reach its first --save-every")
+    path = _chosen(folder / "checkpoints", which, say)
     tensors, _, step = checkpoint.load(path)
     model = build(config)
     state.load_weights(model, tensors, path)
     return LoadedRun(config, load_tokenizer(folder / "tokenizer.json"), model, step)
+
+
+def _chosen(folder: Path, which: str, say: Callable[[str], None]) -> Path:
+    if which == "best":
+        found = checkpoint.best(folder)
+        if found is None:
+            raise CheckpointError(
+                f"{folder} names no best checkpoint: none was saved at a step that was validated. Let "
+                "--save-every be a multiple of --eval-every, or use --checkpoint latest"
+            )
+        return found
+    if which != "latest":
+        return Path(which)
+    newest = checkpoint.newest(folder, say)
+    if newest is None:
+        raise CheckpointError(
+            f"{folder.parent} holds no checkpoint yet: let the run reach its first --save-every"
+        )
+    return newest

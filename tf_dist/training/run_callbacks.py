@@ -149,27 +149,46 @@ class SaveRun(keras.callbacks.Callback):
     Args:
         trainer: whose state is saved.
         every: steps between checkpoints; 0 for the end only.
-        save: saves; a collective, called on every rank.
+        save: saves, or begins to; a collective, called on every rank.
+        finish: saves, and returns when that is on the disk; a collective as well. None: as ``save``.
+        look: called on every rank before each step.
+        saved: called on every rank with what ``finish`` returned.
     """
 
-    def __init__(self, trainer: Trainer, every: int, save: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        every: int,
+        save: Callable[[], Any],
+        finish: Callable[[], Any] | None = None,
+        look: Callable[[], None] | None = None,
+        saved: Callable[[Any], None] | None = None,
+    ) -> None:
         super().__init__()
         self.trainer, self.every, self.save = trainer, every, save
+        self.finish, self.look, self.saved = finish or save, look, saved
         self._saved_step = trainer.step
         if every:
             trainer.meets_every.add(every)
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Save the step before this one when it is time."""
+        if self.look is not None:
+            self.look()
         if self.every and self.trainer.step % self.every == 0:
-            self._save()
+            self._save(self.save)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        """Save the end."""
-        self._save()
-
-    def _save(self) -> None:
+        """Save the end, which is on the disk when this returns."""
         if self._saved_step != self.trainer.step:
-            faults.at("save")
-            self.trainer.in_place(self.save)
-            self._saved_step = self.trainer.step
+            made = self._save(self.finish)
+            if self.saved is not None:
+                self.saved(made)
+
+    def _save(self, save: Callable[[], Any]) -> Any:
+        if self._saved_step == self.trainer.step:
+            return None
+        faults.at("save")
+        made = self.trainer.in_place(save)
+        self._saved_step = self.trainer.step
+        return made

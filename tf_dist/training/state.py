@@ -16,7 +16,9 @@ from tf_dist.comm.agree import on_root
 from tf_dist.config import Config
 from tf_dist.errors import CheckpointError
 from tf_dist.training import checkpoint
+from tf_dist.training.manifest import read_manifest
 from tf_dist.training.meeting import REMEMBERED
+from tf_dist.training.saving import Saver
 from tf_dist.training.trainer import Trainer
 from tf_dist.training.whole import Entry
 
@@ -30,6 +32,7 @@ FREE = (
     "run_dir",
     "resume",
     "save_every",
+    "async_save",
     "keep",
     "log_every",
     "progress",
@@ -56,22 +59,12 @@ FREE = (
 
 
 def save(trainer: Trainer, folder: Path, keep: int, facts: Mapping[str, Any]) -> None:
-    """Write a checkpoint on rank 0 and remove the oldest; the others wait until it is safe.
+    """Write a checkpoint and remove the oldest; all ranks wait until it is safe. A collective.
 
     Raises:
         CheckpointError: it could not be written.
     """
-    trainer.put_together()
-    tensors = trainer.whole().tensors()
-    if trainer.comm.rank == 0:
-        position: dict[str, Any] = {"tokens": trainer.tokens, "elapsed_s": trainer.elapsed_s}
-        position["tuned"] = {"xla": trainer.replica.xla}
-        checkpoint.save(folder, trainer.step, tensors, {**position, **facts})
-        checkpoint.prune(folder, keep, trainer.step)
-    else:
-        for _ in tensors:  # gives what rank 0 does not have
-            pass
-    trainer.comm.barrier()
+    Saver(trainer, folder, keep, background=False).save(facts)
 
 
 def restore(trainer: Trainer, path: Path) -> None:
@@ -94,7 +87,7 @@ def restore(trainer: Trainer, path: Path) -> None:
     trainer.tuning.go_on_with(tuned["xla"])
     arrays = None
     if trainer.comm.rank == 0:
-        manifest = checkpoint.read_manifest(path)
+        manifest = read_manifest(path)
         arrays = _arrays(path, manifest, whole.entries)
     whole.take(arrays)
 

@@ -472,7 +472,8 @@ class Trainer:
         if self._whole is None:
             parts = (self.model, self.replica, self.mesh)
             more = remembered(self.remembering, *parts) if self.remembering else []
-            self._whole = Whole(self.model, self.optimizer, self.replica, self.mesh, more)
+            alike = self.wishes.update in ("allreduce", "zero")
+            self._whole = Whole(self.model, self.optimizer, self.replica, self.mesh, more, alike)
         return self._whole
 
 

@@ -2,7 +2,8 @@
 
 A checkpoint has one layout, that of one rank: every weight in the order in which the model makes them, then
 the optimizer's variables in the order in which it would make them for the whole model. A rank holds *pieces*
-of these tensors; rank 0 puts them together one tensor after another, so that no rank ever has all of them.
+of these tensors; they are put together one tensor after another, each on the rank that writes it, so that no
+rank ever has all of them.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from tf_dist.training.replica import Weights
 
 
 class Given(NamedTuple):
-    """A piece of a tensor, and the rank that gives it to rank 0: the first one that has it."""
+    """A piece of a tensor, and the ranks that have it: the first one gives it to who has not."""
 
-    rank: int
+    ranks: list[int]
     part: Part
     start: int
     stop: int
@@ -36,13 +37,22 @@ class Given(NamedTuple):
 
 @dataclass
 class Entry:
-    """A tensor of the whole model or its optimizer, and what this rank holds of it, if anything."""
+    """A tensor of the whole model or its optimizer, and what this rank holds of it, if anything.
+
+    alike: what several ranks hold of it is the same, bit for bit, so that each may write its own.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     pieces: list[Piece] = field(default_factory=list)
     given: list[Given] = field(default_factory=list)
+    alike: bool = False
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the whole tensor."""
+        return prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
 class Whole:
@@ -54,6 +64,7 @@ class Whole:
         replica: this rank's; says what it holds.
         mesh: all ranks.
         more: tensors that belong to neither, at the end.
+        alike: every rank takes the same steps with the same numbers.
     """
 
     def __init__(
@@ -63,10 +74,13 @@ class Whole:
         replica: Weights,
         mesh: Mesh,
         more: Sequence[Entry] = (),
+        alike: bool = False,
     ) -> None:
         self.mesh = mesh
         self.weights = _weights(model, replica)
         self.state = _optimizer_state(model, optimizer, replica)
+        for entry in self.weights + self.state:
+            entry.alike = alike and entry.alike
         self.entries = self.weights + self.state + list(more)
         self._choose_givers()
 
@@ -77,13 +91,15 @@ class Whole:
             for number, entry in enumerate(self.entries)
             for p in entry.pieces
         ]
-        known = set()
+        known: dict[Any, Given] = {}
         for rank, theirs in enumerate(self.mesh.all.allgather_obj(mine)):
             for number, whole, axis, pairs, start, stop in theirs:
                 part = Part(tuple(whole), axis, pairs and tuple(range(*pair) for pair in pairs))
-                if (number, part, start, stop) not in known:
-                    known.add((number, part, start, stop))
-                    self.entries[number].given.append(Given(rank, part, start, stop))
+                place = (number, part, start, stop)
+                if place not in known:
+                    known[place] = Given([], part, start, stop)
+                    self.entries[number].given.append(known[place])
+                known[place].ranks.append(rank)
 
     def tensors(self, entries: Sequence[Entry] | None = None) -> Iterator[tuple[str, np.ndarray]]:
         """Every tensor by name, put together on rank 0; elsewhere arrays of which only some elements are set.
@@ -93,19 +109,36 @@ class Whole:
         for entry in self.entries if entries is None else entries:
             yield entry.name, self._assembled(entry)
 
-    def _assembled(self, entry: Entry) -> np.ndarray:
+    def shard(self, writer_of: Sequence[int]) -> Iterator[tuple[int, str, np.ndarray]]:
+        """The tensors that this rank writes, each put together here: its place, its name, and itself.
+
+        A collective: all ranks go through it to its end. An array is to be used before the next one is made.
+
+        Args:
+            writer_of: the rank that writes each of ``entries``.
+        """
+        for number, (entry, writer) in enumerate(zip(self.entries, writer_of, strict=True)):
+            array = self._assembled(entry, writer)
+            if writer == self.mesh.all.rank:
+                yield number, entry.name, array
+
+    def _assembled(self, entry: Entry, to: int = 0) -> np.ndarray:
+        """A tensor, put together on one rank; elsewhere an array of no use."""
         comm = self.mesh.all
         mine = {(p.part, p.start, p.stop): p for p in entry.pieces}
-        whole = np.zeros(entry.shape if comm.rank == 0 else (), entry.dtype)
-        for rank, part, start, stop in entry.given:
-            if rank == comm.rank:
+        whole = np.zeros(entry.shape if comm.rank == to else (), entry.dtype)
+        for ranks, part, start, stop in entry.given:
+            giver = to if entry.alike and to in ranks else ranks[0]
+            if giver == comm.rank:
                 values = np.ascontiguousarray(mine[part, start, stop].read())
-                if rank:
-                    comm.isend(values.view(np.uint8), 0).wait()
-            if comm.rank == 0:
-                if rank:
+                if giver != to:
+                    comm.isend(values.view(np.uint8), to).wait()
+            if comm.rank == to:
+                if giver != to:
                     values = np.empty(stop - start, entry.dtype)
-                    comm.irecv(values.view(np.uint8), rank).wait()
+                    comm.irecv(values.view(np.uint8), giver).wait()
+                if part.shape == entry.shape and stop - start == prod(entry.shape):
+                    return values.reshape(entry.shape)
                 _place(whole, part, start, stop, values)
         return whole
 
@@ -146,6 +179,7 @@ def _weights(model: keras.Model, replica: Weights) -> list[Entry]:
         part = part_of(variable)
         entry = Entry(f"weights/{number:04d}/{variable.path}", part.whole, str(variable.dtype))
         entry.pieces = replica.pieces_of(variable)
+        entry.alike = bool(variable.trainable)  # what else a layer keeps may be of a rank's own rows
         entries.append(entry)
     return entries
 
@@ -154,11 +188,14 @@ def _optimizer_state(model: keras.Model, optimizer: Any, replica: Weights) -> li
     """The optimizer's variables as it would have made them for the whole model."""
     if len(replica.variables) == len(model.trainable_variables) and replica.optimizer_step.whole_slots:
         return [
-            Entry(f"optimizer/{i:04d}/{v.path}", part.whole, str(v.dtype), [variable_piece(v, part)])
+            _of_state(i, v.path, part.whole, str(v.dtype), [variable_piece(v, part)])
             for i, (v, part) in enumerate(_with_parts(optimizer, replica))
         ]
-    made = _Slots(model, optimizer, replica)
-    return made.entries()
+    return _Slots(model, optimizer, replica).entries()
+
+
+def _of_state(number: int, path: str, shape: tuple[int, ...], dtype: str, pieces: list[Piece]) -> Entry:
+    return Entry(f"optimizer/{number:04d}/{path}", shape, dtype, pieces, alike=True)
 
 
 def _with_parts(optimizer: Any, replica: Weights) -> list[tuple[Any, Part]]:
@@ -198,7 +235,7 @@ class _Slots:
                 group = next(group for group in groups if slot in group)
                 done |= set(group)
                 found += self._of_group(group)
-        return [Entry(f"optimizer/{i:04d}/{one[0]}", *one[1:]) for i, one in enumerate(found)]
+        return [_of_state(i, *one) for i, one in enumerate(found)]
 
     def _of_group(self, group: dict[str, str]) -> list[Named]:
         made = []
