@@ -70,7 +70,7 @@ def test_beside_steps(tmp_path):
     run.open()
     corpus = SimpleNamespace(meta={"content_sha256": "of some text"})
     corpus.verify = corpus.check_unchanged = lambda: None
-    job = Job(Config(), SerialComm(), corpus, run, trainer)
+    job = Job(Config(async_save="off"), SerialComm(), corpus, run, trainer)
     hit("save", lambda: trainer.fit(TOKENS, steps=6, callbacks=[SaveRun(trainer, 2, job.save)]), step=4)
     assert trainer.step == 4
     job.save()

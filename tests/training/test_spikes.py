@@ -119,7 +119,10 @@ class Run:
         trainer, job = self.trainer, self.job
 
         def fit():
-            calls = [LogRun(trainer, self.folder, 1, 100), SaveRun(trainer, 10, job.save)]
+            calls = [
+                LogRun(trainer, self.folder, 1, 100),
+                SaveRun(trainer, 10, job.save, job.finish, job.look, job.saved),
+            ]
             trainer.fit(TOKENS, steps=steps, callbacks=calls)
 
         job.train(fit)

@@ -1,6 +1,7 @@
 """Whether XLA compiles forward and backward: by a clock where asked to, and as before on a resume."""
 
-import time
+import threading
+from types import SimpleNamespace
 
 import keras
 import numpy as np
@@ -11,12 +12,29 @@ from thread_comm import on_ranks
 
 from tf_dist.comm.base import SerialComm
 from tf_dist.errors import UsageError
-from tf_dist.training import checkpoint, state
+from tf_dist.training import checkpoint, state, tuning
 from tf_dist.training.trainer import Trainer, weights_sha256
 from tf_dist.training.tuning import Tuning
 
 V, T, G = 11, 8, 8
 TOKENS = np.resize(np.arange(V, dtype=np.uint16), 601)
+
+
+class Clock(threading.local):
+    """Stands still, but for what gradients take on this thread, which is a rank."""
+
+    now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+
+CLOCK = Clock()
+
+
+@pytest.fixture(autouse=True)
+def no_other_clock(monkeypatch):
+    monkeypatch.setattr(tuning, "time", SimpleNamespace(perf_counter=CLOCK.perf_counter))
 
 
 class Timed:
@@ -33,15 +51,15 @@ class Timed:
     def gradients(self, x, y, draw):
         if self.xla and self.broken:
             raise tf.errors.InvalidArgumentError(None, None, "no such kernel\nand more")
-        time.sleep(self.with_s if self.xla else self.without_s)
+        CLOCK.now += self.with_s if self.xla else self.without_s
 
 
 def chosen(replica, autotune="full", xla="auto", before=None):
-    tuning = Tuning(replica, SerialComm(), autotune, xla)
+    made = Tuning(replica, SerialComm(), autotune, xla)
     if before is not None:
-        tuning.go_on_with(before)
-    tuning.choose()
-    return replica.xla, tuning.said
+        made.go_on_with(before)
+    made.choose()
+    return replica.xla, made.said
 
 
 def trainer_of(dropout=0.2, **values):
@@ -72,9 +90,9 @@ def test_the_faster_one_by_enough(with_s, without_s, xla):
 def test_the_slowest_rank_decides_for_all():
     def work(comm):
         replica = Timed(0.03 if comm.rank else 0.0, 0.01)
-        tuning = Tuning(replica, comm, "full", "auto")
-        tuning.choose()
-        return replica.xla, tuning.said
+        made = Tuning(replica, comm, "full", "auto")
+        made.choose()
+        return replica.xla, made.said
 
     first, second = on_ranks(2, work)
     assert first == second
