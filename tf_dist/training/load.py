@@ -41,14 +41,30 @@ def load_run(run_dir: str, say: Callable[[str], None] = print, which: str = "lat
         CheckpointError: the folder holds no run, or no checkpoint that can be used.
     """
     folder = Path(run_dir)
-    if not (folder / "config.yaml").exists():
-        raise CheckpointError(f"{folder} holds no run (no config.yaml). Train one: python scripts/train.py")
-    config = from_mapping(read_config_file(str(folder / "config.yaml")), str(folder / "config.yaml"))
+    config = _config_of(folder)
     path = _chosen(folder / "checkpoints", which, say)
     tensors, _, step = checkpoint.load(path)
     model = build(config)
     state.load_weights(model, tensors, path)
     return LoadedRun(config, load_tokenizer(folder / "tokenizer.json"), model, step)
+
+
+def model_of_run(run_dir: str) -> LoadedRun:
+    """The model of a run as it was before the first step.
+
+    Raises:
+        CheckpointError: the folder holds no run.
+    """
+    folder = Path(run_dir)
+    config = _config_of(folder)
+    return LoadedRun(config, load_tokenizer(folder / "tokenizer.json"), build(config), 0)
+
+
+def _config_of(folder: Path) -> Config:
+    path = folder / "config.yaml"
+    if not path.exists():
+        raise CheckpointError(f"{folder} holds no run (no config.yaml). Train one: python scripts/train.py")
+    return from_mapping(read_config_file(str(path)), str(path))
 
 
 def _chosen(folder: Path, which: str, say: Callable[[str], None]) -> Path:

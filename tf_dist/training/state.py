@@ -157,7 +157,11 @@ def check_same_run(
     """
     # An option that the checkpoint does not have is newer than it: what it did was the default.
     before, now = {**Config().as_dict(), **saved["config"]}, config.as_dict()
-    before["data's SHA-256"], now["data's SHA-256"] = saved["content_sha256"], content_sha256
+    # Weights that came from elsewhere know of no data.
+    before["data's SHA-256"], now["data's SHA-256"] = (
+        saved["content_sha256"] or content_sha256,
+        content_sha256,
+    )
     changed = [key for key in now if before.get(key) != now[key] and key not in FREE]
     lines = {key: f"{key}: {before.get(key)} -> {now[key]}" for key in changed}
     fatal = [lines[key] for key in changed if key in FIXED or key == "data's SHA-256"]

@@ -1,0 +1,181 @@
+"""Weights of a run for other programs, and theirs for a run: safetensors, and Keras's own files of weights.
+
+Out of a foreign file come arrays, never a model: the model is built by our own code from a run's
+``config.yaml``, and each array has to fit the weight that it is for. Of a ``.keras`` archive only the weights
+are read; its description of a model, which could name any code, is not looked at.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tf_dist.errors import BackendMissing, CheckpointError, UsageError
+from tf_dist.files import sync_folder, temporary_name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import keras
+
+    from tf_dist.training.load import LoadedRun
+
+SAFETENSORS, WEIGHTS_H5, KERAS = ".safetensors", ".weights.h5", ".keras"
+# What ends so is a file of weights; anything else a run.
+KINDS = (SAFETENSORS, WEIGHTS_H5, KERAS)
+
+
+def is_file_of_weights(path: Path) -> bool:
+    """Whether a name ends as files of weights do."""
+    return path.name.endswith(KINDS)
+
+
+def convert(source: Path, target: Path, which: str = "latest") -> str:
+    """Write the weights of a run to a file, or those of a file into a new run; what was done.
+
+    Args:
+        source: a run's folder, or a file of weights.
+        target: a file of weights, or the folder of a run which has a config.yaml and no checkpoints.
+        which: checkpoint of a run: ``latest``, ``best`` or a path.
+
+    Raises:
+        UsageError: neither or both are files of weights.
+        BackendMissing: the package safetensors is needed, and not there.
+        CheckpointError: something cannot be read or written, or the file is of another model.
+    """
+    if is_file_of_weights(source) == is_file_of_weights(target):
+        raise UsageError(
+            f"convert {source} {target}: one of them must be a run's folder, the other a file that ends in "
+            f"{', '.join(KINDS)}"
+        )
+    return _to_run(source, target) if is_file_of_weights(source) else _to_file(source, target, which)
+
+
+def _to_file(run_dir: Path, path: Path, which: str) -> str:
+    from tf_dist.training.load import load_run
+
+    run = load_run(str(run_dir), which=which)
+    with _written_whole(path) as temporary:
+        if path.name.endswith(SAFETENSORS):
+            _safetensors().save_file(named(run.model), temporary, {"format": "np", "step": str(run.step)})
+        elif path.name.endswith(WEIGHTS_H5):
+            run.model.save_weights(temporary)
+        else:
+            run.model.save(temporary)
+    return f"{len(run.model.weights)} weights of step {run.step} are in {path}"
+
+
+def _to_run(path: Path, run_dir: Path) -> str:
+    """Save a checkpoint of step 0, with a fresh optimizer."""
+    from tf_dist.training import state
+    from tf_dist.training.load import model_of_run
+
+    run = model_of_run(str(run_dir))
+    checkpoints = run_dir / "checkpoints"
+    if checkpoints.exists() and any(checkpoints.iterdir()):
+        raise CheckpointError(
+            f"{checkpoints} is not empty, and a checkpoint of step 0 would stand behind what is there. Copy "
+            "config.yaml and tokenizer.json to a new folder, and convert into that"
+        )
+    read(path, run.model)
+    state.save(_trainer_of(run), checkpoints, 1, _facts(run))
+    return f"{len(run.model.weights)} weights of {path} are in {checkpoints}, as step 0 of a new run"
+
+
+def read(path: Path, model: keras.Model) -> None:
+    """Give a model the weights of a file.
+
+    Raises:
+        CheckpointError: it cannot be read, or does not hold the weights of this model.
+    """
+    try:
+        if path.name.endswith(SAFETENSORS):
+            _read_safetensors(path, model)
+        else:
+            model.load_weights(path)  # of a .keras archive as well, and nothing else of it
+    except BackendMissing:
+        raise
+    except Exception as error:  # whatever the readers of these formats raise
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{path} does not hold the weights of this model: {first}") from error
+
+
+def named(model: keras.Model) -> dict[str, np.ndarray]:
+    """The weights of a model by path, each of which only one of them has."""
+    found = {variable.path: np.asarray(variable.value) for variable in model.weights}
+    if len(found) < len(model.weights):
+        raise CheckpointError("two weights of this model have one path: give its layers different names")
+    return found
+
+
+def _read_safetensors(path: Path, model: keras.Model) -> None:
+    wanted = {variable.path: variable for variable in model.weights}
+    with _safetensors(".").safe_open(path, framework="np") as file:
+        there = set(file.keys())
+        if there != set(wanted):
+            more, less = sorted(there - set(wanted)), sorted(set(wanted) - there)
+            raise ValueError(
+                f"lacks {', '.join(less[:3]) or 'none'}; has besides {', '.join(more[:3]) or 'none'}"
+            )
+        for name, variable in wanted.items():  # all shapes, before anything is changed
+            shape = tuple(file.get_slice(name).get_shape())
+            if shape != tuple(variable.shape):
+                raise ValueError(f"{name} is {list(shape)}, and {list(variable.shape)} is wanted")
+        for name, variable in wanted.items():
+            variable.assign(file.get_tensor(name))
+
+
+def _safetensors(module: str = ".numpy") -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module("safetensors" + module.rstrip("."))
+    except ImportError as error:
+        raise BackendMissing("files of safetensors need a package: pip install safetensors") from error
+
+
+@contextmanager
+def _written_whole(path: Path) -> Iterator[Path]:
+    """A temporary name with the same ending, which then takes the place of ``path``."""
+    ending = next(kind for kind in KINDS if path.name.endswith(kind))
+    temporary = temporary_name(path)
+    temporary = temporary.with_name(temporary.name + ending)
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.absolute().parent)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _trainer_of(run: LoadedRun) -> Any:
+    """One process that would train this run."""
+    from tf_dist.comm.base import SerialComm
+    from tf_dist.training import optimizers
+    from tf_dist.training.trainer import Trainer
+
+    config = run.config
+    optimizer = optimizers.build(config, run.model, config.steps or 1)
+    return Trainer(
+        run.model, optimizer, SerialComm(), global_batch_size=config.global_batch_size,
+        micro_batch_size=config.micro_batch_rows, seq_len=config.seq_len, seed=config.seed, autotune="off",
+    )  # fmt: skip
+
+
+def _facts(run: LoadedRun) -> dict[str, Any]:
+    """What a job's checkpoints have. Of data nothing is known: any will do."""
+    from tf_dist.comm.agree import versions
+    from tf_dist.training.environment import bits_depend_on
+
+    return {
+        "config": run.config.as_dict(), "content_sha256": None, "versions": versions(),
+        "bits_depend_on": bits_depend_on(), "val_loss": None,
+    }  # fmt: skip
