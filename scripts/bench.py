@@ -14,6 +14,7 @@
     python scripts/bench.py strategies       # updates and compressions: loss over steps, time and bytes
     python scripts/bench.py faults           # ranks are killed: the same weights, and how long it takes
     python scripts/bench.py faults numbers   # a part of it: NaN and flipped bits
+    python scripts/bench.py fault-cost       # what it costs to be ready for them while nothing fails
     python scripts/bench.py --report         # the targets, and what the newest JSON files say of them
 
 `make bench` runs all of them, `make bench-NAME` one (with ARGS=gpt-0.81M of one model). They start their own
@@ -30,10 +31,10 @@ from tf_dist.bench import running
 
 NAMES = (
     "exact", "exact-cost", "comm", "optimizer", "step", "scaling", "memory", "nanogpt", "network", "parallel",
-    "strategies", "faults",
+    "strategies", "faults", "fault-cost",
 )  # fmt: skip
 # These take words: names of models, or the path of a text.
-WITH_WORDS = ("step", "scaling", "memory", "nanogpt", "parallel", "strategies", "faults")
+WITH_WORDS = ("step", "scaling", "memory", "nanogpt", "parallel", "strategies", "faults", "fault-cost")
 
 
 def main(argv: list[str]) -> int:

@@ -8,6 +8,7 @@ with them, choose the backend. Where ``TF_DIST_DEBUG`` asks for it, every collec
 from __future__ import annotations
 
 import os
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -42,6 +43,7 @@ RANK_VARIABLES = (
     "SLURM_PROCID",
 )
 _ending: Ending | None = None
+BEATS_TIMED = 20
 
 
 def connect(
@@ -139,6 +141,18 @@ def limit_stalls(warn_s: float, abort_s: float, folder: Path | None = None) -> N
     if _ending is not None and _ending.watchdog is not None:
         _ending.watchdog.limits = limits
         _ending.watchdog.folder = folder or _ending.watchdog.folder
+
+
+def beat_ms() -> float:
+    """What a beat of the watchdog takes on this rank, the median of some, in milliseconds; 0 without one."""
+    if _ending is None or _ending.watchdog is None:
+        return 0.0
+    taken = []
+    for _ in range(BEATS_TIMED):
+        begun = time.thread_time()
+        _ending.watchdog.beat()
+        taken.append(1e3 * (time.thread_time() - begun))
+    return statistics.median(taken)
 
 
 def stragglers() -> list[dict[str, Any]]:

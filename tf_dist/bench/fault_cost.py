@@ -1,0 +1,136 @@
+"""What it costs to be ready for faults while nothing fails: ULFM, the watchdog, the sentinel, checkpoints.
+
+    python scripts/bench.py fault-cost                 # three models on 2 ranks, some minutes
+    python scripts/bench.py fault-cost gpt-0.81M
+
+ULFM is a switch of mpirun, so jobs with and without it take turns. The rest is measured in one job: what a
+beat of the watchdog takes, four times a second; what a comparison takes, every `--check-every` steps; and by
+how much steps take longer in which a checkpoint is begun and written, against as many without. How often one
+is saved is Young's interval (1974): the square root of 2 x cost of a checkpoint x time between failures.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tf_dist.bench import models, running
+from tf_dist.restarts import own_mpirun
+
+MODULE = "tf_dist.bench.fault_cost"
+FOLDER = running.FOLDER / "fault-cost"
+RANKS = 2
+DROPPED = 3
+# Steps in a stretch with or without a checkpoint at its beginning, and such pairs.
+STRETCH_S, PAIRS = 4.0, 5
+# Between failures. A cluster of some hundred nodes has one in some hours; one an hour is hard times.
+FAILS_EVERY_S = 3600.0
+TARGET = 2.0
+
+
+def main(words: Sequence[str] = ()) -> int:
+    """Start the jobs and print a table; 1 where all of it together costs more than the target."""
+    rows, kept = [], dict[str, Any]()
+    for name in models.chosen(list(words)):
+        found: dict[str, list[dict[str, float]]] = {"plain": [], "ulfm": []}
+        for number in range(2 * max(2, running.ROUNDS)):
+            kind = "ulfm" if number % 2 else "plain"
+            print(f"{name}, {kind} ...", flush=True)
+            flags = ["--with-ft", "ulfm"] if kind == "ulfm" else []
+            by = [own_mpirun(), *flags, "-np", str(RANKS)]
+            found[kind].append(running.measured(RANKS, MODULE, name, kind, folder=FOLDER, by=by))
+        kept[name] = found
+        rows.append(shares(found))
+    print(f"\n{table(list(kept), rows)}\nin {running.save('fault-cost', kept)}")
+    return int(any(row["together"] > TARGET for row in rows))
+
+
+def shares(found: dict[str, list[dict[str, float]]]) -> dict[str, float]:
+    """Each cost in percent of a step, from the medians of both kinds of jobs."""
+    step_ms, ulfm_ms = (statistics.median(job["step"] for job in found[kind]) for kind in ("plain", "ulfm"))
+    jobs = found["plain"] + found["ulfm"]
+    middle = {key: statistics.median(job[key] for job in jobs) for key in ("beat", "compare", "save")}
+    cost_s = max(0.0, middle["save"]) / 1e3
+    interval_s = math.sqrt(2 * cost_s * FAILS_EVERY_S)
+    row = {
+        "step ms": step_ms,
+        "ulfm": 100 * (ulfm_ms / step_ms - 1),
+        "watchdog": 100 * middle["beat"] / 1e3 / jobs[0]["beat_every_s"],
+        "sentinel": 100 * middle["compare"] / jobs[0]["check_every"] / step_ms,
+        "checkpoint": 100 * cost_s / interval_s if interval_s else 0.0,
+    }
+    together = max(0.0, row["ulfm"]) + row["watchdog"] + row["sentinel"] + row["checkpoint"]
+    return row | {"together": together, "save ms": middle["save"], "interval_s": interval_s}
+
+
+def table(names: Sequence[str], rows: Sequence[dict[str, float]]) -> str:
+    """A line for each model, in percent of a step but for what is said otherwise; the interval is Young's."""
+    head = [
+        "2 ranks, % of a step",
+        "step ms",
+        "ULFM",
+        "watchdog",
+        "sentinel",
+        "a save, ms",
+        "interval, s",
+    ]
+    cells = [
+        [
+            *(name, f"{row['step ms']:.1f}", f"{row['ulfm']:+.1f}", f"{row['watchdog']:.2f}"),
+            *(f"{row['sentinel']:.2f}", f"{row['save ms']:.0f}", f"{row['interval_s']:.0f}"),
+            *(f"{row['checkpoint']:.2f}", f"{row['together']:.1f}"),
+        ]
+        for name, row in zip(names, rows, strict=True)
+    ]
+    return running.table([*head, "checkpoints", "together"], cells)
+
+
+# On the ranks --------------------------------------------------------------------------------------
+
+
+def on_ranks(name: str, out: Path) -> None:
+    """Measure everything; rank 0 leaves the medians in a file."""
+    from tf_dist.comm import launch, watchdog
+
+    comm = launch.connect()
+    from tf_dist.bench.ways import trainer_of
+    from tf_dist.training.saving import Saver
+
+    recipe = models.RECIPES[name]
+    trainer, sequences, sampler = trainer_of(comm, recipe.sizes, recipe.rows, micro_batches=2)
+
+    def step() -> None:
+        trainer.train_step(sequences, sampler)
+
+    works = {"step": step, "compare": lambda: trainer.sentinel.compare(trainer.step)}
+    found: dict[str, Any] = running.interleaved(comm, works, DROPPED + 2 * recipe.steps, DROPPED)
+    saver = Saver(trainer, out.with_suffix(""), keep=1)
+    count = max(2, round(1e3 * STRETCH_S / found["step"]))
+
+    def stretch(save: bool) -> float:
+        begun = time.perf_counter()
+        if save:
+            saver.begin({})
+        for _ in range(count):
+            step()
+        if save:  # all that a save costs, also where it takes longer than the steps
+            saver.settle()
+        return 1e3 * float(max(comm.allgather_obj(time.perf_counter() - begun)))
+
+    stretch(True)  # which takes memory for the copies
+    pairs = [(stretch(False), stretch(True)) for _ in range(PAIRS)]
+    found["save"] = statistics.median(saved - calm for calm, saved in pairs)
+    found |= {"beat": launch.beat_ms(), "beat_every_s": watchdog.BEAT_S}
+    found["check_every"] = trainer.sentinel.every
+    if comm.rank == 0:
+        out.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    on_ranks(sys.argv[1], Path(sys.argv[3]))
