@@ -96,3 +96,12 @@ def test_a_refusal_has_a_code_the_arithmetic_and_a_way_out(machine):
     assert caught.value.exit_code == 71
     for words in ("2.00 GiB more", "the node's memory, 4.00 GiB", "(weights)", "--zero-stage 3"):
         assert words in str(caught.value)
+
+
+def test_room_for_more_is_asked_of_every_limit(machine, monkeypatch):
+    assert room.has_room(1 << 60, 100)
+    machine("proc/meminfo", "MemTotal: 4194304 kB\nMemAvailable: 2097152 kB\nSwapFree: 1048576 kB\n")
+    assert room.has_room(GIB, 3) and not room.has_room(GIB, 4)
+    machine("proc/self/status", "VmSize:\t 1048576 kB\nVmData:\t  524288 kB\n")
+    monkeypatch.setattr(room.resource, "getrlimit", lambda name: (3 * GIB, resource.RLIM_INFINITY))
+    assert room.has_room(GIB, 3) and not room.has_room(9 * GIB // 4, 1)

@@ -10,7 +10,6 @@ from test_training_mpi import flat, refused_everywhere, steps_of, trainer
 from tf_dist.comm.base import SerialComm
 from tf_dist.errors import UsageError
 from tf_dist.parallel.mesh import Mesh
-from tf_dist.training import arrange
 
 N = MPI.COMM_WORLD.size
 KINDS = {
@@ -99,6 +98,8 @@ def test_not_a_number_on_one_rank_stops_all(connected, everyone):
 @pytest.mark.parametrize(("compressed_ms", "warned"), [(2.0, True), (0.5, False)])
 def test_what_costs_more_than_it_saves_is_said(connected, monkeypatch, compressed_ms, warned):
     """The times themselves are a clock's, and may be any on a busy machine."""
+    from tf_dist.training import arrange
+
     took = {"compressed_ms": compressed_ms, "plain_ms": 1.0}
     monkeypatch.setattr(arrange, "tried", lambda compressor, comm: took)
     with warnings.catch_warnings(record=True) as said:

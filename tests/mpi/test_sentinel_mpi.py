@@ -171,7 +171,7 @@ def test_no_checkpoint_holds_what_ranks_do_not_share(ranks, everyone, tmp_path, 
     if ranks.rank == 0:  # the one that writes
         flip(trained.model.weights[0])
     try:
-        job.save()
+        job.finish()
         said = None
     except LaunchError as error:
         said = str(error)

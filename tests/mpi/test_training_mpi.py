@@ -5,6 +5,7 @@ Keras is imported inside functions: ``connected`` comes first, as in a user's sc
 """
 
 import os
+import re
 
 import numpy as np
 import pytest
@@ -60,7 +61,7 @@ def refused_everywhere(trained, everyone):
     try:
         steps_of(trained, 1)
         outcome = "nothing"
-    except NumericError as error:
+    except (LaunchError, NumericError) as error:
         outcome = str(error)
     assert everyone(outcome) == [everyone(outcome)[0]] * trained.comm.size
     return outcome
@@ -207,8 +208,10 @@ def test_not_a_number_on_one_rank_stops_all(connected, everyone, update):
         return gradient, sums
 
     trained.replica.gradients = poisoned
-    said, path = refused_everywhere(trained, everyone), trained.model.trainable_variables[0].path
-    assert "not finite" in said and f"on rank {connected.size - 1}, first in {path}" in said
+    said = refused_everywhere(trained, everyone)
+    # Keras numbers layers in each process as they are made.
+    found = re.search(rf"on rank {connected.size - 1}, first in embedding(_\d+)?/embeddings", said)
+    assert "not finite" in said and found
     assert all(everyone(bool((flat(trained.model) == before).all())))
 
 

@@ -9,7 +9,7 @@ from keras import layers
 
 from tf_dist.comm.base import SerialComm
 from tf_dist.errors import CheckpointError
-from tf_dist.training import checkpoint, flight, shards, state
+from tf_dist.training import checkpoint, flight, saving, shards, state
 from tf_dist.training.flight import Flight, Plan
 from tf_dist.training.run_callbacks import SaveRun
 from tf_dist.training.saving import Saver
@@ -77,6 +77,18 @@ def test_memory_is_used_again(tmp_path):
     one.fit(TOKENS, steps=1)
     saver.save({})
     assert saver._room is room
+
+
+def test_where_there_is_no_room_for_copies_nothing_is_copied(tmp_path, monkeypatch):
+    """What is saved is then on the disk before training goes on; it is said once."""
+    monkeypatch.setattr(saving, "has_room", lambda wanted, ranks: False)
+    one, said = trainer(), []
+    one.fit(TOKENS, steps=2)
+    saver = Saver(one, tmp_path, 3, say=said.append)
+    for _ in range(2):
+        saver.begin({})
+        assert saver.settle()["step"] == 2
+    assert saver._room.size == 0 and len(said) == 1 and "no room for a copy" in said[0]
 
 
 @pytest.mark.parametrize("background", [True, False])

@@ -7,6 +7,7 @@ with them, choose the backend. Where ``TF_DIST_DEBUG`` asks for it, every collec
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import statistics
 import time
@@ -44,6 +45,8 @@ RANK_VARIABLES = (
 )
 _ending: Ending | None = None
 BEATS_TIMED = 20
+# How long ranks wait for each other to start: some hundred that read Python from one disk take minutes.
+START_LIMIT_S = 600.0
 
 
 def connect(
@@ -244,11 +247,24 @@ def _import_mpi() -> Any:
             _refuse(_different_mpis(started), launched_rank(os.environ))
         # Open MPI's window over UCX cannot be had on one node, and says so in a line for each window.
         os.environ.setdefault("OMPI_MCA_osc", "^ucx")
+        _wait_until_all_ranks_have_started(MPI)
+    return MPI
+
+
+def _wait_until_all_ranks_have_started(mpi: Any) -> None:
+    """Begin MPI, which waits for all ranks and lets no other thread of Python run meanwhile.
+
+    A rank that died before it came here is waited for by the others, where that does not end the job
+    (``--with-ft ulfm``). So these end after a while, and show where they are: here.
+    """
+    faulthandler.dump_traceback_later(START_LIMIT_S, exit=True)
+    try:
         with warnings.catch_warnings(
             action="ignore"
         ):  # of a suspicious launcher: `check_launcher` is certain
-            MPI.Init_thread(MPI.THREAD_MULTIPLE)
-    return MPI
+            mpi.Init_thread(mpi.THREAD_MULTIPLE)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def _refuse(message: str, rank: int) -> NoReturn:

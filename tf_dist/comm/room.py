@@ -36,6 +36,16 @@ def limits() -> list[Limit]:
     return [*_of_process(), *_of_cgroups(), *_of_node()]
 
 
+def has_room(wanted: int, ranks: int) -> bool:
+    """Whether every limit leaves so many bytes, as far as is known, and as many to each of the other ranks.
+
+    Args:
+        wanted: bytes.
+        ranks: of the job, all of which may share the memory of a node.
+    """
+    return all(limit.free >= wanted * (ranks if limit.scope else 1) for limit in limits())
+
+
 def refuse_too_much(comm: Comm, wanted: int, what: str) -> None:
     """Refuse what ranks cannot have, before one of them dies of it without a word; a collective.
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from tf_dist.comm.agree import on_root
+from tf_dist.comm.room import has_room
 from tf_dist.errors import CheckpointError
 from tf_dist.training import checkpoint, shards
 from tf_dist.training.flight import Flight, Plan
@@ -24,6 +25,8 @@ from tf_dist.training.trainer import Trainer
 
 # A wait for a disk that takes longer than this is worth a word.
 LONG_S = 1.0
+# Copies are made where this many times as much is free: what training takes next is not known.
+SPARE = 2
 
 
 def _unsaid(line: str) -> None:
@@ -55,6 +58,7 @@ class Saver:
         self._room = np.empty(0, np.uint8)  # for what is being written; from save to save the same
         self._writers: tuple[int, list[int]] = (0, [])  # for so many ranks
         self._news: dict[str, Any] | None = None
+        self._said_full = False
         trainer.in_place.when_lost.append(self._give_up)
 
     def begin(self, facts: Mapping[str, Any], keep: int | None = None) -> None:
@@ -80,12 +84,13 @@ class Saver:
         mine = whole.shard(writer_of)
         flight = Flight(plan, trainer.comm.rank)
         # Who writes for others would need room for all that they hold.
-        if self._background and (len(writers) == trainer.comm.size or trainer.mesh.plain):
-            size = sum(
-                entry.size_bytes
-                for entry, writer in zip(whole.entries, writer_of, strict=True)
-                if writer == trainer.comm.rank
-            )
+        near = len(writers) == trainer.comm.size or trainer.mesh.plain
+        size = sum(
+            entry.size_bytes
+            for entry, writer in zip(whole.entries, writer_of, strict=True)
+            if writer == trainer.comm.rank
+        )
+        if self._background and near and self._all_have_room(size):
             copies = self._copied(mine, size)
             trainer.comm.barrier()
             flight.start(copies)
@@ -159,6 +164,16 @@ class Saver:
         self._give_up()
         if self._flight is not None:
             self._flight.ended()
+
+    def _all_have_room(self, size: int) -> bool:
+        """Whether all ranks can copy so many bytes of their own, and keep them; a collective."""
+        comm = self._trainer.comm
+        mine = size <= self._room.size or has_room(SPARE * size, comm.size)
+        fits = all(comm.allgather_obj(mine))
+        if not fits and not self._said_full:
+            self._said_full = True
+            self._say("there is no room for a copy of what is saved: training waits while it is written")
+        return fits
 
     def _copied(self, tensors: Iterator[shards.Numbered], size: int) -> list[shards.Numbered]:
         """Copies of tensors, in memory that the next save will use again."""
