@@ -64,7 +64,6 @@ def found(job):
     ("update", "options"),
     [
         ("downpour", {"asynchrony": {"staleness": 2}}),
-        ("easgd", {"local": {"sync_every": 2}}),
         ("gossip", {}),
     ],
 )

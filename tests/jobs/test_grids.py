@@ -10,7 +10,6 @@ from tf_dist.training.manifest import read_manifest
 STEPS, HALF = 8, 4
 FOUR = {
     "2x2x1": ("--pipeline-parallel", "2"),
-    "2x1x2": ("--tensor-parallel", "2"),
     "1x2x2": ("--pipeline-parallel", "2", "--tensor-parallel", "2", "--pipeline-schedule", "zero-bubble"),
     "lstm": ("--model", "lstm", "--pipeline-parallel", "2", "--tensor-parallel", "2"),
     "sequence": ("--sequence-parallel", "2", "--update", "zero", "--dropout", "0"),
