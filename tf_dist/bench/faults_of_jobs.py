@@ -35,13 +35,14 @@ STEPS = 60
 SMALL = (
     *("--layers", "2", "--width", "32", "--heads", "2", "--seq-len", "16", "--tokenizer", "byte"),
     *("--global-batch-size", "8", "--micro-batch-size", "1", "--threads-per-rank", "1"),
+    *("--val-fraction", "0.001"),
     *("--steps", str(STEPS), "--save-every", "10", "--eval-every", "20", "--log-every", "1", "--keep", "9"),
 )
 # A model whose step takes some 0.1 s, saved every five seconds or so.
 LONGER = (
     *("--layers", "2", "--width", "128", "--heads", "4", "--seq-len", "64", "--tokenizer", "byte"),
     *("--global-batch-size", "32", "--micro-batch-size", "4", "--threads-per-rank", "1"),
-    *("--save-every", "50", "--eval-every", "200", "--log-every", "10"),
+    *("--save-every", "50", "--eval-every", "200", "--log-every", "10", "--val-fraction", "0.001"),
 )
 LIMIT_S = 300.0
 KILLS, KILL_EVERY_S = 3, 60.0
