@@ -19,7 +19,7 @@ class Ranks:
     def __init__(self, agreed=(), said=(), given=()):
         self.agreed, self.said, self.given, self.fine = list(agreed), list(said), list(given), []
 
-    def regroup(self, fine=True):
+    def regroup(self, fine=True, at=""):
         self.fine.append(fine)
         return self.agreed.pop(0)
 

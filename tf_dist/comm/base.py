@@ -476,11 +476,6 @@ class _Timed:
             return self._pending.done()
 
 
-def named(ranks: Sequence[int]) -> str:
-    """``rank 1``, or ``ranks 0, 2``."""
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, sorted(ranks)))
-
-
 def _nothing(verb: str, array: np.ndarray | None, root: int) -> None:
     pass
 

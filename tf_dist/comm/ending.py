@@ -28,8 +28,9 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from tf_dist.comm.base import Comm, named
+from tf_dist.comm.base import Comm
 from tf_dist.comm.stalls import AT_THE_END
+from tf_dist.comm.words import named
 from tf_dist.errors import SavedAndStopped, TfDistError, behind, of_memory
 
 if TYPE_CHECKING:

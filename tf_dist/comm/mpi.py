@@ -14,11 +14,12 @@ import numpy as np
 from mpi4py import MPI
 
 from tf_dist.comm import survive
-from tf_dist.comm.base import AGREEMENT, WINDOW, Comm, Overlapped, Pending, named
+from tf_dist.comm.base import AGREEMENT, WINDOW, Comm, Overlapped, Pending
 from tf_dist.comm.exchange import Memory, sent_elements, sum_in_pieces
 from tf_dist.comm.node import Between, Share, Window, by_node, too_little_room
 from tf_dist.comm.overlap import Overlap, Places
 from tf_dist.comm.sums import Order, Sum, add_in_order
+from tf_dist.comm.words import named
 from tf_dist.errors import RankLost
 
 # Large messages in pieces stay in the cache between the ranks of a node: 64 MiB takes 31 ms as one

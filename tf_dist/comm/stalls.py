@@ -7,7 +7,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from tf_dist.choices import check_limits
-from tf_dist.comm.base import named
+from tf_dist.comm.words import named
 
 # A rank whose watchdog has not beaten for so long is stopped, dead, or cannot be reached.
 SILENT_S = 5.0

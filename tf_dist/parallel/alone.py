@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from tf_dist.comm.base import Pending, named
+from tf_dist.comm.base import Pending
+from tf_dist.comm.words import named
 from tf_dist.errors import LaunchError, RankLost
 from tf_dist.parallel.updates import TOKENS, Replica, Totals, own_sum, scale_of
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tf_dist import faults
-from tf_dist.comm.base import named
+from tf_dist.comm.words import named
 from tf_dist.errors import NumericError, UsageError
 from tf_dist.parallel import zero
 from tf_dist.parallel.updates import ADVICE, LOSS, TOKENS, UPDATES, Totals

@@ -9,6 +9,7 @@ from math import prod
 from tf_dist import faults
 from tf_dist.comm.base import Comm
 from tf_dist.comm.threads import Place, places
+from tf_dist.comm.words import counted
 from tf_dist.config import Config
 from tf_dist.data.prepared import Prepared
 from tf_dist.data.sampler import share
@@ -59,7 +60,7 @@ def _ranks(config: Config, comm: Comm) -> str:
     nodes = f"{len(hosts)} node{'s' * (len(hosts) > 1)} ({', '.join(sorted(hosts)[:4])})"
     threads = config.threads_per_rank or min(place.threads for place in everywhere)
     each = " each" if comm.size > 1 else ""
-    text = f"{comm.size} rank{'s' * (comm.size > 1)} on {nodes}, {threads} thread{'s' * (threads > 1)}{each}"
+    text = f"{counted(comm.size)} on {nodes}, {threads} thread{'s' * (threads > 1)}{each}"
     return f"{text}, backend {config.backend}" + _idle_cores(config, everywhere[0], comm.size)
 
 

@@ -141,15 +141,46 @@ def _agreed(comm: Comm, done: bool, min_ranks: int) -> list[int] | None:
 
     ``done``: this rank has trained to the end, or is not needed for it.
     """
-    lost, fine, all_done = list[int](), done, done
-    while (gone := comm.regroup(fine, AT_THE_END if done else AGREEMENT)) is not None:
-        lost += gone
-        check_enough(comm, min_ranks)
+    all_done = done
+
+    def meet() -> None:
+        nonlocal all_done
+        all_done = set(comm.allgather_obj(DONE if done else AGAIN)) == {DONE}
+
+    lost = regrouped(comm, meet, done, min_ranks, AT_THE_END if done else AGREEMENT)
+    return None if all_done else lost
+
+
+def regrouped(
+    comm: Comm, meet: Callable[[], None], fine: bool, min_ranks: int, at: str = AGREEMENT
+) -> list[int] | None:
+    """Go on as those who live, all of whom have met; a collective.
+
+    Args:
+        comm: all ranks.
+        meet: collectives of those who are left; begun again where somebody dies in them.
+        fine: this rank knows of no death.
+        min_ranks: with fewer the run ends.
+        at: what is said of a rank that waits here.
+
+    Returns:
+        None where all were fine, and nobody had to meet; else who has died, by `Comm.origin`.
+
+    Raises:
+        TooFewLeft: fewer than ``min_ranks`` live.
+    """
+    lost: list[int] | None = None
+    while (gone := comm.regroup(fine, at)) is not None:
+        lost = (lost or []) + gone
+        if comm.size < min_ranks:
+            left = f"{comm.size} rank{'s are' if comm.size > 1 else ' is'} left"
+            raise TooFewLeft(f"{left}, and --min-ranks is {min_ranks}")
         try:
-            fine, all_done = True, set(comm.allgather_obj(DONE if done else AGAIN)) == {DONE}
+            meet()
+            fine = True
         except RankLost:
             fine = False
-    return None if all_done else lost
+    return lost
 
 
 def _leave_together(comm: Comm, stopped: str | None) -> None:
@@ -166,14 +197,3 @@ def _leave_together(comm: Comm, stopped: str | None) -> None:
             pass  # it had nothing to do any more
     if said:
         raise SavedAndStopped(said)
-
-
-def check_enough(comm: Comm, min_ranks: int) -> None:
-    """Refuse to go on with too few ranks.
-
-    Raises:
-        TooFewLeft: fewer than ``min_ranks``.
-    """
-    if comm.size < min_ranks:
-        left = f"{comm.size} rank{'s are' if comm.size > 1 else ' is'} left"
-        raise TooFewLeft(f"{left}, and --min-ranks is {min_ranks}")

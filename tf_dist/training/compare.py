@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tf_dist.comm.base import Comm, named
+from tf_dist.comm.base import Comm
+from tf_dist.comm.words import named
 from tf_dist.errors import LaunchError
 
 

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from tf_dist.comm.base import named
+from tf_dist.comm.words import counted, named
 from tf_dist.errors import RankLost
 from tf_dist.parallel.updates import UPDATES
-from tf_dist.training.begin_again import BeginAgain, Recovery, check_enough
+from tf_dist.training.begin_again import BeginAgain, Recovery, regrouped
 
 # A phase that fails more often does not fail because of deaths.
 MOST_ATTEMPTS = 100
@@ -125,11 +125,13 @@ class InPlace:
             fine: nobody has died as far as this rank knows.
         """
         trainer, begun = self._trainer, time.perf_counter()
-        first, lost, ahead, all_go_on = trainer.comm.rank == 0, list[int](), None, True
-        while (gone := trainer.comm.regroup(fine)) is not None:
-            lost += gone
-            check_enough(trainer.comm, self._min_ranks)
-            fine, all_go_on, ahead = self._caught_up()
+        first, ahead, all_go_on = trainer.comm.rank == 0, None, True
+
+        def meet() -> None:
+            nonlocal ahead, all_go_on
+            all_go_on, ahead = self._caught_up()
+
+        lost = regrouped(trainer.comm, meet, fine, self._min_ranks) or []
         if not all_go_on:
             raise BeginAgain(lost)
         if ahead is not None:
@@ -138,26 +140,22 @@ class InPlace:
             self._note(lost, 1e3 * (time.perf_counter() - begun), first)
         return ahead
 
-    def _caught_up(self) -> tuple[bool, bool, _Ahead | None]:
-        """Be where all others are, once all are fine.
+    def _caught_up(self) -> tuple[bool, _Ahead | None]:
+        """Be where all others are, once all are fine; a collective.
 
         Returns:
-            Whether nobody has died meanwhile, whether all others are at this training as well, and what this
-            rank has to take over.
+            Whether all others are at this training as well, and what this rank has to take over.
         """
         trainer = self._trainer
-        try:
-            phases = trainer.comm.allgather_obj(self._phases)
-            if min(phases) < 0:
-                return True, False, None
-            trainer.share_anew()
-            if min(phases) == max(phases):
-                return True, True, None
-            assert max(phases) - min(phases) == 1, "a phase ended before all had come to its last collective"
-            ahead = self._given_by(phases.index(max(phases)))
-        except RankLost:
-            return False, True, None
-        return True, True, ahead if self._phases < max(phases) else None
+        phases = trainer.comm.allgather_obj(self._phases)
+        if min(phases) < 0:
+            return False, None
+        trainer.share_anew()
+        if min(phases) == max(phases):
+            return True, None
+        assert max(phases) - min(phases) == 1, "a phase ended before all had come to its last collective"
+        ahead = self._given_by(phases.index(max(phases)))
+        return True, ahead if self._phases < max(phases) else None
 
     def _given_by(self, source: int) -> _Ahead:
         """What a rank has of the phase that it has done, and some others have not; a collective."""
@@ -193,5 +191,5 @@ class InPlace:
         if not was_first:
             for take_over in self.when_first:
                 take_over()
-        left = f"{trainer.comm.size} rank{'s' * (trainer.comm.size > 1)}"
+        left = counted(trainer.comm.size)
         print(f"{named(lost)} died in step {trainer.step + 1}: {left} go on after {ms:.0f} ms", flush=True)

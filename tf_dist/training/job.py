@@ -11,8 +11,9 @@ import numpy as np
 
 from tf_dist import faults
 from tf_dist.comm.agree import on_root, versions
-from tf_dist.comm.base import Comm, named
+from tf_dist.comm.base import Comm
 from tf_dist.comm.launch import stragglers
+from tf_dist.comm.words import counted, named
 from tf_dist.config import Config
 from tf_dist.data.prepared import Prepared
 from tf_dist.errors import CheckpointError, SavedAndStopped
@@ -82,7 +83,7 @@ class Job:
     def _begin_again(self) -> None:
         """Go on from what this job has saved, or from where it began."""
         self.run.be_first(self.comm)
-        left = f"{self.comm.size} rank{'s' * (self.comm.size > 1)}"
+        left = counted(self.comm.size)
         self.run.say(f"{named(self._deaths.newest)} died: {left} begin again from the newest checkpoint")
         found = on_root(self.comm, lambda: self._checked(self._newest()))
         if found is None and self.config.resume not in ("auto", "never"):

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tf_dist.comm.base import Comm, named
+from tf_dist.comm.base import Comm
+from tf_dist.comm.words import named
 from tf_dist.errors import LaunchError, UsageError
 from tf_dist.training.compare import Split, split, splits
 

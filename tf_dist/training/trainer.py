@@ -16,8 +16,9 @@ import keras
 import numpy as np
 
 from tf_dist import faults
-from tf_dist.comm.base import Comm, named
+from tf_dist.comm.base import Comm
 from tf_dist.comm.probe import prove
+from tf_dist.comm.words import counted, named
 from tf_dist.config import default_micro_batch
 from tf_dist.data.ahead import Ahead
 from tf_dist.data.sampler import Sampler
@@ -421,7 +422,7 @@ class Trainer:
         self.update.regroup(self.my_micro_batches)
         self.lost += lost
         if self.comm.rank == 0 and lost:
-            left = f"{self.comm.size} rank{'s' * (self.comm.size > 1)}"
+            left = counted(self.comm.size)
             print(f"{named(lost)} died before step {self.step}: {left} go on", flush=True)
 
     def share_anew(self) -> None:
