@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tf_dist.errors import DataError, TfDistError
@@ -39,19 +41,42 @@ def write_whole(path: Path, data: bytes, failure: type[TfDistError] = DataError)
     Raises:
         DataError: the file cannot be written; or the ``failure`` that is given.
     """
+    with replaced(path, failure) as temporary:
+        write_synced(temporary, data)
+
+
+@contextmanager
+def replaced(path: Path, failure: type[TfDistError] = DataError, ending: str = "") -> Iterator[Path]:
+    """The name of a file that takes the place of ``path``, once it has been written and synced in the block.
+
+    Args:
+        path: of the file; the old one stays if anything goes wrong.
+        failure: raised where it cannot be written.
+        ending: of the temporary name, for writers that go by it.
+
+    Raises:
+        DataError: the file cannot be written; or the ``failure`` that is given.
+    """
     temporary = temporary_name(path)
+    temporary = temporary.with_name(temporary.name + ending)
     try:
         try:
-            with open(temporary, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            yield temporary
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
         sync_folder(path.parent)
     except OSError as error:
-        raise failure(f"cannot write {path}: {error.strerror}. Check the disk and permissions.") from error
+        why = error.strerror or error  # C libraries have words of their own
+        raise failure(f"cannot write {path}: {why}. Check the disk and permissions.") from error
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file that is not there yet, so that it survives a power cut. Raises `OSError`."""
+    with open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:

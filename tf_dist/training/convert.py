@@ -8,18 +8,15 @@ are read; its description of a model, which could name any code, is not looked a
 from __future__ import annotations
 
 import os
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tf_dist.errors import BackendMissing, CheckpointError, UsageError
-from tf_dist.files import sync_folder, temporary_name
+from tf_dist.files import replaced
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import keras
 
     from tf_dist.training.load import LoadedRun
@@ -59,13 +56,16 @@ def _to_file(run_dir: Path, path: Path, which: str) -> str:
     from tf_dist.training.load import load_run
 
     run = load_run(str(run_dir), which=which)
-    with _written_whole(path) as temporary:
+    ending = next(kind for kind in KINDS if path.name.endswith(kind))
+    with replaced(path, CheckpointError, ending) as temporary:
         if path.name.endswith(SAFETENSORS):
             _safetensors().save_file(named(run.model), temporary, {"format": "np", "step": str(run.step)})
         elif path.name.endswith(WEIGHTS_H5):
             run.model.save_weights(temporary)
         else:
             run.model.save(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
     return f"{len(run.model.weights)} weights of step {run.step} are in {path}"
 
 
@@ -136,24 +136,6 @@ def _safetensors(module: str = ".numpy") -> Any:
         return importlib.import_module("safetensors" + module.rstrip("."))
     except ImportError as error:
         raise BackendMissing("files of safetensors need a package: pip install safetensors") from error
-
-
-@contextmanager
-def _written_whole(path: Path) -> Iterator[Path]:
-    """A temporary name with the same ending, which then takes the place of ``path``."""
-    ending = next(kind for kind in KINDS if path.name.endswith(kind))
-    temporary = temporary_name(path)
-    temporary = temporary.with_name(temporary.name + ending)
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.absolute().parent)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _trainer_of(run: LoadedRun) -> Any:

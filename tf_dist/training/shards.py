@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from tf_dist.errors import CheckpointError
-from tf_dist.files import sync_folder, temporary_name, write_whole
+from tf_dist.files import sync_folder, temporary_name, write_synced, write_whole
 from tf_dist.training.manifest import DTYPES, NAME, crc32_of, encoded, read_json, shard_file
 
 # A tensor's place in the manifest, its name, and itself.
@@ -82,7 +82,7 @@ def write_shard(temporary: Path, number: int, tensors: Iterable[Numbered]) -> No
         os.fsync(file.fileno())
     record = {"entries": entries}
     half = temporary / f".shard-{number:04d}.json"
-    _write_synced(half, json.dumps({**record, "crc32": crc32_of(record)}).encode())
+    write_synced(half, json.dumps({**record, "crc32": crc32_of(record)}).encode())
     os.rename(half, _record(temporary, number))
     sync_folder(temporary)
 
@@ -102,7 +102,7 @@ def commit(temporary: Path, final: Path, facts: Mapping[str, Any], writers: Sequ
     numbered = [entry for number in writers for entry in _entries(_record(temporary, number))]
     entries = [entry for _, entry in sorted(numbered, key=lambda one: int(one[0]))]
     step = int(final.name.removeprefix("step-"))
-    _write_synced(temporary / NAME, encoded(step, facts, entries))
+    write_synced(temporary / NAME, encoded(step, facts, entries))
     for number in writers:
         _record(temporary, number).unlink()
     sync_folder(temporary)
@@ -141,13 +141,6 @@ def _entries(path: Path) -> list[list[Any]]:
     if not isinstance(record, dict) or record.pop("crc32", None) != crc32_of(record):
         raise CheckpointError(f"{path} is damaged (CRC-32)")
     return list(record["entries"])
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with open(path, "xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _replace_folder(temporary: Path, final: Path) -> None:
