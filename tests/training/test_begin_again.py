@@ -133,6 +133,15 @@ def test_other_errors_are_the_end(error):
         in_spite_of_deaths(Ranks(), training(error))
 
 
+def test_where_nobody_has_died_it_is_not_the_first_training_either():
+    """Which may set aside an earlier run's files."""
+    comm = Ranks(agreed=[[], None, None], said=[[AGAIN], [None]])
+    seen = []
+    train = training(LOST, 40)
+    in_spite_of_deaths(comm, lambda part, deaths: (seen.append(deaths.again), train(part, deaths)))
+    assert seen == [False, True]
+
+
 def test_where_mpi_does_not_go_on_a_death_is_the_end():
     comm = Ranks()
     comm.survives = False
@@ -149,6 +158,6 @@ def test_what_is_no_death_comes_to_an_end():
 
 def test_recoveries_are_counted_once():
     deaths = Deaths()
-    assert deaths.over(3) is None
+    assert deaths.over(3) is None and not deaths.again
     deaths.begin([1], 0.0)
-    assert deaths.over(3).lost == [1] and deaths.over(4) is None and deaths.lost == [1]
+    assert deaths.again and deaths.over(3).lost == [1] and deaths.over(4) is None and deaths.lost == [1]

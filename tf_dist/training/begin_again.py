@@ -52,18 +52,19 @@ class Deaths:
         lost: ranks that have died so far, by `Comm.origin`.
         newest: those of them because of whom all begin again now.
         recoveries: so far.
+        again: whether this training is not the first one of the job.
         when_lost: called before all begin again, for what the training that ends now has under way.
     """
 
     def __init__(self) -> None:
         self.lost, self.newest, self.recoveries = list[int](), list[int](), list[Recovery]()
-        self.when_lost: list[Callable[[], None]] = []
+        self.again, self.when_lost = False, list[Callable[[], None]]()
         self._since: float | None = None
 
     def begin(self, lost: list[int], at: float) -> None:
         """Ranks have died; the others met it at this time (``time.perf_counter``)."""
         self.lost += lost
-        self.newest, self._since = lost, at
+        self.newest, self.again, self._since = lost, True, at
         while self.when_lost:  # and forget them, with all that they know
             self.when_lost.pop()()
 

@@ -72,22 +72,28 @@ class Job:
         Raises:
             CheckpointError: it cannot be used, or is of another run.
         """
-        if self._deaths.lost:
+        if self._deaths.again:
             self._begin_again()
             return
         if self.config.resume == "never":
             on_root(self.comm, self.run.set_aside)
             return
-        self._go_on_from(on_root(self.comm, self._find))
+        found = on_root(self.comm, self._find)
+        if found is not None:
+            on_root(self.comm, self.corpus.verify)
+        self._go_on_from(found)
 
     def _begin_again(self) -> None:
         """Go on from what this job has saved, or from where it began."""
         self.run.be_first(self.comm)
         left = counted(self.comm.size)
-        self.run.say(f"{named(self._deaths.newest)} died: {left} begin again from the newest checkpoint")
+        dead = self._deaths.newest
+        why = f"{named(dead)} died" if dead else "an exchange has failed, and nobody died"
+        self.run.say(f"{why}: {left} begin again from the newest checkpoint")
         found = on_root(self.comm, lambda: self._checked(self._newest()))
         if found is None and self.config.resume not in ("auto", "never"):
             found = on_root(self.comm, self._find)
+        on_root(self.comm, self.corpus.check_unchanged)  # they are mapped as before, not anew
         if found is None:
             self.run.drop_metrics_after(0)
         self._go_on_from(found)
@@ -95,7 +101,6 @@ class Job:
     def _go_on_from(self, found: dict[str, Any] | None) -> None:
         if found is None:
             return
-        on_root(self.comm, self.corpus.verify)
         faults.at("load")
         state.restore(self.trainer, Path(found["path"]))
         self.last["val_loss"] = found["val_loss"]
