@@ -67,9 +67,10 @@ def main(argv: list[str]) -> None:
         point_latest_to(run.path)
     threads.load_tensorflow()  # only now: a mistake in the flags or the data was said at once
     from tf_dist.training.begin_again import in_spite_of_deaths
+    from tf_dist.training.neighbours import Neighbours
 
-    begin = partial(train, config, corpus, run)
-    in_spite_of_deaths(comm, begin, config.min_ranks, together=prod(degrees(config)))
+    begin, together = partial(train, config, corpus, run), prod(degrees(config))
+    in_spite_of_deaths(comm, begin, config.min_ranks, together, Neighbours(run.say))
 
 
 def answer(argv: list[str]) -> NoReturn:
@@ -104,6 +105,7 @@ def train(config: Config, corpus: Prepared, run: RunFolder, comm: Comm, deaths: 
     run.say(banner(config, comm, corpus, trainer, steps, steps_per_epoch))
     signal.signal(signal.SIGUSR1, lambda *_: trainer.request_stop())
     show = progress.display(config.progress, comm, steps, run.say)
+    row = (steps_per_epoch, job.tally, job.heard, show)
     job.begin()
 
     def fit() -> None:
@@ -114,8 +116,9 @@ def train(config: Config, corpus: Prepared, run: RunFolder, comm: Comm, deaths: 
             validation_bytes=corpus.meta["text_bytes"]["val"],
             eval_every=config.eval_every,
             callbacks=[
-                run_callbacks.LogRun(trainer, run, config.log_every, steps_per_epoch, job.heard, show),
+                run_callbacks.LogRun(trainer, run, config.log_every, *row),
                 run_callbacks.SaveRun(trainer, config.save_every, job.save, job.finish, job.look, job.saved),
+                run_callbacks.KeepCopies(trainer, config.replicate * job.keeps_copies, job.keep_copies),
             ],
         )
 

@@ -25,7 +25,7 @@ NAMES = """
     outer_lr outer_momentum outer_fragments outer_precision outer_delay
     compression compression_rank compression_least_rate compression_density compression_momentum
     compression_start
-    backend allreduce chunk_bytes overlap autotune xla check_every on_mismatch min_ranks
+    backend allreduce chunk_bytes overlap autotune xla check_every on_mismatch min_ranks replicate
     stall_warn stall_abort threads_per_rank
     run_dir resume save_every async_save keep eval_every log_every progress
 """.split()

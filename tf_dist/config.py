@@ -114,6 +114,7 @@ class Config:
     check_every: int = option(100, "ranks", "steps between comparisons of all ranks' weights and optimizers, bit for bit; 0: only in the first steps", least=0)  # noqa: E501
     on_mismatch: str = option("stop", "ranks", "when a rank differs: stop, or restore it from a majority of the others", choices=("stop", "restore"))  # noqa: E501
     min_ranks: int = option(1, "ranks", "where ranks may die and the others go on (mpirun --with-ft ulfm): with fewer the run ends", least=1)  # noqa: E501
+    replicate: int = option(0, "ranks", "where ranks may die and a step cannot be finished without them (ZeRO, master, grids): steps between copies in memory of what each rank has, at another one; 0: checkpoints do", least=0)  # noqa: E501
     stall_warn: float = option(60.0, "ranks", "seconds that ranks wait for another one before they name it, and say what it does; 0: never", least=0)  # noqa: E501
     stall_abort: float = option(600.0, "ranks", "seconds after which they end the job, with 70; 0: never. A rank that still prepares or compiles is given time", least=0)  # noqa: E501
     threads_per_rank: int = option(0, "ranks", "TensorFlow threads in each rank; 0: this rank's share of the node's cores", least=0)  # noqa: E501

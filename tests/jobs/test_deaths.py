@@ -118,6 +118,25 @@ def test_whoever_dies_the_weights_are_the_same(train, calm):
     assert found(job)[0] == calm[0] and found(job)[4] == calm[4]
 
 
+def rows_of(run):
+    """What the metrics say, but for times and sums that depend on how gradients were divided."""
+    return [[row[key] for key in ("step", "loss", "val_loss", "tokens")] for row in run.metrics]
+
+
+@pytest.fixture
+def train_with(launcher, first_run, tmp_path):
+    """``train_with(fault, *flags)``: the first run again, on three ranks, with a fault."""
+
+    def start(fault, *flags):
+        path = tmp_path / "faulty"
+        words = [*first_run.flags, "--threads-per-rank", "1", *flags, "--run-dir", path]
+        job = launcher.start(3, ULFM, "train.py", *words, cwd=tmp_path, env={"TF_DIST_FAULT": fault}).wait()
+        assert job.code == 0, job.output
+        return replace(first_run, path=path, job=job)
+
+    return start
+
+
 @pytest.fixture
 def killed(launcher, first_run, tmp_path):
     """``killed(rank, *flags, ranks=3)``: the first run again, with a rank that is killed from outside."""
@@ -144,11 +163,7 @@ def test_a_run_goes_on_without_its_first_rank(killed, first_run):
     assert run.status["state"] == "done" and run.status["ranks_lost"] == [0]
     assert [one["lost"] for one in run.status["recoveries"]] == [[0]]
     assert run.status["weights_sha256"] == first_run.status["weights_sha256"]
-    rows, others = (
-        [[row[key] for key in ("step", "loss", "val_loss", "tokens")] for row in one.metrics]
-        for one in (run, first_run)
-    )
-    assert rows == others
+    assert rows_of(run) == rows_of(first_run)
     saved, others = (
         {folder.name for folder in (one.path / "checkpoints").iterdir()} for one in (run, first_run)
     )
@@ -175,6 +190,16 @@ def test_what_only_the_dead_had_is_read_from_the_newest_checkpoint(killed, first
     assert [one["lost"] for one in run.status["recoveries"]] == [[0]]
     assert run.status["weights_sha256"] == first_run.status["weights_sha256"]
     assert [row["step"] for row in run.metrics] == [row["step"] for row in first_run.metrics]
+
+
+def test_what_only_the_dead_had_is_at_a_neighbour(train_with, first_run):
+    """No step is lost, and nothing is read; the metrics are those of a run that nobody left."""
+    run = train_with("kill:rank=0,step=37,phase=update", "--update", "zero", "--replicate", "1")
+    assert "rank 0 died: 2 ranks begin again from copies in memory" in run.job.output
+    assert "resumed at step 36 from memory" in run.job.output and "done at step 60" in run.job.output
+    assert run.status["ranks_lost"] == [0]
+    assert run.status["weights_sha256"] == first_run.status["weights_sha256"]
+    assert rows_of(run) == rows_of(first_run)
 
 
 def test_ranks_that_share_a_model_go_on_in_whole_groups(killed, first_run):

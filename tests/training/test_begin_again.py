@@ -138,7 +138,7 @@ def test_where_nobody_has_died_it_is_not_the_first_training_either():
     comm = Ranks(agreed=[[], None, None], said=[[AGAIN], [None]])
     seen = []
     train = training(LOST, 40)
-    in_spite_of_deaths(comm, lambda part, deaths: (seen.append(deaths.again), train(part, deaths)))
+    in_spite_of_deaths(comm, lambda part, deaths: (seen.append(bool(deaths.trainings)), train(part, deaths)))
     assert seen == [False, True]
 
 
@@ -158,6 +158,7 @@ def test_what_is_no_death_comes_to_an_end():
 
 def test_recoveries_are_counted_once():
     deaths = Deaths()
-    assert deaths.over(3) is None and not deaths.again
+    assert deaths.over(3) is None and not deaths.trainings
     deaths.begin([1], 0.0)
-    assert deaths.again and deaths.over(3).lost == [1] and deaths.over(4) is None and deaths.lost == [1]
+    assert deaths.trainings == 1 and deaths.over(3).lost == [1]
+    assert deaths.over(4) is None and deaths.lost == [1]

@@ -51,7 +51,11 @@ OTHERS = (
     ("--update", "zero", "--zero-stage", "3"),
     ("--update", "master"),
     ("--tensor-parallel", "2"),
+    ("--update", "zero", "--replicate", "1"),
+    ("--pipeline-parallel", "2", "--replicate", "1"),
 )
+# Sums over ranks that share a model are in another order: weights are near the calm job's, by rounding.
+ROUNDED = {"--tensor-parallel", "--pipeline-parallel"}
 
 
 class Ended(NamedTuple):
@@ -233,8 +237,7 @@ def by_other_updates(seeds: int, calm: str) -> Iterator[Line]:
     """Updates and grids that cannot finish a step in place: 2 of 4 ranks are killed."""
     for flags in OTHERS:
         ended = [elsewhere(flags, seed) for seed in range(seeds)]
-        # Sums over the ranks of a tensor are in another order: weights are near the calm job's, by rounding.
-        exact = "--tensor-parallel" not in flags
+        exact = not ROUNDED & set(flags)
         good = [one.weights == calm if exact else one.weights is not None for one in ended]
         took = [ms["ms"] for one in ended for ms in one.status.get("recoveries", [])] or [float("nan")]
         more = f"median {statistics.median(took):.0f} ms, worst {max(took):.0f} ms"

@@ -14,11 +14,14 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from tf_dist.comm.base import AGREEMENT, Comm
 from tf_dist.comm.stalls import AT_THE_END
 from tf_dist.errors import RankLost, SavedAndStopped, TooFewLeft, behind
+
+if TYPE_CHECKING:
+    from tf_dist.training.neighbours import Neighbours
 
 # What a rank says after a death that is in no phase of a training (`InPlace`): phases count from 0 on.
 AGAIN, DONE = -1, -2
@@ -52,19 +55,22 @@ class Deaths:
         lost: ranks that have died so far, by `Comm.origin`.
         newest: those of them because of whom all begin again now.
         recoveries: so far.
-        again: whether this training is not the first one of the job.
+        trainings: that the job has begun before this one.
+        neighbours: keep copies in memory, where that was asked for.
         when_lost: called before all begin again, for what the training that ends now has under way.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, neighbours: Neighbours | None = None) -> None:
         self.lost, self.newest, self.recoveries = list[int](), list[int](), list[Recovery]()
-        self.again, self.when_lost = False, list[Callable[[], None]]()
+        self.trainings, self.when_lost = 0, list[Callable[[], None]]()
+        self.neighbours = neighbours
         self._since: float | None = None
 
     def begin(self, lost: list[int], at: float) -> None:
         """Ranks have died; the others met it at this time (``time.perf_counter``)."""
         self.lost += lost
-        self.newest, self.again, self._since = lost, True, at
+        self.newest, self._since = lost, at
+        self.trainings += 1
         while self.when_lost:  # and forget them, with all that they know
             self.when_lost.pop()()
 
@@ -78,7 +84,11 @@ class Deaths:
 
 
 def in_spite_of_deaths(
-    comm: Comm, train: Callable[[Comm, Deaths], None], min_ranks: int = 1, together: int = 1
+    comm: Comm,
+    train: Callable[[Comm, Deaths], None],
+    min_ranks: int = 1,
+    together: int = 1,
+    neighbours: Neighbours | None = None,
 ) -> None:
     """Train, and begin again whenever ranks have died and MPI lets the others go on; a collective.
 
@@ -88,12 +98,13 @@ def in_spite_of_deaths(
             deaths. Leaves by `RankLost` where it cannot go on.
         min_ranks: with fewer the run ends.
         together: ranks that share a model: as many multiples of it train as there are.
+        neighbours: keep copies in memory, if ``train`` lets them.
 
     Raises:
         TooFewLeft: fewer than ``min_ranks`` or ``together`` live.
         RankLost: again and again, and nobody dies.
     """
-    deaths, in_vain = Deaths(), 0
+    deaths, in_vain = Deaths(neighbours), 0
     while True:
         try:
             stopped = _train_or_wait(comm, train, deaths, together)
@@ -118,6 +129,8 @@ def _train_or_wait(
     if not count:
         ranks = f"{comm.size} rank{'s are' if comm.size > 1 else ' is'}"
         raise TooFewLeft(f"{ranks} left, and {together} share the model")
+    if deaths.trainings and deaths.neighbours is not None:
+        deaths.neighbours.hand_over(comm, count)
     part = comm.first(count)
     try:
         if part is not None:

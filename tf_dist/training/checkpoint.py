@@ -150,20 +150,25 @@ def verify(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def newest(folder: Path, say: Callable[[str], None] = print) -> Path | None:
+def newest(folder: Path, say: Callable[[str], None] = print, after: int = -1) -> Path | None:
     """The newest sound checkpoint in ``folder``; None if there has never been one.
+
+    Args:
+        folder: that holds them.
+        say: told which ones are skipped, and why.
+        after: only those of later steps are wanted, and None is an answer where none is sound.
 
     Raises:
         CheckpointError: there are checkpoints, but not one that can be used.
     """
-    found = listing(folder)
+    found = [path for path in listing(folder) if _step_of(path) > after]
     for path in reversed(found):
         try:
             verify(path)
             return path
         except CheckpointError as error:
             say(f"skipping {path.name}: {error}")
-    if found:
+    if found and after < 0:
         raise CheckpointError(
             f"none of the {len(found)} checkpoints in {folder} can be used. Start anew with --resume never"
         )

@@ -25,9 +25,11 @@ from tf_dist.training.downpour import Downpour
 from tf_dist.training.environment import bits_depend_on, changes
 from tf_dist.training.generate import Sampling, write_on
 from tf_dist.training.manifest import read_manifest
+from tf_dist.training.neighbours import Neighbours
 from tf_dist.training.plots import loss_curve
 from tf_dist.training.rolling_back import kept, roll_back
 from tf_dist.training.run import RunFolder
+from tf_dist.training.run_callbacks import Tally
 from tf_dist.training.saving import Saver
 from tf_dist.training.spikes import Spike
 from tf_dist.training.trainer import Trainer
@@ -43,6 +45,8 @@ class Job:
 
     Attributes:
         last: the newest value of each metric.
+        tally: of the row of the metrics that is under way.
+        neighbours: keep copies of what ranks have, in memory.
     """
 
     def __init__(
@@ -56,6 +60,7 @@ class Job:
     ) -> None:
         self.config, self.comm, self.corpus, self.run, self.trainer = config, comm, corpus, run, trainer
         self.last: dict[str, Any] = {}
+        self.tally = Tally()
         self._sha256: dict[int, str] = {}  # of the weights after a step
         self._deaths = deaths or Deaths()
         trainer.lost, trainer.in_place.recoveries = self._deaths.lost, self._deaths.recoveries
@@ -63,6 +68,7 @@ class Job:
         self._validated: int | None = None  # the step of the last validation of this job
         self.saver = Saver(trainer, run.checkpoints, config.keep, config.async_save == "on", run.say)
         self._deaths.when_lost[:] = [self.saver.abandon]
+        self.neighbours = self._deaths.neighbours or Neighbours(run.say)
         trainer.in_place.when_first.append(run.take_over)
         trainer.bad.before_giving_up.append(self._save_beside_all)
 
@@ -72,7 +78,7 @@ class Job:
         Raises:
             CheckpointError: it cannot be used, or is of another run.
         """
-        if self._deaths.again:
+        if self._deaths.trainings:
             self._begin_again()
             return
         if self.config.resume == "never":
@@ -89,11 +95,18 @@ class Job:
         left = counted(self.comm.size)
         dead = self._deaths.newest
         why = f"{named(dead)} died" if dead else "an exchange has failed, and nobody died"
-        self.run.say(f"{why}: {left} begin again from the newest checkpoint")
-        found = on_root(self.comm, lambda: self._checked(self._newest()))
+        copies = self.neighbours.newest(self.comm)
+        after = -1 if copies is None else copies.step
+        found = on_root(self.comm, lambda: self._checked(self._newest(after)))
+        on_root(self.comm, self.corpus.check_unchanged)  # they are mapped as before, not anew
+        if copies is not None and found is None:
+            self.run.say(f"{why}: {left} begin again from copies in memory")
+            self._be_at(kept(self.neighbours.give_back(self.trainer, copies)), "memory")
+            return
+        lost = " (copies in memory died with them)" if self.keeps_copies and copies is None else ""
+        self.run.say(f"{why}: {left} begin again from the newest checkpoint{lost}")
         if found is None and self.config.resume not in ("auto", "never"):
             found = on_root(self.comm, self._find)
-        on_root(self.comm, self.corpus.check_unchanged)  # they are mapped as before, not anew
         if found is None:
             self.run.drop_metrics_after(0)
         self._go_on_from(found)
@@ -103,10 +116,15 @@ class Job:
             return
         faults.at("load")
         state.restore(self.trainer, Path(found["path"]))
-        self.last["val_loss"] = found["val_loss"]
-        self.trainer.bad.counters, self.trainer.spikes.facts = found["bad_steps"], found["spikes"]
+        self._be_at(found, found["path"])
+
+    def _be_at(self, facts: dict[str, Any], source: str) -> None:
+        """Remember what was kept with the state that the trainer has now."""
+        self.last["val_loss"] = facts["val_loss"]
+        self.trainer.bad.counters, self.trainer.spikes.facts = facts["bad_steps"], facts["spikes"]
+        self.tally.go_on_from(facts["row"], facts["last_row"])
         self.run.drop_metrics_after(self.trainer.step)
-        self.run.say(f"resumed at step {self.trainer.step} from {found['path']}")
+        self.run.say(f"resumed at step {self.trainer.step} from {source}")
 
     def _find(self) -> dict[str, Any] | None:
         """The checkpoint to resume from, checked; on rank 0."""
@@ -121,8 +139,8 @@ class Job:
                 raise CheckpointError(f"--resume {wanted}: neither a checkpoint nor a run folder with one")
         return self._checked(path)
 
-    def _newest(self) -> Path | None:
-        return checkpoint.newest(self.run.checkpoints, self.run.say)
+    def _newest(self, after: int = -1) -> Path | None:
+        return checkpoint.newest(self.run.checkpoints, self.run.say, after)
 
     def _checked(self, path: Path | None) -> dict[str, Any] | None:
         """Whether a checkpoint is of this run; on rank 0."""
@@ -181,6 +199,22 @@ class Job:
         else:
             self.saver.save(self._facts())
 
+    @property
+    def keeps_copies(self) -> bool:
+        """Whether ranks are to keep copies in memory of what others have, and may need them."""
+        return self.config.replicate > 0 and self.comm.survives and not self.trainer.in_place.can
+
+    def keep_copies(self) -> None:
+        """Have neighbours keep copies of what each rank has.
+
+        Raises:
+            LaunchError: the ranks differ.
+        """
+        self.trainer.put_together()
+        self.trainer.sentinel.compare(self.trainer.step)
+        facts = self._facts() | {"last_row": self.tally.last}
+        self.neighbours.keep(self.trainer, facts, self._deaths.trainings)
+
     def finish(self) -> dict[str, Any] | None:
         """Have a checkpoint written, and wait until it is on the disk; what `saved` is to be told.
 
@@ -227,6 +261,7 @@ class Job:
             "bad_steps": self.trainer.bad.counters,
             "spikes": self.trainer.spikes.facts,
             "val_loss_step": self._validated,
+            "row": self.tally.facts,
         }
 
     def _status(self, **changes: Any) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def kept(facts: dict[str, Any]) -> dict[str, Any]:
     """What a job takes from the facts of a checkpoint; older ones do not have all of it."""
-    none = {"bad_steps": [0, 0], "spikes": {}}
+    none = {"bad_steps": [0, 0], "spikes": {}, "row": [0, 0, 0, 0], "last_row": {}}
     return {"val_loss": facts["val_loss"], **{name: facts.get(name, none[name]) for name in none}}
 
 
@@ -38,9 +38,11 @@ def roll_back(job: Job, spike: Spike) -> bool:
     if found is None:
         run.say(f"{spike}; there is no checkpoint of {BEFORE} steps before, so it goes on")
         return False
+    job.neighbours.forget()
     state.restore(trainer, Path(found["path"]))
     step = trainer.step
     job.last["val_loss"], trainer.bad.counters = found["val_loss"], found["bad_steps"]
+    job.tally.go_on_from(found["row"])
     count = trainer.spikes.go_back(spike.step, step, found["spikes"])
     on_root(job.comm, lambda: _set_aside_after(run.checkpoints, step))
     run.drop_metrics_after(step)

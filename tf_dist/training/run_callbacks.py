@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import keras
@@ -17,6 +18,44 @@ def _nothing(row: dict[str, Any]) -> None:
     """Nobody listens."""
 
 
+@dataclass
+class Tally:
+    """A row of ``metrics.jsonl`` so far, to be gone on with where a training is; the same on every rank.
+
+    loss_sum: over the ``finite`` tokens of steps whose loss was a number. tokens, steps: of all.
+    last: the row before it, once that was given away to be written.
+    """
+
+    loss_sum: float = 0.0
+    finite: float = 0.0
+    tokens: float = 0.0
+    steps: int = 0
+    last: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, loss: float, tokens: float) -> None:
+        """Count a step."""
+        if math.isfinite(loss):  # of a step that was skipped it may be anything
+            self.loss_sum += loss * tokens
+            self.finite += tokens
+        self.tokens += tokens
+        self.steps += 1
+
+    def begin_row(self) -> None:
+        """All that was counted is in a row now."""
+        self.loss_sum, self.finite, self.tokens, self.steps = 0.0, 0.0, 0.0, 0
+
+    @property
+    def facts(self) -> list[float]:
+        """What is kept with a checkpoint."""
+        return [self.loss_sum, self.finite, self.tokens, self.steps]
+
+    def go_on_from(self, facts: Sequence[float], last: dict[str, Any] | None = None) -> None:
+        """Be what it was when these facts were kept."""
+        self.last = dict(last or {})
+        self.loss_sum, self.finite, self.tokens = facts[:3]
+        self.steps = int(facts[3])
+
+
 class LogRun(keras.callbacks.Callback):
     """Writes ``metrics.jsonl`` and hands each of its rows on.
 
@@ -28,6 +67,7 @@ class LogRun(keras.callbacks.Callback):
         run: where the rows go.
         every: steps between rows.
         steps_per_epoch: of the data, for the column ``epoch``.
+        tally: of the row that is under way.
         tell: called with each row at once, on every rank.
         show: called with each row on rank 0, by the thread that writes it.
     """
@@ -38,43 +78,42 @@ class LogRun(keras.callbacks.Callback):
         run: RunFolder,
         every: int,
         steps_per_epoch: int,
+        tally: Tally | None = None,
         tell: Callable[[dict[str, Any]], None] = _nothing,
         show: Callable[[dict[str, Any]], None] = _nothing,
     ) -> None:
         super().__init__()
         self.trainer, self.run, self.every, self.tell, self.show = trainer, run, every, tell, show
         self.steps_per_epoch = steps_per_epoch
+        self._tally = tally or Tally()
         self._row: dict[str, Any] = {}
-        self._handed_on: dict[str, Any] = {}
         self._first_step = trainer.step
         trainer.in_place.when_first.append(self._take_over)
-        self._begin_row()
+        self._put_right()
+        self._begin_timing()
 
-    def _begin_row(self) -> None:
+    def _begin_timing(self) -> None:
         comm = self.trainer.comm
-        self._loss_sum, self._tokens, self._finite, self._steps = 0.0, 0.0, 0.0, 0
         self._since = (self.trainer.elapsed_s, comm.comm_s, comm.wait_s)
+        self._timed = Tally()  # of this process alone
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Write the row of the last steps, now that no validation can belong to it."""
         self._write()
-        if self._steps == 0:  # not the time that validation or saving took
-            self._begin_row()
+        if self._timed.steps == 0:  # not the time that validation or saving took
+            self._begin_timing()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Count a step; finish a row where one is due."""
         assert logs is not None
-        if math.isfinite(logs["loss"]):  # of a step that was skipped it may be anything
-            self._loss_sum += logs["loss"] * logs["tokens"]
-            self._finite += logs["tokens"]
-        self._tokens += logs["tokens"]
-        self._steps += 1
+        for tally in (self._tally, self._timed):
+            tally.add(logs["loss"], logs["tokens"])
         self._grad_norm = logs["grad_norm"]
         if self.trainer.step % self.every == 0:
             self._finish_row()
 
     def _finish_row(self) -> None:
-        trainer, comm = self.trainer, self.trainer.comm
+        trainer, comm, tally, timed = self.trainer, self.trainer.comm, self._tally, self._timed
         elapsed, comm_s, wait_s = (
             now - before
             for now, before in zip((trainer.elapsed_s, comm.comm_s, comm.wait_s), self._since, strict=True)
@@ -82,18 +121,19 @@ class LogRun(keras.callbacks.Callback):
         self._row = {
             "step": trainer.step,
             "epoch": trainer.step / self.steps_per_epoch,
-            "loss": self._loss_sum / self._finite if self._finite else math.nan,
+            "loss": tally.loss_sum / tally.finite if tally.finite else math.nan,
             "learning_rate": _learning_rate(trainer.optimizer, trainer.step - trainer.bad.total - 1),
             "grad_norm": self._grad_norm,
             "tokens": trainer.tokens,
-            "tokens_per_s": self._tokens / max(elapsed, 1e-9),
-            "step_s": elapsed / self._steps,
-            "comm_s": comm_s / self._steps,
-            "wait_s": wait_s / self._steps,
+            "tokens_per_s": timed.tokens / max(elapsed, 1e-9),
+            "step_s": elapsed / timed.steps,
+            "comm_s": comm_s / timed.steps,
+            "wait_s": wait_s / timed.steps,
             "elapsed_s": trainer.elapsed_s,
             "bad_steps": trainer.bad.total,
         }
-        self._begin_row()
+        tally.begin_row()
+        self._begin_timing()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Add a validation to the row of its step."""
@@ -106,7 +146,7 @@ class LogRun(keras.callbacks.Callback):
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Write the last row, also where the run ended between two of them."""
-        if self._steps:
+        if self._timed.steps:
             validation, self._row = self._row, {}
             self._finish_row()
             self._row |= {key: value for key, value in validation.items() if key not in self._row}
@@ -117,16 +157,21 @@ class LogRun(keras.callbacks.Callback):
         row, self._row = self._row, {}
         if row:
             self.tell(row)
-            self._handed_on = row
+            self._tally.last = row
             if self.trainer.comm.rank == 0:
                 self.run.later(lambda: self._write_now(row))
 
     def _take_over(self) -> None:
         """Rank 0 has died: put right what it may have left half written."""
-        row = self._handed_on
+        row = self._tally.last
         there = self.run.keep_whole_rows(row.get("step", self._first_step))
         if row and not there:
             self._write_now(row)
+
+    def _put_right(self) -> None:
+        """A training that goes on from copies in memory knows a row that nobody may have written."""
+        if self._tally.last and self.trainer.comm.rank == 0:
+            self._take_over()
 
     def _write_now(self, row: dict[str, Any]) -> None:
         self.run.log_metrics(row)
@@ -139,6 +184,27 @@ def _learning_rate(optimizer: keras.optimizers.Optimizer, step: int) -> float:
     if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
         return float(rate(step))
     return float(optimizer.learning_rate)
+
+
+class KeepCopies(keras.callbacks.Callback):
+    """Has every so many steps, and before the first, what each rank has copied to another one.
+
+    Args:
+        trainer: whose state it is.
+        every: steps between copies; 0: none.
+        keep: does it; a collective, called on every rank.
+    """
+
+    def __init__(self, trainer: Trainer, every: int, keep: Callable[[], None]) -> None:
+        super().__init__()
+        self.trainer, self.every, self.keep = trainer, every, keep
+        if every:
+            trainer.meets_every.add(every)
+
+    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Copy, if it is time."""
+        if self.every and self.trainer.step % self.every == 0:
+            self.keep()
 
 
 class SaveRun(keras.callbacks.Callback):

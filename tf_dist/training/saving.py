@@ -29,6 +29,15 @@ LONG_S = 1.0
 SPARE = 2
 
 
+# Of the facts of a checkpoint those that `position` gives.
+POSITION = ("tokens", "elapsed_s", "tuned")
+
+
+def position(trainer: Trainer) -> dict[str, Any]:
+    """Where a training is, beside its step, and what has been chosen by then that changes its bits."""
+    return dict(zip(POSITION, (trainer.tokens, trainer.elapsed_s, {"xla": trainer.replica.xla}), strict=True))
+
+
 def _unsaid(line: str) -> None:
     """Nobody listens."""
 
@@ -74,8 +83,7 @@ class Saver:
         trainer = self._trainer
         self.settle()
         trainer.put_together()
-        position = {"tokens": trainer.tokens, "elapsed_s": trainer.elapsed_s}
-        facts = {**position, "tuned": {"xla": trainer.replica.xla}, **facts}
+        facts = {**position(trainer), **facts}
         writers, final = self._who_writes(), checkpoint.path_of(self._folder, trainer.step)
         temporary = Path(on_root(trainer.comm, lambda: _begun(final)))
         plan = Plan(temporary, final, facts, writers, self._keep if keep is None else keep)

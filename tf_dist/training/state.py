@@ -18,7 +18,7 @@ from tf_dist.errors import CheckpointError
 from tf_dist.training import checkpoint
 from tf_dist.training.manifest import read_manifest
 from tf_dist.training.meeting import REMEMBERED
-from tf_dist.training.saving import Saver
+from tf_dist.training.saving import POSITION, Saver
 from tf_dist.training.trainer import Trainer
 from tf_dist.training.whole import Entry
 
@@ -40,6 +40,7 @@ FREE = (
     "threads_per_rank",
     "check_every",
     "min_ranks",
+    "replicate",
     "max_bad_steps",
     "on_mismatch",
     "stall_warn",
@@ -77,37 +78,53 @@ def restore(trainer: Trainer, path: Path) -> None:
 
     def check() -> list[Any]:
         manifest = checkpoint.verify(path)
-        _check_fits(manifest["tensors"], whole.entries, path)
+        matching(manifest["tensors"], whole.entries, str(path))
         facts = manifest["facts"]
-        tuned = facts.get("tuned", {"xla": False})  # there was no XLA in the first checkpoints
-        return [manifest["step"], facts["tokens"], facts["elapsed_s"], tuned]
+        return [manifest["step"], {name: facts[name] for name in POSITION if name in facts}]
 
-    trainer.step, tokens, trainer.elapsed_s, tuned = on_root(trainer.comm, check)
-    trainer.resume_counting(tokens)
-    trainer.tuning.go_on_with(tuned["xla"])
+    go_on_at(trainer, *on_root(trainer.comm, check))
     arrays = None
     if trainer.comm.rank == 0:
-        manifest = read_manifest(path)
-        arrays = _arrays(path, manifest, whole.entries)
+        arrays = _arrays(path, read_manifest(path), whole.entries)
     whole.take(arrays)
+
+
+def go_on_at(trainer: Trainer, step: int, facts: Mapping[str, Any]) -> None:
+    """Be at a step, by the facts that were kept with it (`position`); all but the tensors."""
+    trainer.step, trainer.elapsed_s = step, facts["elapsed_s"]
+    trainer.resume_counting(facts["tokens"])
+    tuned = facts.get("tuned", {"xla": False})  # there was no XLA in the first checkpoints
+    trainer.tuning.go_on_with(tuned["xla"])
 
 
 def _arrays(path: Path, manifest: Mapping[str, Any], entries: list[Entry]) -> Iterator[np.ndarray]:
     """The tensors of a checkpoint; zeros for what another update would have remembered."""
     saved = checkpoint.read_tensors(path, manifest)
-    same = _same_update(manifest["tensors"], entries)
-    for entry in entries:
-        if same or not entry.name.startswith(REMEMBERED):
-            yield next(saved)[1]
-        else:
-            yield np.zeros(entry.shape, entry.dtype)
+    for entry, number in zip(entries, matching(manifest["tensors"], entries, str(path)), strict=True):
+        yield np.zeros(entry.shape, entry.dtype) if number is None else next(saved)[1]
 
 
-def _same_update(saved: list[dict[str, Any]], entries: list[Entry]) -> bool:
-    """Whether the update of a checkpoint has remembered what this one does."""
+def matching(saved: list[dict[str, Any]], entries: list[Entry], where: str) -> list[int | None]:
+    """For each tensor of a trainer which of those that were kept it is.
+
+    Args:
+        saved: name, shape and dtype of each, in order; what updates remember comes last.
+        entries: of the trainer.
+        where: it was kept.
+
+    Returns:
+        Numbers in ``saved``, ascending from 0; None for what another update would have remembered.
+
+    Raises:
+        CheckpointError: they are of another model or optimizer.
+    """
+    _check_fits(saved, entries, where)
     found = [(_kind(one["name"]), tuple(one["shape"])) for one in saved]
-    wanted = [(_kind(entry.name), entry.shape) for entry in entries]
-    return found == wanted
+    same_update = found == [(_kind(entry.name), entry.shape) for entry in entries]
+    return [
+        number if same_update or not entry.name.startswith(REMEMBERED) else None
+        for number, entry in enumerate(entries)
+    ]
 
 
 def _kind(name: str) -> str:
@@ -115,15 +132,15 @@ def _kind(name: str) -> str:
     return name.split("/")[1] if name.startswith(REMEMBERED) else ""
 
 
-def _check_fits(saved: list[dict[str, Any]], entries: list[Entry], path: Path) -> None:
+def _check_fits(saved: list[dict[str, Any]], entries: list[Entry], where: str) -> None:
     # By place, not by name: Keras numbers layers anew in every process. A run may go on with another update.
     saved = [tensor for tensor in saved if not tensor["name"].startswith(REMEMBERED)]
     entries = [entry for entry in entries if not entry.name.startswith(REMEMBERED)]
     found = [(tuple(tensor["shape"]), tensor["dtype"]) for tensor in saved]
     if found != [(entry.shape, entry.dtype) for entry in entries]:
         raise CheckpointError(
-            f"{path} holds {len(found)} tensors that are not the {len(entries)} of this model and optimizer. "
-            "Give the options it was made with, or start anew with --resume never"
+            f"{where} holds {len(found)} tensors that are not the {len(entries)} of this model and "
+            "optimizer. Give the options it was made with, or start anew with --resume never"
         )
 
 

@@ -149,13 +149,17 @@ class Whole:
             arrays: on rank 0, each tensor in the order of ``entries``.
         """
         for entry in self.entries:
-            array = np.zeros(prod(entry.shape), entry.dtype)
-            if arrays is not None:
-                array[:] = next(arrays).reshape(-1)
-            self.mesh.all.broadcast(array.view(np.uint8) if array.dtype == bool else array)
-            for piece in entry.pieces:
-                part = np.ascontiguousarray(piece.part.take(array.reshape(entry.shape)))
-                piece.write(part.reshape(-1)[piece.start : piece.stop])
+            self.set(entry, None if arrays is None else next(arrays))
+
+    def set(self, entry: Entry, tensor: np.ndarray | None, root: int = 0) -> None:
+        """Set one tensor, which ``root`` has; a collective."""
+        array = np.zeros(prod(entry.shape), entry.dtype)
+        if tensor is not None:
+            array[:] = tensor.reshape(-1)
+        self.mesh.all.broadcast(array.view(np.uint8) if array.dtype == bool else array, root)
+        for piece in entry.pieces:
+            part = np.ascontiguousarray(piece.part.take(array.reshape(entry.shape)))
+            piece.write(part.reshape(-1)[piece.start : piece.stop])
 
     def weights_sha256(self) -> str:
         """SHA-256 of all weights in order of creation, as little-endian float32; a collective."""

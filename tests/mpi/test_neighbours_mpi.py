@@ -1,0 +1,41 @@
+"""Copies in memory at other ranks, of real trainings: one rank forgets all it has, and training goes on."""
+
+import pytest
+
+V, T, B = 29, 8, 2
+
+
+@pytest.mark.parametrize(("update", "stage"), [("zero", 2), ("master", 1)])
+def test_what_a_rank_has_forgotten_is_given_back(connected, update, stage):
+    import keras
+    import numpy as np
+
+    from tf_dist.models import transformer
+    from tf_dist.training.neighbours import Neighbours
+    from tf_dist.training.trainer import Trainer
+
+    keras.utils.set_random_seed(1)
+    trainer = Trainer(
+        transformer.build(V, T, 1, 32, 2), keras.optimizers.AdamW(1e-2), connected, update, zero_stage=stage,
+        global_batch_size=B * 4, micro_batch_size=B, seq_len=T, seed=3, autotune="off",
+    )  # fmt: skip
+    tokens, said = np.arange(1500) ** 2 % V, []
+    neighbours = Neighbours(said.append)
+    trainer.fit(tokens, steps=2)
+    at_2 = trainer.check_equal()
+    trainer.put_together()
+    neighbours.keep(trainer, {"val_loss": None})
+    trainer.fit(tokens, steps=4)
+    at_4 = trainer.check_equal()
+    if connected.rank == 1:
+        neighbours.forget()
+    found = neighbours.newest(connected)
+    if connected.size == 1:
+        assert found is None
+        return
+    assert found.step == 2 and not said
+    facts = neighbours.give_back(trainer, found)
+    assert facts["val_loss"] is None and trainer.step == 2 and trainer.tokens == facts["tokens"]
+    assert trainer.check_equal() == at_2
+    trainer.fit(tokens, steps=4)
+    assert trainer.check_equal() == at_4
