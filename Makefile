@@ -44,7 +44,7 @@ test-mpi-%: install ## the tests of real ranks, on 1, 2, 3, 4 ... of them
 	$(RUN) timeout -k 10 $(TEST_TIMEOUT) $(MPIRUN) -np $* $(MPIFLAGS) $(PY) -m pytest --color=no tests/mpi
 
 test-jobs: install ## whole jobs, as a user starts them
-	$(RUN) $(PY) -m pytest tests/jobs
+	$(RUN) $(PY) -m pytest tests/jobs --durations=10
 
 lint: install ## ruff and mypy
 	$(PY) -m ruff check .

@@ -33,6 +33,8 @@ NAMES = (
     "exact", "exact-cost", "comm", "optimizer", "step", "scaling", "memory", "nanogpt", "network", "parallel",
     "strategies", "faults", "fault-cost",
 )  # fmt: skip
+# Others have a module of their own name.
+MODULES = {"faults": "faults.campaign", "fault-cost": "faults.cost"}
 # These take words: names of models, or the path of a text.
 WITH_WORDS = ("step", "scaling", "memory", "nanogpt", "parallel", "strategies", "faults", "fault-cost")
 
@@ -57,7 +59,10 @@ def main(argv: list[str]) -> int:
     words = [word for word in arguments.names if word not in NAMES]
     if words and not (len(names) == 1 and names[0] in WITH_WORDS):
         parser.error(f"{' '.join(words)}: no benchmark; they are {', '.join(NAMES)}")
-    modules = [importlib.import_module(f"tf_dist.bench.{name.replace('-', '_')}") for name in names]
+    modules = [
+        importlib.import_module(f"tf_dist.bench.{MODULES.get(name, name.replace('-', '_'))}")
+        for name in names
+    ]
     return max(int(module.main(words) if words else module.main()) for module in modules)
 
 

@@ -60,6 +60,24 @@ def test_ranks_that_share_a_model():
     assert ranks_of_a_model(words) == 6 and ranks_of_a_model(["train.py"]) == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "flags", "ranks"),
+    [
+        ("tensor_parallel: 2\npipeline_parallel: 2\n", [], 4),
+        ("tensor_parallel: 2\n", ["--tensor-parallel=4"], 4),
+        ("- tensor_parallel", [], 1),
+        ("tensor_parallel: [", [], 1),
+        (None, ["--tensor-parallel", "2"], 2),
+    ],
+)
+def test_ranks_that_share_a_model_by_a_file(tmp_path, text, flags, ranks):
+    """What is wrong in the file is said by the job."""
+    path = tmp_path / "run.yaml"
+    if text is not None:
+        path.write_text(text)
+    assert ranks_of_a_model(["train.py", "--config", str(path), *flags]) == ranks
+
+
 def test_the_next_start_is_without_those_who_are_gone(agent):
     said = []
     flags = ["--host", "a:2,c:2", "--prtemca", "plm_ssh_agent", agent]

@@ -13,14 +13,19 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import NamedTuple
+
+import yaml
 
 from tf_dist.errors import LaunchError
 
 LISTS = ("--host", "-host", "-H", "--hosts", "-hosts")
 FILES = ("--hostfile", "-hostfile", "--machinefile", "-machinefile", "-f")
 AGENTS = ("plm_ssh_agent", "plm_rsh_agent")
+# Options by which ranks share a model.
+DEGREES = ("pipeline_parallel", "sequence_parallel", "tensor_parallel")
 SSH = "ssh -o BatchMode=yes -o ConnectTimeout=10"
 # How long a host may take to answer.
 ANSWER_S = 20.0
@@ -167,11 +172,21 @@ class Launch(NamedTuple):
 
 
 def ranks_of_a_model(words: Sequence[str]) -> int:
-    """How many ranks share a model, from a job's flags."""
-    product = 1
+    """How many ranks share a model, from a job's flags and the file that ``--config`` names."""
+    given = dict[str, str]()
     for number, word in enumerate(words):
         flag, equals, value = word.partition("=")
-        value = value if equals else next(iter(words[number + 1 :]), "")
-        if flag in ("--pipeline-parallel", "--sequence-parallel", "--tensor-parallel") and value.isdigit():
-            product *= max(1, int(value))
-    return product
+        given[flag.removeprefix("--").replace("-", "_")] = (
+            value if equals else next(iter(words[number + 1 :]), "")
+        )
+    known = _in_file(given["config"]) | given if "config" in given else given
+    return prod(max(1, int(known.get(name, 1))) for name in DEGREES if str(known.get(name, 1)).isdigit())
+
+
+def _in_file(path: str) -> dict[str, str]:
+    """The options in a YAML file; what is wrong with it is said by the job."""
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return {str(name): str(value) for name, value in found.items()} if isinstance(found, dict) else {}

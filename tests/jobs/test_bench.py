@@ -2,7 +2,8 @@
 
 import json
 
-from tf_dist.bench import faults_in_place, memory, step, strategies
+from tf_dist.bench import memory, step, strategies
+from tf_dist.bench.faults import in_place
 
 
 def test_ways_that_share_a_job(run_job, tmp_path):
@@ -41,7 +42,7 @@ def test_ranks_that_kill_themselves_change_nothing(run_job, tmp_path):
     found = []
     for ranks, deaths in ((3, 2), (1, 0)):
         out = tmp_path / f"{deaths}.json"
-        ended = run_job(ranks, ("--with-ft", "ulfm"), "-m", faults_in_place.MODULE, deaths, 7, out)
+        ended = run_job(ranks, ("--with-ft", "ulfm"), "-m", in_place.MODULE, deaths, 7, out)
         assert ended.code == 0, ended.output
         found.append(json.loads(out.read_text()))
     killed, calm = found

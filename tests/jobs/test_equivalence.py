@@ -71,7 +71,7 @@ def test_any_number_of_ranks_is_one_rank(runs, ranks, update, model):
     assert ours[-1]["loss"] < ours[0]["loss"]
 
 
-@pytest.mark.parametrize(("first", "then"), [(3, 2), (2, 4), (4, 1)])
+@pytest.mark.parametrize(("first", "then"), [(2, 4), (4, 1)])  # bench-faults has all pairs
 def test_a_run_goes_on_with_other_ranks(launcher, runs, small, tmp_path, first, then):
     """Saved half way on some ranks, finished on others, with the other update: the bits of one rank."""
     asked = [

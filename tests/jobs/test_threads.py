@@ -2,8 +2,6 @@
 
 import re
 
-import pytest
-
 # Counted inside the ranks, around TensorFlow's first operation, which starts its pool.
 MODEL = """
 import os
@@ -28,13 +26,14 @@ def build(config):
 """
 
 
-@pytest.mark.parametrize("asked", [0, 3])
-def test_threads_are_those_of_the_banner(run_job, small, tmp_path, asked):
+def test_threads_are_those_of_the_banner(run_job, small, tmp_path):
+    """How many there are where none are asked for is arithmetic: `tests/comm/test_threads.py`."""
+    asked = 3
     (tmp_path / "counting.py").write_text(MODEL)
     flags = [*small, "--steps", "1", "--model", "counting:build", "--threads-per-rank", asked]
     job = run_job(2, "train.py", *flags, "--run-dir", tmp_path / "run")
     assert job.code == 0, job.output
     named = int(re.search(r"2 ranks on 1 node .*, (\d+) threads? each", job.output)[1])
-    assert named == asked or not asked
+    assert named == asked
     started = [int((tmp_path / f"threads-{rank}.txt").read_text()) for rank in range(2)]
     assert started == [named, named]

@@ -222,12 +222,10 @@ def test_barrier_waits_for_the_slowest(comm, everyone):
     if comm.rank == comm.size - 1:
         time.sleep(0.4)
     comm.barrier()
-    for rank, (waited_s, moved_s) in enumerate(everyone((comm.wait_s - waited, comm.comm_s - moved))):
-        assert moved_s == 0
-        if comm.size > 1 and rank < comm.size - 1:
-            assert 0.3 < waited_s < 5
-        else:
-            assert waited_s < 0.2
+    *others, (slowest_s, moved_s) = everyone((comm.wait_s - waited, comm.comm_s - moved))
+    assert moved_s == 0
+    for waited_s, moved_s in others:
+        assert moved_s == 0 and waited_s > slowest_s
 
 
 def test_calls_are_counted_and_left(comm, everyone):

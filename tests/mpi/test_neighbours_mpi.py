@@ -7,6 +7,8 @@ V, T, B = 29, 8, 2
 
 @pytest.mark.parametrize(("update", "stage"), [("zero", 2), ("master", 1)])
 def test_what_a_rank_has_forgotten_is_given_back(connected, update, stage):
+    if update == "master" and connected.size > 3:
+        pytest.skip("up to three ranks show it")
     import keras
     import numpy as np
 

@@ -131,6 +131,6 @@ def test_gossip_changes_no_mean():
 
 
 def test_nobody_waits_for_ever(monkeypatch):
-    monkeypatch.setattr(alone, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(alone, "patience_s", lambda: 0.05)
     with pytest.raises(LaunchError, match="nothing was heard of ranks 1, 3"):
         alone.wait_until(lambda: False, lambda: False, lambda: [1, 3])

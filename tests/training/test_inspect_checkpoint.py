@@ -51,6 +51,10 @@ def test_the_newest_sound_one_is_shown(run, capsys):
     assert main(["checkpoint", "show", str(run)]) == 0
     out = capsys.readouterr().out
     assert "step-00000020: step 20, 2 tensors" in out and "tokens: 140" in out and "config: width 2" in out
+    assert "format version 2: shard-0000.bin 0.00 MB\n" in out and "best" not in out
+    (run / "checkpoints" / "best").write_text("step-00000020\n")
+    assert main(["checkpoint", "show", str(run)]) == 0
+    assert "2 tensors, 0.00 MB, the best by validation loss\n" in capsys.readouterr().out
     assert "weights/0000/kernel       float32  3x2" in out and "int64    scalar" in out
 
 

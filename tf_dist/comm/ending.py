@@ -124,7 +124,10 @@ class Ending:
         if self._mpi is None:
             self.speak(message)
         elif self._everyone_is_here():
-            self._speak_once(message)
+            self._speak_once(message, self._mpi)
+        elif (left := self._those_left_are_here()) is not None:
+            self._speak_once(message, left)
+            self._abort(code)
         else:
             self.speak(f"rank {self.rank}: {message}")
             self._abort(code)
@@ -150,15 +153,27 @@ class Ending:
                 raise
         return False
 
-    def _speak_once(self, message: str) -> None:
-        """The lowest rank with each message says it; called by all ranks."""
-        raw = json.dumps(message).encode()
-        everyone = [json.loads(part) for part in _allgather(self._mpi, raw)]
-        speakers = [rank for rank, said in enumerate(everyone) if said == message]
+    def _those_left_are_here(self) -> Any:
+        """A communicator of all who live, if all of them fail within a second of each other."""
+        from tf_dist.comm import survive
+
+        if not (survive.can() and survive.dead(self._mpi)):
+            return None
+        try:
+            survive.agree(self._mpi, True, RENDEZVOUS_S)
+            return survive.shrink(self._mpi)[0]
+        except (TimeoutError, RuntimeError):  # of MPI: somebody dies here as well
+            return None
+
+    def _speak_once(self, message: str, mpi: Any) -> None:
+        """The lowest rank with each message says it; called by all ranks of a communicator."""
+        raw = json.dumps([self.rank, message]).encode()
+        everyone = [json.loads(part) for part in _allgather(mpi, raw)]
+        speakers = [rank for rank, said in everyone if said == message]
         if self.rank == speakers[0]:
             who = "" if len(speakers) == len(everyone) else f"{named(speakers)}: "
             self.speak(who + message)
-        self._mpi.Barrier()
+        mpi.Barrier()
 
     def _abort(self, code: int) -> NoReturn:
         _flush()

@@ -8,6 +8,7 @@ with them, choose the backend. Where ``TF_DIST_DEBUG`` asks for it, every collec
 from __future__ import annotations
 
 import faulthandler
+import math
 import os
 import statistics
 import time
@@ -144,6 +145,13 @@ def limit_stalls(warn_s: float, abort_s: float, folder: Path | None = None) -> N
     if _ending is not None and _ending.watchdog is not None:
         _ending.watchdog.limits = limits
         _ending.watchdog.folder = folder or _ending.watchdog.folder
+
+
+def patience_s() -> float:
+    """Seconds that a rank waits for a single message of another one: as in collectives, ``abort_s``."""
+    watchdog = None if _ending is None else _ending.watchdog
+    limits = Limits() if watchdog is None else watchdog.limits
+    return limits.abort_s or math.inf
 
 
 def beat_ms() -> float:

@@ -10,6 +10,7 @@ Not for windows: what ranks share in memory is not fault tolerant.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -55,12 +56,19 @@ def dead(mpi: Any) -> list[int]:
     return sorted(MPI.Group.Translate_ranks(failed, list(range(failed.Get_size())), group))
 
 
-def agree(mpi: Any, fine: bool) -> bool:
-    """Whether all who live are fine, and none has died; the same on all of them. It waits for all."""
+def agree(mpi: Any, fine: bool, limit_s: float = math.inf) -> bool:
+    """Whether all who live are fine, and none has died; the same on all of them. It waits for all.
+
+    Raises:
+        TimeoutError: not all have come within ``limit_s``; no agreement may follow on this communicator.
+    """
+    deadline = time.monotonic() + limit_s
     flag = np.array([int(fine)], np.int32)
     try:
         request = mpi.Iagree(flag)
         while not request.Test():
+            if time.monotonic() > deadline:
+                raise TimeoutError
             time.sleep(LOOK_EVERY_S)
     except MPI.Exception as error:
         if not is_loss(error, mpi):

@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 
 from tf_dist.comm.base import Pending
+from tf_dist.comm.launch import patience_s
 from tf_dist.comm.words import named
 from tf_dist.errors import LaunchError, RankLost
 from tf_dist.parallel.updates import TOKENS, Replica, Totals, own_sum, scale_of
 
 # Between two looks of a rank that has nothing else to do.
 LOOK_EVERY_S = 0.00005
-# How long it waits for others, none of whom is heard of.
-PATIENCE_S = 600.0
 
 
 def step_alone(terms: list[np.ndarray], totals: Totals, clip_norm: float, replica: Replica) -> float:
@@ -58,7 +57,7 @@ def wait_for(messages: Sequence[Pending], rank: int) -> None:
     """Wait for messages to or from a rank, and leave the core to others meanwhile: MPI's own wait does not.
 
     Raises:
-        LaunchError: they take longer than `PATIENCE_S`.
+        LaunchError: they take longer than `patience_s`.
     """
     wait_until(lambda: all(one.done() for one in messages), lambda: False, lambda: [rank])
     for one in messages:
@@ -74,15 +73,15 @@ def wait_until(done: Callable[[], bool], look: Callable[[], bool], missing: Call
         missing: the ranks that are waited for.
 
     Raises:
-        LaunchError: nothing has come for `PATIENCE_S`.
+        LaunchError: nothing has come for `patience_s`.
     """
-    heard = time.monotonic()
+    heard, limit_s = time.monotonic(), patience_s()
     while not done():
         if look():
             heard = time.monotonic()
-        elif time.monotonic() - heard > PATIENCE_S:
+        elif time.monotonic() - heard > limit_s:
             raise LaunchError(
-                f"nothing was heard of {named(missing())} for {PATIENCE_S:.0f} s. Is a rank stopped, or a "
+                f"nothing was heard of {named(missing())} for {limit_s:.0f} s. Is a rank stopped, or a "
                 "link down?"
             )
         else:

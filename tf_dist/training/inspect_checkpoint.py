@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tf_dist.errors import CheckpointError
 from tf_dist.training import checkpoint
-from tf_dist.training.manifest import read_manifest
+from tf_dist.training.manifest import file_sizes, read_manifest
 
 # Facts that take too much room; `config` is also in the run folder's config.yaml.
 LONG_FACTS = ("config", "versions", "bits_depend_on")
@@ -62,7 +62,11 @@ def shown(path: Path) -> str:
         assert newest is not None
         chosen, manifest = newest, read_manifest(newest)
     tensors, facts = manifest["tensors"], manifest["facts"]
-    lines = [f"{chosen}: step {manifest['step']}, {_size(tensors)}"]
+    is_best = checkpoint.best(chosen.resolve().parent) == chosen.resolve()
+    best = ", the best by validation loss" if is_best else ""
+    lines = [f"{chosen}: step {manifest['step']}, {_size(tensors)}{best}"]
+    files = [f"{name} {size / 1e6:.2f} MB" for name, size in file_sizes(tensors).items()]
+    lines.append(f"  format version {manifest['version']}: {', '.join(sorted(files))}")
     lines += [f"  {name}: {json.dumps(facts[name])}" for name in sorted(facts) if name not in LONG_FACTS]
     lines += [
         f"  {name}: {', '.join(f'{key} {json.dumps(value)}' for key, value in sorted(facts[name].items()))}"

@@ -272,7 +272,7 @@ class Job:
         self._say_saved(now, **changes)
 
     def _say_saved(self, saved: dict[str, Any], **changes: Any) -> None:
-        now = {"bad_steps": self.trainer.bad.total, **saved}
+        now = {"bad_steps": self.trainer.bad.total, "ranks": self.comm.size, **saved}
         if self.trainer.spikes.rollbacks:
             now["rollbacks"] = self.trainer.spikes.rollbacks
         if self.trainer.lost:

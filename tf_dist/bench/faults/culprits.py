@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, NoReturn
 from tf_dist.bench import running
 from tf_dist.restarts import own_mpirun
 
-MODULE = "tf_dist.bench.faults_of_culprits"
+MODULE = "tf_dist.bench.faults.culprits"
 FOLDER = running.FOLDER / "faults"
 RANKS, STEPS, SEEDS = 3, 12, 50
 PHASES = ("before", "among", "after")

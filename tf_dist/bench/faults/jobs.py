@@ -28,7 +28,7 @@ from tf_dist.bench import running
 from tf_dist.restarts import own_mpirun
 
 FOLDER = running.FOLDER / "faults" / "jobs"
-SCRIPT = str(Path(__file__).resolve().parents[2] / "scripts" / "train.py")
+SCRIPT = str(Path(__file__).resolve().parents[3] / "scripts" / "train.py")
 ULFM = ("--with-ft", "ulfm")
 STEPS = 60
 # Small, so that a job is not much more than its start; a checkpoint and a validation now and then.

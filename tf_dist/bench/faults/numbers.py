@@ -23,7 +23,7 @@ from tf_dist.faults.spec import parse
 if TYPE_CHECKING:
     from tf_dist.comm.base import Comm
 
-MODULE = "tf_dist.bench.faults_of_numbers"
+MODULE = "tf_dist.bench.faults.numbers"
 RANKS, SEEDS, STEPS, EVERY = 3, 20, 24, 8
 KINDS = ("nan", "bitflip")
 

@@ -4,10 +4,10 @@
     python scripts/bench.py faults files               # some parts of it
     python scripts/bench.py faults in-place restarts seeds=10
 
-The parts: checkpoints are damaged, and their writers killed (`faults_of_files`); ranks are killed, and the
-others finish the step (`faults_in_place`); jobs are started again, go on with other numbers of ranks, begin
-again without those who died, are killed once a minute (`faults_of_jobs`); gradients and weights are spoiled
-(`faults_of_numbers`); one rank fails, leaves, crashes or stops (`faults_of_culprits`).
+The parts: checkpoints are damaged, and their writers killed (`files`); ranks are killed, and the
+others finish the step (`in_place`); jobs are started again, go on with other numbers of ranks, begin
+again without those who died, are killed once a minute (`jobs`); gradients and weights are spoiled
+(`numbers`); one rank fails, leaves, crashes or stops (`culprits`).
 """
 
 from __future__ import annotations
@@ -16,14 +16,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tf_dist.bench import (
-    faults_in_place,
-    faults_of_culprits,
-    faults_of_files,
-    faults_of_jobs,
-    faults_of_numbers,
-    running,
-)
+from tf_dist.bench import running
+from tf_dist.bench.faults import culprits, files, in_place, jobs, numbers
 from tf_dist.errors import UsageError
 
 FOLDER = running.FOLDER / "faults"
@@ -59,32 +53,32 @@ def _seeds(options: dict[str, str], usual: int) -> int:
 
 
 def _files(options: dict[str, str]) -> Found:
-    found = faults_of_files.main()
-    return found, faults_of_files.table(found), faults_of_files.sound(found)
+    found = files.main()
+    return found, files.table(found), files.sound(found)
 
 
 def _in_place(options: dict[str, str]) -> Found:
-    counts = (int(options["ranks"]),) if "ranks" in options else faults_in_place.RANKS
-    jobs = faults_in_place.main(_seeds(options, faults_in_place.SEEDS), counts)
-    sound = all(len(faults_in_place.sound(job)) == len(job["runs"]) for job in jobs)
-    return jobs, faults_in_place.table(jobs), sound
+    counts = (int(options["ranks"]),) if "ranks" in options else in_place.RANKS
+    found = in_place.main(_seeds(options, in_place.SEEDS), counts)
+    sound = all(len(in_place.sound(job)) == len(job["runs"]) for job in found)
+    return found, in_place.table(found), sound
 
 
 def _numbers(options: dict[str, str]) -> Found:
-    found = faults_of_numbers.main(_seeds(options, faults_of_numbers.SEEDS), FOLDER)
-    return found, faults_of_numbers.table(found), faults_of_numbers.sound(found)
+    found = numbers.main(_seeds(options, numbers.SEEDS), FOLDER)
+    return found, numbers.table(found), numbers.sound(found)
 
 
 def _culprits(options: dict[str, str]) -> Found:
-    found = faults_of_culprits.main(_seeds(options, faults_of_culprits.SEEDS))
-    return found, faults_of_culprits.table(found), faults_of_culprits.sound(found)
+    found = culprits.main(_seeds(options, culprits.SEEDS))
+    return found, culprits.table(found), culprits.sound(found)
 
 
 def _of_jobs(part: str) -> Callable[[dict[str, str]], Found]:
     def run(options: dict[str, str]) -> Found:
-        lines = faults_of_jobs.main(part, _seeds(options, faults_of_jobs.SEEDS[part]))
+        lines = jobs.main(part, _seeds(options, jobs.SEEDS[part]))
         kept = [line._asdict() for line in lines]
-        return kept, faults_of_jobs.table(lines), all(line.sound for line in lines)
+        return kept, jobs.table(lines), all(line.sound for line in lines)
 
     return run
 
@@ -92,7 +86,7 @@ def _of_jobs(part: str) -> Callable[[dict[str, str]], Found]:
 PARTS: dict[str, Callable[[dict[str, str]], Found]] = {
     "files": _files,
     "in-place": _in_place,
-    **{part: _of_jobs(part) for part in faults_of_jobs.SEEDS},
+    **{part: _of_jobs(part) for part in jobs.SEEDS},
     "numbers": _numbers,
     "culprits": _culprits,
 }

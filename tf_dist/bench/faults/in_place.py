@@ -18,7 +18,7 @@ from typing import Any
 from tf_dist.bench import running
 from tf_dist.restarts import own_mpirun
 
-MODULE = "tf_dist.bench.faults_on_ranks"
+MODULE = "tf_dist.bench.faults.on_ranks"
 FOLDER = running.FOLDER / "faults"
 RANKS: tuple[int, ...] = (3, 4)
 SEEDS = 50

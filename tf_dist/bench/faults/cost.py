@@ -3,10 +3,13 @@
     python scripts/bench.py fault-cost                 # three models on 2 ranks, some minutes
     python scripts/bench.py fault-cost gpt-0.81M
 
-ULFM is a switch of mpirun, so jobs with and without it take turns. The rest is measured in one job: what a
-beat of the watchdog takes, four times a second; what a comparison takes, every `--check-every` steps; and by
-how much steps take longer in which a checkpoint is begun and written, against as many without. How often one
-is saved is Young's interval (1974): the square root of 2 x cost of a checkpoint x time between failures.
+ULFM is a switch of mpirun, so jobs with and without it take turns. Two jobs of a large model differ by more
+than it can cost, so what counts is how many milliseconds longer the steps of a tiny model take, whose
+collectives are as many; beside it stands what the steps of the model itself have taken. The rest is measured
+in one job: what a beat of the watchdog takes, four times a second; what a comparison takes, every
+`--check-every` steps; and by how much steps take longer in which a checkpoint is begun and written, against
+as many without. How often one is saved is Young's interval (1974): the square root of 2 x cost of a
+checkpoint x time between failures.
 """
 
 from __future__ import annotations
@@ -18,12 +21,15 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tf_dist.bench import models, running
 from tf_dist.restarts import own_mpirun
 
-MODULE = "tf_dist.bench.fault_cost"
+if TYPE_CHECKING:
+    from tf_dist.comm.base import Comm
+
+MODULE = "tf_dist.bench.faults.cost"
 FOLDER = running.FOLDER / "fault-cost"
 RANKS = 2
 DROPPED = 3
@@ -32,40 +38,58 @@ STRETCH_S, PAIRS = 4.0, 5
 # Between failures. A cluster of some hundred nodes has one in some hours; one an hour is hard times.
 FAILS_EVERY_S = 3600.0
 TARGET = 2.0
+# Its steps take a few milliseconds.
+TINY, TINY_JOBS, TINY_STEPS = "tiny-gpt", 5, 400
+# Of each kind of mpirun, what jobs have found.
+Jobs = dict[str, list[dict[str, float]]]
 
 
 def main(words: Sequence[str] = ()) -> int:
     """Start the jobs and print a table; 1 where all of it together costs more than the target."""
-    rows, kept = [], dict[str, Any]()
+    tiny = _alternating(TINY, TINY_JOBS)
+    rows, kept = [], {TINY: tiny}
     for name in models.chosen(list(words)):
-        found: dict[str, list[dict[str, float]]] = {"plain": [], "ulfm": []}
-        for number in range(2 * max(2, running.ROUNDS)):
-            kind = "ulfm" if number % 2 else "plain"
-            print(f"{name}, {kind} ...", flush=True)
-            flags = ["--with-ft", "ulfm"] if kind == "ulfm" else []
-            by = [own_mpirun(), *flags, "-np", str(RANKS)]
-            found[kind].append(running.measured(RANKS, MODULE, name, kind, folder=FOLDER, by=by))
-        kept[name] = found
-        rows.append(shares(found))
-    print(f"\n{table(list(kept), rows)}\nin {running.save('fault-cost', kept)}")
+        kept[name] = _alternating(name, max(2, running.ROUNDS))
+        rows.append(shares(kept[name], tiny))
+    print(f"\n{table(list(kept)[1:], rows)}\nin {running.save('fault-cost', kept)}")
     return int(any(row["together"] > TARGET for row in rows))
 
 
-def shares(found: dict[str, list[dict[str, float]]]) -> dict[str, float]:
-    """Each cost in percent of a step, from the medians of both kinds of jobs."""
-    step_ms, ulfm_ms = (statistics.median(job["step"] for job in found[kind]) for kind in ("plain", "ulfm"))
+def _alternating(name: str, rounds: int) -> Jobs:
+    """Jobs without and with ULFM, by turns."""
+    found: Jobs = {"plain": [], "ulfm": []}
+    for number in range(2 * rounds):
+        kind = "ulfm" if number % 2 else "plain"
+        print(f"{name}, {kind} ...", flush=True)
+        flags = ["--with-ft", "ulfm"] if kind == "ulfm" else []
+        by = [own_mpirun(), *flags, "-np", str(RANKS)]
+        found[kind].append(running.measured(RANKS, MODULE, name, kind, folder=FOLDER, by=by))
+    return found
+
+
+def _steps_ms(found: Jobs) -> tuple[float, float]:
+    """Of a step without and with ULFM."""
+    plain, ulfm = (statistics.median(job["step"] for job in found[kind]) for kind in ("plain", "ulfm"))
+    return plain, ulfm
+
+
+def shares(found: Jobs, tiny: Jobs) -> dict[str, float]:
+    """Each cost in percent of a step, from the medians of both kinds of jobs of a model and of a tiny one."""
+    step_ms, ulfm_ms = _steps_ms(found)
+    tiny_ms, tiny_ulfm_ms = _steps_ms(tiny)
     jobs = found["plain"] + found["ulfm"]
     middle = {key: statistics.median(job[key] for job in jobs) for key in ("beat", "compare", "save")}
     cost_s = max(0.0, middle["save"]) / 1e3
     interval_s = math.sqrt(2 * cost_s * FAILS_EVERY_S)
     row = {
         "step ms": step_ms,
-        "ulfm": 100 * (ulfm_ms / step_ms - 1),
+        "ulfm": 100 * max(0.0, tiny_ulfm_ms - tiny_ms) / step_ms,
+        "ulfm itself": 100 * (ulfm_ms / step_ms - 1),
         "watchdog": 100 * middle["beat"] / 1e3 / jobs[0]["beat_every_s"],
         "sentinel": 100 * middle["compare"] / jobs[0]["check_every"] / step_ms,
         "checkpoint": 100 * cost_s / interval_s if interval_s else 0.0,
     }
-    together = max(0.0, row["ulfm"]) + row["watchdog"] + row["sentinel"] + row["checkpoint"]
+    together = row["ulfm"] + row["watchdog"] + row["sentinel"] + row["checkpoint"]
     return row | {"together": together, "save ms": middle["save"], "interval_s": interval_s}
 
 
@@ -75,6 +99,7 @@ def table(names: Sequence[str], rows: Sequence[dict[str, float]]) -> str:
         "2 ranks, % of a step",
         "step ms",
         "ULFM",
+        "(itself)",
         "watchdog",
         "sentinel",
         "a save, ms",
@@ -82,7 +107,13 @@ def table(names: Sequence[str], rows: Sequence[dict[str, float]]) -> str:
     ]
     cells = [
         [
-            *(name, f"{row['step ms']:.1f}", f"{row['ulfm']:+.1f}", f"{row['watchdog']:.2f}"),
+            *(
+                name,
+                f"{row['step ms']:.1f}",
+                f"{row['ulfm']:.2f}",
+                f"({row['ulfm itself']:+.1f})",
+                f"{row['watchdog']:.2f}",
+            ),
             *(f"{row['sentinel']:.2f}", f"{row['save ms']:.0f}", f"{row['interval_s']:.0f}"),
             *(f"{row['checkpoint']:.2f}", f"{row['together']:.1f}"),
         ]
@@ -102,14 +133,19 @@ def on_ranks(name: str, out: Path) -> None:
     from tf_dist.bench.ways import trainer_of
     from tf_dist.training.saving import Saver
 
+    found: dict[str, Any]
     recipe = models.RECIPES[name]
     trainer, sequences, sampler = trainer_of(comm, recipe.sizes, recipe.rows, micro_batches=2)
 
     def step() -> None:
         trainer.train_step(sequences, sampler)
 
+    if name == TINY:
+        found = running.interleaved(comm, {"step": step}, TINY_STEPS, TINY_STEPS // 10)
+        _leave(comm, found, out)
+        return
     works = {"step": step, "compare": lambda: trainer.sentinel.compare(trainer.step)}
-    found: dict[str, Any] = running.interleaved(comm, works, DROPPED + 2 * recipe.steps, DROPPED)
+    found = running.interleaved(comm, works, DROPPED + 2 * recipe.steps, DROPPED)
     saver = Saver(trainer, out.with_suffix(""), keep=1)
     count = max(2, round(1e3 * STRETCH_S / found["step"]))
 
@@ -128,6 +164,10 @@ def on_ranks(name: str, out: Path) -> None:
     found["save"] = statistics.median(saved - calm for calm, saved in pairs)
     found |= {"beat": launch.beat_ms(), "beat_every_s": watchdog.BEAT_S}
     found["check_every"] = trainer.sentinel.every
+    _leave(comm, found, out)
+
+
+def _leave(comm: Comm, found: dict[str, Any], out: Path) -> None:
     if comm.rank == 0:
         out.write_text(json.dumps(found))
 
