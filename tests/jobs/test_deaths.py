@@ -171,9 +171,12 @@ def test_a_run_goes_on_without_its_first_rank(killed, first_run):
     assert saved == others
 
 
-def test_a_run_goes_on_and_says_what_happened(killed, first_run):
-    """Without a worker of a master the weights are those of `--update allreduce`, where nobody is ahead."""
-    run = killed(2, "--update", "downpour", "--staleness", "0")
+def test_a_run_goes_on_and_says_what_happened(train_with, first_run):
+    """Without a worker of a master the weights are those of `--update allreduce`, where nobody is ahead.
+
+    Killed at a chosen step: where a death meets the ranks in a collective, all begin again instead.
+    """
+    run = train_with("kill:rank=2,step=25", "--update", "downpour", "--staleness", "0")
     assert "rank 2 has died after" in run.job.output
     assert run.status["state"] == "done" and run.status["ranks_lost"] == [2]
     assert run.status["weights_sha256"] == first_run.status["weights_sha256"]
