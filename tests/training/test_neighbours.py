@@ -119,6 +119,7 @@ def test_copies_that_are_not_finished_do_not_count():
     del left[1]
     left[0]._kept.pop()
     assert [trainer.step for trainer, _ in given_back(left)] == [5, 5]
+    assert [[kept.step for kept in one._kept] for one in left] == [[5], [5]]
 
 
 def test_what_was_kept_by_fewer_is_newer_than_what_was_kept_by_all():

@@ -80,6 +80,7 @@ class Neighbours:
         comm, entries = trainer.comm, trainer.whole().entries
         self._last = (training, self._last[1] + 1 if self._last[0] == training else 1)
         if comm.size == 1:
+            self.forget()
             return
         owner_of = shards.dealt([entry.size_bytes for entry in entries], range(comm.size))
         # All have come to this with the last copies in hand, before anybody gives up the ones before.
@@ -141,6 +142,8 @@ class Neighbours:
         """
         comm, whole = trainer.comm, trainer.whole()
         kept = self._of(found)
+        # Later ones were not finished when somebody died, and are not to push this one out.
+        self._kept = [] if kept is None else [kept]
         root = min(found.holder_of.values())
         known = kept and [kept.facts, kept.tensors, kept.owner_of]
         facts, tensors, owner_of = comm.broadcast_obj(known, root)
@@ -156,8 +159,7 @@ class Neighbours:
 
     def forget(self) -> None:
         """Nothing that was kept is to be gone on from: the training has gone back to before it."""
-        while self._kept:
-            self._give_up_oldest()
+        self._kept.clear()
 
     def _all_have_room(self, comm: Comm, sizes: Sequence[int]) -> bool:
         while len(self._kept) > 1:
