@@ -103,6 +103,15 @@ def test_who_is_behind_takes_over_all_that_a_step_has_changed(weight):
     assert weight.tolist() == [3.0, 4.0]
 
 
+def test_who_is_behind_by_what_was_no_step_asks_for_no_state(weight):
+    """That would be a collective in which those who are ahead take no part."""
+    comm = Ranks(agreed=[[2], None], said=[[1], [4], ["validated", [4, 40, False, 1, 0]]])
+    trainer = trainer_of(comm, weight)
+    trainer.whole = lambda: pytest.fail("nobody else is there")
+    assert InPlace(trainer)(failing(LOST)) == "validated"
+    assert trainer.step == 4 and weight.tolist() == [1.0, 2.0]
+
+
 def test_who_is_ahead_gives_and_begins_again(weight):
     comm = Ranks(agreed=[[2], None], said=[[0], [3]])
     trainer = trainer_of(comm, weight)

@@ -177,8 +177,9 @@ class InPlace:
         trainer = self._trainer
         trainer.step, tokens, trainer.stopped, *trainer.bad.counters = ahead.counters
         trainer.resume_counting(tokens)
-        for entry, array in zip(trainer.whole().entries, ahead.arrays, strict=False):
-            entry.pieces[0].write(array)
+        if ahead.arrays:  # else it was no step; and to ask for the whole is a collective, of which others know
+            for entry, array in zip(trainer.whole().entries, ahead.arrays, strict=True):
+                entry.pieces[0].write(array)
 
     def _note(self, lost: list[int], ms: float, was_first: bool) -> None:
         trainer = self._trainer
