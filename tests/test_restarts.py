@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from tf_dist import restarts
 from tf_dist.__main__ import main
 from tf_dist.restarts import Patience, saved_step, with_run_dir
 
@@ -23,6 +24,10 @@ if ends[0].startswith("+"):
 word = ends[0].strip("+")
 if word == "kill":
     os.kill(os.getpid(), signal.SIGKILL)
+if word == "deaf":
+    (run_dir / "status.json").write_text('{"state": "failed"}')
+    while True:
+        signal.pause()
 if word == "wait":
     (run_dir / "waiting").touch()
     signal.pause()
@@ -71,6 +76,16 @@ def test_patience_ends(run, capfd):
 
 def test_a_signal_is_counted_as_shells_do(run):
     assert run("kill 0", "--tries", "1") == (137, "0")
+
+
+def test_a_launcher_that_does_not_end_after_its_job_has_failed(run, tmp_path, monkeypatch, capfd):
+    """What the job before has said does not count."""
+    monkeypatch.setattr(restarts, "DEAF_S", 0.1)
+    monkeypatch.setattr(restarts, "LOOK_EVERY_S", 0.02)
+    (tmp_path / "status.json").write_text('{"state": "failed"}')
+    assert run("70 deaf 0") == (0, "")
+    said = capfd.readouterr().err
+    assert said.count("it is killed. Is a host out of reach?") == 1 and "ended with signal 9" in said
 
 
 def test_new_checkpoints_bring_new_patience(run):

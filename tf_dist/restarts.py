@@ -8,6 +8,8 @@ gradient that is not finite, no checkpoint that can be used.
 
 from __future__ import annotations
 
+import json
+import math
 import signal
 import subprocess
 import sys
@@ -33,6 +35,9 @@ HOPELESS = {
     for kind in (UsageError, DataError, BackendMissing, NumericError, CheckpointError, LaunchError)
 }
 RUN_DIR = "--run-dir"
+# mpirun may wait for ever for a host that cannot be reached: it may live so much longer than the job.
+DEAF_S = 60.0
+LOOK_EVERY_S = 1.0
 # These mean that the job is to end, not to begin again.
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -118,9 +123,26 @@ class Restarts:
         if self._told_to_end:  # while it was being started
             self._job.terminate()
         try:
-            return self._job.wait()
+            return self._ended(self._job)
         finally:
             self._job = None
+
+    def _ended(self, job: subprocess.Popen[bytes]) -> int:
+        """Wait for the end of a job; kill it where its ranks say that it has failed, and it lives on."""
+        before, failed_since = _failure(self._run_dir), math.inf
+        while True:
+            try:
+                return job.wait(LOOK_EVERY_S)
+            except subprocess.TimeoutExpired:
+                now = time.monotonic()
+            failed = _failure(self._run_dir)
+            failed_since = min(failed_since, now) if failed and failed != before else math.inf
+            if now - failed_since >= DEAF_S:
+                self._say(
+                    f"the job has failed, and its mpirun has not ended for {DEAF_S:g} s: it is killed. "
+                    "Is a host out of reach?"
+                )
+                job.kill()
 
     def _wait(self, seconds: float) -> None:
         """Sleep, but not on when a signal came."""
@@ -132,6 +154,16 @@ class Restarts:
         self._told_to_end = True
         if self._job is not None:
             self._job.send_signal(number)
+
+
+def _failure(run_dir: Path) -> int:
+    """When, in ns, the job in a run folder has said that it has failed; 0: it has not."""
+    path = run_dir / "status.json"
+    try:
+        failed = json.loads(path.read_text())["state"] == "failed"
+        return path.stat().st_mtime_ns if failed else 0
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
 
 
 def saved_step(run_dir: Path) -> int:

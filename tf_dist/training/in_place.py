@@ -177,7 +177,9 @@ class InPlace:
         trainer = self._trainer
         trainer.step, tokens, trainer.stopped, *trainer.bad.counters = ahead.counters
         trainer.resume_counting(tokens)
-        if ahead.arrays:  # else it was no step; and to ask for the whole is a collective, of which others know
+        if (
+            ahead.arrays
+        ):  # else it was no step; and to ask for the whole is a collective, of which others know
             for entry, array in zip(trainer.whole().entries, ahead.arrays, strict=True):
                 entry.pieces[0].write(array)
 
