@@ -88,6 +88,7 @@ def flags() -> Parser:
         "--rate", default="1gbit", help="speed of a host's link: 1gbit, 100mbit, 56kbit (1gbit)"
     )
     parser.add_argument("--np", type=int, default=0, help="number of ranks, host by host (all slots)")
+    parser.add_argument("--ulfm", action="store_true", help="ranks may die, and the others go on")
     parser.add_argument("--check", action="store_true", help="only say whether it can be done here")
     return parser
 
@@ -260,6 +261,7 @@ def launch_line(mpirun: str, options: argparse.Namespace, hosts: Sequence[Host])
     return [
         *(
             mpirun,
+            *(("--with-ft", "ulfm") if options.ulfm else ()),
             "-np",
             str(options.np),
             "--host",

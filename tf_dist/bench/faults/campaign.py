@@ -1,6 +1,6 @@
 """Everything is broken on purpose, from a seed, and the weights must be those of an undisturbed run.
 
-    python scripts/bench.py faults                     # all of it, three quarters of an hour
+    python scripts/bench.py faults                     # all of it, an hour
     python scripts/bench.py faults files               # some parts of it
     python scripts/bench.py faults in-place restarts seeds=10
 

@@ -3,6 +3,7 @@
     python scripts/bench.py faults restarts            # 50 jobs on 2 ranks, started again by `tf_dist run`
     python scripts/bench.py faults resume              # stopped on 1 to 4 ranks, gone on with on 1 to 4
     python scripts/bench.py faults others              # ZeRO, a master and grids under ULFM
+    python scripts/bench.py faults hosts               # two emulated hosts of two ranks each, under ULFM
     python scripts/bench.py faults goodput             # four minutes on 4 ranks, one kill a minute
 
 Each must end with the weights of a job that nobody disturbed.
@@ -29,6 +30,10 @@ from tf_dist.restarts import own_mpirun
 
 FOLDER = running.FOLDER / "faults" / "jobs"
 SCRIPT = str(Path(__file__).resolve().parents[3] / "scripts" / "train.py")
+CLUSTER = [
+    *(sys.executable, str(Path(SCRIPT).with_name("emulate_cluster.py"))),
+    *("--hosts", "2", "--slots", "2"),
+]
 ULFM = ("--with-ft", "ulfm")
 STEPS = 60
 # Small, so that a job is not much more than its start; a checkpoint and a validation now and then.
@@ -178,6 +183,18 @@ def elsewhere(flags: Sequence[str], seed: int, ranks: int = 4, deaths: int = 2) 
     return job.wait()
 
 
+def over_hosts(flags: Sequence[str], seed: int, whole_host: bool) -> Ended:
+    """A job on two emulated hosts under ULFM, of which one rank is killed, or both of the second host."""
+    chance = random.Random(f"hosts {flags} {seed}")  # noqa: S311 - nothing secret
+    step, dead = chance.randrange(1, STEPS - 2), (2, 3) if whole_host else (chance.randrange(4),)
+    command = [*CLUSTER, "--ulfm", "--", sys.executable, SCRIPT, *SMALL, *flags]
+    job = Job(command, FOLDER / f"hosts-{len(dead)}-{seed}")
+    if job.wait_for(lambda: len(job.rows()) >= step):
+        for rank in dead:
+            job.kill(rank)
+    return job.wait()
+
+
 def goodput(ranks: int = 4) -> dict[str, Any]:
     """Kill a rank a minute, and see which share of the time went into steps that counted."""
     steps = ("--steps", "100000000")
@@ -244,6 +261,21 @@ def by_other_updates(seeds: int, calm: str) -> Iterator[Line]:
         yield Line(f"2 of 4 killed, {' '.join(flags)}", sum(good), seeds, more)
 
 
+def by_hosts(seeds: int, calm: str) -> Iterator[Line]:
+    """Jobs on two hosts: one of four ranks is killed, or all of a host."""
+    check = subprocess.run([*CLUSTER, "--check"], capture_output=True, text=True)
+    if check.returncode:
+        yield Line(f"two hosts: {check.stderr.strip()}", 0, 0)
+        return
+    for flags, whole_host in (((), False), (("--update", "zero", "--replicate", "1"), True)):
+        ended = [over_hosts(flags, seed, whole_host) for seed in range(seeds)]
+        took = [ms["ms"] for one in ended for ms in one.status.get("recoveries", [])] or [float("nan")]
+        who = "a host's 2 of 4" if whole_host else "1 of 4 on 2 hosts"
+        more = f"median {statistics.median(took):.0f} ms, worst {max(took):.0f} ms"
+        good = sum(one.weights == calm for one in ended)
+        yield Line(f"{who} killed {' '.join(flags)}", good, seeds, more)
+
+
 def by_the_minute(seeds: int, calm: str) -> Iterator[Line]:
     """Jobs of some minutes in which a rank is killed each minute."""
     for _ in range(seeds):
@@ -253,8 +285,14 @@ def by_the_minute(seeds: int, calm: str) -> Iterator[Line]:
         yield Line("goodput, a kill a minute, np 4", found["kills"], KILLS, more)
 
 
-PARTS = {"restarts": by_restart, "resume": by_resume, "others": by_other_updates, "goodput": by_the_minute}
-SEEDS = {"restarts": 50, "resume": 1, "others": 5, "goodput": 1}
+PARTS = {
+    "restarts": by_restart,
+    "resume": by_resume,
+    "others": by_other_updates,
+    "hosts": by_hosts,
+    "goodput": by_the_minute,
+}
+SEEDS = {"restarts": 50, "resume": 1, "others": 5, "hosts": 10, "goodput": 1}
 
 
 def main(part: str, seeds: int) -> list[Line]:
