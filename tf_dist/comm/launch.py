@@ -255,6 +255,9 @@ def _import_mpi() -> Any:
             _refuse(_different_mpis(started), launched_rank(os.environ))
         # Open MPI's window over UCX cannot be had on one node, and says so in a line for each window.
         os.environ.setdefault("OMPI_MCA_osc", "^ucx")
+        from tf_dist.comm import survive
+
+        survive.prepare(os.environ)
         _wait_until_all_ranks_have_started(MPI)
     return MPI
 

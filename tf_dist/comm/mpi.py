@@ -328,16 +328,25 @@ class MPIComm(Comm):
         self._mpi.Barrier()
 
     def _allgather_bytes(self, raw: bytes) -> list[bytes]:
-        counts = np.empty(self.size, np.int64)
-        self._mpi.Allgather(np.array([len(raw)], np.int64), counts)
-        everything = np.empty(int(counts.sum()), np.uint8)
+        counts = self._from_all(self._mpi, len(raw))
+        everything = np.zeros(int(counts.sum()), np.uint8)  # which, cut short by a death, is no JSON
         self._mpi.Allgatherv(np.frombuffer(raw, np.uint8), [everything, counts.tolist()])
         return [part.tobytes() for part in np.split(everything, np.cumsum(counts)[:-1])]
 
     def _allgather_calls(self, calls: int) -> list[int]:
-        calls_R = np.empty(self.size, np.int64)
-        self._apart.Allgather(np.array([calls], np.int64), calls_R)
-        return [int(one) for one in calls_R]
+        return [int(one) for one in self._from_all(self._apart, calls)]
+
+    def _from_all(self, mpi: Any, count: int) -> np.ndarray:
+        """A count of each rank.
+
+        Raises:
+            RankLost: one has died, and MPI says nothing of it: it has cut the collective short.
+        """
+        counts = np.full(self.size, -1, np.int64)
+        mpi.Allgather(np.array([count], np.int64), counts)
+        if self.survives and counts.min() < 0:
+            raise RankLost("a rank has died")
+        return counts
 
 
 class _Message:
