@@ -160,6 +160,11 @@ class Job:
         recovery = self._deaths.over(self.trainer.step)
         if recovery is not None:
             self.run.say(f"going on after {recovery.ms / 1e3:.1f} s")
+        if self.config.replicate and not self.keeps_copies:
+            why = "this is for mpirun --with-ft ulfm"
+            if self.comm.survives:
+                why = "who is left can finish a step"
+            self.run.say(f"copies    none are kept in memory: {why}")
         self.run.write("config.yaml", self.config.as_yaml())
         tokenizer = (self.corpus.path / "tokenizer.json").read_text(encoding="utf-8")
         self.run.write("tokenizer.json", tokenizer)
