@@ -4,7 +4,16 @@ import pytest
 
 from tf_dist.bench.faults import cost
 
-JOB = {"step": 100.0, "compare": 2.0, "save": 200.0, "beat": 0.1, "beat_every_s": 0.25, "check_every": 100}
+JOB = {
+    "step": 100.0,
+    "compare": 2.0,
+    "save": 200.0,
+    "exposed": 20.0,
+    "copies": 7.0,
+    "beat": 0.1,
+    "beat_every_s": 0.25,
+    "check_every": 100,
+}
 
 
 def jobs(*steps, **more):
@@ -25,7 +34,7 @@ def test_shares_of_a_step():
     assert row["checkpoint"] == pytest.approx(100 * 0.2 / row["interval_s"])
     assert row["together"] == pytest.approx(1.06 + row["checkpoint"])
     cells = cost.table(["a model"], [row]).splitlines()[-1].split()
-    assert cells[2:6] == ["100.0", "1.00", "(+3.0)", "0.04"] and cells[-1] == "1.6"
+    assert cells[2:6] == ["100.0", "1.00", "(+3.0)", "0.04"] and cells[-2:] == ["1.6", "7"]
 
 
 def test_what_costs_nothing_is_not_counted_against_the_rest():

@@ -8,8 +8,9 @@ than it can cost, so what counts is how many milliseconds longer the steps of a 
 collectives are as many; beside it stands what the steps of the model itself have taken. The rest is measured
 in one job: what a beat of the watchdog takes, four times a second; what a comparison takes, every
 `--check-every` steps; and by how much steps take longer in which a checkpoint is begun and written, against
-as many without. How often one is saved is Young's interval (1974): the square root of 2 x cost of a
-checkpoint x time between failures.
+as many without; "waited" is what ranks wait for before they go on. How often one is saved is Young's interval
+(1974): the square root of 2 x cost of a checkpoint x time between failures. The last column is what
+`--replicate` costs each time; usually it is off.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ FAILS_EVERY_S = 3600.0
 TARGET = 2.0
 # Its steps take a few milliseconds.
 TINY, TINY_JOBS, TINY_STEPS = "tiny-gpt", 5, 400
+# In milliseconds, once each.
+MEASURED = ("beat", "compare", "save", "exposed", "copies")
 # Of each kind of mpirun, what jobs have found.
 Jobs = dict[str, list[dict[str, float]]]
 
@@ -78,7 +81,7 @@ def shares(found: Jobs, tiny: Jobs) -> dict[str, float]:
     step_ms, ulfm_ms = _steps_ms(found)
     tiny_ms, tiny_ulfm_ms = _steps_ms(tiny)
     jobs = found["plain"] + found["ulfm"]
-    middle = {key: statistics.median(job[key] for job in jobs) for key in ("beat", "compare", "save")}
+    middle = {key: statistics.median(job[key] for job in jobs) for key in MEASURED}
     cost_s = max(0.0, middle["save"]) / 1e3
     interval_s = math.sqrt(2 * cost_s * FAILS_EVERY_S)
     row = {
@@ -90,7 +93,8 @@ def shares(found: Jobs, tiny: Jobs) -> dict[str, float]:
         "checkpoint": 100 * cost_s / interval_s if interval_s else 0.0,
     }
     together = row["ulfm"] + row["watchdog"] + row["sentinel"] + row["checkpoint"]
-    return row | {"together": together, "save ms": middle["save"], "interval_s": interval_s}
+    more = {"save ms": middle["save"], "exposed ms": middle["exposed"], "copies ms": middle["copies"]}
+    return row | more | {"together": together, "interval_s": interval_s}
 
 
 def table(names: Sequence[str], rows: Sequence[dict[str, float]]) -> str:
@@ -103,6 +107,7 @@ def table(names: Sequence[str], rows: Sequence[dict[str, float]]) -> str:
         "watchdog",
         "sentinel",
         "a save, ms",
+        "(waited)",
         "interval, s",
     ]
     cells = [
@@ -114,12 +119,13 @@ def table(names: Sequence[str], rows: Sequence[dict[str, float]]) -> str:
                 f"({row['ulfm itself']:+.1f})",
                 f"{row['watchdog']:.2f}",
             ),
-            *(f"{row['sentinel']:.2f}", f"{row['save ms']:.0f}", f"{row['interval_s']:.0f}"),
-            *(f"{row['checkpoint']:.2f}", f"{row['together']:.1f}"),
+            *(f"{row['sentinel']:.2f}", f"{row['save ms']:.0f}", f"({row['exposed ms']:.0f})"),
+            *(f"{row['interval_s']:.0f}", f"{row['checkpoint']:.2f}", f"{row['together']:.1f}"),
+            f"{row['copies ms']:.0f}",
         ]
         for name, row in zip(names, rows, strict=True)
     ]
-    return running.table([*head, "checkpoints", "together"], cells)
+    return running.table([*head, "checkpoints", "together", "copies, ms"], cells)
 
 
 # On the ranks --------------------------------------------------------------------------------------
@@ -131,6 +137,7 @@ def on_ranks(name: str, out: Path) -> None:
 
     comm = launch.connect()
     from tf_dist.bench.ways import trainer_of
+    from tf_dist.training.neighbours import Neighbours
     from tf_dist.training.saving import Saver
 
     found: dict[str, Any]
@@ -147,12 +154,12 @@ def on_ranks(name: str, out: Path) -> None:
     works = {"step": step, "compare": lambda: trainer.sentinel.compare(trainer.step)}
     found = running.interleaved(comm, works, DROPPED + 2 * recipe.steps, DROPPED)
     saver = Saver(trainer, out.with_suffix(""), keep=1)
-    count = max(2, round(1e3 * STRETCH_S / found["step"]))
+    count, waited = max(2, round(1e3 * STRETCH_S / found["step"])), list[float]()
 
     def stretch(save: bool) -> float:
         begun = time.perf_counter()
         if save:
-            saver.begin({})
+            waited.append(running.slowest(comm, lambda: saver.begin({})))
         for _ in range(count):
             step()
         if save:  # all that a save costs, also where it takes longer than the steps
@@ -162,6 +169,10 @@ def on_ranks(name: str, out: Path) -> None:
     stretch(True)  # which takes memory for the copies
     pairs = [(stretch(False), stretch(True)) for _ in range(PAIRS)]
     found["save"] = statistics.median(saved - calm for calm, saved in pairs)
+    found["exposed"] = statistics.median(waited[1:])
+    neighbours = Neighbours(print)
+    works = {"copies": lambda: neighbours.keep(trainer, {})}
+    found |= running.interleaved(comm, works, DROPPED + PAIRS, DROPPED)
     found |= {"beat": launch.beat_ms(), "beat_every_s": watchdog.BEAT_S}
     found["check_every"] = trainer.sentinel.every
     _leave(comm, found, out)
