@@ -105,7 +105,6 @@ def train(config: Config, corpus: Prepared, run: RunFolder, comm: Comm, deaths: 
     run.say(banner(config, comm, corpus, trainer, steps, steps_per_epoch))
     signal.signal(signal.SIGUSR1, lambda *_: trainer.request_stop())
     show = progress.display(config.progress, comm, steps, run.say)
-    row = (steps_per_epoch, job.tally, job.heard, show)
     job.begin()
 
     def fit() -> None:
@@ -116,7 +115,9 @@ def train(config: Config, corpus: Prepared, run: RunFolder, comm: Comm, deaths: 
             validation_bytes=corpus.meta["text_bytes"]["val"],
             eval_every=config.eval_every,
             callbacks=[
-                run_callbacks.LogRun(trainer, run, config.log_every, *row),
+                run_callbacks.LogRun(
+                    trainer, run, config.log_every, steps_per_epoch, job.tally, job.heard, show
+                ),
                 run_callbacks.SaveRun(trainer, config.save_every, job.save, job.finish, job.look, job.saved),
                 run_callbacks.KeepCopies(trainer, config.replicate * job.keeps_copies, job.keep_copies),
             ],

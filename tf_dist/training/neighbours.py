@@ -82,11 +82,11 @@ class Neighbours:
         if comm.size == 1:
             self.forget()
             return
-        owner_of = shards.dealt([entry.size_bytes for entry in entries], range(comm.size))
+        bytes_N = [entry.size_bytes for entry in entries]
+        owner_of = shards.dealt(bytes_N, range(comm.size))
         # All have come to this with the last copies in hand, before anybody gives up the ones before.
         to, source = partners(comm.allgather_obj(socket.gethostname()), comm.rank)
-        tensors = [{"name": one.name, "shape": list(one.shape), "dtype": one.dtype} for one in entries]
-        sizes = [_bytes_of(tensors, owner_of, owner) for owner in (comm.rank, source)]
+        sizes = [shards.bytes_of(bytes_N, owner_of, owner) for owner in (comm.rank, source)]
         if not self._all_have_room(comm, sizes):
             return
         mine, theirs = (self._room(size) for size in sizes)
@@ -95,6 +95,7 @@ class Neighbours:
             np.copyto(mine[offset : offset + tensor.nbytes].view(tensor.dtype), tensor.reshape(-1))
             offset += tensor.nbytes
         _exchange(comm, mine, to, theirs, source)
+        tensors = [{"name": one.name, "shape": list(one.shape), "dtype": one.dtype} for one in entries]
         shares = {comm.rank: mine, source: theirs}
         facts = {**position(trainer), **facts}
         self._kept.append(Kept(self._last, trainer.step, facts, tensors, owner_of, shares))
@@ -128,7 +129,8 @@ class Neighbours:
             if holder == comm.rank:
                 comm.isend(kept.shares[owner], to).wait()
             if to == comm.rank:
-                kept.shares[owner] = np.empty(_bytes_of(kept.tensors, kept.owner_of, owner), np.uint8)
+                sizes = [_size(tensor) for tensor in kept.tensors]
+                kept.shares[owner] = np.empty(shards.bytes_of(sizes, kept.owner_of, owner), np.uint8)
                 comm.irecv(kept.shares[owner], holder).wait()
 
     def give_back(self, trainer: Trainer, found: Found) -> dict[str, Any]:
@@ -203,10 +205,6 @@ def partners(hosts: Sequence[str], rank: int) -> tuple[int, int]:
     return ring[(at + 1) % len(ring)], ring[at - 1]
 
 
-def _bytes_of(tensors: Sequence[Mapping[str, Any]], owner_of: Sequence[int], owner: int) -> int:
-    return sum(_size(tensor) for tensor, one in zip(tensors, owner_of, strict=True) if one == owner)
-
-
 def _exchange(comm: Comm, mine: np.ndarray, to: int, theirs: np.ndarray, source: int) -> None:
     coming = comm.irecv(theirs, source)
     going = comm.isend(mine, to)
@@ -217,7 +215,7 @@ def _exchange(comm: Comm, mine: np.ndarray, to: int, theirs: np.ndarray, source:
 def _tensor(kept: Kept, number: int) -> np.ndarray:
     """One of the tensors whose share this rank has."""
     owner, sizes = kept.owner_of[number], [_size(one) for one in kept.tensors]
-    offset = sum(sizes[one] for one in range(number) if kept.owner_of[one] == owner)
+    offset = shards.bytes_of(sizes[:number], kept.owner_of[:number], owner)
     one = kept.tensors[number]
     raw = kept.shares[owner][offset : offset + sizes[number]]
     return np.ndarray(one["shape"], one["dtype"], raw.data)

@@ -29,13 +29,10 @@ LONG_S = 1.0
 SPARE = 2
 
 
-# Of the facts of a checkpoint those that `position` gives.
-POSITION = ("tokens", "elapsed_s", "tuned")
-
-
 def position(trainer: Trainer) -> dict[str, Any]:
     """Where a training is, beside its step, and what has been chosen by then that changes its bits."""
-    return dict(zip(POSITION, (trainer.tokens, trainer.elapsed_s, {"xla": trainer.replica.xla}), strict=True))
+    tuned = {"xla": trainer.replica.xla}
+    return {"tokens": trainer.tokens, "elapsed_s": trainer.elapsed_s, "tuned": tuned}
 
 
 def _unsaid(line: str) -> None:
@@ -88,16 +85,13 @@ class Saver:
         temporary = Path(on_root(trainer.comm, lambda: _begun(final)))
         plan = Plan(temporary, final, facts, writers, self._keep if keep is None else keep)
         whole = trainer.whole()
-        writer_of = shards.dealt([entry.size_bytes for entry in whole.entries], writers)
+        sizes = [entry.size_bytes for entry in whole.entries]
+        writer_of = shards.dealt(sizes, writers)
         mine = whole.shard(writer_of)
         flight = Flight(plan, trainer.comm.rank)
         # Who writes for others would need room for all that they hold.
         near = len(writers) == trainer.comm.size or trainer.mesh.plain
-        size = sum(
-            entry.size_bytes
-            for entry, writer in zip(whole.entries, writer_of, strict=True)
-            if writer == trainer.comm.rank
-        )
+        size = shards.bytes_of(sizes, writer_of, trainer.comm.rank)
         if self._background and near and self._all_have_room(size):
             copies = self._copied(mine, size)
             trainer.comm.barrier()

@@ -45,6 +45,11 @@ def dealt(sizes: Sequence[int], writers: Sequence[int]) -> list[int]:
     return of
 
 
+def bytes_of(sizes: Sequence[int], of: Sequence[int], writer: int) -> int:
+    """How many bytes were `dealt` to a writer."""
+    return sum(size for size, one in zip(sizes, of, strict=True) if one == writer)
+
+
 def begin(final: Path) -> Path:
     """Make the temporary folder of a checkpoint. Raises `OSError`."""
     temporary = temporary_name(final)

@@ -18,7 +18,7 @@ from tf_dist.errors import CheckpointError
 from tf_dist.training import checkpoint
 from tf_dist.training.manifest import read_manifest
 from tf_dist.training.meeting import REMEMBERED
-from tf_dist.training.saving import POSITION, Saver
+from tf_dist.training.saving import Saver
 from tf_dist.training.trainer import Trainer
 from tf_dist.training.whole import Entry
 
@@ -79,8 +79,7 @@ def restore(trainer: Trainer, path: Path) -> None:
     def check() -> list[Any]:
         manifest = checkpoint.verify(path)
         matching(manifest["tensors"], whole.entries, str(path))
-        facts = manifest["facts"]
-        return [manifest["step"], {name: facts[name] for name in POSITION if name in facts}]
+        return [manifest["step"], manifest["facts"]]
 
     go_on_at(trainer, *on_root(trainer.comm, check))
     arrays = None

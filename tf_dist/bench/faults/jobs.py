@@ -256,9 +256,13 @@ def by_other_updates(seeds: int, calm: str) -> Iterator[Line]:
         ended = [elsewhere(flags, seed) for seed in range(seeds)]
         exact = not ROUNDED & set(flags)
         good = [one.weights == calm if exact else one.weights is not None for one in ended]
-        took = [ms["ms"] for one in ended for ms in one.status.get("recoveries", [])] or [float("nan")]
-        more = f"median {statistics.median(took):.0f} ms, worst {max(took):.0f} ms"
-        yield Line(f"2 of 4 killed, {' '.join(flags)}", sum(good), seeds, more)
+        yield Line(f"2 of 4 killed, {' '.join(flags)}", sum(good), seeds, _how_long(ended))
+
+
+def _how_long(ended: Sequence[Ended]) -> str:
+    """From the error to where all go on."""
+    took = [ms["ms"] for one in ended for ms in one.status.get("recoveries", [])] or [float("nan")]
+    return f"median {statistics.median(took):.0f} ms, worst {max(took):.0f} ms"
 
 
 def by_hosts(seeds: int, calm: str) -> Iterator[Line]:
@@ -269,11 +273,9 @@ def by_hosts(seeds: int, calm: str) -> Iterator[Line]:
         return
     for flags, whole_host in (((), False), (("--update", "zero", "--replicate", "1"), True)):
         ended = [over_hosts(flags, seed, whole_host) for seed in range(seeds)]
-        took = [ms["ms"] for one in ended for ms in one.status.get("recoveries", [])] or [float("nan")]
         who = "a host's 2 of 4" if whole_host else "1 of 4 on 2 hosts"
-        more = f"median {statistics.median(took):.0f} ms, worst {max(took):.0f} ms"
         good = sum(one.weights == calm for one in ended)
-        yield Line(f"{who} killed {' '.join(flags)}", good, seeds, more)
+        yield Line(f"{who} killed {' '.join(flags)}", good, seeds, _how_long(ended))
 
 
 def by_the_minute(seeds: int, calm: str) -> Iterator[Line]:
