@@ -124,7 +124,8 @@ class Watchdog:
 
     def _members(self, comm: Comm) -> list[int]:
         """The ranks that belong together still: some may have died, and the others gone on."""
-        return list(comm.origin) or list(range(len(self._board.slots)))
+        apart = self._ending.members()
+        return sorted(apart) or list(comm.origin) or list(range(len(self._board.slots)))
 
     def _look(self, comm: Comm, now: float) -> None:
         members = self._members(comm)
