@@ -134,6 +134,8 @@ class Watchdog:
         stall = None
         if since and now - max(min(since), self._fresh_since) >= least:
             stall = judged([self.seen(rank, now) for rank in members])
+        if stall is not None and self._ending.members() and stall.is_the_end():
+            stall = None  # others have not ended yet, and are nobody's business
         if stall is not None and self._is_being_ended(stall, now):
             return
         if stall is not None and stall.first.waited_s >= least:
