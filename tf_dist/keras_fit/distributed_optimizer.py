@@ -4,8 +4,8 @@ The optimizer stays what it is and only its class changes, to a subclass that re
 anything else is done with them. Keras then clips, accumulates, decays and averages as always, with
 numbers that are the same on every rank. Saved files name the plain class: `__class__` says so.
 
-Gradients of embeddings become dense on the way, so an id that a batch repeats has one gradient, the sum.
-Keras 3.15 by itself squares the parts of it one by one in Adam, and takes longer steps there.
+Gradients of embeddings stay slices where the optimizer tells an id that a batch repeats from their sum: Keras
+3.15 squares the parts of it one by one in Adam, and a step over ranks is that of one process.
 """
 
 from __future__ import annotations
@@ -108,9 +108,9 @@ class Distributed:
             self._start_late(variables)
         if scope is not None:
             grads = by_law(grads, scope)
-        names = [variable.path for variable in variables]
+        names = [name_of(variable) for variable in variables]
         if not self.gradient_accumulation_steps:
-            grads = self.reduction.mean(grads, names)
+            grads = self.reduction.mean(grads, names, sparse=_needs_slices(self))
         elif any(getattr(variable, "overwrite_with_gradient", False) for variable in variables):
             grads = self._mean_of_overwriting(grads, variables)
         return super().apply(grads, trainable_variables)  # type: ignore[misc]
@@ -119,7 +119,7 @@ class Distributed:
         """Reduce what Keras stores in place of a variable in each step, before it accumulates the rest."""
         overwriting = [getattr(variable, "overwrite_with_gradient", False) for variable in variables]
         chosen = [grad if mine else None for grad, mine in zip(grads, overwriting, strict=True)]
-        means = self.reduction.mean(chosen, [variable.path for variable in variables])
+        means = self.reduction.mean(chosen, [name_of(variable) for variable in variables])
         return [mean if mine else grad for mean, grad, mine in zip(means, grads, overwriting, strict=True)]
 
     def _clip_gradients(self: Any, grads: Sequence[Any]) -> Any:
@@ -155,15 +155,33 @@ def by_law(grads: Sequence[Any], scope: StepScope) -> list[Any]:
     """Gradients whose mean over the ranks is that of the global batch, by what the user's objective is."""
     if scope.law.gradients == "global":
         return list(grads)
-    if scope.law.gradients == "sum":
-        return [None if grad is None else scope.size * tf.convert_to_tensor(grad) for grad in grads]
-    share, any_rows = scope.share()
+    factor, any_rows = tf.constant(float(scope.size)), tf.constant(True)
+    if scope.law.gradients == "mean":
+        share, any_rows = scope.share()
+        factor = factor * share
 
     def scaled(grad: Any) -> Any:
-        grad = tf.convert_to_tensor(grad)
-        return tf.where(any_rows, tf.cast(scope.size * share, grad.dtype) * grad, tf.zeros_like(grad))
+        if isinstance(grad, tf.IndexedSlices):
+            return tf.IndexedSlices(scaled(grad.values), grad.indices, grad.dense_shape)
+        return tf.where(any_rows, tf.cast(factor, grad.dtype) * grad, tf.zeros_like(grad))
 
     return [None if grad is None else scaled(grad) for grad in grads]
+
+
+def name_of(variable: Any) -> str:
+    """The path of a Keras variable, or the name of one of TensorFlow's."""
+    return str(getattr(variable, "path", None) or variable.name)
+
+
+def _needs_slices(optimizer: Any) -> bool:
+    """Whether a gradient of an id that occurs twice counts otherwise than the sum of its two parts.
+
+    Keras's Adam squares the parts one by one, and norms are those of the parts. SGD adds them up, and needs
+    but one dense gradient to cross.
+    """
+    clips = optimizer.clipnorm is not None or optimizer.clipvalue is not None
+    clips = clips or optimizer.global_clipnorm is not None or optimizer.weight_decay is not None
+    return clips or not isinstance(optimizer, keras.optimizers.SGD)
 
 
 def refuse_xla() -> None:

@@ -140,4 +140,6 @@ def _is_over_ranks(model: Any) -> bool:
     if model is None or is_independent():
         return False
     session = session_of(model)
-    return session is not None and (comm_of(model) is not None or session.evaluation_is_shared)
+    if session is None or session.comm.size == 1:
+        return False  # nothing to agree on: Keras as it is
+    return comm_of(model) is not None or session.evaluation_is_shared

@@ -43,21 +43,38 @@ class Reduction:
 
     # In a graph ----------------------------------------------------------------------------------
 
-    def mean(self, gradients: Sequence[Any], names: Sequence[str] = ()) -> list[Any]:
-        """Gradients averaged over the ranks, each dense and of its own dtype; None stays None.
+    def mean(self, gradients: Sequence[Any], names: Sequence[str] = (), sparse: bool = False) -> list[Any]:
+        """Gradients averaged over the ranks, each of its own dtype; None stays None.
 
-        They cross as one flat array, of float32 (float64 where a gradient is that).
+        Dense ones cross as one flat array, of float32 (float64 where a gradient is that).
 
         Args:
             gradients: of this rank.
             names: of their variables: the ranks must bring gradients of the same ones.
+            sparse: whether gradients of embeddings stay `tf.IndexedSlices`, of the slices of all ranks in
+                their order, as one process has them. Else they become dense.
         """
-        dense = [tf.convert_to_tensor(gradient) for gradient in gradients if gradient is not None]
+        slices = {
+            place: self._mean_slices(gradient, str(names[place : place + 1]))
+            for place, gradient in enumerate(gradients)
+            if sparse and isinstance(gradient, tf.IndexedSlices)
+        }
+        rest = [None if place in slices else gradient for place, gradient in enumerate(gradients)]
         brought = [name for name, one in zip(names, gradients, strict=False) if one is not None]
+        means = self._mean_dense(rest, f"the gradients of {', '.join(brought) or 'no variable'}")
+        return [slices.get(place, mean) for place, mean in enumerate(means)]
+
+    def _mean_slices(self, slices: tf.IndexedSlices, name: str) -> tf.IndexedSlices:
+        values = self.gather_rows(slices.values, f"the gradient of {name}")
+        indices = self.gather_rows(slices.indices, f"the indices of the gradient of {name}")
+        values = values / tf.cast(self.comm.size, values.dtype)
+        return tf.IndexedSlices(values, indices, slices.dense_shape)
+
+    def _mean_dense(self, gradients: Sequence[Any], what: str) -> list[Any]:
+        dense = [tf.convert_to_tensor(gradient) for gradient in gradients if gradient is not None]
         wide = tf.float64 if any(tensor.dtype == tf.float64 for tensor in dense) else tf.float32
         flats = [tf.reshape(tf.cast(tensor, wide), (-1,)) for tensor in dense]
         flat = tf.concat(flats, axis=0) if flats else tf.zeros((0,), wide)
-        what = f"the gradients of {', '.join(brought) or 'no variable'}"
 
         def mean(flat_P: np.ndarray) -> np.ndarray:
             return self._mean(flat_P, what)
@@ -176,8 +193,12 @@ class Reduction:
         row_bytes = rows.dtype.itemsize * int(np.prod(rows.shape[1:], dtype=np.int64))
         starts = np.concatenate([[0], ends[:-1]]) * row_bytes
         parts = [slice(int(a), int(b)) for a, b in zip(starts, ends * row_bytes, strict=True)]
-        if everyone.nbytes:
+        if everyone.nbytes and type(self.comm)._allgather is not Comm._allgather:
             self.comm.allgather(everyone.reshape(-1).view(np.uint8), parts)
+        elif everyone.nbytes:  # Horovod's, which has none: zeros of the others are added
+            wide = everyone.astype(np.float64)
+            self.comm.allreduce(wide.reshape(-1))
+            everyone = wide.astype(rows.dtype)
         return everyone, np.asarray(first, np.int32)
 
     def _meet(self, what: str, *, not_finite: bool = False, payload: np.ndarray | None = None) -> np.ndarray:

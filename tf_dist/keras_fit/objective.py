@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 from unittest import mock
 
@@ -21,7 +22,7 @@ import tensorflow as tf
 from tf_dist.comm.base import SerialComm
 from tf_dist.errors import LaunchError, UsageError, behind
 from tf_dist.keras_fit import rank_randomness
-from tf_dist.keras_fit.distributed_optimizer import by_law
+from tf_dist.keras_fit.distributed_optimizer import by_law, name_of
 from tf_dist.keras_fit.fit_session import FitSession
 from tf_dist.keras_fit.global_losses import is_users
 from tf_dist.keras_fit.gradient_reduction import Reduction
@@ -75,7 +76,7 @@ def decided(model: Any, step: Step, data: Any, session: FitSession) -> Law:
         UsageError: on all ranks: by no law the step is that of one process.
     """
     comm = session.comm
-    mine = first_rows(data, 2 if comm.rank == 0 else 1)
+    mine = first_rows(data, _rows_to_try(model, comm.size) + (comm.rank == 0))
     everyones = rows_of_all(mine, comm)
     alone = Reduction(SerialComm())
     expected, error = _alone(model, step, everyones, alone)
@@ -85,14 +86,25 @@ def decided(model: Any, step: Step, data: Any, session: FitSession) -> Law:
             "model.fit over ranks tries the model's train_step eagerly on a few rows before the first step, "
             f"which failed: {errors[0]}"
         )
-    tried = []
+    tried, failures = [], []
     for law in LAWS:
-        worst = _difference(expected, _over_ranks(model, step, mine, session, law))
-        worst = max(comm.allgather_obj(worst))
-        if worst <= _tolerance(model):
+        found, failure = _over_ranks(model, step, mine, session, law)
+        results = comm.allgather_obj([_difference(expected, found), failure])
+        tried.append(max(difference for difference, _ in results))
+        if tried[-1] <= _tolerance(model):
             return law
-        tried.append(worst)
-    raise UsageError(_refusal(model, min(tried)))
+        failures += [theirs for _, theirs in results if theirs]
+    raise UsageError(_refusal(model, min(tried), failures))
+
+
+def _rows_to_try(model: Any, ranks: int) -> int:
+    """Rows of each rank but rank 0, which has one more; all counts are told from the number of outputs.
+
+    Keras takes an eager target of as many rows as a model has outputs for a list of targets.
+    """
+    losses = [] if model._compile_loss is None else keras.tree.flatten(model._compile_loss._user_loss)
+    outputs = {len(losses), len(getattr(model, "outputs", None) or [])} - {0, 1}
+    return next(rows for rows in count(1) if not outputs & {rows, rows + 1, ranks * rows + 1})
 
 
 def built_by_a_step(model: Any, step: Step, data: Any) -> str:
@@ -122,20 +134,22 @@ def _alone(model: Any, step: Step, data: Any, reduction: Reduction) -> tuple[Gra
         return [], _first_line(error)
 
 
-def _over_ranks(model: Any, step: Step, data: Any, session: FitSession, law: Law) -> Gradients | None:
-    """The gradients of all ranks by a law; None where the step fails by it."""
-    scope = StepScope(session.reduction, law, True, data, captured=[])
+def _over_ranks(
+    model: Any, step: Step, data: Any, session: FitSession, law: Law
+) -> tuple[Gradients | None, str]:
+    """The gradients of all ranks by a law; None, and what was said, where the step fails by it."""
+    scope, failure = StepScope(session.reduction, law, True, data, captured=[]), ""
     try:
         found: Gradients | None = _tried(model, step, scope)
     except Exception as error:
         if isinstance(behind(error), LaunchError):
-            return None  # another rank has failed, and said so
-        found = None
+            return None, ""  # another rank has failed, and says so
+        found, failure = None, _first_line(error)
     try:
         session.reduction.end()  # on ranks that have failed, and on those that have not
     except LaunchError:
-        return None
-    return found
+        return None, failure
+    return found, failure
 
 
 def _tried(model: Any, step: Step, scope: StepScope) -> Gradients:
@@ -143,10 +157,11 @@ def _tried(model: Any, step: Step, scope: StepScope) -> Gradients:
     with _put_back(model), _eagerly(), rank_randomness.none(), deferred_starts(), entered(scope):
         step(scope.data)
         for optimizer, variables, grads in scope.captured or []:
-            means = scope.reduction.mean(by_law(grads, scope), [variable.path for variable in variables])
+            means = scope.reduction.mean(by_law(grads, scope), [name_of(variable) for variable in variables])
             name = type(optimizer).__name__
             for variable, mean in zip(variables, means, strict=True):
-                found.append((f"{name} {variable.path}", None if mean is None else np.asarray(mean)))
+                value = None if mean is None else np.asarray(tf.convert_to_tensor(mean))
+                found.append((f"{name} {name_of(variable)}", value))
     return found
 
 
@@ -170,14 +185,17 @@ def _tolerance(model: Any) -> float:
     return max((TOLERANCE.get(kind, TOLERANCE_OF_HALVES) for kind in kinds), default=TOLERANCE["float32"])
 
 
-def _refusal(model: Any, closest: float) -> str:
+def _refusal(model: Any, closest: float, failures: list[str]) -> str:
+    apart = f"gradients differ by {closest:.0%} at least" if np.isfinite(closest) else "its steps fail"
+    if failures:
+        apart += f"; with the rows of all ranks: {failures[0]}"
     return (
         f"the objective that {type(model).__name__} computes in a training step is not that of one process "
-        f"with the global batch, whichever way the ranks add theirs up (gradients differ by {closest:.0%} at "
-        "least): each rank would divide by its own rows, or compare only its own rows with each other. Use a "
-        "loss that gives one value for each row, a keras.losses.Loss with reduction='sum_over_batch_size' or "
-        "None, or means over rows throughout; losses between rows need them as arguments of a loss "
-        "(y_true, y_pred). docs/sharp-bits.md says what is refused and why"
+        f"with the global batch, whichever way the ranks add theirs up ({apart}): each rank would divide by "
+        "its own rows, or compare only its own rows with each other. Use a loss that gives one value for each "
+        "row, a keras.losses.Loss with reduction='sum_over_batch_size' or None, or means over rows throughout; "
+        "a loss between rows needs them as its arguments (y_true, y_pred). docs/sharp-bits.md says what is "
+        "refused and why"
     )
 
 

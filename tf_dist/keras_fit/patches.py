@@ -4,7 +4,7 @@ An optimizer cannot reach them by itself. `self_test` asks whether Keras calls t
 
 * Keras puts a `LossScaleOptimizer` around the optimizer of a mixed_float16 model, and a step must be skipped
   by all ranks or by none (here).
-* What a step is: `train_function`, `global_losses`, `global_batch_norm`, `rank_randomness`.
+* What a step is: `train_function`, `global_losses`, `global_metrics`, `global_batch_norm`, `rank_randomness`.
 * What a call is, and its data: `calls`. Who calls back where: `fit_callbacks`.
 """
 
@@ -21,6 +21,7 @@ from tf_dist.keras_fit import (
     fit_callbacks,
     global_batch_norm,
     global_losses,
+    global_metrics,
     rank_randomness,
     saving,
     train_function,
@@ -35,7 +36,9 @@ def install() -> None:
     """
     calls.check_keras()
     fit_callbacks.install()
-    for module in (train_function, global_losses, global_batch_norm, rank_randomness, saving, calls):
+    for module in (
+        train_function, global_losses, global_metrics, global_batch_norm, rank_randomness, saving, calls,
+    ):
         module.install()  # type: ignore[attr-defined]
     scaler = keras.optimizers.LossScaleOptimizer
     if not hasattr(scaler.check_finite, "__wrapped__"):

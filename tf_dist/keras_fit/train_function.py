@@ -9,6 +9,7 @@ weights from time to time (`fit_consistency`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import wraps
 from itertools import chain, islice
 from typing import Any
@@ -22,6 +23,7 @@ from tf_dist.keras_fit import objective, rank_randomness
 from tf_dist.keras_fit.data_fingerprints import compare_all
 from tf_dist.keras_fit.fit_consistency import check_layout, check_state, is_due, state_of
 from tf_dist.keras_fit.fit_session import FitSession, session_of
+from tf_dist.keras_fit.global_metrics import of_all_rows
 from tf_dist.keras_fit.optimizers_of import deferred_starts, distributed_of
 from tf_dist.keras_fit.step_scope import Law, StepScope, entered
 from tf_dist.training.replicated import broadcast
@@ -78,20 +80,28 @@ def _over_ranks(make: Callable[..., Any], kind: str) -> Callable[..., Any]:
 
 def _scoped(step: Function, session: FitSession, training: bool) -> Function:
     """A step that knows the other ranks. With one rank Keras's own arithmetic is the right one."""
+    own = not str(getattr(step, "__module__", "")).startswith("keras.src.")
 
     @wraps(step)
     def scoped(data: Any) -> Any:
-        law = session.law or Law()
-        if training and not session.in_fit and _has_weights(data):
-            law = OF_A_LOOP
+        law = _law(session, training, own, data)
         scope = StepScope(session.reduction, law, training, data)
         leaves = [leaf for leaf in tf.nest.flatten(data, expand_composites=True) if tf.is_tensor(leaf)]
         # Nothing of a step may run where its batch is not there: at the end of a dataset of unknown length.
         with tf.control_dependencies(leaves), rank_randomness.global_seed_of(session.comm.rank):
             with entered(scope if session.comm.size > 1 else None):
-                return step(data)
+                logs = step(data)
+                return of_all_rows(logs, scope) if own and session.comm.size > 1 else logs
 
     return scoped
+
+
+def _law(session: FitSession, training: bool, own: bool, data: Any) -> Law:
+    law = session.law or Law()
+    if training:
+        return OF_A_LOOP if not session.in_fit and _has_weights(data) else law
+    # An evaluation has no gradients. What its losses divide by is known, whatever the training step does.
+    return replace(law, global_losses=True, gradients=law.gradients if own and law.gradients == "sum" else "global")
 
 
 def _has_weights(data: Any) -> bool:

@@ -1,0 +1,423 @@
+"""The objective of `model.fit` over N ranks is that of one process, whatever the loss, the data and the step.
+
+The oracle is Keras alone with the same script: each rank trains for itself inside of ``independent()``.
+Rows do not divide: the last batch has fewer than there are ranks at N = 3 and 4.
+"""
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+from tf_dist.errors import LaunchError, UsageError
+
+N, T, V, G = 18, 6, 7, 8  # rows, tokens, vocabulary, global rows: batches of 8, 8 and 2
+RNG = np.random.default_rng(3)
+X = RNG.normal(size=(N, 4)).astype(np.float32)
+Y = np.tanh(X @ RNG.normal(size=(4, 2))).astype(np.float32)
+# Rows of very different lengths, so that halves of a batch have very different numbers of tokens.
+IDS = RNG.integers(1, V, (N, T))
+IDS[np.arange(T)[None] >= np.where(np.arange(N) % 8 < 4, 1, T)[:, None]] = 0
+NEXT = (3 * IDS) % V
+WEIGHTS = RNG.uniform(0.1, 3, N).astype(np.float32)
+
+
+def dense(**more):
+    import keras
+
+    return keras.Sequential([keras.Input((4,)), keras.layers.Dense(5, "tanh", **more), keras.layers.Dense(2)])
+
+
+def language(mask):
+    import keras
+
+    layers = keras.layers
+    return keras.Sequential(
+        [
+            keras.Input((T,), dtype="int32"),
+            layers.Embedding(V, 4, mask_zero=mask),
+            layers.LSTM(4, return_sequences=True),
+            layers.Dense(V),
+        ]
+    )
+
+
+def cross_entropy(**more):
+    import keras
+
+    return keras.losses.SparseCategoricalCrossentropy(from_logits=True, **more)
+
+
+def masked_mean(y_true, y_pred):
+    """One number, as TensorFlow's tutorials on text have it."""
+    import tensorflow as tf
+
+    losses = cross_entropy(reduction=None)(y_true, y_pred)
+    mask = tf.cast(y_true != 0, losses.dtype)
+    return tf.reduce_sum(losses * mask) / tf.reduce_sum(mask)
+
+
+def contrast(y_true, y_pred):
+    """A value for each row that depends on all rows."""
+    import keras
+    import tensorflow as tf
+
+    near = tf.matmul(y_pred, y_true, transpose_b=True)
+    return keras.losses.sparse_categorical_crossentropy(tf.range(tf.shape(near)[0]), near, from_logits=True)
+
+
+def two_outputs():
+    import keras
+
+    x = keras.Input((4,), name="x")
+    h = keras.layers.Dense(5, activation="tanh")(x)
+    return keras.Model(x, {"a": keras.layers.Dense(2, name="a")(h), "b": keras.layers.Dense(1, name="b")(h)})
+
+
+def variational(scale):
+    """`add_loss` of a mean (scale None) or of a sum over rows, beside the loss."""
+    import keras
+
+    class Penalty(keras.layers.Layer):
+        def call(self, x):
+            squares = keras.ops.square(x)
+            self.add_loss(0.1 * keras.ops.mean(squares) if scale is None else scale * keras.ops.sum(squares))
+            return x
+
+    return keras.Sequential([keras.Input((4,)), keras.layers.Dense(5), Penalty(), keras.layers.Dense(2)])
+
+
+def stepping(reduce):
+    """A ``train_step`` of one's own that takes two parts, as Keras's guide has it."""
+    import keras
+    import tensorflow as tf
+
+    class Stepper(keras.Model):
+        def train_step(self, data):
+            x, y = data
+            with tf.GradientTape() as tape:
+                loss = reduce(y, self(x, training=True))
+            grads = tape.gradient(loss, self.trainable_variables)
+            self.optimizer.apply(grads, self.trainable_variables)
+            return {"loss": loss}
+
+    x = keras.Input((4,))
+    return Stepper(x, keras.layers.Dense(2)(x))
+
+
+def mean_of_squares(y, p):
+    import tensorflow as tf
+
+    return tf.reduce_mean(tf.square(y - p))
+
+
+def sum_of_squares(y, p):
+    import tensorflow as tf
+
+    return 0.1 * tf.reduce_sum(tf.square(y - p))
+
+
+def keras_loss(y, p):
+    import keras
+
+    return keras.losses.MeanSquaredError()(y, p)
+
+
+def root_of_mean(y, p):
+    return keras_loss(y, p) ** 0.5
+
+
+def normalized():
+    import keras
+
+    layers = keras.layers
+    first = layers.BatchNormalization(momentum=0.5)
+    return keras.Sequential([keras.Input((4,)), first, layers.Dense(5), layers.BatchNormalization(), layers.Dense(2)])
+
+
+# name: model, arguments of compile, arguments of fit
+CASES = {
+    "mask_zero": lambda: (language(True), {"loss": cross_entropy()}, {"x": IDS, "y": NEXT}),
+    "ignore_class": lambda: (language(False), {"loss": cross_entropy(ignore_class=0)}, {"x": IDS, "y": NEXT}),
+    "per token": lambda: (
+        language(False),
+        {"loss": cross_entropy(), "metrics": ["accuracy"]},
+        {"x": IDS, "y": NEXT, "sample_weight": RNG_WEIGHTS_NT},
+    ),
+    "sample weights": lambda: (dense(), {"loss": "mse"}, {"x": X, "y": Y, "sample_weight": WEIGHTS}),
+    "weighted mean": lambda: (
+        dense(),
+        {"loss": mean_squares("mean_with_sample_weight")},
+        {"x": X, "y": Y, "sample_weight": WEIGHTS},
+    ),
+    "class weights": lambda: (
+        dense(),
+        {"loss": cross_entropy(), "metrics": ["accuracy"]},
+        {"x": X, "y": (Y[:, 0] > 0).astype(int), "class_weight": {0: 0.3, 1: 2.0}},
+    ),
+    "sum": lambda: (dense(), {"loss": mean_squares("sum")}, {"x": X, "y": Y}),
+    "none": lambda: (dense(), {"loss": mean_squares(None)}, {"x": X, "y": Y}),
+    "a masked mean": lambda: (language(False), {"loss": masked_mean}, {"x": IDS, "y": NEXT}),
+    "between rows": lambda: (dense(), {"loss": contrast}, {"x": X, "y": Y}),
+    "two outputs": lambda: (
+        two_outputs(),
+        {"loss": {"a": "mse", "b": "mae"}, "loss_weights": {"a": 1.0, "b": 0.3}, "metrics": {"a": ["mae"]}},
+        {"x": {"x": X}, "y": {"a": Y, "b": Y[:, :1]}, "sample_weight": {"a": WEIGHTS, "b": WEIGHTS[::-1].copy()}},
+    ),
+    "regularizers": lambda: (
+        dense(kernel_regularizer="l2", activity_regularizer="l1"), {"loss": "mse"}, {"x": X, "y": Y},
+    ),
+    "add_loss mean": lambda: (variational(None), {"loss": "mse"}, {"x": X, "y": Y}),
+    "add_loss sum": lambda: (variational(0.1), {"loss": "mse"}, {"x": X, "y": Y}),
+    "a step's mean": lambda: (stepping(mean_of_squares), {}, {"x": X, "y": Y}),
+    "a step's sum": lambda: (stepping(sum_of_squares), {}, {"x": X, "y": Y}),
+    "a step's loss": lambda: (stepping(keras_loss), {}, {"x": X, "y": Y}),
+    "a step's root": lambda: (stepping(root_of_mean), {}, {"x": X, "y": Y}),
+    "batch norm": lambda: (normalized(), {"loss": "mse", "steps_per_execution": 2}, {"x": X, "y": Y}),
+    "F1": lambda: (dense(), {"loss": "mse", "metrics": [f1()]}, {"x": X, "y": (Y > 0).astype("float32")}),
+}  # fmt: skip
+RNG_WEIGHTS_NT = RNG.uniform(0, 2, (N, T)).astype(np.float32)
+# The logs of a train_step that returns what one rank has computed are a mean over ranks, not over rows.
+LOCAL_LOGS = {"a step's mean", "a step's sum"}
+
+
+def mean_squares(reduction):
+    import keras
+
+    return keras.losses.MeanSquaredError(reduction=reduction)
+
+
+def f1():
+    import keras
+
+    return keras.metrics.F1Score(threshold=0.3)
+
+
+def trained(case, optimizer, seed):
+    import keras
+
+    keras.utils.set_random_seed(seed)
+    model, compiled, data = CASES[case]()
+    model.compile(optimizer, **compiled)
+    validation = () if case.startswith("a step") else tuple(v for k, v in data.items() if k in ("x", "y"))
+    keras.utils.set_random_seed(7)  # of the shuffle, alike on all ranks
+    more = {"validation_data": validation} if validation else {}
+    history = model.fit(**data, batch_size=G, epochs=2, verbose=0, **more)
+    return [np.asarray(one.value) for one in model.weights], history.history
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_objective_is_that_of_one_process(connected, everyone, case):
+    import keras
+
+    import tf_dist
+
+    with tf_dist.independent():
+        expected, logs = trained(case, keras.optimizers.SGD(0.1), 1)
+    found, found_logs = trained(case, tf_dist.distribute(keras.optimizers.SGD(0.1), connected), 1)
+    for one, other in zip(expected, found, strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-5)
+    assert len(set(everyone(b"".join(one.tobytes() for one in found)))) == 1
+    if case not in LOCAL_LOGS:
+        for name, values in logs.items():
+            np.testing.assert_allclose(found_logs[name], values, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def forms():
+    """What `fit` takes, by name, as a function of no arguments, with further arguments of `fit`."""
+    import keras
+    import pandas as pd
+    import tensorflow as tf
+
+    class Batches(keras.utils.PyDataset):
+        def __len__(self):
+            return -(-N // G)
+
+        def __getitem__(self, i):
+            return X[i * G : i * G + G], Y[i * G : i * G + G]
+
+    def generator():
+        while True:
+            for i in range(3):
+                yield X[i * G : i * G + G], Y[i * G : i * G + G]
+
+    batches = tf.data.Dataset.from_tensor_slices((X, Y)).batch(G)
+    return {
+        "arrays": lambda: ({"x": X, "y": Y, "batch_size": G}, {}),
+        "DataFrame": lambda: ({"x": pd.DataFrame(X), "y": pd.DataFrame(Y), "batch_size": G}, {}),
+        "dataset": lambda: ({"x": batches}, {}),
+        "endless dataset": lambda: ({"x": batches.repeat()}, {"steps_per_epoch": 3}),
+        "PyDataset": lambda: ({"x": Batches()}, {}),
+        "generator": lambda: ({"x": generator()}, {"steps_per_epoch": 3}),
+        "unknown length": lambda: (
+            {"x": tf.data.Dataset.from_generator(lambda: iter(batches), output_signature=batches.element_spec)},
+            {},
+        ),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+@pytest.mark.parametrize("form", ["arrays", "DataFrame", "dataset", "endless dataset", "PyDataset", "generator", "unknown length"])
+def test_the_form_of_the_data(connected, everyone, form):
+    """Also by `shard`, where it takes that form."""
+    import keras
+
+    import tf_dist
+
+    def run(optimizer, data, more):
+        keras.utils.set_random_seed(1)
+        model = dense()
+        model.compile(optimizer, loss="mse", metrics=["mae"])
+        history = model.fit(**data, **more, epochs=2, verbose=0, shuffle=False).history
+        return [np.asarray(one.value) for one in model.weights], history
+
+    def distributed():
+        return tf_dist.distribute(keras.optimizers.SGD(0.1), connected)
+
+    with tf_dist.independent():
+        expected = run(keras.optimizers.SGD(0.1), *forms()[form]())
+    found = [run(distributed(), *forms()[form]())]
+    data, more = forms()[form]()
+    whole = (data["x"], data["y"]) if "y" in data else data["x"]
+    shared = tf_dist.shard(whole, connected, batch_size=data.get("batch_size"), shuffle=False)
+    found.append(run(distributed(), {"x": shared}, more))
+    if form == "dataset":
+        found.append(run(distributed(), {"x": shared.repeat()}, {"steps_per_epoch": 3}))
+    for weights, logs in found:
+        for one, other in zip(expected[0], weights, strict=True):
+            np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-6)
+        assert logs == {name: pytest.approx(values, rel=1e-5) for name, values in expected[1].items()}
+
+
+def differing(kind, rank):
+    """A model, its optimizer and data, of which something is another one on the last rank."""
+    import keras
+
+    other = rank == MPI.COMM_WORLD.size - 1 and rank > 0
+    optimizer = keras.optimizers.Adam(0.01, beta_1=0.5 if other and kind == "beta" else 0.9)
+    if kind == "schedule":
+        optimizer = keras.optimizers.SGD(keras.optimizers.schedules.CosineDecay(0.1, 9 if other else 10))
+    if kind == "clipnorm":
+        optimizer = keras.optimizers.SGD(0.1, clipnorm=0.1 if other else None)
+    model = dense()
+    if kind == "order":
+        names = ["b", "a"] if other else ["a", "b"]
+        x = keras.Input((4,))
+        branches = {name: keras.layers.Dense(2, name=name)(x) for name in names}
+        model = keras.Model(x, keras.layers.Add()([branches["a"], branches["b"]]))
+    if kind == "activation":
+        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, "relu" if other else "tanh")])
+    if kind == "policy":
+        model = dense(dtype="bfloat16" if other else "mixed_bfloat16")
+    loss = "mae" if other and kind == "loss" else "mse"
+    metrics = ["mape"] if other and kind == "metrics" else ["mae"]
+    x = X + (1.0 if other and kind == "data" else 0.0)
+    x = np.concatenate([X[:-1], X[-1:] + (1.0 if other and kind == "last row" else 0.0)]) if kind == "last row" else x
+    return model, optimizer, {"loss": loss, "metrics": metrics}, {"x": x, "y": Y}
+
+
+EXPECTED = {
+    "beta": "beta_1", "schedule": "learning_rate", "clipnorm": "clipnorm", "order": "another order|layer",
+    "activation": "layer", "policy": "layer", "loss": "loss", "metrics": "metrics", "data": "same data",
+    "last row": "same data",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", EXPECTED)
+def test_ranks_that_differ_are_refused(connected, everyone, kind):
+    import tf_dist
+
+    model, optimizer, compiled, data = differing(kind, connected.rank)
+    model.compile(tf_dist.distribute(optimizer, connected), **compiled)
+    if connected.size == 1:
+        model.fit(**data, batch_size=G, verbose=0)
+        return
+    with pytest.raises(LaunchError, match=EXPECTED[kind]) as caught:
+        model.fit(**data, batch_size=G, verbose=0, shuffle=False)
+    assert len(set(everyone(str(caught.value)))) == 1, "not one voice"
+
+
+def test_a_callback_that_changes_weights_on_one_rank_is_noticed(connected, everyone):
+    import keras
+
+    import tf_dist
+
+    class Meddle(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 1 and connected.rank == 0:
+                self.model.weights[2].assign_add(np.ones((5, 2)))
+
+    model = dense()
+    model.compile(tf_dist.distribute(keras.optimizers.SGD(0.1), connected), loss="mse")
+    words = {"batch_size": G, "verbose": 0, "callbacks": [Meddle()]}
+    if connected.size == 1:
+        model.fit(X, Y, **words)
+        return
+    with pytest.raises(LaunchError, match="differ.*kernel"):
+        model.fit(X, Y, **words)
+
+
+def test_gradients_of_other_variables_are_not_averaged(connected, everyone):
+    """One rank has a gradient of the first kernel alone, the others of the second, of one size."""
+    import keras
+    import tensorflow as tf
+
+    import tf_dist
+
+    a, b = keras.Variable(np.ones(3, np.float32), name="a"), keras.Variable(np.ones(3, np.float32), name="b")
+    optimizer = tf_dist.distribute(keras.optimizers.SGD(0.1), connected)
+    optimizer.build([a, b])
+    grads = [tf.ones(3), None] if connected.rank == 0 else [None, tf.ones(3)]
+    if connected.size == 1:
+        optimizer.apply(grads, [a, b])
+        return
+    with pytest.raises(LaunchError, match="gradients of a.*gradients of b"):
+        optimizer.apply(grads, [a, b])
+
+
+def test_an_objective_that_no_law_explains_is_refused(connected):
+    """Each rank would compare its rows with each other, in a step of its own: before the first step."""
+    import keras
+    import tensorflow as tf
+
+    import tf_dist
+
+    def between(y, p):
+        near = tf.matmul(p, y, transpose_b=True)
+        return tf.reduce_mean(
+            tf.nn.sparse_softmax_cross_entropy_with_logits(tf.range(tf.shape(near)[0]), near)
+        )
+
+    model = stepping(between)
+    before = [np.asarray(one.value) for one in model.weights]
+    model.compile(tf_dist.distribute(keras.optimizers.SGD(0.1), connected))
+    if connected.size == 1:
+        model.fit(X, Y, batch_size=G, verbose=0)
+        return
+    with pytest.raises(UsageError, match="not that of one process"):
+        model.fit(X, Y, batch_size=G, verbose=0)
+    connected.broadcast(before[0])
+    assert (np.asarray(model.weights[0].value) == before[0]).all()
+
+
+def test_dropout_is_another_on_each_rank(connected, everyone):
+    import keras
+    import tensorflow as tf
+
+    import tf_dist
+
+    seen = []
+
+    class Spy(keras.layers.Layer):
+        def call(self, x):
+            tf.numpy_function(lambda a: seen.append(a.tobytes()), [x], [])
+            return x
+
+    keras.utils.set_random_seed(1)
+    layers = [keras.Input((24,)), keras.layers.Dropout(0.5), Spy(), keras.layers.Dense(1)]
+    model = keras.Sequential(layers)
+    model.compile(tf_dist.distribute(keras.optimizers.SGD(0.1), connected), loss="mse")
+    rows = 2 * connected.size
+    model.fit(np.ones((rows, 24), np.float32), np.ones((rows, 1), np.float32), batch_size=rows, verbose=0)
+    assert len(set(everyone(seen[-1]))) == connected.size
+    generators = [v for v in model.variables if "seed" in v.path]
+    assert len(set(everyone(repr([v.numpy().tolist() for v in generators])))) == 1

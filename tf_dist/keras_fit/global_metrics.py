@@ -1,0 +1,62 @@
+"""Keras metrics that are given numbers of a step: those of all ranks count once, each by its rows.
+
+Sums over rows need nothing: the states of all ranks are added up (`tf_dist.training.metric_sums`). A tracker
+(`keras.metrics.Mean`) that is given one number for a step, such as the loss of a ``train_step``, counts it by
+this rank's part of the rows, so that the states of all ranks add up to one number for each step; and a number
+computed of no rows counts nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tf_dist.keras_fit.step_scope import StepScope, active, rows_of
+
+
+def install() -> None:
+    """Patch Keras, once; any further call changes nothing."""
+    mean = keras.metrics.Mean
+    if not hasattr(mean.update_state, "__wrapped__"):
+        mean.update_state = _by_rows(mean.update_state)
+
+
+def _by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def update_state(self: Any, values: Any, sample_weight: Any = None) -> Any:
+        scope = active()
+        if scope is None or scope.captured is not None or isinstance(values, list | tuple | dict):
+            return original(self, values, sample_weight)
+        values = tf.convert_to_tensor(values)
+        if len(values.shape):
+            return original(self, values, sample_weight)
+        if sample_weight is not None:
+            any_rows = rows_of(scope.data) > 0
+            return original(self, tf.where(any_rows, values, tf.zeros_like(values)), sample_weight)
+        if scope.law.gradients == "sum":
+            return original(self, scope.size * values, tf.constant(1 / scope.size, values.dtype))
+        share, any_rows = scope.share()
+        return original(self, tf.where(any_rows, values, tf.zeros_like(values)), share)
+
+    return update_state
+
+
+def of_all_rows(logs: Any, scope: StepScope) -> Any:
+    """What a step of the user returns, computed of this rank's rows, as means over the rows of all ranks."""
+    if not isinstance(logs, dict) or scope.law.gradients == "sum":
+        return logs
+    names = [name for name, value in logs.items() if _is_number(value)]
+    share, any_rows = scope.share()
+    for first in range(0, len(names), 4):
+        some = names[first : first + 4]
+        parts = [tf.where(any_rows, tf.cast(logs[name], tf.float32) * share, 0.0) for name in some]
+        logs = {**logs, **dict(zip(some, scope.reduction.sums(parts, "the logs of a step"), strict=True))}
+    return logs
+
+
+def _is_number(value: Any) -> bool:
+    return tf.is_tensor(value) and value.dtype.is_floating and not len(value.shape)
