@@ -131,7 +131,9 @@ def normalized():
 
     layers = keras.layers
     first = layers.BatchNormalization(momentum=0.5)
-    return keras.Sequential([keras.Input((4,)), first, layers.Dense(5), layers.BatchNormalization(), layers.Dense(2)])
+    return keras.Sequential(
+        [keras.Input((4,)), first, layers.Dense(5), layers.BatchNormalization(), layers.Dense(2)]
+    )
 
 
 # name: model, arguments of compile, arguments of fit
@@ -249,14 +251,20 @@ def forms():
         "PyDataset": lambda: ({"x": Batches()}, {}),
         "generator": lambda: ({"x": generator()}, {"steps_per_epoch": 3}),
         "unknown length": lambda: (
-            {"x": tf.data.Dataset.from_generator(lambda: iter(batches), output_signature=batches.element_spec)},
+            {
+                "x": tf.data.Dataset.from_generator(
+                    lambda: iter(batches), output_signature=batches.element_spec
+                )
+            },
             {},
         ),
     }
 
 
 @pytest.mark.filterwarnings("ignore:Your input ran out of data")
-@pytest.mark.parametrize("form", ["arrays", "DataFrame", "dataset", "endless dataset", "PyDataset", "generator", "unknown length"])
+@pytest.mark.parametrize(
+    "form", ["arrays", "DataFrame", "dataset", "endless dataset", "PyDataset", "generator", "unknown length"]
+)
 def test_the_form_of_the_data(connected, everyone, form):
     """Also by `shard`, where it takes that form."""
     import keras
@@ -311,7 +319,11 @@ def differing(kind, rank):
     loss = "mae" if other and kind == "loss" else "mse"
     metrics = ["mape"] if other and kind == "metrics" else ["mae"]
     x = X + (1.0 if other and kind == "data" else 0.0)
-    x = np.concatenate([X[:-1], X[-1:] + (1.0 if other and kind == "last row" else 0.0)]) if kind == "last row" else x
+    x = (
+        np.concatenate([X[:-1], X[-1:] + (1.0 if other and kind == "last row" else 0.0)])
+        if kind == "last row"
+        else x
+    )
     return model, optimizer, {"loss": loss, "metrics": metrics}, {"x": x, "y": Y}
 
 

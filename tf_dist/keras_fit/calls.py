@@ -258,5 +258,3 @@ def check_keras() -> None:
             f"Keras {keras.__version__} makes its batches where tf_dist does not look for them: every rank "
             "would train on all rows. Use Keras 3.13 to 3.15, or tf_dist.Trainer"
         )
-
-

@@ -105,5 +105,3 @@ def _differ(everyone: list[list[int]]) -> None:
         "augmentation from a seed, and read the same files. If each rank reads a part of its own, say so: "
         "tf_dist.shard(dataset, comm, sharded=True)"
     )
-
-

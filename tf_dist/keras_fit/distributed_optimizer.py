@@ -22,9 +22,8 @@ from tf_dist.comm.agree import agree
 from tf_dist.comm.base import Comm
 from tf_dist.errors import UsageError
 from tf_dist.keras_fit.gradient_reduction import Reduction
-from tf_dist.keras_fit.optimizers_of import starts_are_deferred
 from tf_dist.keras_fit.step_scope import StepScope, active
-from tf_dist.training.replicated import broadcast
+from tf_dist.training.replicated import broadcast, starts_are_deferred
 
 
 def made_distributed(optimizer: Any, comm: Comm) -> Any:

@@ -47,18 +47,18 @@ class FitCallbackList(RankCallbackList):
     def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
         """Hold back a wish to stop that is not agreed: this rank would leave the others waiting for it."""
         super().on_train_batch_end(batch, logs)
-        if self.model.stop_training and not self._stop_agreed:
+        if self.model.stop_training and not self._stop_agreed and self.comm.size > 1:
             self.model.stop_training, self._held_back = False, True
 
     def on_test_begin(self, logs: Logs = None) -> None:
         """Take the metrics of training before Keras resets them."""
-        if self._session.evaluation_is_shared:
+        if self._session.evaluation_is_shared and self.comm.size > 1:
             self._averages.on_test_begin(logs)
         super().on_test_begin(logs)
 
     def on_test_end(self, logs: Logs = None) -> None:
         """Make the results those of all ranks, in the caller's dictionary, which ``evaluate`` returns."""
-        if self._session.evaluation_is_shared:
+        if self._session.evaluation_is_shared and self.comm.size > 1:
             self._session.reduction.end()  # before any other collective
             _flatten(logs)
             self._averages.on_test_end(logs)
@@ -71,6 +71,8 @@ class FitCallbackList(RankCallbackList):
             LaunchError: other ranks are still inside the epoch: they have more steps.
         """
         self._session.reduction.end()  # before any other collective, which would meet their next gradient
+        if self.comm.size == 1:  # the numbers are Keras's, to the last bit
+            return super().on_epoch_end(epoch, logs)
         _flatten(logs)
         self._averages.on_epoch_end(epoch, logs)
         super().on_epoch_end(epoch, logs)
@@ -140,6 +142,6 @@ def _is_over_ranks(model: Any) -> bool:
     if model is None or is_independent():
         return False
     session = session_of(model)
-    if session is None or session.comm.size == 1:
-        return False  # nothing to agree on: Keras as it is
+    if session is None:
+        return False
     return comm_of(model) is not None or session.evaluation_is_shared

@@ -73,7 +73,8 @@ def check_layout(model: Any, comm: Comm) -> None:
         LaunchError: on every rank: the first that differs.
     """
     weights = [
-        [v.path, f"{tuple(v.shape)} {v.dtype}{'' if v.trainable else ' not trainable'}"] for v in model.weights
+        [v.path, f"{tuple(v.shape)} {v.dtype}{'' if v.trainable else ' not trainable'}"]
+        for v in model.weights
     ]
     optimizers = [[f"{tuple(v.shape)} {v.dtype}" for v in one.variables] for one in optimizers_of(model)]
     everyone = comm.allgather_obj([weights, optimizers])
@@ -187,5 +188,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float | np.floating):
         return float(f"{float(value):.{DIGITS}g}")
     if isinstance(value, np.ndarray):
-        return [list(value.shape), _plain(float(np.sum(value, dtype=np.float64))) if value.dtype.kind in "fiu" else ""]
+        return [
+            list(value.shape),
+            _plain(float(np.sum(value, dtype=np.float64))) if value.dtype.kind in "fiu" else "",
+        ]
     return getattr(value, "__qualname__", type(value).__name__)

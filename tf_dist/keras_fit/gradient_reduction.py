@@ -137,6 +137,7 @@ class Reduction:
         The gradient of this rank's rows is R times that of the global rows: the mean over ranks, which
         follows, then is the gradient of the one global loss that every rank computes.
         """
+
         def gathered(rows: np.ndarray) -> Any:
             return self._gather_rows(np.asarray(rows), what)
 

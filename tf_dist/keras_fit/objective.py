@@ -26,9 +26,10 @@ from tf_dist.keras_fit.distributed_optimizer import by_law, name_of
 from tf_dist.keras_fit.fit_session import FitSession
 from tf_dist.keras_fit.global_losses import is_users
 from tf_dist.keras_fit.gradient_reduction import Reduction
-from tf_dist.keras_fit.optimizers_of import deferred_starts, optimizers_of
+from tf_dist.keras_fit.optimizers_of import optimizers_of
 from tf_dist.keras_fit.row_exchange import first_rows, rows_of_all
 from tf_dist.keras_fit.step_scope import Law, StepScope, entered
+from tf_dist.training.replicated import deferred_starts
 
 LAWS = (
     Law(),

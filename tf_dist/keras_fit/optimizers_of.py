@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import keras
 
 from tf_dist.comm.base import Comm
 from tf_dist.keras_fit.gradient_reduction import Reduction
-
-_local = threading.local()
 
 
 def optimizers_of(model: Any) -> list[Any]:
@@ -49,18 +44,3 @@ def comm_of(model: Any) -> Comm | None:
     """The ranks that a model's optimizers are distributed over, or None."""
     found = distributed_of(model)
     return found[0].comm if found else None
-
-
-@contextmanager
-def deferred_starts() -> Iterator[None]:
-    """Optimizers that are built do not share out their state: who calls this does so for all of them."""
-    before, _local.deferred = starts_are_deferred(), True
-    try:
-        yield
-    finally:
-        _local.deferred = before
-
-
-def starts_are_deferred() -> bool:
-    """Whether this thread is inside of `deferred_starts`."""
-    return bool(getattr(_local, "deferred", False))

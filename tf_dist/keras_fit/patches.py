@@ -37,7 +37,13 @@ def install() -> None:
     calls.check_keras()
     fit_callbacks.install()
     for module in (
-        train_function, global_losses, global_metrics, global_batch_norm, rank_randomness, saving, calls,
+        train_function,
+        global_losses,
+        global_metrics,
+        global_batch_norm,
+        rank_randomness,
+        saving,
+        calls,
     ):
         module.install()  # type: ignore[attr-defined]
     scaler = keras.optimizers.LossScaleOptimizer

@@ -37,11 +37,14 @@ def _packed(leaf: Any) -> Any:
     if isinstance(leaf, tf.RaggedTensor | tf.SparseTensor):
         leaf = leaf if isinstance(leaf, tf.RaggedTensor) else tf.sparse.to_dense(leaf)
         return leaf.to_list() if isinstance(leaf, tf.RaggedTensor) else _packed(leaf)
-    if not tf.is_tensor(leaf) and not isinstance(leaf, np.ndarray) or not len(leaf.shape):
+    if (not tf.is_tensor(leaf) and not isinstance(leaf, np.ndarray)) or not len(leaf.shape):
         return None
     array = np.asarray(leaf)
     if array.dtype == object:
-        texts = [base64.b64encode(one if isinstance(one, bytes) else str(one).encode()).decode() for one in array.flat]
+        texts = [
+            base64.b64encode(one if isinstance(one, bytes) else str(one).encode()).decode()
+            for one in array.flat
+        ]
         return {"shape": array.shape, "texts": texts}
     raw = base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
     return {"shape": array.shape, "raw": raw}
@@ -56,7 +59,9 @@ def _joined(leaf: Any, packed: list[Any]) -> Any:
     if "texts" in packed[0]:
         parts = [_texts(one) for one in packed]
         return tf.constant(np.concatenate(parts))
-    dtype = leaf.dtype.as_numpy_dtype if tf.is_tensor(leaf) or isinstance(leaf, tf.SparseTensor) else leaf.dtype
+    dtype = (
+        leaf.dtype.as_numpy_dtype if tf.is_tensor(leaf) or isinstance(leaf, tf.SparseTensor) else leaf.dtype
+    )
     arrays = [np.frombuffer(base64.b64decode(one["raw"]), dtype).reshape(one["shape"]) for one in packed]
     joined = tf.constant(np.concatenate(arrays))
     return tf.sparse.from_dense(joined) if isinstance(leaf, tf.SparseTensor) else joined

@@ -24,9 +24,9 @@ from tf_dist.keras_fit.data_fingerprints import compare_all
 from tf_dist.keras_fit.fit_consistency import check_layout, check_state, is_due, state_of
 from tf_dist.keras_fit.fit_session import FitSession, session_of
 from tf_dist.keras_fit.global_metrics import of_all_rows
-from tf_dist.keras_fit.optimizers_of import deferred_starts, distributed_of
+from tf_dist.keras_fit.optimizers_of import distributed_of
 from tf_dist.keras_fit.step_scope import Law, StepScope, entered
-from tf_dist.training.replicated import broadcast
+from tf_dist.training.replicated import broadcast, deferred_starts
 
 NOT_CALLED = (
     f"Keras {keras.__version__} does not call Optimizer.apply as the versions do that tf_dist was made for: "
@@ -101,7 +101,9 @@ def _law(session: FitSession, training: bool, own: bool, data: Any) -> Law:
     if training:
         return OF_A_LOOP if not session.in_fit and _has_weights(data) else law
     # An evaluation has no gradients. What its losses divide by is known, whatever the training step does.
-    return replace(law, global_losses=True, gradients=law.gradients if own and law.gradients == "sum" else "global")
+    return replace(
+        law, global_losses=True, gradients=law.gradients if own and law.gradients == "sum" else "global"
+    )
 
 
 def _has_weights(data: Any) -> bool:
@@ -137,7 +139,9 @@ def _checked(model: Any, function: Function, step: Function, session: FitSession
             if cause is not error:
                 raise cause from None
             raise
-        if [type(optimizer).visits for optimizer in distributed_of(model)] == visits and model.trainable_weights:
+        if [
+            type(optimizer).visits for optimizer in distributed_of(model)
+        ] == visits and model.trainable_weights:
             raise LaunchError(f"a training step did not call the distributed optimizer. {NOT_CALLED}")
         session.steps += 1
         if is_due(session.steps):
@@ -212,7 +216,9 @@ def _first_batch(data: Any, steps: int) -> tuple[Any, Any]:
     if not isinstance(data, tf.data.Iterator):
         return batches[0], chain(batches, data)
     first = tf.nest.map_structure(_without_optional, batches[0])
-    if not all(isinstance(spec, tf.TensorSpec | tf.RaggedTensorSpec) for spec in tf.nest.flatten(data.element_spec)):
+    if not all(
+        isinstance(spec, tf.TensorSpec | tf.RaggedTensorSpec) for spec in tf.nest.flatten(data.element_spec)
+    ):
         return first, iter(batches)  # the step is traced once more, for the next batches
     again = tf.data.Dataset.from_generator(lambda: iter(batches), output_signature=data.element_spec)
     return first, iter(again)

@@ -33,7 +33,11 @@ def without_weights(dataset: tf.data.Dataset, sharding: Sharding) -> tf.data.Dat
         there = tf.reshape(weight, (tf.shape(weight)[0], -1))[:, 0] > 0
 
         def kept(leaf: Any) -> Any:
-            return tf.ragged.boolean_mask(leaf, there) if isinstance(leaf, tf.RaggedTensor) else tf.boolean_mask(leaf, there)
+            return (
+                tf.ragged.boolean_mask(leaf, there)
+                if isinstance(leaf, tf.RaggedTensor)
+                else tf.boolean_mask(leaf, there)
+            )
 
         return tf.nest.map_structure(kept, (x, y))
 

@@ -153,6 +153,9 @@ class RankCallbackList(keras.callbacks.CallbackList):
 
     def _agree(self) -> None:
         """Stop if any rank wants to, and take over the learning rates of rank 0."""
+        if self.comm.size == 1:
+            self._stop_agreed = self._stop_agreed or self.model.stop_training
+            return
         optimizers = adjustable(self.model)
 
         def known() -> list[float]:

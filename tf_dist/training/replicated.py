@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import keras
@@ -12,6 +14,8 @@ import numpy as np
 from tf_dist.comm.base import Comm
 from tf_dist.errors import LaunchError
 from tf_dist.training.compare import splits
+
+_local = threading.local()
 
 
 def state_variables(model: keras.Model, with_optimizer: bool = True) -> list[Any]:
@@ -35,7 +39,8 @@ def broadcast_state(model: keras.Model, comm: Comm) -> None:
     optimizer = getattr(model, "optimizer", None)
     complete = all(layer.built for layer in model._flatten_layers())  # else the first step makes weights
     if optimizer is not None and not optimizer.built and complete:
-        optimizer.build(model.trainable_variables)  # rank 0 may have built it to restore it
+        with deferred_starts():
+            optimizer.build(model.trainable_variables)  # rank 0 may have built it to restore it
     variables = state_variables(model)
     layout = repr([(tuple(variable.shape), str(variable.dtype)) for variable in variables]).encode()
     layouts = comm.allgather_obj(zlib.crc32(layout))
@@ -91,3 +96,18 @@ def adjustable(model: keras.Model) -> list[Any]:
         optimizer = optimizer.inner_optimizer
     several = getattr(optimizer, "optimizers", [optimizer])
     return [one for one in several if isinstance(getattr(one, "_learning_rate", None), keras.Variable)]
+
+
+@contextmanager
+def deferred_starts() -> Iterator[None]:
+    """Optimizers that are built do not share out their state: who calls this does so for all of them."""
+    before, _local.deferred = starts_are_deferred(), True
+    try:
+        yield
+    finally:
+        _local.deferred = before
+
+
+def starts_are_deferred() -> bool:
+    """Whether this thread is inside of `deferred_starts`."""
+    return bool(getattr(_local, "deferred", False))
