@@ -10,19 +10,33 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from wrapt import register_post_import_hook
+
 from tf_dist.comm.base import Comm as Comm
+from tf_dist.comm.communicators import as_comm as as_comm
 from tf_dist.comm.launch import connect as connect
+from tf_dist.keras_fit.first_fit import watch_fit
 from tf_dist.parallel.mesh import Mesh as Mesh
 from tf_dist.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from tf_dist import callbacks as callbacks
-    from tf_dist.training.distribute import distribute as distribute
-    from tf_dist.training.shard import shard as shard
+    from tf_dist.keras_fit.api import distribute as distribute
+    from tf_dist.keras_fit.api import independent as independent
+    from tf_dist.keras_fit.api import shard as shard
     from tf_dist.training.trainer import Trainer as Trainer
 
-__all__ = ["Comm", "Mesh", "Trainer", "__version__", "callbacks", "connect", "distribute", "shard"]
-_HOME = {"Trainer": "trainer", "distribute": "distribute", "shard": "shard"}
+__all__ = [
+    "Comm", "Mesh", "Trainer", "__version__", "as_comm", "callbacks", "connect", "distribute", "independent", "shard",
+]  # fmt: skip
+_HOME = {
+    "Trainer": "training.trainer",
+    "distribute": "keras_fit.api",
+    "independent": "keras_fit.api",
+    "shard": "keras_fit.api",
+}
+# A script that connects and never says `distribute` or `shard` must not train N models without a word.
+register_post_import_hook(watch_fit, "keras")
 
 
 def __getattr__(name: str) -> Any:
@@ -31,4 +45,4 @@ def __getattr__(name: str) -> Any:
         return import_module("tf_dist.callbacks")
     if name not in _HOME:
         raise AttributeError(f"module 'tf_dist' has no attribute {name!r}")
-    return getattr(import_module(f"tf_dist.training.{_HOME[name]}"), name)
+    return getattr(import_module(f"tf_dist.{_HOME[name]}"), name)

@@ -105,7 +105,7 @@ def fit(model, optimizer, data, **more):
 
 
 def serial(build, optimizer):
-    from tf_dist.training.shard import shard
+    from tf_dist.keras_fit.api import shard
 
     model = build()
     fit(model, optimizer, shard((X, Y), SerialComm(), batch_size=G))

@@ -7,8 +7,10 @@ from keras.src.backend.tensorflow import trainer as keras_trainer
 
 from tf_dist.comm.base import SerialComm
 from tf_dist.errors import LaunchError
-from tf_dist.training.callback_list import FitCallbackList, RankCallbackList, comm_of, install, is_writer
-from tf_dist.training.distribute import distribute
+from tf_dist.keras_fit.fit_callbacks import FitCallbackList, install
+from tf_dist.keras_fit.optimizers_of import comm_of
+from tf_dist.training.callback_list import RankCallbackList, is_writer
+from tf_dist.keras_fit.api import distribute
 
 KERAS_LIST = keras.callbacks.CallbackList
 k = keras.callbacks

@@ -7,9 +7,9 @@ import tensorflow as tf
 
 from tf_dist.comm.base import SerialComm
 from tf_dist.errors import DataError, LaunchError, UsageError, behind, hide
-from tf_dist.training import self_test
-from tf_dist.training.distribute import distribute
-from tf_dist.training.shard import shard
+from tf_dist.keras_fit import self_test
+from tf_dist.keras_fit.api import distribute
+from tf_dist.keras_fit.api import shard
 
 
 def test_a_keras_that_does_not_call_us_is_found_at_once(monkeypatch):

@@ -3,8 +3,6 @@
 * Writers run on rank 0 alone: they would overwrite each other's files. All others run everywhere.
 * ``model.stop_training`` and the learning rate are agreed: all stop where any rank wants to, and take over
   what rank 0 has set.
-* In ``model.fit`` the logs of an epoch, and of an evaluation, become those of all ranks before callbacks
-  see them.
 
 An agreement is one small allreduce after each hook of an epoch; after a hook of a batch only where some
 callback could have changed something there. Nothing is sent while predicting.
@@ -12,7 +10,6 @@ callback could have changed something there. Nothing is sent while predicting.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -20,9 +17,6 @@ import keras
 import numpy as np
 
 from tf_dist.comm.base import Comm
-from tf_dist.errors import LaunchError
-from tf_dist.training.callbacks import AverageMetrics
-from tf_dist.training.keras_hooks import reduction_of
 from tf_dist.training.replicated import adjustable, broadcast, broadcast_state
 
 STOCK = "keras.src.callbacks."
@@ -186,120 +180,6 @@ class RankCallbackList(keras.callbacks.CallbackList):
         """Weights, optimizer and first epoch of rank 0, where `BackupAndRestore` has restored them."""
         broadcast_state(self.model, self.comm)
         self.model._initial_epoch = self.comm.broadcast_obj(self.model._initial_epoch)
-
-
-class FitCallbackList(RankCallbackList):
-    """What Keras's own ``fit``, ``evaluate`` and ``predict`` use after `install`: logs of all ranks.
-
-    Arguments are those of Keras's list; the Comm is that of the model's optimizer.
-    """
-
-    def __init__(self, *arguments: Any, **words: Any) -> None:
-        model = _model_of(*arguments, **words)
-        comm = comm_of(model)
-        assert model is not None and comm is not None
-        self._averages = AverageMetrics(comm)
-        self._averages.set_model(model)
-        super().__init__(*arguments, comm=comm, **words)
-
-    def on_train_begin(self, logs: Logs = None) -> None:
-        """Start all ranks from the state of rank 0."""
-        self._may_restore = True
-        self._averages.on_train_begin(logs)
-        super().on_train_begin(logs)
-
-    def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
-        """As above; a new epoch of metrics."""
-        self._averages.on_epoch_begin(epoch, logs)
-        super().on_epoch_begin(epoch, logs)
-
-    def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
-        """Hold back a wish to stop that is not agreed: this rank would leave the others waiting for it."""
-        super().on_train_batch_end(batch, logs)
-        if self.model.stop_training and not self._stop_agreed:
-            self.model.stop_training, self._held_back = False, True
-
-    def on_test_begin(self, logs: Logs = None) -> None:
-        """Take the metrics of training before Keras resets them."""
-        self._averages.on_test_begin(logs)
-        super().on_test_begin(logs)
-
-    def on_test_end(self, logs: Logs = None) -> None:
-        """Make the results those of all ranks, in the caller's dictionary, which ``evaluate`` returns."""
-        self._averages.on_test_end(logs)
-        super().on_test_end(logs)
-
-    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
-        """Make the logs those of all ranks, in the caller's dictionary.
-
-        Raises:
-            LaunchError: other ranks are still inside the epoch: they have more steps.
-        """
-        reduction = reduction_of(self.model.optimizer)
-        if reduction is not None:
-            reduction.end()  # before any other collective, which would meet their next gradient
-        self._averages.on_epoch_end(epoch, logs)
-        super().on_epoch_end(epoch, logs)
-
-    def on_train_end(self, logs: Logs = None) -> None:
-        """As above."""
-        self._averages.on_train_end(logs)
-        super().on_train_end(logs)
-
-
-def comm_of(model: keras.Model | None) -> Comm | None:
-    """The Comm that a model's optimizer carries, also inside a LossScaleOptimizer, or None."""
-    optimizer = getattr(model, "optimizer", None)
-    while optimizer is not None:
-        comm = getattr(optimizer, "comm", None)
-        if isinstance(comm, Comm):
-            return comm
-        optimizer = getattr(optimizer, "inner_optimizer", None)
-    return None
-
-
-def install() -> None:
-    """Let Keras make a `FitCallbackList` for every model whose optimizer carries a ``comm``.
-
-    Other models, subclasses of Keras's list and lists without a model stay as they were. May be called again.
-
-    Raises:
-        LaunchError: this Keras does not make its lists as we know it.
-    """
-    original = keras.callbacks.CallbackList
-    if original.__dict__.get("__new__") is None:
-        _check_where_keras_looks(original)
-        original.__new__ = staticmethod(_new_list)
-
-
-def _new_list(kind: type, *arguments: Any, **words: Any) -> Any:
-    # The class is chosen here and nothing is replaced, so that `isinstance` holds wherever it is asked.
-    ours = kind is keras.callbacks.CallbackList and comm_of(_model_of(*arguments, **words)) is not None
-    return object.__new__(FitCallbackList if ours else kind)
-
-
-def _model_of(
-    callbacks: Any = None, add_history: bool = False, add_progbar: bool = False, model: Any = None, **_: Any
-) -> Any:
-    """The model among the arguments of Keras's list."""
-    return model
-
-
-def _check_where_keras_looks(original: type) -> None:
-    from keras.src.backend.tensorflow import trainer
-
-    known = list(inspect.signature(original.__init__).parameters)[1:5]  # type: ignore[misc]
-    keras_trainer = trainer.TensorFlowTrainer
-    calls = [inspect.unwrap(getattr(keras_trainer, name)) for name in ("fit", "evaluate", "predict")]
-    if (
-        known != list(inspect.signature(_model_of).parameters)[:4]
-        or not all("CallbackList" in call.__code__.co_names for call in calls)
-        or getattr(getattr(trainer, "callbacks_module", None), "CallbackList", None) is not original
-    ):
-        raise LaunchError(
-            f"Keras {keras.__version__} does not make its list of callbacks where tf_dist looks for it: "
-            "callbacks would write from every rank. Install a Keras that tf_dist was tested with: 3.15"
-        )
 
 
 def _may_change(callbacks: list[Any], hooks: tuple[str, ...]) -> bool:

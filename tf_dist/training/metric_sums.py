@@ -25,27 +25,28 @@ class Results:
     """What metrics say over all ranks.
 
     Attributes:
-        exact: results of summed states, by name.
+        exact: results of summed states, by name: numbers, or arrays (a score for each class).
         samples: that Keras's loss metric has counted on this rank; 0 where there is none.
     """
 
-    exact: dict[str, float]
+    exact: dict[str, Any]
     samples: float
 
-    def applied_to(self, logs: Mapping[str, Any], comm: Comm) -> dict[str, float]:
+    def applied_to(self, logs: Mapping[str, Any], comm: Comm) -> dict[str, Any]:
         """These logs, the same on every rank; a collective.
 
         A value that no metric explains (a custom ``train_step`` made it) becomes the mean of the ranks'
         values, weighted by their samples.
         """
-        mine = {name: float(value) for name, value in logs.items() if np.ndim(value) == 0}
+        mine = {name: np.asarray(value, np.float64).tolist() for name, value in logs.items()}
         everyone = comm.allgather_obj([self.samples, mine])
         merged = {
             name: self.exact[name] if name in self.exact else _weighted_mean(name, everyone)
             for name in everyone[0][1]
         }
         # Equal by construction, not by trust in the arithmetic of different nodes: callbacks decide by it.
-        return dict(comm.broadcast_obj(merged))
+        agreed = comm.broadcast_obj({name: np.asarray(value).tolist() for name, value in merged.items()})
+        return {name: _as_keras_has_it(value) for name, value in agreed.items()}
 
 
 def over_ranks(model: keras.Model, comm: Comm) -> Results:
@@ -58,21 +59,34 @@ def over_ranks(model: keras.Model, comm: Comm) -> Results:
     variables = [variable for metric in summed for variable in metric.variables]
     mine = [np.asarray(variable.value).copy() for variable in variables]
     state = np.concatenate([np.zeros(1), *(array.astype(np.float64).ravel() for array in mine)])
-    lengths = comm.allgather_obj(state.size)
-    if len(set(lengths)) > 1:
-        raise LaunchError(f"the ranks have different metrics: {lengths} numbers. Compile all models alike")
+    kinds = comm.allgather_obj([[type(metric).__name__, metric.name] for metric in summed] + [state.size])
+    if any(theirs != kinds[0] for theirs in kinds):
+        raise LaunchError(f"the ranks have different metrics: {kinds}. Compile all models alike")
     comm.allreduce(state)
     try:
         _assign(variables, mine, state[1:])
-        results = model.get_metrics_result()
+        results = _flat(model.get_metrics_result())
+        for metric in summed:  # also those that only a train_step knows by name
+            for name, value in _flat({metric.name: metric.result()}).items():
+                results.setdefault(name, value)
     finally:
         for variable, array in zip(variables, mine, strict=True):
             variable.assign(array)
     unknown = {name for metric in others for name in _names(metric)}
-    exact = {
-        name: float(value) for name, value in results.items() if np.ndim(value) == 0 and name not in unknown
-    }
+    exact = {name: np.asarray(value) for name, value in results.items() if name not in unknown}
     return Results(exact, samples_seen(model))
+
+
+def _flat(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Results by name, those in a dictionary by their own."""
+    flat: dict[str, Any] = {}
+    for name, value in results.items():
+        flat.update(_flat(value) if isinstance(value, Mapping) else {name: value})
+    return flat
+
+
+def _as_keras_has_it(value: Any) -> Any:
+    return np.asarray(value, np.float32) if isinstance(value, list) else float(value)
 
 
 def samples_seen(model: keras.Model) -> float:
@@ -110,10 +124,13 @@ def _names(metric: Any) -> set[str]:
     return set(result) if isinstance(result, dict) else {metric.name}
 
 
-def _weighted_mean(name: str, everyone: list[Any]) -> float:
+def _weighted_mean(name: str, everyone: list[Any]) -> Any:
     there = [(weight, logs[name]) for weight, logs in everyone if name in logs]
-    values = np.array([value for _, value in there])
+    values = np.array([value for _, value in there], np.float64)
     weights = np.array([weight for weight, _ in there])
     if (values == values[0]).all():  # already global: not changed in the last bit
-        return float(values[0])
-    return float(np.average(values, weights=weights if weights.sum() > 0 else None))
+        return there[0][1]
+    fine = np.isfinite(values.reshape(len(values), -1)).all(axis=1)  # a mean over no rows is no number
+    if fine.any():
+        values, weights = values[fine], weights[fine]
+    return np.average(values, axis=0, weights=weights if weights.sum() > 0 else None)

@@ -1,4 +1,4 @@
-"""`distribute`: a Keras optimizer that means all ranks, for `model.fit` and loops of one's own.
+"""A Keras optimizer that means all ranks.
 
 The optimizer stays what it is and only its class changes, to a subclass that reduces gradients before
 anything else is done with them. Keras then clips, accumulates, decays and averages as always, with
@@ -16,61 +16,25 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.ops import control_flow_util
 
-from tf_dist.comm.agree import agree, versions
+from tf_dist.comm.agree import agree
 from tf_dist.comm.base import Comm
 from tf_dist.errors import UsageError
-from tf_dist.training import callback_list, keras_hooks, self_test
-from tf_dist.training.reduction import Reduction
+from tf_dist.keras_fit.gradient_reduction import Reduction
+from tf_dist.keras_fit.optimizers_of import starts_are_deferred
+from tf_dist.keras_fit.step_scope import StepScope, active
 from tf_dist.training.replicated import broadcast
 
 
-def distribute(optimizer: keras.optimizers.Optimizer, comm: Comm) -> keras.optimizers.Optimizer:
-    """Make an optimizer work for all ranks; a collective: call it on every rank.
-
-    Every step uses the mean of the ranks' gradients, taken before clipping, weight decay and EMA. With
-    ``gradient_accumulation_steps`` the ranks talk once for each accumulated gradient. When the optimizer
-    is built, rank 0's weights and optimizer state replace those of the others.
-
-    The mean is that of the global batch where all ranks have equally many rows in a step, or rows with the
-    sample weights of `shard`.
-
-    Args:
-        optimizer: any Keras optimizer; it is changed, not copied.
-        comm: all ranks, from ``tf_dist.connect()``.
-
-    Returns:
-        The same optimizer, with an attribute ``comm``.
-
-    Raises:
-        UsageError: not a Keras optimizer, or one that is distributed already.
-        LaunchError: this version of Keras does not call us, or the ranks do not agree on versions or model.
-    """
-    if not isinstance(optimizer, keras.optimizers.Optimizer):
-        raise UsageError(
-            f"distribute() takes a Keras optimizer, such as keras.optimizers.Adam(), not {optimizer!r}"
-        )
-    if keras_hooks.reduction_of(optimizer) is not None:
-        raise UsageError(
-            "this optimizer is distributed already: call distribute() once, on the outermost one"
-        )
-    keras_hooks.install()
-    callback_list.install()
-    agree(comm, versions(), "the versions of what they run")
-    self_test.run(_changed)
-    _changed(optimizer, comm)
-    if optimizer.built:  # it came out of a file
-        optimizer.start()
-    return optimizer
-
-
-def _changed(optimizer: Any, comm: Comm) -> Any:
+def made_distributed(optimizer: Any, comm: Comm) -> Any:
     """The optimizer, of a class that reduces; the class, and not the instance, knows the ranks."""
     plain = type(optimizer)
     names = {
         "comm": comm,
         "reduction": Reduction(comm),
         "visits": 0,
+        "started": False,
         "__doc__": plain.__doc__,
         "__module__": plain.__module__,
         "__qualname__": plain.__qualname__,
@@ -89,17 +53,19 @@ class Distributed:
         comm: all ranks.
         reduction: the mean over them.
         visits: times that Keras has called `apply`, eagerly or to trace it.
+        started: whether its state is that of rank 0.
     """
 
     comm: Comm
     reduction: Reduction
     visits: int
+    started: bool
 
     def build(self: Any, variables: Sequence[Any]) -> None:
-        """Make the optimizer's state, and begin with that of rank 0."""
+        """Make the optimizer's state, and begin with that of rank 0; `model.fit` shares it out by itself."""
         was_built = self.built
         super().build(variables)  # type: ignore[misc]
-        if not was_built:
+        if not was_built and not starts_are_deferred():
             self.start()
 
     def start(self: Any) -> None:
@@ -122,25 +88,45 @@ class Distributed:
             shapes = [f"{variable.dtype}{tuple(variable.shape)}" for variable in variables]
             agree(self.comm, {"optimizer": type(self).__name__, "variables": shapes}, "the model")
             self.replaced = broadcast(variables, self.comm)
+            type(self).started = True
 
     def apply(self: Any, grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> Any:
         """Take one step with the mean of all ranks' gradients.
 
         Raises:
             UsageError: inside ``jit_compile=True``, or the gradients are those of different weights.
+            LaunchError: on all ranks: they bring gradients of different variables.
         """
-        keras_hooks.refuse_xla()
+        refuse_xla()
         type(self).visits += 1
-        if not self.built and trainable_variables is not None:
-            self._build_late(trainable_variables)
+        grads, scope = list(grads), active()
+        variables = list(self._trainable_variables if trainable_variables is None else trainable_variables)
+        if scope is not None and scope.captured is not None:
+            scope.captured.append((self, variables, grads))
+            return None
+        if not self.started and not starts_are_deferred():
+            self._start_late(variables)
+        if scope is not None:
+            grads = by_law(grads, scope)
+        names = [variable.path for variable in variables]
         if not self.gradient_accumulation_steps:
-            grads = self.reduction.mean(grads)
+            grads = self.reduction.mean(grads, names)
+        elif any(getattr(variable, "overwrite_with_gradient", False) for variable in variables):
+            grads = self._mean_of_overwriting(grads, variables)
         return super().apply(grads, trainable_variables)  # type: ignore[misc]
+
+    def _mean_of_overwriting(self: Any, grads: list[Any], variables: list[Any]) -> list[Any]:
+        """Reduce what Keras stores in place of a variable in each step, before it accumulates the rest."""
+        overwriting = [getattr(variable, "overwrite_with_gradient", False) for variable in variables]
+        chosen = [grad if mine else None for grad, mine in zip(grads, overwriting, strict=True)]
+        means = self.reduction.mean(chosen, [variable.path for variable in variables])
+        return [mean if mine else grad for mean, grad, mine in zip(means, grads, overwriting, strict=True)]
 
     def _clip_gradients(self: Any, grads: Sequence[Any]) -> Any:
         """Keras calls this with each finished gradient: after accumulation, before anything else."""
         if self.gradient_accumulation_steps:
-            grads = self.reduction.mean(grads)
+            shapes = [f"variable {number} {tuple(grad.shape)}" for number, grad in enumerate(grads)]
+            grads = self.reduction.mean(grads, shapes)
         return super()._clip_gradients(grads)  # type: ignore[misc]
 
     def finalize_variable_values(self: Any, var_list: Sequence[Any]) -> None:
@@ -148,9 +134,13 @@ class Distributed:
         self.reduction.end()
         super().finalize_variable_values(var_list)  # type: ignore[misc]
 
-    def _build_late(self: Any, trainable_variables: Sequence[Any]) -> None:
-        """Build in the first step. In a loop without `tf.function`, its gradients are there already."""
-        self.build(list(trainable_variables))
+    def _start_late(self: Any, trainable_variables: list[Any]) -> None:
+        """Begin as rank 0 in the first step. Without `tf.function`, its gradients are there already."""
+        was_built = self.built
+        if was_built:  # it came out of a file, or was built before it was distributed
+            self.start()
+        else:
+            self.build(trainable_variables)
         different = np.array([float(self.replaced)])
         self.comm.allreduce(different)
         if different[0] and tf.executing_eagerly():
@@ -159,6 +149,34 @@ class Distributed:
                 "weights other than rank 0's. Call optimizer.build(model.trainable_variables) before the "
                 "first step, which gives all ranks the weights of rank 0, or set one seed on all ranks"
             )
+
+
+def by_law(grads: Sequence[Any], scope: StepScope) -> list[Any]:
+    """Gradients whose mean over the ranks is that of the global batch, by what the user's objective is."""
+    if scope.law.gradients == "global":
+        return list(grads)
+    if scope.law.gradients == "sum":
+        return [None if grad is None else scope.size * tf.convert_to_tensor(grad) for grad in grads]
+    share, any_rows = scope.share()
+
+    def scaled(grad: Any) -> Any:
+        grad = tf.convert_to_tensor(grad)
+        return tf.where(any_rows, tf.cast(scope.size * share, grad.dtype) * grad, tf.zeros_like(grad))
+
+    return [None if grad is None else scaled(grad) for grad in grads]
+
+
+def refuse_xla() -> None:
+    """Complain while a function is traced for XLA.
+
+    Raises:
+        UsageError: it is.
+    """
+    if control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
+        raise UsageError(
+            "a distributed optimizer cannot be called inside jit_compile=True: XLA has no way out to the "
+            "other ranks. Use jit_compile=False, or compile only the function that computes the gradients"
+        )
 
 
 def _has_value(variable: Any) -> bool:

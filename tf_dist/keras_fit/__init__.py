@@ -1,0 +1,1 @@
+"""Keras's own `fit`, `evaluate` and `predict` over MPI ranks."""

@@ -1,0 +1,28 @@
+"""Keras is patched when `fit` is first called while several ranks are connected, also where nobody asked for it.
+
+This file is imported with ``tf_dist``, before Keras is, and so imports neither Keras nor TensorFlow.
+"""
+
+from __future__ import annotations
+
+from functools import wraps
+from importlib import import_module
+from typing import Any
+
+from tf_dist.comm.communicators import connected
+
+
+def watch_fit(keras: Any) -> None:
+    """Let the first `fit` over several ranks install `tf_dist.keras_fit.patches`; called when Keras is imported."""
+    original = keras.Model.fit
+
+    @wraps(original)
+    def fit(self: Any, *arguments: Any, **words: Any) -> Any:
+        comm = connected()
+        if keras.Model.fit is not fit or comm is None or comm.size == 1:
+            return original(self, *arguments, **words)
+        keras.Model.fit = original
+        import_module("tf_dist.keras_fit.patches").install()
+        return keras.Model.fit(self, *arguments, **words)
+
+    keras.Model.fit = fit

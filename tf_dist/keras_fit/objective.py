@@ -1,0 +1,226 @@
+"""Is the objective of N ranks that of one process? Found by trying, where code of the user computes it.
+
+A dry run takes a few rows of each rank through the user's own ``train_step``, without stepping: once on
+every rank with the rows of all (what one process would compute), and over the ranks by each `Law`, until
+one gives the same gradients. If none does, training is refused before its first step. Random layers draw
+fixed numbers meanwhile, and all variables are put back.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tf_dist.comm.base import SerialComm
+from tf_dist.errors import LaunchError, UsageError, behind
+from tf_dist.keras_fit import rank_randomness
+from tf_dist.keras_fit.distributed_optimizer import by_law
+from tf_dist.keras_fit.fit_session import FitSession
+from tf_dist.keras_fit.global_losses import is_users
+from tf_dist.keras_fit.gradient_reduction import Reduction
+from tf_dist.keras_fit.optimizers_of import deferred_starts, optimizers_of
+from tf_dist.keras_fit.row_exchange import first_rows, rows_of_all
+from tf_dist.keras_fit.step_scope import Law, StepScope, entered
+
+LAWS = (
+    Law(),
+    Law(added="sum"),
+    Law(gather_user_losses=True),
+    Law(gather_user_losses=True, added="sum"),
+    Law(global_losses=False, gradients="mean"),
+    Law(global_losses=False, gradients="sum"),
+)
+ONE_PROCESS = Law(global_losses=False)
+# Largest difference of a gradient from that of one process, in units of the largest number in it. Laws
+# differ by the ratio of the ranks' rows at least: 1 / R.
+TOLERANCE = {"float32": 2e-3, "float64": 2e-3}
+TOLERANCE_OF_HALVES = 0.05
+
+Step = Callable[[Any], Any]
+Gradients = list[tuple[str, np.ndarray | None]]
+
+
+def is_keras_alone(model: Any) -> bool:
+    """Whether no code of the user computes the objective: then `Law()` holds by construction."""
+    if any(_module(getattr(type(model), name)) != "keras" for name in ("train_step", "compute_loss", "loss")):
+        return False
+    losses = [] if model._compile_loss is None else keras.tree.flatten(model._compile_loss._user_loss)
+    if not all(loss is None or _is_keras_loss(loss) for loss in losses):
+        return False
+    for layer in model._flatten_layers():
+        if isinstance(layer, keras.layers.Lambda) or layer.activity_regularizer is not None:
+            return False
+        if _module(type(layer)) != "keras" and not _only_holds(layer):
+            return False
+    return all(isinstance(one, keras.Layer) for one in getattr(model, "operations", []))
+
+
+def decided(model: Any, step: Step, data: Any, session: FitSession) -> Law:
+    """The law by which this rank's rows are trained on; a collective.
+
+    Args:
+        model: built or not; its variables are made by this.
+        step: the user's ``train_step``.
+        data: a batch of this rank's rows.
+        session: of the model.
+
+    Raises:
+        UsageError: on all ranks: by no law the step is that of one process.
+    """
+    comm = session.comm
+    mine = first_rows(data, 2 if comm.rank == 0 else 1)
+    everyones = rows_of_all(mine, comm)
+    alone = Reduction(SerialComm())
+    expected, error = _alone(model, step, everyones, alone)
+    errors = [one for one in comm.allgather_obj(error) if one]
+    if errors:
+        raise UsageError(
+            "model.fit over ranks tries the model's train_step eagerly on a few rows before the first step, "
+            f"which failed: {errors[0]}"
+        )
+    tried = []
+    for law in LAWS:
+        worst = _difference(expected, _over_ranks(model, step, mine, session, law))
+        worst = max(comm.allgather_obj(worst))
+        if worst <= _tolerance(model):
+            return law
+        tried.append(worst)
+    raise UsageError(_refusal(model, min(tried)))
+
+
+def _alone(model: Any, step: Step, data: Any, reduction: Reduction) -> tuple[Gradients, str]:
+    scope = StepScope(reduction, ONE_PROCESS, True, data, captured=[])
+    try:
+        return _tried(model, step, scope), ""
+    except Exception as error:
+        return [], f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+
+
+def _over_ranks(model: Any, step: Step, data: Any, session: FitSession, law: Law) -> Gradients | None:
+    """The gradients of all ranks by a law; None where the step fails by it."""
+    scope = StepScope(session.reduction, law, True, data, captured=[])
+    try:
+        found: Gradients | None = _tried(model, step, scope)
+    except Exception as error:
+        if isinstance(behind(error), LaunchError):
+            return None  # another rank has failed, and said so
+        found = None
+    try:
+        session.reduction.end()  # on ranks that have failed, and on those that have not
+    except LaunchError:
+        return None
+    return found
+
+
+def _tried(model: Any, step: Step, scope: StepScope) -> Gradients:
+    found: Gradients = []
+    with _put_back(model), _eagerly(), rank_randomness.none(), deferred_starts(), entered(scope):
+        step(scope.data)
+        for optimizer, variables, grads in scope.captured or []:
+            means = scope.reduction.mean(by_law(grads, scope), [variable.path for variable in variables])
+            name = type(optimizer).__name__
+            for variable, mean in zip(variables, means, strict=True):
+                found.append((f"{name} {variable.path}", None if mean is None else np.asarray(mean)))
+    return found
+
+
+def _difference(expected: Gradients, found: Gradients | None) -> float:
+    if found is None or [name for name, _ in found] != [name for name, _ in expected]:
+        return float("inf")
+    worst, scale = 0.0, 0.0
+    for (_, one), (_, other) in zip(expected, found, strict=True):
+        if (one is None) != (other is None):
+            return float("inf")
+        if one is None or other is None or not one.size:
+            continue
+        scale = max(scale, float(np.abs(one).max()))
+        apart = float(np.abs(one.astype(np.float64) - other).max())
+        worst = max(worst, apart if np.isfinite(apart) else float("inf"))
+    return worst / scale if scale > 0 else (0.0 if worst == 0 else float("inf"))
+
+
+def _tolerance(model: Any) -> float:
+    kinds = {layer.compute_dtype for layer in model._flatten_layers() if layer.compute_dtype is not None}
+    return max((TOLERANCE.get(kind, TOLERANCE_OF_HALVES) for kind in kinds), default=TOLERANCE["float32"])
+
+
+def _refusal(model: Any, closest: float) -> str:
+    return (
+        f"the objective that {type(model).__name__} computes in a training step is not that of one process "
+        f"with the global batch, whichever way the ranks add theirs up (gradients differ by {closest:.0%} at "
+        "least): each rank would divide by its own rows, or compare only its own rows with each other. Use a "
+        "loss that gives one value for each row, a keras.losses.Loss with reduction='sum_over_batch_size' or "
+        "None, or means over rows throughout; losses between rows need them as arguments of a loss "
+        "(y_true, y_pred). docs/sharp-bits.md says what is refused and why"
+    )
+
+
+# What must not be seen of a dry run ----------------------------------------------------------------
+
+
+@contextmanager
+def _put_back(model: Any) -> Iterator[None]:
+    """Variables, also those that are made meanwhile, and the states of Python's and NumPy's generators."""
+    known = [(one, np.array(one.numpy())) for one in _variables(model)]
+    initialize = keras.Variable._initialize
+
+    def noted(self: Any, value: Any) -> None:
+        initialize(self, value)
+        known.append((self, np.array(self.numpy())))
+
+    states = random.getstate(), np.random.get_state()
+    try:
+        with mock.patch.object(keras.Variable, "_initialize", noted):
+            yield
+    finally:
+        for variable, value in known:
+            variable.assign(value)
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+def _variables(model: Any) -> list[Any]:
+    variables = list(model.variables) + [v for metric in model.metrics for v in metric.variables]
+    for optimizer in optimizers_of(model):
+        variables += list(optimizer.variables)
+    return [one for one in variables if hasattr(one, "path")]
+
+
+@contextmanager
+def _eagerly() -> Iterator[None]:
+    before = tf.config.functions_run_eagerly()
+    tf.config.run_functions_eagerly(True)
+    try:
+        yield
+    finally:
+        tf.config.run_functions_eagerly(before)
+
+
+# Whose code it is ----------------------------------------------------------------------------------
+
+
+def _module(thing: Any) -> str:
+    return str(getattr(thing, "__module__", "")).split(".")[0]
+
+
+def _is_keras_loss(loss: Any) -> bool:
+    if isinstance(loss, str | dict):
+        try:
+            loss = keras.losses.get(loss)
+        except ValueError:
+            return False
+    if isinstance(loss, keras.losses.Loss):
+        return not is_users(loss)
+    return str(getattr(loss, "__module__", "")).startswith("keras.src.")
+
+
+def _only_holds(layer: Any) -> bool:
+    """Whether a class of the user is Keras's Functional or Sequential model under another name."""
+    return isinstance(layer, keras.Model) and _module(type(layer).call) == "keras"

@@ -1,0 +1,66 @@
+"""Which optimizers a model steps with, and over which ranks."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+
+from tf_dist.comm.base import Comm
+from tf_dist.keras_fit.gradient_reduction import Reduction
+
+_local = threading.local()
+
+
+def optimizers_of(model: Any) -> list[Any]:
+    """The optimizer of ``compile``, and those that a model of several has as attributes (a GAN's)."""
+    found = [getattr(model, "optimizer", None)]
+    for value in list(vars(model).values()) if model is not None else []:
+        found += value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    optimizers = [one for one in found if isinstance(one, keras.optimizers.Optimizer)]
+    return list({id(one): one for one in optimizers}.values())
+
+
+def reduction_of(optimizer: Any) -> Reduction | None:
+    """The `Reduction` of a distributed optimizer, also inside a `LossScaleOptimizer`; or None."""
+    while optimizer is not None:
+        reduction = getattr(optimizer, "reduction", None)
+        if isinstance(reduction, Reduction):
+            return reduction
+        optimizer = getattr(optimizer, "inner_optimizer", None)
+    return None
+
+
+def distributed_of(model: Any) -> list[Any]:
+    """The optimizers of a model that are distributed: they carry ``comm``, ``reduction`` and ``visits``."""
+    found = []
+    for optimizer in optimizers_of(model):
+        while optimizer is not None and not hasattr(type(optimizer), "visits"):
+            optimizer = getattr(optimizer, "inner_optimizer", None)
+        if optimizer is not None:
+            found.append(optimizer)
+    return found
+
+
+def comm_of(model: Any) -> Comm | None:
+    """The ranks that a model's optimizers are distributed over, or None."""
+    found = distributed_of(model)
+    return found[0].comm if found else None
+
+
+@contextmanager
+def deferred_starts() -> Iterator[None]:
+    """Optimizers that are built do not share out their state: who calls this does so for all of them."""
+    before, _local.deferred = starts_are_deferred(), True
+    try:
+        yield
+    finally:
+        _local.deferred = before
+
+
+def starts_are_deferred() -> bool:
+    """Whether this thread is inside of `deferred_starts`."""
+    return bool(getattr(_local, "deferred", False))

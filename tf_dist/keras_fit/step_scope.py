@@ -1,0 +1,111 @@
+"""What a step of Keras's `fit` over several ranks has at hand while it is traced, or runs eagerly.
+
+The patches of Keras's losses, normalization and random numbers (`global_losses`, `global_batch_norm`,
+`rank_randomness`) act inside of a scope only: everywhere else Keras is as it was.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import tensorflow as tf
+
+from tf_dist.keras_fit.gradient_reduction import Reduction
+
+
+@dataclass(frozen=True)
+class Law:
+    """How the objective of the global batch follows from what each rank computes of its rows.
+
+    Attributes:
+        global_losses: Keras losses divide by the counts of all ranks. False: they stay each rank's own.
+        gather_user_losses: loss functions of the user see the predictions and targets of all ranks.
+        added: what `add_loss` values are: a "mean" over rows (or no matter of rows), or a "sum".
+        gradients: what the gradients of a rank are: "global" already, or those of a "mean" or of a "sum"
+            over its rows.
+    """
+
+    global_losses: bool = True
+    gather_user_losses: bool = False
+    added: str = "mean"
+    gradients: str = "global"
+
+    def __str__(self) -> str:
+        if not self.global_losses:
+            return f"the loss is a {self.gradients} over rows"
+        gathered = ", the loss sees the rows of all ranks" if self.gather_user_losses else ""
+        return f"losses are divided by the rows of all ranks{gathered}, add_loss is a {self.added} over rows"
+
+
+@dataclass
+class StepScope:
+    """One step of one model.
+
+    Attributes:
+        reduction: over all ranks.
+        law: of the objective.
+        training: whether it is a training step; else one of an evaluation.
+        data: this rank's rows.
+        captured: not None: optimizers add (their number, variables, gradients) here instead of stepping.
+    """
+
+    reduction: Reduction
+    law: Law
+    training: bool
+    data: Any
+    captured: list[Any] | None = None
+    _rows: tuple[Any, Any] | None = field(default=None, repr=False)
+
+    @property
+    def rank(self) -> int:
+        """This rank."""
+        return self.reduction.comm.rank
+
+    @property
+    def size(self) -> int:
+        """The number of ranks."""
+        return self.reduction.comm.size
+
+    def share(self) -> tuple[Any, Any]:
+        """This rank's part B / G of the rows, () float32, and whether it is above 0."""
+        if self._rows is None:
+            rows = tf.cast(rows_of(self.data), tf.float32)
+            (everyone,) = self.reduction.sums([rows], "the count of rows")
+            self._rows = tf.math.divide_no_nan(rows, everyone), rows > 0
+        return self._rows
+
+
+_local = threading.local()
+
+
+def active() -> StepScope | None:
+    """The scope in which this thread is, or None."""
+    stack: list[StepScope | None] = getattr(_local, "stack", [])
+    return stack[-1] if stack else None
+
+
+@contextmanager
+def entered(scope: StepScope | None) -> Iterator[None]:
+    """Be in a scope; None: in none, also inside of another one."""
+    stack = _local.__dict__.setdefault("stack", [])
+    stack.append(scope)
+    try:
+        yield
+    finally:
+        stack.pop()
+
+
+def rows_of(data: Any) -> Any:
+    """B, a scalar int32 tensor: rows of a batch, of its first tensor that has rows."""
+    for leaf in tf.nest.flatten(data, expand_composites=False):
+        if isinstance(leaf, tf.RaggedTensor):
+            return tf.cast(leaf.nrows(), tf.int32)
+        if isinstance(leaf, tf.SparseTensor):
+            return tf.cast(leaf.dense_shape[0], tf.int32)
+        if leaf is not None and len(leaf.shape) > 0:
+            return tf.shape(leaf)[0]
+    return tf.constant(1)

@@ -1,0 +1,210 @@
+"""Keras's training and evaluation functions over ranks: each step in a `step_scope`, checked before and after.
+
+`Model.make_train_function` and `make_test_function` are wrapped, for models over ranks only. The compiled
+step must not be XLA's, which no message can leave. Before the first step of a `fit`, all ranks build the
+model, begin as rank 0, compare their data, and find the law of the objective; then they compare their
+weights from time to time (`fit_consistency`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import wraps
+from itertools import chain, islice
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tf_dist.errors import LaunchError, UsageError, behind
+from tf_dist.keras_fit import objective, rank_randomness
+from tf_dist.keras_fit.data_fingerprints import compare_all
+from tf_dist.keras_fit.fit_consistency import check_layout, check_state, is_due, state_of
+from tf_dist.keras_fit.fit_session import FitSession, session_of
+from tf_dist.keras_fit.optimizers_of import deferred_starts, distributed_of
+from tf_dist.keras_fit.step_scope import Law, StepScope, entered
+from tf_dist.training.replicated import broadcast
+
+NOT_CALLED = (
+    f"Keras {keras.__version__} does not call Optimizer.apply as the versions do that tf_dist was made for: "
+    "training would run unsynchronised. Use Keras 3.13 to 3.15, or tf_dist.Trainer"
+)
+Function = Callable[[Any], Any]
+
+
+def install() -> None:
+    """Patch Keras, once; any further call changes nothing."""
+    model = keras.Model
+    if hasattr(model.make_train_function, "__wrapped__"):
+        return
+    model.make_train_function = _over_ranks(model.make_train_function, "train")
+    model.make_test_function = _over_ranks(model.make_test_function, "test")
+
+
+def _over_ranks(make: Callable[..., Any], kind: str) -> Callable[..., Any]:
+    name = f"{kind}_function"
+
+    @wraps(make)
+    def make_function(self: Any, force: bool = False) -> Any:
+        session, known = session_of(self), getattr(self, name)
+        over_ranks = session is not None and (kind == "train" or session.evaluation_is_shared)
+        if getattr(known, "_over_ranks", over_ranks) != over_ranks:
+            force = True  # made for the other way of evaluating
+        if not over_ranks or (known is not None and not force):
+            return make(self, force)
+        assert session is not None
+        step, jit_compile = getattr(self, f"{kind}_step"), self.jit_compile
+        if jit_compile and kind == "train" and session.comm.rank == 0 and session.comm.size > 1:
+            print("jit_compile: training steps are compiled without XLA, which cannot reach the other ranks")
+        self.jit_compile = False
+        object.__setattr__(self, f"{kind}_step", _scoped(step, session, kind == "train"))
+        try:
+            made = make(self, force)
+        finally:
+            self.jit_compile = jit_compile
+            object.__delattr__(self, f"{kind}_step")
+        function = getattr(self, name)
+        function = _checked(self, function, step, session) if kind == "train" else _translated(function)
+        function._over_ranks = True
+        setattr(self, name, function)
+        return made
+
+    return make_function
+
+
+def _scoped(step: Function, session: FitSession, training: bool) -> Function:
+    """A step that knows the other ranks. With one rank Keras's own arithmetic is the right one."""
+
+    @wraps(step)
+    def scoped(data: Any) -> Any:
+        scope = StepScope(session.reduction, session.law or Law(), training, data)
+        leaves = [leaf for leaf in tf.nest.flatten(data, expand_composites=True) if tf.is_tensor(leaf)]
+        # Nothing of a step may run where its batch is not there: at the end of a dataset of unknown length.
+        with tf.control_dependencies(leaves), rank_randomness.global_seed_of(session.comm.rank):
+            with entered(scope if session.comm.size > 1 else None):
+                return step(data)
+
+    return scoped
+
+
+def _translated(function: Function) -> Function:
+    def translated(data: Any) -> Any:
+        try:
+            return function(data)
+        except tf.errors.OpError as error:
+            raise _ours(error) from None
+
+    return translated
+
+
+def _ours(error: BaseException) -> BaseException:
+    return behind(error)
+
+
+def _checked(model: Any, function: Function, step: Function, session: FitSession) -> Function:
+    """The training function; its first step must go through us, and our errors come out as ours."""
+    visits = [type(optimizer).visits for optimizer in distributed_of(model)]
+
+    def checked(data: Any) -> Any:
+        if not session.begun:
+            data = begin(model, step, data, session)
+        try:
+            logs = function(data)
+        except tf.errors.OpError as error:
+            cause = behind(error)
+            if cause is not error:
+                raise cause from None
+            raise
+        if [type(optimizer).visits for optimizer in distributed_of(model)] == visits and model.trainable_weights:
+            raise LaunchError(f"a training step did not call the distributed optimizer. {NOT_CALLED}")
+        session.steps += 1
+        if is_due(session.steps):
+            check_state(model, session.comm, f"after step {session.steps}")
+        return logs
+
+    return checked
+
+
+def begin(model: Any, step: Function, data: Any, session: FitSession) -> Any:
+    """Begin a `fit` on all ranks alike; a collective. Returns the data, of which a batch was looked at.
+
+    Raises:
+        LaunchError: the ranks have different models or data.
+        UsageError: the model cannot be built, or its objective over ranks is not that of one process.
+    """
+    batch, data = _first_batch(data, getattr(model, "steps_per_execution", 1))
+    compare_all(session.comm)
+    if batch is not None:
+        alone = objective.is_keras_alone(model)
+        unbuilt = session.comm.allgather_obj(not _built(model))
+        if any(unbuilt) and alone:
+            _build(model, batch)
+        if session.comm.size > 1 and (not alone) and session.law is None:
+            session.law = objective.decided(model, step, batch, session)
+        elif not alone and any(unbuilt):
+            _build(model, batch)
+    with deferred_starts():
+        for optimizer in [model.optimizer, *distributed_of(model)]:
+            if optimizer is model.optimizer and optimizer is not None and not optimizer.built:
+                optimizer.build(model.trainable_variables)
+    check_layout(model, session.comm)
+    broadcast(state_of(model), session.comm)
+    for optimizer in distributed_of(model):
+        type(optimizer).started = optimizer.built
+    session.begun = True
+    return data
+
+
+def _built(model: Any) -> bool:
+    return all(layer.built for layer in model._flatten_layers())
+
+
+def _build(model: Any, batch: Any) -> None:
+    """Make the weights now: inside of a traced step they would have no values to begin from."""
+
+    def spec(leaf: Any) -> Any:
+        return None if leaf is None else tf.TensorSpec(np.shape(leaf), tf.as_dtype(leaf.dtype))
+
+    shapes = keras.tree.map_structure(spec, batch)
+    with deferred_starts():
+        try:
+            model._symbolic_build(data_batch=shapes)
+        except (ValueError, RuntimeError, TypeError) as error:
+            raise UsageError(
+                f"{type(model).__name__} cannot be built before its first step, as weights that begin alike on "
+                f"all ranks need: call it on a batch of data before fit. Keras says: {_last(error)}"
+            ) from error
+
+
+def _last(error: Exception) -> str:
+    return next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+
+
+# The first batch -----------------------------------------------------------------------------------
+
+
+def _first_batch(data: Any, steps: int) -> tuple[Any, Any]:
+    """The first batch of an iterator, and an iterator that still has it; None where it has none."""
+    batches = list(islice(_walked(data), int(steps)))
+    if not batches:
+        return None, data
+    if not isinstance(data, tf.data.Iterator):
+        return batches[0], chain(batches, data)
+    first = tf.nest.map_structure(_without_optional, batches[0])
+    if not all(isinstance(spec, tf.TensorSpec | tf.RaggedTensorSpec) for spec in tf.nest.flatten(data.element_spec)):
+        return first, iter(batches)  # the step is traced once more, for the next batches
+    again = tf.data.Dataset.from_generator(lambda: iter(batches), output_signature=data.element_spec)
+    return first, iter(again)
+
+
+def _walked(data: Any) -> Iterator[Any]:
+    while True:
+        try:
+            yield next(data)
+        except (StopIteration, tf.errors.OutOfRangeError):
+            return
+
+
+def _without_optional(leaf: Any) -> Any:
+    return None if isinstance(leaf, tf.experimental.Optional) else leaf

@@ -1,0 +1,40 @@
+"""Datasets that users make from one of `shard`: Keras gets their rows without the weights that shard added."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+
+from tf_dist.errors import UsageError
+from tf_dist.keras_fit.dataset import Sharding
+
+
+def without_weights(dataset: tf.data.Dataset, sharding: Sharding) -> tf.data.Dataset:
+    """The same rows; those of weight zero, which `shard` gave to a rank without rows, are left out.
+
+    Raises:
+        UsageError: the elements are not ``(x, y, sample_weight)`` any more.
+    """
+    if not sharding.weighted:
+        return dataset
+    if not isinstance(dataset.element_spec, tuple) or len(dataset.element_spec) != 3:
+        raise UsageError(
+            "this dataset was made from one of shard(), whose elements are (x, y, sample_weight), and has other "
+            "elements: call shard() last, on the dataset that has them, or shard(..., weights=False)"
+        )
+    if sharding.weighted == "given":
+        raise UsageError(
+            "this dataset was made from one of shard() with sample weights, which shard() has multiplied by its "
+            "own: call shard() last, or shard(..., weights=False)"
+        )
+
+    def rows(x: Any, y: Any, weight: Any) -> Any:
+        there = tf.reshape(weight, (tf.shape(weight)[0], -1))[:, 0] > 0
+
+        def kept(leaf: Any) -> Any:
+            return tf.ragged.boolean_mask(leaf, there) if isinstance(leaf, tf.RaggedTensor) else tf.boolean_mask(leaf, there)
+
+        return tf.nest.map_structure(kept, (x, y))
+
+    return dataset.map(rows)
