@@ -27,7 +27,10 @@ def lines(plan, rng):
     if not plan.callbacks:
         return []
     validated = plan.validation not in ("", "rare")
-    fill = {"monitor": "val_loss" if validated and rng.random() < 0.5 else "loss", "restore": rng.random() < 0.5}
+    fill = {
+        "monitor": "val_loss" if validated and rng.random() < 0.5 else "loss",
+        "restore": rng.random() < 0.5,
+    }
     made = [TEXTS[name].format(**fill) for name in plan.callbacks]
     return [
         *(RECORDER.split("\n") + ["recorder = Recorder()"] if "own" in plan.callbacks else []),

@@ -15,7 +15,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "oracle"))
 from jobs import Runs
 from plan import plan_of
 from script import script_of
-from verdict import INVALID
 
 
 def run(seeds, counts, folder):

@@ -101,7 +101,9 @@ def compile_arguments(plan, rng, chosen):
         if rng.random() < 0.5:
             words.append("metrics=" + _pair(plan, '["mae"]', '["accuracy"]'))
     else:
-        table = {"inputs": "values", "values": "values", "binary": "binary", "tokens": "tokens"}.get(plan.task, "classes")
+        table = {"inputs": "values", "values": "values", "binary": "binary", "tokens": "tokens"}.get(
+            plan.task, "classes"
+        )
         choices = METRICS["one hot" if chosen.one_hot else table]
         picked = list(dict.fromkeys(rng.choices(choices, k=rng.choice((0, 1, 1, 2)))))
         if plan.dtype == "float64":

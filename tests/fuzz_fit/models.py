@@ -7,7 +7,13 @@ CLASSES = 3
 
 def data(plan, rng):
     """A function ``examples(rows)`` that gives ``x, y``."""
-    return ["", "", "def examples(rows):", *("    " + line for line in DATA[plan.task](plan, rng)), "    return x, y"]
+    return [
+        "",
+        "",
+        "def examples(rows):",
+        *("    " + line for line in DATA[plan.task](plan, rng)),
+        "    return x, y",
+    ]
 
 
 def _values(plan, rng):
@@ -122,23 +128,43 @@ SHAPES = {
 
 def _dense(rng):
     activation = rng.choice(("tanh", "gelu", "silu", "softplus"))
-    return [f'layers.Dense(8, activation="{activation}")', *(["layers.LayerNormalization()"] * rng.randint(0, 1))]
+    return [
+        f'layers.Dense(8, activation="{activation}")',
+        *(["layers.LayerNormalization()"] * rng.randint(0, 1)),
+    ]
 
 
 def _conv(rng):
     pool = rng.choice(("layers.GlobalAveragePooling2D()", "layers.Flatten()"))
-    return ['layers.Conv2D(4, 3, activation="tanh")', rng.choice(("layers.AveragePooling2D(2)", pool)), "layers.Flatten()"]
+    return [
+        'layers.Conv2D(4, 3, activation="tanh")',
+        rng.choice(("layers.AveragePooling2D(2)", pool)),
+        "layers.Flatten()",
+    ]
 
 
 def _embedded(rng):
     mask = rng.choice(("mask_zero=True", "mask_zero=True", "mask_zero=False"))
-    kind = rng.choice(("layers.LSTM(6)", "layers.GRU(6)", "layers.GlobalAveragePooling1D()", "layers.Bidirectional(layers.GRU(4))"))
+    kind = rng.choice(
+        (
+            "layers.LSTM(6)",
+            "layers.GRU(6)",
+            "layers.GlobalAveragePooling1D()",
+            "layers.Bidirectional(layers.GRU(4))",
+        )
+    )
     return [f"layers.Embedding({WORDS}, 6, {mask})", kind]
 
 
 def _sequence(rng):
     mask = rng.choice(("mask_zero=True", "mask_zero=True", "mask_zero=False"))
-    kind = rng.choice(("layers.LSTM(6, return_sequences=True)", "layers.GRU(6, return_sequences=True)", 'layers.Dense(8, activation="tanh")'))
+    kind = rng.choice(
+        (
+            "layers.LSTM(6, return_sequences=True)",
+            "layers.GRU(6, return_sequences=True)",
+            'layers.Dense(8, activation="tanh")',
+        )
+    )
     return [f"layers.Embedding({WORDS}, 6, {mask})", kind]
 
 
@@ -168,7 +194,11 @@ def _head(plan, logits):
     units, activation = {
         "values": (1, None), "binary": (1, "sigmoid"), "tokens": (WORDS, "softmax"),
     }.get(plan.task, (CLASSES, "softmax"))  # fmt: skip
-    return f"layers.Dense({units})" if logits or activation is None else f'layers.Dense({units}, activation="{activation}")'
+    return (
+        f"layers.Dense({units})"
+        if logits or activation is None
+        else f'layers.Dense({units}, activation="{activation}")'
+    )
 
 
 def _two_inputs(plan, rng, logits):
@@ -176,13 +206,16 @@ def _two_inputs(plan, rng, logits):
         'left_in, right_in = keras.Input((3,), name="left"), keras.Input((5,), name="right")',
         'h = layers.Dense(4, activation="tanh")(left_in) * layers.Dense(4)(right_in)',
         *([f"h = {EXTRA_LAYERS[plan.extra]}(h)"] if plan.extra else []),
-        "inputs = " + ('{"left": left_in, "right": right_in}' if rng.random() < 0.3 else "[left_in, right_in]"),
+        "inputs = "
+        + ('{"left": left_in, "right": right_in}' if rng.random() < 0.3 else "[left_in, right_in]"),
         "model = Model(inputs, layers.Dense(1)(h))",
     ]
 
 
 def _two_outputs(plan, rng, logits):
-    kind = f"layers.Dense({CLASSES}{'' if logits else ', activation=' + repr('softmax')}, name='kind')(h)".replace("'", '"')
+    kind = f"layers.Dense({CLASSES}{'' if logits else ', activation=' + repr('softmax')}, name='kind')(h)".replace(
+        "'", '"'
+    )
     outputs = '{"value": value, "kind": kind}' if _by_name(plan) else "[value, kind]"
     return [
         "inputs = keras.Input((4,))",

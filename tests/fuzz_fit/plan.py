@@ -12,7 +12,16 @@ FORMS = {
     "pydataset": 1, "shard pydataset": 1, "generator": 1, "frame": 1, "tensors": 1, "shard rows": 1,
 }  # fmt: skip
 STEPS = {"": 10, "guide": 2, "own loss": 2, "unpack": 1, "compute_loss": 2}
-EXTRAS = {"": 8, "penalty": 2, "activity": 2, "add_loss": 2, "batch norm": 3, "frozen": 1, "dropout": 1, "noise": 1}
+EXTRAS = {
+    "": 8,
+    "penalty": 2,
+    "activity": 2,
+    "add_loss": 2,
+    "batch norm": 3,
+    "frozen": 1,
+    "dropout": 1,
+    "noise": 1,
+}
 COMPILE = {
     "": 12, "run_eagerly=True": 1, "steps_per_execution=2": 2, "steps_per_execution=3": 1,
     "jit_compile=False": 2, "jit_compile=True": 1,
@@ -95,7 +104,7 @@ def _mended(drawn):
     """Draws that Keras does not take together, or that no text is written for, changed to ones that are."""
     task, form = drawn["task"], drawn["form"]
     plain_rows = task in ("values", "classes", "binary")
-    if form == "frame" and not plain_rows or form == "tensors" and task == "strings":
+    if (form == "frame" and not plain_rows) or (form == "tensors" and task == "strings"):
         form = "arrays"
     if task == "ragged" and form not in ("arrays", "shard arrays", "dataset", "shard dataset"):
         form = "dataset"
@@ -110,7 +119,9 @@ def _mended(drawn):
     if drawn["weights"] == "own axes" and task not in ("tokens", "outputs"):
         drawn["weights"] = "rows"
     if task in ("outputs", "tokens") and drawn["weights"] in ("rows", "zeros"):
-        drawn["weights"] = "own axes"  # Keras takes one array of weights for several outputs in some forms only
+        drawn["weights"] = (
+            "own axes"  # Keras takes one array of weights for several outputs in some forms only
+        )
     if form in ("repeat", "shard repeat", "generator"):
         drawn["rows"] = drawn["batch"] * max(2, drawn["rows"] // drawn["batch"])
     if drawn["validation"] == "split" and form not in ("arrays", "tensors", "frame"):

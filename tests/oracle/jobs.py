@@ -34,7 +34,7 @@ def mpirun():
     return str(beside) if beside.exists() else shutil.which("mpirun") or "mpirun"
 
 
-def _end(process):
+def end_job(process):
     """End a job, and whatever is left of its session."""
     for pid in [process.pid, *_session(process.pid)]:
         try:
@@ -121,10 +121,10 @@ class Runs:
             if now != done:
                 done, since = now, time.monotonic()
             if time.monotonic() - since > HANGS_S:
-                _end(process)
+                end_job(process)
                 return True
             time.sleep(0.05)
-        _end(process)
+        end_job(process)
         return False
 
     def _records(self, script, np_):
@@ -160,7 +160,9 @@ class Runs:
             return Verdict(CRASHED, "; ".join(failed))
         if statuses == {"refused"}:
             steps = max(one["steps"] for one in records)
-            return Verdict(LATE, f"after {steps} steps: {failed[0]}") if steps else Verdict(REFUSED, failed[0])
+            return (
+                Verdict(LATE, f"after {steps} steps: {failed[0]}") if steps else Verdict(REFUSED, failed[0])
+            )
         if statuses != {"done"}:
             return Verdict(DIFFERENT, "refused by some ranks only: " + "; ".join(failed))
         arrays = [self._arrays(np_, f"{script.stem}.{rank}") for rank in range(np_)]

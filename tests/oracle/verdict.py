@@ -54,7 +54,9 @@ def compared(ranks, plain, by_value=True):
         name for name in plain for mine in ranks[1:] if not np.array_equal(mine[name], ranks[0][name], True)
     ]
     if apart:
-        rank = next(r for r, mine in enumerate(ranks) if not np.array_equal(mine[apart[0]], ranks[0][apart[0]], True))
+        rank = next(
+            r for r, mine in enumerate(ranks) if not np.array_equal(mine[apart[0]], ranks[0][apart[0]], True)
+        )
         off = difference(ranks[rank][apart[0]], ranks[0][apart[0]])
         return Verdict(DIFFERENT, f"ranks 0 and {rank} differ in {_few(apart)} by {off:.1e}")
     if not by_value:

@@ -39,7 +39,7 @@ def steps_of(namespace):
     for value in list(namespace.values()):
         parts = [value, *vars(value).values()] if isinstance(value, keras.Model) else [value]
         found += [one for one in parts if isinstance(one, keras.optimizers.Optimizer)]
-    return max([int(one.iterations) for one in found], default=0)
+    return max([int(one._iterations) for one in found], default=0)
 
 
 def run(script, folder):
