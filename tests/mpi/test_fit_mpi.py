@@ -156,7 +156,8 @@ def test_fit_of_plain_arrays(connected, everyone, steps_per_execution):
 
     alone = functional()
     alone.compile(scheduled(), loss="mse")
-    alone.fit(X, Y, batch_size=G, epochs=EPOCHS, shuffle=False, verbose=0)
+    with tf_dist.independent():
+        alone.fit(X, Y, batch_size=G, epochs=EPOCHS, shuffle=False, verbose=0)
     model = functional(1 + connected.rank)
     data = tf_dist.shard((X, Y), connected, batch_size=G, shuffle=False)
     fit(model, tf_dist.distribute(scheduled(), connected), data, steps_per_execution=steps_per_execution)
@@ -282,6 +283,7 @@ def test_first_gradients_of_other_weights_are_refused(connected, everyone):
 def test_mixed_float16_and_an_overflow_on_one_rank(connected, everyone, outer):
     """The step is skipped by all ranks, and all halve their scale; then training goes on."""
     import keras
+    import tensorflow as tf
 
     import tf_dist
 
@@ -296,14 +298,19 @@ def test_mixed_float16_and_an_overflow_on_one_rank(connected, everyone, outer):
     model.compile(tf_dist.distribute(optimizer, connected), loss="mse")
     assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
     x = np.ones((4, F), np.float32)
-    model.fit(x, x[:, :2], verbose=0, batch_size=4)
+
+    def fit_mine(targets):
+        mine = tf.data.Dataset.from_tensor_slices((x, targets)).batch(4)
+        model.fit(tf_dist.shard(mine, connected, sharded=True), verbose=0)
+
+    fit_mine(x[:, :2])
     before, scale = weights(model), float(model.optimizer.dynamic_scale.numpy())
     # A loss of float32 is still finite here, and its gradient in float16 is not.
     bad = x * 1e15 if connected.rank == connected.size - 1 else x
-    model.fit(x, bad[:, :2], verbose=0, batch_size=4)
+    fit_mine(bad[:, :2])
     assert all(everyone(bool((weights(model) == before).all())))
     assert everyone(float(model.optimizer.dynamic_scale.numpy())) == [scale / 2] * connected.size
-    model.fit(x, x[:, :2], verbose=0, batch_size=4)
+    fit_mine(x[:, :2])
     assert len(set(everyone(weights(model).tobytes()))) == 1
     assert (weights(model) != before).any()
 
@@ -337,13 +344,16 @@ def test_a_file_knows_nothing_of_us(connected, everyone, tmp_path):
 
 
 def test_different_numbers_of_steps_end_with_a_message(connected, everyone):
+    import tensorflow as tf
+
     import tf_dist
 
     model = functional()
     model.compile(tf_dist.distribute(adam(), connected), loss="mse")
     rows = 4 * (3 + (connected.rank == connected.size - 1))
+    mine = tf.data.Dataset.from_tensor_slices((X[:rows], Y[:rows])).batch(4)
     try:
-        model.fit(X[:rows], Y[:rows], batch_size=4, verbose=0)
+        model.fit(tf_dist.shard(mine, connected, sharded=True), verbose=0)
         said = "nothing"
     except LaunchError as error:
         said = str(error)
@@ -397,14 +407,17 @@ def test_an_evaluation_is_that_of_one_process(connected, everyone, kind):
     assert model.evaluate(data, verbose=0, return_dict=True) == pytest.approx(expected, rel=1e-6)
 
 
-def test_datasets_in_different_orders_are_refused(connected, everyone):
+@pytest.mark.parametrize("sharded", [True, False])
+def test_datasets_in_different_orders_are_refused(connected, everyone, sharded):
     import tensorflow as tf
 
     import tf_dist
 
-    data = tf.data.Dataset.range(50).shuffle(50, seed=connected.rank).batch(10)
+    data = tf.data.Dataset.from_tensor_slices((X, Y)).shuffle(50, seed=connected.rank).batch(10)
+    model = functional()
+    model.compile(tf_dist.distribute(adam(), connected), loss="mse")
     try:
-        tf_dist.shard(data, connected)
+        model.fit(tf_dist.shard(data, connected) if sharded else data, verbose=0, shuffle=False)
         said = "nothing"
     except LaunchError as error:
         said = str(error)
@@ -430,24 +443,23 @@ def test_class_weight(connected, everyone):
 
 
 def test_validation_split_and_initial_epoch(connected, everyone):
-    """Of each rank's own arrays Keras splits off the end; the results are those of all these rows."""
-    import keras
-
+    """Keras splits off the end of the arrays; training and validation share out the rows of each part."""
     import tf_dist
 
-    model = functional(1 + connected.rank)
-    model.compile(tf_dist.distribute(scheduled(), connected), loss="mse", run_eagerly=True)
-    rows = slice(8 * connected.rank, 8 * connected.rank + 8)
-    history = model.fit(
-        X[rows], Y[rows], batch_size=3, epochs=4, initial_epoch=2, validation_split=0.25, verbose=0,
-        shuffle=False,
-    )  # fmt: skip
-    assert history.epoch == [2, 3]
-    assert everyone(history.history) == [history.history] * connected.size
-    held_out = [8 * rank + row for rank in range(connected.size) for row in (6, 7)]
-    alone = keras.callbacks.CallbackList([])
-    expected = model.evaluate(X[held_out], Y[held_out], verbose=0, callbacks=alone)
-    assert history.history["val_loss"][-1] == pytest.approx(expected, rel=1e-5)
+    def run(optimizer, seed):
+        model = functional(seed)
+        model.compile(optimizer, loss="mse", run_eagerly=True)
+        return model.fit(
+            X, Y, batch_size=3, epochs=4, initial_epoch=2, validation_split=0.25, verbose=0, shuffle=False
+        )
+
+    found = run(tf_dist.distribute(scheduled(), connected), 1 + connected.rank)
+    with tf_dist.independent():
+        expected = run(scheduled(), 1)
+    assert found.epoch == [2, 3]
+    assert everyone(found.history) == [found.history] * connected.size
+    for name, values in expected.history.items():
+        assert found.history[name] == pytest.approx(values, rel=1e-5)
 
 
 def test_evaluate_is_for_all_and_predict_for_one(connected, everyone, capsys):

@@ -242,7 +242,7 @@ def test_average_metrics_of_what_cannot_be_summed():
     """The mean of the ranks' values, weighted by samples; what can be summed is not touched by that."""
 
     def other(value):
-        if not isinstance(value, list):
+        if not isinstance(value, list) or not isinstance(value[-1], dict):
             return value
         samples, logs = value
         return [3 * samples, {**logs, "peak": 9.0, "loss": 1e9}]

@@ -74,9 +74,13 @@ def _fit(fit: Method) -> Method:
         if comm is None:
             return fit(self, *arguments, **words)
         session = _ready(self, comm)
-        with under_way(Call(comm, training=True)):
-            check_meaning(self, comm, _facts(given))
-            history = fit(self, *arguments, **words)
+        session.in_fit = True
+        try:
+            with under_way(Call(comm, training=True)):
+                check_meaning(self, comm, _facts(given))
+                history = fit(self, *arguments, **words)
+        finally:
+            session.in_fit = False
         if comm.size > 1 and session.begun:
             compare_all(comm)
             check_state(self, comm, "at the end")
@@ -185,6 +189,8 @@ def _epoch_iterator(original: Method) -> Method:
         direct = sharding_of(x)
         if direct is not None and direct.global_batches is not None:
             words["x"] = direct.global_batches
+        if sharding is not None:
+            words["shuffle"] = False  # which Keras would warn of, where nobody has asked for it
         comm = call.comm if call is not None and sharding is None else None
         alike = call is not None and call.training and call.comm is not None
         with _alike_on_all_ranks(call.comm) if alike and call is not None and call.comm else nullcontext():

@@ -44,7 +44,8 @@ def check_state(model: Any, comm: Comm, when: str) -> None:
     Raises:
         LaunchError: on every rank: who differs, and in which variable first.
     """
-    variables = state_of(model)
+    local = _accumulators(model)
+    variables = [variable for variable in state_of(model) if id(variable) not in local]
     found = splits(variables, comm)
     if not found:
         return
@@ -53,6 +54,16 @@ def check_state(model: Any, comm: Comm, when: str) -> None:
         f"{when} of model.fit {found[0].who} in variable {name!r}: they have stopped training one model. "
         "Does a callback or train_step change weights on some ranks only? Are all nodes of one kind?"
     )
+
+
+def _accumulators(model: Any) -> set[int]:
+    """Gradients that optimizers add up before the ranks reduce them: of each rank's own rows."""
+    found: set[int] = set()
+    for optimizer in optimizers_of(model):
+        while optimizer is not None:
+            found |= {id(one) for one in getattr(optimizer, "_accumulated_gradients", [])}
+            optimizer = getattr(optimizer, "inner_optimizer", None)
+    return found
 
 
 def check_layout(model: Any, comm: Comm) -> None:

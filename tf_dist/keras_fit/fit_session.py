@@ -27,6 +27,7 @@ class FitSession:
         law: of the objective; None: not known yet.
         begun: whether all ranks have begun this `fit` from the state of rank 0.
         evaluation_is_shared: whether the ranks evaluate a part of the rows each.
+        in_fit: whether `fit` runs, and not `train_on_batch`.
         steps: calls of the training function in this `fit`.
     """
 
@@ -35,6 +36,7 @@ class FitSession:
     law: Law | None = None
     begun: bool = False
     evaluation_is_shared: bool = False
+    in_fit: bool = False
     steps: int = 0
 
 

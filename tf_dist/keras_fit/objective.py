@@ -66,7 +66,7 @@ def decided(model: Any, step: Step, data: Any, session: FitSession) -> Law:
     """The law by which this rank's rows are trained on; a collective.
 
     Args:
-        model: built or not; its variables are made by this.
+        model: built, with the weights of rank 0.
         step: the user's ``train_step``.
         data: a batch of this rank's rows.
         session: of the model.
@@ -95,12 +95,31 @@ def decided(model: Any, step: Step, data: Any, session: FitSession) -> Law:
     raise UsageError(_refusal(model, min(tried)))
 
 
+def built_by_a_step(model: Any, step: Step, data: Any) -> str:
+    """Make the variables of a model that only its own ``train_step`` knows how to call.
+
+    Returns:
+        What went wrong, or nothing.
+    """
+    scope = StepScope(Reduction(SerialComm()), ONE_PROCESS, True, first_rows(data, 2), captured=[])
+    try:
+        with _put_back(model), _eagerly(), deferred_starts(), entered(scope):
+            step(scope.data)
+    except Exception as error:
+        return _first_line(error)
+    return ""
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+
+
 def _alone(model: Any, step: Step, data: Any, reduction: Reduction) -> tuple[Gradients, str]:
     scope = StepScope(reduction, ONE_PROCESS, True, data, captured=[])
     try:
         return _tried(model, step, scope), ""
     except Exception as error:
-        return [], f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        return [], _first_line(error)
 
 
 def _over_ranks(model: Any, step: Step, data: Any, session: FitSession, law: Law) -> Gradients | None:

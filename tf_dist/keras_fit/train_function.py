@@ -31,6 +31,9 @@ NOT_CALLED = (
     "training would run unsynchronised. Use Keras 3.13 to 3.15, or tf_dist.Trainer"
 )
 Function = Callable[[Any], Any]
+# `train_on_batch` with sample weights is a step of a loop of one's own: the weights of `shard` make the mean
+# of the ranks' losses that of all rows.
+OF_A_LOOP = Law(global_losses=False)
 
 
 def install() -> None:
@@ -78,7 +81,10 @@ def _scoped(step: Function, session: FitSession, training: bool) -> Function:
 
     @wraps(step)
     def scoped(data: Any) -> Any:
-        scope = StepScope(session.reduction, session.law or Law(), training, data)
+        law = session.law or Law()
+        if training and not session.in_fit and _has_weights(data):
+            law = OF_A_LOOP
+        scope = StepScope(session.reduction, law, training, data)
         leaves = [leaf for leaf in tf.nest.flatten(data, expand_composites=True) if tf.is_tensor(leaf)]
         # Nothing of a step may run where its batch is not there: at the end of a dataset of unknown length.
         with tf.control_dependencies(leaves), rank_randomness.global_seed_of(session.comm.rank):
@@ -86,6 +92,11 @@ def _scoped(step: Function, session: FitSession, training: bool) -> Function:
                 return step(data)
 
     return scoped
+
+
+def _has_weights(data: Any) -> bool:
+    """Whether a batch is (x, y, sample_weight), as `train_on_batch` makes it, with weights."""
+    return isinstance(data, tuple) and len(data) == 3 and data[2] is not None
 
 
 def _translated(function: Function) -> Function:
@@ -136,22 +147,17 @@ def begin(model: Any, step: Function, data: Any, session: FitSession) -> Any:
     batch, data = _first_batch(data, getattr(model, "steps_per_execution", 1))
     compare_all(session.comm)
     if batch is not None:
-        alone = objective.is_keras_alone(model)
-        unbuilt = session.comm.allgather_obj(not _built(model))
-        if any(unbuilt) and alone:
-            _build(model, batch)
-        if session.comm.size > 1 and (not alone) and session.law is None:
-            session.law = objective.decided(model, step, batch, session)
-        elif not alone and any(unbuilt):
-            _build(model, batch)
+        _build(model, step, batch, session)
     with deferred_starts():
-        for optimizer in [model.optimizer, *distributed_of(model)]:
-            if optimizer is model.optimizer and optimizer is not None and not optimizer.built:
-                optimizer.build(model.trainable_variables)
+        if model.optimizer is not None and not model.optimizer.built:
+            model.optimizer.build(model.trainable_variables)
     check_layout(model, session.comm)
     broadcast(state_of(model), session.comm)
     for optimizer in distributed_of(model):
         type(optimizer).started = optimizer.built
+    if session.law is None and batch is not None and session.comm.size > 1:
+        alone = objective.is_keras_alone(model)
+        session.law = Law() if alone else objective.decided(model, step, batch, session)
     session.begun = True
     return data
 
@@ -160,21 +166,25 @@ def _built(model: Any) -> bool:
     return all(layer.built for layer in model._flatten_layers())
 
 
-def _build(model: Any, batch: Any) -> None:
+def _build(model: Any, step: Function, batch: Any, session: FitSession) -> None:
     """Make the weights now: inside of a traced step they would have no values to begin from."""
 
     def spec(leaf: Any) -> Any:
         return None if leaf is None else tf.TensorSpec(np.shape(leaf), tf.as_dtype(leaf.dtype))
 
-    shapes = keras.tree.map_structure(spec, batch)
-    with deferred_starts():
-        try:
-            model._symbolic_build(data_batch=shapes)
-        except (ValueError, RuntimeError, TypeError) as error:
-            raise UsageError(
-                f"{type(model).__name__} cannot be built before its first step, as weights that begin alike on "
-                f"all ranks need: call it on a batch of data before fit. Keras says: {_last(error)}"
-            ) from error
+    problem = ""
+    if not _built(model):
+        with deferred_starts():
+            try:
+                model._symbolic_build(data_batch=keras.tree.map_structure(spec, batch))
+            except Exception as error:  # a call() that takes something else than the batch, or none at all
+                problem = objective.built_by_a_step(model, step, batch) and _last(error)
+    problems = [one for one in session.comm.allgather_obj(problem) if one]
+    if problems:
+        raise UsageError(
+            f"{type(model).__name__} cannot be built before its first step, as weights that begin alike on all "
+            f"ranks need: call it on a batch of data before fit. Keras says: {problems[0]}"
+        )
 
 
 def _last(error: Exception) -> str:
