@@ -1,4 +1,7 @@
-"""After keras.io's "Sequence to sequence learning for performing number addition": RepeatVector, a softmax for each character."""
+"""After keras.io's "Sequence to sequence learning for performing number addition".
+
+RepeatVector, a softmax for each character.
+"""
 
 import tf_dist
 

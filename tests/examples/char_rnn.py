@@ -1,4 +1,7 @@
-"""After keras.io's "Character-level text generation with LSTM": one-hot characters, an epoch for each call of fit, sampling between."""
+"""After keras.io's "Character-level text generation with LSTM".
+
+One-hot characters, an epoch for each call of fit, sampling between.
+"""
 
 import tf_dist
 

@@ -1,4 +1,7 @@
-"""After keras.io's "Collaborative Filtering for Movie Recommendations": a subclassed model of regularised embeddings, not built before fit."""
+"""After keras.io's "Collaborative Filtering for Movie Recommendations".
+
+A subclassed model of regularised embeddings, not built before fit.
+"""
 
 import tf_dist
 

@@ -1,4 +1,7 @@
-"""After keras.io's "Convolutional autoencoder for image denoising": images are their own targets, then noisy ones; two calls of fit."""
+"""After keras.io's "Convolutional autoencoder for image denoising".
+
+Images are their own targets, then noisy ones; two calls of fit.
+"""
 
 import tf_dist
 

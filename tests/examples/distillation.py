@@ -1,4 +1,7 @@
-"""After keras.io's "Knowledge Distillation": compute_loss mixes the student's loss with that between two sets of predictions."""
+"""After keras.io's "Knowledge Distillation".
+
+Compute_loss mixes the student's loss with that between two sets of predictions.
+"""
 
 import tf_dist
 

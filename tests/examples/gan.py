@@ -1,4 +1,7 @@
-"""After keras.io's "DCGAN": two optimizers of its own compile(), two steps in one train_step. Noise comes with the data."""
+"""After keras.io's "DCGAN".
+
+Two optimizers of its own compile(), two steps in one train_step. Noise comes with the data.
+"""
 
 import tf_dist
 

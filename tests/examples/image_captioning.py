@@ -1,4 +1,7 @@
-"""After keras.io's "Image Captioning": a model without a call(), several captions for an image, losses and accuracy over a mask."""
+"""After keras.io's "Image Captioning".
+
+A model without a call(), several captions for an image, losses and accuracy over a mask.
+"""
 
 import tf_dist
 

@@ -1,4 +1,7 @@
-"""After keras.io's "Imbalanced classification: credit card fraud detection": class weights, counting metrics, a checkpoint for each epoch."""
+"""After keras.io's "Imbalanced classification: credit card fraud detection".
+
+Class weights, counting metrics, a checkpoint for each epoch.
+"""
 
 import tf_dist
 

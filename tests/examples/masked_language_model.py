@@ -1,4 +1,7 @@
-"""After keras.io's "End-to-end Masked Language Modeling with BERT": weights select the masked tokens, train_step uses them."""
+"""After keras.io's "End-to-end Masked Language Modeling with BERT".
+
+Weights select the masked tokens, train_step uses them.
+"""
 
 import tf_dist
 

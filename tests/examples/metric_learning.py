@@ -1,4 +1,7 @@
-"""After keras.io's "Metric learning for image similarity search": every row is compared with all rows of its batch."""
+"""After keras.io's "Metric learning for image similarity search".
+
+Every row is compared with all rows of its batch.
+"""
 
 import tf_dist
 

@@ -1,4 +1,7 @@
-"""After keras.io's "Text generation with a miniature GPT": two outputs of which one has a loss, a callback that predicts."""
+"""After keras.io's "Text generation with a miniature GPT".
+
+Two outputs of which one has a loss, a callback that predicts.
+"""
 
 import tf_dist
 

@@ -1,4 +1,7 @@
-"""After keras.io's "OCR model for reading Captchas": the loss is added by a layer, compile() has none, and data are one dictionary."""
+"""After keras.io's "OCR model for reading Captchas".
+
+The loss is added by a layer, compile() has none, and data are one dictionary.
+"""
 
 import tf_dist
 

@@ -1,4 +1,7 @@
-"""After keras.io's "Image similarity estimation using a Siamese Network with a contrastive loss": pairs, a loss with a margin."""
+"""After keras.io's "Image similarity estimation using a Siamese Network with a contrastive loss".
+
+Pairs, a loss with a margin.
+"""
 
 import tf_dist
 

@@ -1,4 +1,7 @@
-"""After keras.io's "Image similarity estimation using a Siamese Network with a triplet loss": train_step and test_step, no targets."""
+"""After keras.io's "Image similarity estimation using a Siamese Network with a triplet loss".
+
+Train_step and test_step, no targets.
+"""
 
 import tf_dist
 

@@ -1,4 +1,7 @@
-"""After keras.io's "Semi-supervised image classification using contrastive pretraining with SimCLR": two views, a loss between all rows, a probe."""
+"""After keras.io's "Semi-supervised image classification using contrastive pretraining with SimCLR".
+
+Two views, a loss between all rows, a probe.
+"""
 
 import tf_dist
 

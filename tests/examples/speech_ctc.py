@@ -1,4 +1,7 @@
-"""After keras.io's "Automatic Speech Recognition using CTC": a loss function of one's own around CTC, recurrent layers, a normalised input."""
+"""After keras.io's "Automatic Speech Recognition using CTC".
+
+A loss function of one's own around CTC, recurrent layers, a normalised input.
+"""
 
 import tf_dist
 

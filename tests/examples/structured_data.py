@@ -1,4 +1,7 @@
-"""After keras.io's "Structured data classification with FeatureSpace": a table of numbers and words, preprocessed in tf.data."""
+"""After keras.io's "Structured data classification with FeatureSpace".
+
+A table of numbers and words, preprocessed in tf.data.
+"""
 
 import tf_dist
 

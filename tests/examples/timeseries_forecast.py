@@ -1,4 +1,7 @@
-"""After keras.io's "Timeseries forecasting for weather prediction": windows by Keras's own utility, checkpoints, early stopping."""
+"""After keras.io's "Timeseries forecasting for weather prediction".
+
+Windows by Keras's own utility, checkpoints, early stopping.
+"""
 
 import tf_dist
 

@@ -1,4 +1,7 @@
-"""After keras.io's "Timeseries classification with a Transformer model": attention and convolutions of width 1."""
+"""After keras.io's "Timeseries classification with a Transformer model".
+
+Attention and convolutions of width 1.
+"""
 
 import tf_dist
 

@@ -1,4 +1,7 @@
-"""After keras.io's "Transfer learning & fine-tuning": a frozen base with BatchNormalization, then all of it at a small rate."""
+"""After keras.io's "Transfer learning & fine-tuning".
+
+A frozen base with BatchNormalization, then all of it at a small rate.
+"""
 
 import tf_dist
 

@@ -1,4 +1,7 @@
-"""After keras.io's "English-to-Spanish translation with a Transformer": named inputs, masks of both sides, padding ignored."""
+"""After keras.io's "English-to-Spanish translation with a Transformer".
+
+Named inputs, masks of both sides, padding ignored.
+"""
 
 import tf_dist
 

@@ -1,4 +1,7 @@
-"""After keras.io's "Variational AutoEncoder": a sampling layer, three trackers. Samples are random, so ranks are compared."""
+"""After keras.io's "Variational AutoEncoder".
+
+A sampling layer, three trackers. Samples are random, so ranks are compared.
+"""
 
 import tf_dist
 

@@ -1,4 +1,7 @@
-"""After keras.io's "WGAN-GP": more steps of the critic than of the generator, a gradient penalty. Noise comes with the data."""
+"""After keras.io's "WGAN-GP".
+
+More steps of the critic than of the generator, a gradient penalty. Noise comes with the data.
+"""
 
 import tf_dist
 

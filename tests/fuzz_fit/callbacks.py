@@ -33,7 +33,7 @@ def lines(plan, rng):
     }
     made = [TEXTS[name].format(**fill) for name in plan.callbacks]
     return [
-        *(RECORDER.split("\n") + ["recorder = Recorder()"] if "own" in plan.callbacks else []),
+        *([*RECORDER.split("\n"), "recorder = Recorder()"] if "own" in plan.callbacks else []),
         "losses = []",
         "callbacks = [",
         *(f"    {text}," for text in made),

@@ -20,10 +20,11 @@ from script import script_of
 def run(seeds, counts, folder):
     """Verdicts by number of ranks and seed; ``counts``: of ranks."""
     runs = Runs(folder)
-    scripts = []
-    for seed in seeds:
-        scripts.append(runs.folder / f"seed-{seed}.py")
-        scripts[-1].write_text(script_of(seed))
+    scripts = [runs.folder / f"seed-{seed}.py" for seed in seeds]
+    for seed, script in zip(seeds, scripts, strict=True):
+        text = script_of(seed)
+        if not script.exists() or script.read_text() != text:
+            script.write_text(text)
     runs.plain(scripts)
     found = {}
     for size in counts:

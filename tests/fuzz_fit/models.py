@@ -109,7 +109,7 @@ def model(plan, rng, logits):
     """Lines that make ``model``; what the last layer gives is ``logits``, or probabilities."""
     if plan.task in BUILT:
         return BUILT[plan.task](plan, rng, logits)
-    layers = _with_extra(plan, HIDDEN[plan.task](rng)) + [_head(plan, logits)]
+    layers = [*_with_extra(plan, HIDDEN[plan.task](rng)), _head(plan, logits)]
     if plan.style == "subclass":
         return [
             f"body = keras.Sequential([{', '.join(layers)}])",

@@ -102,36 +102,55 @@ def _one_of(rng, weighted):
 
 def _mended(drawn):
     """Draws that Keras does not take together, or that no text is written for, changed to ones that are."""
-    task, form = drawn["task"], drawn["form"]
-    plain_rows = task in ("values", "classes", "binary")
-    if (form == "frame" and not plain_rows) or (form == "tensors" and task == "strings"):
+    for mend in (_form, _code, _weights, _numbers, _validation):
+        drawn = drawn | mend(drawn, drawn["task"])
+    return drawn
+
+
+def _form(drawn, task):
+    form = drawn["form"]
+    if (form == "frame" and task not in ("values", "classes", "binary")) or (
+        form == "tensors" and task == "strings"
+    ):
         form = "arrays"
     if task == "ragged" and form not in ("arrays", "shard arrays", "dataset", "shard dataset"):
         form = "dataset"
-    if task in ("inputs", "outputs", "strings", "ragged", "tokens") or drawn["step"] == "compute_loss":
-        drawn["style"] = "functional"
-    if drawn["step"] not in ("", "compute_loss") and task in ("inputs", "outputs", "strings", "ragged"):
-        drawn["step"] = ""
+    return {"form": form}
+
+
+def _code(drawn, task):
+    several = task in ("inputs", "outputs", "strings", "ragged")
+    step = "" if drawn["step"] != "compute_loss" and several else drawn["step"]
+    own = several or task == "tokens" or step == "compute_loss"
+    return {"step": step, "style": "functional" if own else drawn["style"]}
+
+
+def _weights(drawn, task):
+    weights = drawn["weights"]
     if drawn["step"] in ("guide", "own loss"):  # `x, y = data` has no room for weights
-        drawn["weights"] = ""
-    if drawn["weights"] == "class" and task not in ("classes", "words", "images", "binary"):
-        drawn["weights"] = "rows"
-    if drawn["weights"] == "own axes" and task not in ("tokens", "outputs"):
-        drawn["weights"] = "rows"
-    if task in ("outputs", "tokens") and drawn["weights"] in ("rows", "zeros"):
-        drawn["weights"] = (
-            "own axes"  # Keras takes one array of weights for several outputs in some forms only
-        )
-    if form in ("repeat", "shard repeat", "generator"):
-        drawn["rows"] = drawn["batch"] * max(2, drawn["rows"] // drawn["batch"])
-    if drawn["validation"] == "split" and form not in ("arrays", "tensors", "frame"):
-        drawn["validation"] = "arrays"
-    if drawn["validation"] == "split" and (task in ("strings", "ragged") or drawn["weights"]):
-        drawn["validation"] = "arrays"
+        weights = ""
+    if weights == "class" and task not in ("classes", "words", "images", "binary"):
+        weights = "rows"
+    if weights == "own axes" and task not in ("tokens", "outputs"):
+        weights = "rows"
+    if weights in ("rows", "zeros") and task in ("tokens", "outputs"):
+        weights = "own axes"  # those of rows go with a loss of rows, and one output
+    return {"weights": weights}
+
+
+def _numbers(drawn, task):
+    compiled, rows = drawn["compile"], drawn["rows"]
     if drawn["extra"] in ("dropout", "noise") or task == "ragged":
-        drawn["compile"] = ""
-    if drawn["compile"] == "jit_compile=True" and task in ("strings", "ragged", "words", "tokens"):
-        drawn["compile"] = "jit_compile=False"
-    if task in ("strings", "ragged"):
-        drawn["dtype"] = "float32"
-    return drawn | {"form": form}
+        compiled = ""
+    if compiled == "jit_compile=True" and task in ("strings", "words", "tokens"):
+        compiled = "jit_compile=False"
+    if drawn["form"] in ("repeat", "shard repeat", "generator"):
+        rows = drawn["batch"] * max(2, rows // drawn["batch"])
+    dtype = "float32" if task in ("strings", "ragged") else drawn["dtype"]
+    return {"compile": compiled, "rows": rows, "dtype": dtype}
+
+
+def _validation(drawn, task):
+    splits = drawn["form"] in ("arrays", "tensors", "frame") and task not in ("strings", "ragged")
+    cannot = drawn["validation"] == "split" and (not splits or drawn["weights"])
+    return {"validation": "arrays" if cannot else drawn["validation"]}

@@ -37,8 +37,8 @@ if RANKS:
         WORLD = MPI.COMM_WORLD.Dup()
 RANK, SIZE = (comm.rank, comm.size) if RANKS else (0, 1)
 
-import keras  # noqa: E402 - after connect
-import numpy as np  # noqa: E402
+import keras
+import numpy as np
 
 
 @pytest.hookimpl(trylast=True)

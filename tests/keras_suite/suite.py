@@ -1,7 +1,7 @@
-"""Keras's own tests, with tf_dist in the way and without: ``python tests/keras_suite/suite.py --np 1 2``.
+"""Keras's own tests, with tf_dist in the way and without: ``make keras-suite``.
 
-A test is to pass, be skipped or fail on R ranks as it does without tf_dist, but for `known_exceptions`. Ends with
-0 where that is so.
+A test is to pass, be skipped or fail on R ranks as it does without tf_dist, but for `known_exceptions`.
+Ends with 0 where that is so.
 """
 
 import argparse
@@ -17,8 +17,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "oracle")]
 
-from known_exceptions import reason_for
 from jobs import end_job, environment, mpirun
+from known_exceptions import reason_for
 
 # What costs a minute or two, for each change; the rest is for `make keras-suite`.
 QUICK = (

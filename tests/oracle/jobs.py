@@ -69,7 +69,8 @@ class Runs:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def plain(self, scripts):
-        """Run scripts by plain Keras, in two processes at once."""
+        """Run scripts by plain Keras, in two processes at once; not again those that are as they were."""
+        scripts = [script for script in scripts if not self._is_known(script)]
         halves = [half for half in (scripts[::2], scripts[1::2]) if half]
         started = [self._start(half, 0, f"plain-{n}") for n, half in enumerate(halves)]
         for process, log in started:
@@ -88,6 +89,10 @@ class Runs:
                 if left and not self._died(left[0], np_, stuck, log):
                     raise RuntimeError(f"no rank has begun:\n{log.read_text()[-3000:]}")
                 left = left[1:]
+
+    def _is_known(self, script):
+        record = self.folder / "plain" / f"{script.stem}.plain.json"
+        return record.exists() and record.stat().st_mtime > script.stat().st_mtime
 
     def verdicts(self, scripts, np_):
         """What is said about each script."""
