@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 from functools import wraps
+from importlib import import_module
 from types import ModuleType
 
 import pytest
@@ -41,8 +42,36 @@ import keras
 import numpy as np
 
 
+class _Missing(ModuleType):
+    """A package that is not installed, and that files of tests import at the top: who calls it is skipped.
+
+    Nothing is an instance of its classes.
+    """
+
+    __path__ = ()
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if name[0].isupper():
+            return type(name, (), {})
+        pytest.skip(f"{self.__name__} is not installed")
+
+
+def _stand_in(*names):
+    for name in names:
+        try:
+            import_module(name)
+        except ImportError:
+            sys.modules[name] = _Missing(name)
+            parent, _, child = name.rpartition(".")
+            if parent:
+                setattr(sys.modules[parent], child, sys.modules[name])
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config):
+    _stand_in("jax", "jax.numpy", "jax.experimental", "jax.experimental.sparse", "torch", "scipy", "requests")
     if RANK:
         config.pluginmanager.unregister(name="terminalreporter")
     for mark in ("requires_trainable_backend", "multi_device"):
