@@ -26,7 +26,7 @@ RANKS = os.environ.get("KERAS_SUITE_RANKS") == "1"
 REPORT = os.environ["KERAS_SUITE_REPORT"]
 # Ids of tests that have run already, in an earlier launch.
 DONE = os.environ.get("KERAS_SUITE_DONE")
-FAILED_WAITS_S = 20
+FAILED_WAITS_S = 60
 
 if RANKS:
     import tf_dist
