@@ -54,7 +54,10 @@ class _Missing(ModuleType):
         if name.startswith("__"):
             raise AttributeError(name)
         if name[0].isupper():
-            return type(name, (), {})
+            return type(name, (), {"__init__": lambda *_, **__: self._skip()})
+        self._skip()
+
+    def _skip(self):
         pytest.skip(f"{self.__name__} is not installed")
 
 
@@ -125,7 +128,8 @@ def pytest_runtest_makereport(item, call):
     if report.failed or report.skipped or call.when == "call":
         if report.skipped and isinstance(report.longrepr, tuple):
             text = report.longrepr[2]
-        _note(test=_name(item), outcome=report.outcome, phase=call.when, text=text[-3000:])
+        text = text[-3000:]
+        _note(test=_name(item), outcome=report.outcome, phase=call.when, text=text, seconds=report.duration)
     return report
 
 

@@ -34,7 +34,6 @@ QUICK = (
     "optimizers/adam_test.py",
     "optimizers/loss_scale_optimizer_test.py",
     "optimizers/optimizer_test.py",
-    "trainers/data_adapters/array_data_adapter_test.py",
     "trainers/data_adapters/generator_data_adapter_test.py",
     "trainers/data_adapters/tf_dataset_adapter_test.py",
 )

@@ -29,4 +29,6 @@ def shard(data, comm, *, batch_size=None, shuffle=True, training=True, **_):
         return data  # a PyDataset or a generator has batches of its own
     if shuffle and training:
         raise ValueError("an oracle needs shuffle=False: the order of a shuffle is not plain Keras's")
-    return ArrayDataAdapter(*data, batch_size=batch_size or 32, shuffle=False).get_tf_dataset()
+    adapter = ArrayDataAdapter(*data, batch_size=batch_size or 32, shuffle=False)
+    # As fit knows it: where the length is unknown, Keras counts the call that finds the end as a batch, too.
+    return adapter.get_tf_dataset().apply(tf.data.experimental.assert_cardinality(adapter.num_batches))
