@@ -1,9 +1,9 @@
-"""Runs user scripts one after another in one process: ``python worker.py FOLDER ranks|plain|dense SCRIPT...``.
+"""Runs user scripts one after another in one process: ``worker.py FOLDER ranks|plain|dense SCRIPT...``.
 
 A launch and an import of TensorFlow cost more than a small training, so many scripts share them. Each
 is executed as ``__main__`` would be, in a folder of its own, and leaves what it has put into ``results``.
-With ``ranks`` all ranks run all scripts, and meet after each one. ``dense`` is plain Keras, but for ids that an
-embedding meets several times in a batch: their gradients are summed (see `sum_repeated_ids`).
+With ``ranks`` all ranks run all scripts, and meet after each one. ``dense`` is plain Keras, but for ids
+that an embedding meets several times in a batch: their gradients are summed.
 """
 
 import gc
@@ -77,7 +77,7 @@ def failure(error):
 
 
 def sum_repeated_ids():
-    """Give Keras the sum of an id's gradients; by itself Adam squares them one by one, and norms count each."""
+    """Give Keras the sum of the gradients of an id: by itself Adam squares them one by one."""
     import tensorflow as tf
     from keras.src.optimizers.base_optimizer import BaseOptimizer
 
