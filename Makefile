@@ -19,7 +19,7 @@ TEST_TIMEOUT ?= 900
 # into .venv/bin/activate (scripts/mpi_environment.sh), so that plain mpirun lines work as well.
 RUN := source scripts/mpi_environment.sh &&
 
-.PHONY: help install train test test-pure test-jobs lint horovod torch bench check-peers clean
+.PHONY: help install train test test-pure test-jobs fuzz-fit keras-suite lint horovod torch bench check-peers clean
 
 help: ## this list
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z%-]+):.*## /  make \1|/' | column -t -s '|'
@@ -45,6 +45,12 @@ test-mpi-%: install ## the tests of real ranks, on 1, 2, 3, 4 ... of them
 
 test-jobs: install ## whole jobs, as a user starts them
 	$(RUN) $(PY) -m pytest tests/jobs --durations=10
+
+fuzz-fit: install ## 300 random scripts of Keras users on 2 and 3 ranks (ARGS="--number 20 --seed 1 --np 2")
+	$(RUN) $(PY) tests/fuzz_fit/campaign.py $(ARGS)
+
+keras-suite: install ## all of Keras's own tests of training, with tf_dist in the way (ARGS="--quick --np 2")
+	$(RUN) $(PY) tests/keras_suite/suite.py $(ARGS)
 
 lint: install ## ruff and mypy
 	$(PY) -m ruff check .

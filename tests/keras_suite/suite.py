@@ -1,0 +1,168 @@
+"""Keras's own tests, with tf_dist in the way and without: ``make keras-suite``.
+
+A test is to pass, be skipped or fail on R ranks as it does without tf_dist, but for `known_exceptions`.
+Ends with 0 where that is so.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "oracle")]
+
+from jobs import end_job, environment, mpirun
+from known_exceptions import reason_for
+
+# What costs a minute or two, for each change; the rest is for `make keras-suite`.
+QUICK = (
+    "callbacks/early_stopping_test.py",
+    "callbacks/lambda_callback_test.py",
+    "callbacks/learning_rate_scheduler_test.py",
+    "callbacks/model_checkpoint_test.py",
+    "callbacks/reduce_lr_on_plateau_test.py",
+    "callbacks/terminate_on_nan_test.py",
+    "callbacks/csv_logger_test.py",
+    "callbacks/backup_and_restore_test.py",
+    "callbacks/swap_ema_weights_test.py",
+    "optimizers/adam_test.py",
+    "optimizers/loss_scale_optimizer_test.py",
+    "optimizers/optimizer_test.py",
+    "trainers/data_adapters/generator_data_adapter_test.py",
+    "trainers/data_adapters/tf_dataset_adapter_test.py",
+)
+ALL = ("callbacks", "optimizers", "trainers")
+# Outcomes do not change by the number of ranks: they ask for packages or devices that are not there.
+LEFT_OUT = ("orbax_checkpoint_test", "torch_data_loader_adapter_test", "grain_dataset_adapter_test")
+# Seconds without a finished test after which a launch counts as hanging.
+HANGS_S = 300
+
+
+def sources():
+    """``keras/src`` of the installed Keras, with its tests; None where it was packaged without them."""
+    import importlib.util
+
+    folder = Path(importlib.util.find_spec("keras").origin).parent / "src"
+    return folder if any(folder.glob("callbacks/*_test.py")) else None
+
+
+def outcomes(files, np_, folder):
+    """``{test: (outcome, text)}`` with tf_dist over ``np_`` ranks; 0: without it."""
+    found, launches = {}, 0
+    while True:
+        report = Path(folder) / f"np{np_}-{launches}.jsonl"
+        code = _launch(files, np_, report, list(found), Path(folder))
+        begun = None
+        for line in report.read_text().splitlines() if report.exists() else []:
+            note = json.loads(line)
+            if note["outcome"] == "begun":
+                begun = note["test"]
+            else:
+                known = found.get(note["test"], ("passed", ""))
+                found[note["test"]] = (note["outcome"], note["text"]) if known[0] == "passed" else known
+        launches += 1
+        if code in (0, 1, 5):  # pytest has come to its end
+            return found
+        if begun is None:
+            raise RuntimeError(f"no test has begun: {report.with_suffix('.log').read_text()[-3000:]}")
+        said = report.with_suffix(".log").read_text(errors="replace")[-2000:]
+        found[begun] = ("died", f"{'hangs' if code is None else f'the job ended with {code}'}: {said}")
+
+
+def _launch(files, np_, report, done, folder):
+    """One pytest over all ranks; its exit code, None where it hangs."""
+    listed = report.with_suffix(".done")
+    listed.write_text(json.dumps(done))
+    settings = {"KERAS_SUITE_REPORT": str(report), "KERAS_SUITE_DONE": str(listed)}
+    settings["KERAS_SUITE_RANKS"] = "1" if np_ else "0"
+    known = environment() | settings
+    known["PYTHONPATH"] = f"{HERE}{os.pathsep}{known['PYTHONPATH']}"
+    launch = [mpirun(), "-np", str(np_)] if np_ > 1 else []
+    empty = folder / "pytest.ini"
+    empty.write_text("[pytest]\n")
+    options = ["-c", str(empty), "--rootdir", str(folder), "-p", "no:cacheprovider", "-p", "no:xdist"]
+    options += ["-p", "in_the_way", "-q", "--color=no", *(f"--ignore-glob=*{name}*" for name in LEFT_OUT)]
+    with open(report.with_suffix(".log"), "wb") as log:
+        process = subprocess.Popen(
+            [*launch, sys.executable, "-m", "pytest", *options, *(str(file) for file in files)],
+            cwd=folder,
+            env=known,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    size, since = -1, time.monotonic()
+    while process.poll() is None:
+        now = report.stat().st_size if report.exists() else 0
+        if now != size:
+            size, since = now, time.monotonic()
+        if time.monotonic() - since > HANGS_S:
+            end_job(process)
+            return None
+        time.sleep(0.05)
+    return process.returncode
+
+
+def differences(plain, ranks, np_):
+    """Lines about tests that end otherwise over ranks, and of exceptions that are none any more."""
+    bad, excused = [], []
+    for test, (wanted, _) in plain.items():
+        outcome, text = ranks.get(test, ("missing", ""))
+        if outcome == wanted:
+            continue
+        reason = reason_for(test, np_)
+        line = f"np {np_} {test}: {outcome}, without tf_dist {wanted}"
+        (bad if reason is None else excused).append(f"{line}: {reason or _last(text)}")
+    return bad, excused
+
+
+def _last(text):
+    lines = [line for line in text.splitlines() if line.strip()]
+    told = [line for line in lines if line.startswith("E ")] or lines
+    return " / ".join(line.strip() for line in told[-4:])[:600]
+
+
+def run(files, counts, folder):
+    """What differs, and a table of outcomes."""
+    plain = outcomes(files, 0, folder)
+    bad, lines = [], [f"{'ranks':>7}  outcomes", f"{'without':>7}  {_counts(plain)}"]
+    for np_ in counts:
+        ranks = outcomes(files, np_, folder)
+        wrong, excused = differences(plain, ranks, np_)
+        bad += wrong
+        lines += [f"{np_:>7}  {_counts(ranks)}", *(f"         excused: {line}" for line in excused)]
+    return bad, lines
+
+
+def _counts(found):
+    return ", ".join(f"{n} {word}" for word, n in Counter(one for one, _ in found.values()).most_common())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--np", type=int, nargs="+", default=[1, 2], help="ranks")
+    parser.add_argument("--quick", action="store_true", help="the part that `make test` runs")
+    parser.add_argument("--folder", help="for reports; a new temporary one by default")
+    parser.add_argument("files", nargs="*", help="below keras/src; all by default")
+    arguments = parser.parse_args()
+    keras = sources()
+    if keras is None:
+        print("this Keras was installed without its tests")
+        return 0
+    folder = arguments.folder or tempfile.mkdtemp(prefix="keras-suite-")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    files = [keras / file for file in arguments.files or (QUICK if arguments.quick else ALL)]
+    bad, lines = run(files, arguments.np, folder)
+    print("\n".join([*lines, *bad, f"{len(bad)} unexpected differences; reports in {folder}"]))
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
