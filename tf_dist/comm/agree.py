@@ -30,7 +30,7 @@ def agree(comm: Comm, facts: Mapping[str, Any], about: str) -> None:
     Raises:
         LaunchError: on every rank, with the same message, if any fact differs on any rank.
     """
-    everyone = comm.allgather_obj(dict(facts))
+    everyone = comm.allgather_obj(dict(facts), what=f"the comparison of {about}")
     names = dict.fromkeys(name for facts_there in everyone for name in facts_there)
     lines = [_difference(name, [there.get(name) for there in everyone]) for name in names]
     differences = [line for line in lines if line]
