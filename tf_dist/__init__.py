@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from tf_dist.comm.base import Comm as Comm
+from tf_dist.comm.communicators import as_comm as as_comm
 from tf_dist.comm.launch import connect as connect
 from tf_dist.parallel.mesh import Mesh as Mesh
 from tf_dist.version import __version__ as __version__
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from tf_dist.training.shard import shard as shard
     from tf_dist.training.trainer import Trainer as Trainer
 
-__all__ = ["Comm", "Mesh", "Trainer", "__version__", "callbacks", "connect", "distribute", "shard"]
+__all__ = ["Comm", "Mesh", "Trainer", "__version__", "as_comm", "callbacks", "connect", "distribute", "shard"]
 _HOME = {"Trainer": "trainer", "distribute": "distribute", "shard": "shard"}
 
 

@@ -12,7 +12,7 @@ from tf_dist import processes
 from tf_dist.comm import watchdog
 from tf_dist.comm.base import SerialComm
 from tf_dist.comm.slots import Board, Pulse, bytes_needed, place_of, private_board
-from tf_dist.comm.stalls import Limits
+from tf_dist.comm.stalls import AT_THE_END, Limits
 from tf_dist.comm.watchdog import FLOOR_S, GAP_S, WRITING_S, Watchdog
 
 
@@ -20,7 +20,10 @@ class Voice:
     """An `Ending` that only takes note."""
 
     def __init__(self):
-        self.said, self.ended = [], []
+        self.said, self.ended, self.apart = [], [], set()
+
+    def members(self):
+        return self.apart
 
     def speak(self, text):
         self.said.append(text)
@@ -128,6 +131,22 @@ def test_one_voice_names_the_one_that_works_and_the_job_ends(clock, tmp_path):
         text = (tmp_path / f"stacks-rank-{number:04d}.txt").read_text()
         assert text.count(f", pid {os.getpid()}") == 3 and "test_watchdog.py" in text
     assert "has not come to allreduce" in (tmp_path / "rank-0001.log").read_text()
+
+
+def test_ranks_that_train_something_else_are_not_missed(clock):
+    """A script has divided the ranks in two: those of one part wait for each other alone."""
+    ranks = Ranks(4, clock)
+    for rank, voice in enumerate(ranks.voices):
+        voice.apart = {0, 2} if rank in (0, 2) else {1, 3}
+        ranks.dogs[rank].comm.record.begin_step(1)
+        ranks.dogs[rank].comm.record.end_step(1)
+    ranks.wait_in(AT_THE_END, 1, 3)
+    ranks.later(60)
+    assert not ranks.said() and not ranks.ended()
+    ranks.wait_in("allreduce", 2)
+    ranks.later(11)
+    (line,) = ranks.said()
+    assert "rank 0" in line and "rank 1" not in line and "rank 3" not in line
 
 
 def test_others_end_the_job_where_the_first_does_not(clock):

@@ -57,6 +57,7 @@ class Ending:
         # Ranks above 0 later send their stdout and stderr to a log file; last words go to the terminal.
         self._console = os.fdopen(os.dup(2), "w", buffering=1, errors="replace")
         self._comm: Comm | None = None
+        self._together: list[Comm] = []
         self._dead: list[int] = []
         self._exit: tuple[Any, str] | None = None
         # Called with exit code and message on a rank that fails, while it still can.
@@ -87,6 +88,20 @@ class Ending:
     def watch(self, comm: Comm) -> None:
         """Name the Comm whose collectives must not wait for a rank that has left."""
         self._comm = comm
+
+    def is_together(self, comm: Comm) -> None:
+        """Name ranks with which this one trains."""
+        if not any(known is comm for known in self._together):
+            self._together.append(comm)
+
+    def members(self) -> set[int]:
+        """The ranks that this one may wait for, by their numbers in the job; empty: all of them.
+
+        Where a script has divided the ranks, others train something else, and are nobody's business.
+        """
+        if not all(comm.origin for comm in self._together):
+            return set()
+        return {rank for comm in self._together for rank in comm.origin}
 
     def speak(self, text: str) -> None:
         """Print on the terminal, from whichever rank."""
@@ -296,11 +311,14 @@ class Ending:
         self._mpi.Ack_failed()
 
     def _end_if_stuck(self, departed: dict[int, tuple[float, str]], waiting: tuple[str, float]) -> None:
+        members = self.members() or set(range(self._mpi.Get_size()))
+        departed = {rank: note for rank, note in departed.items() if rank in members}
+        if not departed:
+            return
         verb, since = waiting
         rank, (left_at, stack) = next(iter(departed.items()))
         # When rank 0 has left, all the others know: the lowest of them speaks, and the job ends with it.
-        gone = {*departed, *self._dead}
-        speaker = min(other for other in range(self._mpi.Get_size()) if other not in gone)
+        speaker = min(members - {*departed, *self._dead})
         patience = GRACE_S if self.rank == speaker else GRACE_S + RENDEZVOUS_S
         if time.monotonic() - max(since, left_at) < patience:
             return

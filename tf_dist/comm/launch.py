@@ -45,6 +45,7 @@ RANK_VARIABLES = (
     "SLURM_PROCID",
 )
 _ending: Ending | None = None
+_connected: Comm | None = None
 BEATS_TIMED = 20
 # How long ranks wait for each other to start: some hundred that read Python from one disk take minutes.
 START_LIMIT_S = 600.0
@@ -78,7 +79,7 @@ def connect(
 
 def join() -> Comm:
     """Join the MPI world and install the hooks that end all ranks together."""
-    global _ending
+    global _ending, _connected
     if _ending is None:
         _ending = Ending()
     mpi = _import_mpi()
@@ -92,7 +93,19 @@ def join() -> Comm:
         _ending.join(mpi.COMM_WORLD.Dup(), can_watch=mpi.Query_thread() == mpi.THREAD_MULTIPLE)
     faults.arm(os.environ.get(faults.VARIABLE, ""), comm.rank)
     _watch(mpi, comm, _ending)
-    return keep_order(comm, os.environ, lambda: mpi.COMM_WORLD.Dup())
+    _connected = keep_order(comm, os.environ, lambda: mpi.COMM_WORLD.Dup())
+    return _connected
+
+
+def connected() -> Comm | None:
+    """The `Comm` that `connect` has made in this process, the last one; None where it was not called."""
+    return _connected
+
+
+def is_together(comm: Comm) -> None:
+    """Say that this rank trains with those of ``comm``: it may wait for them, and need not for others."""
+    if _ending is not None:
+        _ending.is_together(comm)
 
 
 def _watch(mpi: Any, comm: Comm, ending: Ending) -> None:
@@ -107,6 +120,7 @@ def _watch(mpi: Any, comm: Comm, ending: Ending) -> None:
 
 def use_backend(comm: Comm, backend: str) -> Comm:
     """The same ranks, with the bytes carried by ``backend``."""
+    global _connected
     if backend == "mpi":
         return comm
     if backend != "horovod":
@@ -121,7 +135,8 @@ def use_backend(comm: Comm, backend: str) -> Comm:
         )
     if _ending is not None:
         _watch(None, carried, _ending)
-    return keep_order(carried, os.environ, lambda: _import_mpi().COMM_WORLD.Dup())
+    _connected = keep_order(carried, os.environ, lambda: _import_mpi().COMM_WORLD.Dup())
+    return _connected
 
 
 def on_failure(note: Callable[[int, str], None]) -> None:

@@ -223,8 +223,10 @@ class MPIComm(Comm):
     def _sub(self, shape: Sequence[int], axes: Sequence[int]) -> Comm:
         # reorder=False: a rank stays who it is, so that the innermost axis lies on neighbouring ranks.
         grid = self._mpi.Create_cart(list(shape), reorder=False)
-        along = [axis in axes for axis in range(len(shape))]
-        self._groups.append(MPIComm(grid.Sub(along), window=self._node is not None))
+        part = grid.Sub([axis in axes for axis in range(len(shape))])
+        self._groups.append(MPIComm(part, window=self._node is not None))
+        ranks = MPI.Group.Translate_ranks(part.Get_group(), None, self._mpi.Get_group())
+        self._groups[-1].origin = [self.origin[rank] for rank in ranks]
         return self._groups[-1]
 
     def _first(self, count: int) -> Comm | None:

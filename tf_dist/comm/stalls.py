@@ -91,6 +91,10 @@ class Stall(NamedTuple):
         """The same for one stall, whoever looks, and whenever."""
         return self.first.verb, self.first.step, tuple(seen.rank for seen, _ in self.culprits)
 
+    def is_the_end(self) -> bool:
+        """Whether all of these ranks have come to the end of their program."""
+        return not self.culprits and self.first.verb == AT_THE_END
+
     def may_end_the_job(self) -> bool:
         """Whether to wait longer would be in vain.
 

@@ -124,7 +124,8 @@ class Watchdog:
 
     def _members(self, comm: Comm) -> list[int]:
         """The ranks that belong together still: some may have died, and the others gone on."""
-        return list(comm.origin) or list(range(len(self._board.slots)))
+        apart = self._ending.members()
+        return sorted(apart) or list(comm.origin) or list(range(len(self._board.slots)))
 
     def _look(self, comm: Comm, now: float) -> None:
         members = self._members(comm)
@@ -133,6 +134,8 @@ class Watchdog:
         stall = None
         if since and now - max(min(since), self._fresh_since) >= least:
             stall = judged([self.seen(rank, now) for rank in members])
+        if stall is not None and self._ending.members() and stall.is_the_end():
+            stall = None  # others have not ended yet, and are nobody's business
         if stall is not None and self._is_being_ended(stall, now):
             return
         if stall is not None and stall.first.waited_s >= least:
