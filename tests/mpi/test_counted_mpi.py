@@ -1,5 +1,7 @@
 """Arrays of more elements than MPI can count: as if it could count seven."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -21,7 +23,7 @@ def comm(connected, monkeypatch):
 def parts_of(size):
     """One rank has most, and the last one nothing."""
     ends = [0, LENGTH - size + 2, *range(LENGTH - size + 3, LENGTH + 1), LENGTH] if size > 1 else [0, LENGTH]
-    return [slice(*pair) for pair in zip(ends, ends[1:], strict=False)][:size]
+    return [slice(*pair) for pair in pairwise(ends)][:size]
 
 
 def test_parts_are_counted(monkeypatch):

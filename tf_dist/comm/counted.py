@@ -33,7 +33,7 @@ class Message:
 
 
 def isend(mpi: Any, array: np.ndarray, to: int, tag: int) -> Message:
-    """Begin to send. Messages of one tag to one rank arrive in order, so that parts need no tags of their own."""
+    """Begin to send. Messages of one tag arrive in order, so that parts need no tags of their own."""
     return Message([mpi.Isend(part, to, tag) for part in counted(array)], array)
 
 
