@@ -29,6 +29,7 @@ from tf_dist.parallel.parts import part_of
 from tf_dist.training import facts
 from tf_dist.training.gathered import GatheredReplica
 from tf_dist.training.keras_hooks import reduction_of
+from tf_dist.training.moving import WAYS_OUT, refuse_moving
 from tf_dist.training.replica import Replica
 
 if TYPE_CHECKING:
@@ -131,6 +132,26 @@ def give(variables: Iterable[Any], comm: Comm) -> None:
         comm.broadcast(array.reshape(-1).view(np.uint8))
         if comm.rank:
             variable.assign(array)
+
+
+def find_moving(trainer: Trainer) -> None:
+    """Find the weights that the model changes itself, such as the averages of BatchNormalization.
+
+    Raises:
+        UsageError: ranks could not keep them equal, with a way out.
+    """
+    replica, wanted = trainer.replica, trainer.wishes
+    alike = wanted.update in ("allreduce", "master", "zero") and trainer.mesh.plain
+    if not isinstance(replica, Replica) or isinstance(replica, GatheredReplica):
+        refuse_moving(trainer.model, "ranks share the model")
+        return
+    replica.find_moving()
+    if replica.moving and not alike:
+        found, update = replica.moving.variables[0].path, wanted.update
+        raise UsageError(
+            f"training changes {found} by itself: each rank would keep its own averages with update {update} "
+            f"on {trainer.mesh}. {WAYS_OUT}"
+        )
 
 
 # Numbers --------------------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ def of_array(array: np.ndarray) -> str:
 
 
 class _Names:
-    """Names of a model's layers and variables: of those that end in a number, the order counts, not the number.
+    """Names of a model's layers and variables: of those that end in a number, the order counts alone.
 
     Where the order is another one, as that of a Python set, so are the names.
     """

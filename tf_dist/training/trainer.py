@@ -34,6 +34,7 @@ from tf_dist.training.beginning import (
     agree_on_model,
     agree_on_options,
     compare_gradients,
+    find_moving,
     give,
     give_weights,
     refuse_distributed,
@@ -52,6 +53,7 @@ from tf_dist.training.meeting import (
     remembered,
     survived,
 )
+from tf_dist.training.moving import Moving
 from tf_dist.training.passes import MicroBatch
 from tf_dist.training.sentinel import Sentinel
 from tf_dist.training.spikes import Spikes
@@ -269,7 +271,12 @@ class Trainer:
         terms, order = self.passes.terms(), self.arrangement.order
         faults.at("gradient")
         faults.spoil(terms)
-        return float(self.update(terms, order, totals, self.clip_norm, self.replica, self.mesh))
+        moving = getattr(self.replica, "moving", Moving())
+        moved = moving.reduce(self.comm, self.micro_batches)
+        norm = float(self.update(terms, order, totals, self.clip_norm, self.replica, self.mesh))
+        if math.isfinite(norm):
+            moving.move(moved)
+        return norm
 
     def _next_meeting(self) -> int:
         """The step before which somebody will look at the model of all ranks."""
@@ -372,6 +379,8 @@ class Trainer:
         position = {"step": self.step, "counted from": self.fitted, "seq_len": self.seq_len}
         agree_on_data(self.comm, sequences, held_out, {**position, **options})
         self.broadcast_weights()
+        if not self._begun:
+            find_moving(self)
         self.tuning.choose()
         if not self._begun:
             refuse_probabilities(self, sequences)
