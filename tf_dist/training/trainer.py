@@ -27,7 +27,7 @@ from tf_dist.data.tokens import Sequences
 from tf_dist.errors import DataError, RankLost, UsageError
 from tf_dist.parallel.mesh import Mesh
 from tf_dist.parallel.updates import CORRECT, LOSS, STOP, TOKENS, Totals
-from tf_dist.training.arrange import GROUPS, Wishes, arrange, rearranged
+from tf_dist.training.arrange import GROUPS, Wishes, arrange, group_of, rearranged
 from tf_dist.training.bad_steps import BadSteps
 from tf_dist.training.beginning import (
     agree_on_data,
@@ -164,10 +164,8 @@ class Trainer:
         # Where ranks share rows, a rank's model takes a share of them.
         self.seq_len = seq_len or (_static_seq_len(model) or DEFAULT_SEQ_LEN) * self.mesh.sequence.size
         self.micro_batches = global_batch_size // self.rows
-        ways = [
-            kind(**(given or {}))
-            for kind, given in zip(GROUPS.values(), (pipeline, local, compression, asynchrony), strict=True)
-        ]
+        groups = zip(GROUPS, (pipeline, local, compression, asynchrony), strict=True)
+        ways = [group_of(group, options or {}, update) for group, options in groups]
         self.wishes = Wishes(update, zero_stage, allreduce, chunk_bytes, autotune != "off", overlap, *ways)
         sizes = (self.rows, self.seq_len, seed, self.micro_batches)
         self._prepare_model()
