@@ -30,7 +30,6 @@ from tf_dist.config import Config
 from tf_dist.errors import UsageError
 from tf_dist.flags import from_command_line
 from tf_dist.parallel.mesh import Mesh, data_ranks
-from tf_dist.parallel.parts import part_of
 
 if TYPE_CHECKING:
     from tf_dist.comm.base import Comm
@@ -132,13 +131,14 @@ def trainer_for(config: Config, mesh: Mesh, steps: int) -> Trainer:
     """The model of a run, on its grid of ranks, and what trains it."""
     from tf_dist.training import optimizers
     from tf_dist.training.arrange import options_of
+    from tf_dist.training.beginning import agree_on_weights
     from tf_dist.training.model import model_for
     from tf_dist.training.spikes import Spikes
     from tf_dist.training.state_room import check_room
     from tf_dist.training.trainer import Trainer
 
     model = model_for(config, mesh)
-    agree(mesh.all, {v.path: list(part_of(v).whole) for v in model.trainable_variables}, "the model")
+    agree_on_weights(model, mesh)
     check_room(model, config, mesh)
     return Trainer(
         model,

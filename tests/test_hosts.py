@@ -68,6 +68,9 @@ def test_ranks_that_share_a_model():
         ("- tensor_parallel", [], 1),
         ("tensor_parallel: [", [], 1),
         (None, ["--tensor-parallel", "2"], 2),
+        ("pipeline-parallel: 2\n", [], 2),
+        ("pipeline-parallel: 2\nsteps: 9\nno_such_key: 1\n", ["--sequence-parallel=2", "--help"], 4),
+        ("tensor-parallel: '2'\n", [], 1),
     ],
 )
 def test_ranks_that_share_a_model_by_a_file(tmp_path, text, flags, ranks):

@@ -188,6 +188,20 @@ class Config:
         return text.getvalue()
 
 
+def default(name: str) -> Any:
+    """What an option is where nobody says anything; for those that have options of the same names."""
+    return next(field.default for field in dataclasses.fields(Config) if field.name == name)
+
+
+def check_option(name: str, value: Any) -> None:
+    """Refuse a value that an option cannot have by itself.
+
+    Raises:
+        UsageError: with the choices, or the bound.
+    """
+    _check_value(next(field for field in dataclasses.fields(Config) if field.name == name), value)
+
+
 def default_micro_batch(global_batch_size: int) -> int:
     """The largest divisor of the global batch that still makes at least four micro-batches.
 

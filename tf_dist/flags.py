@@ -7,6 +7,7 @@ of `Config`; nothing here knows one option from another.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import typing
 from collections.abc import Mapping, Sequence
@@ -190,6 +191,29 @@ def from_command_line(argv: Sequence[str], description: str) -> tuple[Config, bo
     path, only_print = given.pop("config"), given.pop("print_config")
     from_file = _typed(read_config_file(path), path) if path else {}
     return Config(**{**from_file, **flag_values(given)}), only_print
+
+
+def options_among(words: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
+    """Some options that a command line, and the file it names, ask for; all other words are passed over.
+
+    Args:
+        words: a script, its flags, and what else there may be.
+        names: of fields of `Config`.
+
+    Raises:
+        UsageError: one has no value, or one of another type.
+    """
+    flags = parser("", names)
+    flags.add_argument("--config")
+    asked = [word for word in words if word not in ("-h", "--help")]
+    given = vars(flags.parse_known_args(asked)[0])
+    path = given.pop("config")
+    in_file: dict[str, Any] = {}
+    with contextlib.suppress(UsageError):  # whoever reads all of it says what is wrong
+        in_file = read_config_file(path) if path else {}
+    wanted = {key: value for key, value in in_file.items() if str(key).replace("-", "_") in names}
+    from_file = _typed(wanted, path)
+    return {**from_file, **flag_values(given)}
 
 
 def flag_values(given: Mapping[str, Any]) -> dict[str, Any]:

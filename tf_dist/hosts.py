@@ -17,9 +17,8 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
-
-from tf_dist.errors import LaunchError
+from tf_dist.errors import LaunchError, UsageError
+from tf_dist.flags import options_among
 
 LISTS = ("--host", "-host", "-H", "--hosts", "-hosts")
 FILES = ("--hostfile", "-hostfile", "--machinefile", "-machinefile", "-f")
@@ -172,21 +171,12 @@ class Launch(NamedTuple):
 
 
 def ranks_of_a_model(words: Sequence[str]) -> int:
-    """How many ranks share a model, from a job's flags and the file that ``--config`` names."""
-    given = dict[str, str]()
-    for number, word in enumerate(words):
-        flag, equals, value = word.partition("=")
-        given[flag.removeprefix("--").replace("-", "_")] = (
-            value if equals else next(iter(words[number + 1 :]), "")
-        )
-    known = _in_file(given["config"]) | given if "config" in given else given
-    return prod(max(1, int(known.get(name, 1))) for name in DEGREES if str(known.get(name, 1)).isdigit())
+    """How many ranks share a model, from a job's flags and the file that ``--config`` names.
 
-
-def _in_file(path: str) -> dict[str, str]:
-    """The options in a YAML file; what is wrong with it is said by the job."""
+    Where these cannot be right the job itself says so: 1.
+    """
     try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return {str(name): str(value) for name, value in found.items()} if isinstance(found, dict) else {}
+        given = options_among(words, DEGREES)
+    except UsageError:
+        return 1
+    return prod(max(1, int(degree)) for degree in given.values())

@@ -141,7 +141,11 @@ def test_ranks_without_a_micro_batch(connected, serial, everyone):
 
 def test_fit_begins_with_the_weights_of_rank_0(connected, everyone):
     different = trainer(connected, seed=1 + connected.rank)
-    assert len(set(everyone(flat(different.model).tobytes()))) == connected.size
+    own = flat(build(1 + connected.rank))
+    assert len(set(everyone(own.tobytes()))) == connected.size
+    first = everyone(own)[0]
+    assert all(everyone(bool((flat(different.model) == first).all())))
+    different.model.set_weights([np.full(v.shape, connected.rank + 1.0) for v in different.model.weights])
     first = everyone(flat(different.model))[0]
     different.broadcast_weights()
     assert all(everyone(bool((flat(different.model) == first).all())))

@@ -24,7 +24,7 @@ class Ranks:
         self.fine.append(fine)
         return self.agreed.pop(0)
 
-    def allgather_obj(self, value):
+    def allgather_obj(self, value, what=""):
         self.own.append(value)
         others = self.said.pop(0)
         if isinstance(others, Exception):

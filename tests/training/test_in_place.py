@@ -23,7 +23,7 @@ class Ranks:
         self.fine.append(fine)
         return self.agreed.pop(0)
 
-    def allgather_obj(self, value):
+    def allgather_obj(self, value, what=""):
         others = self.said.pop(0)
         if isinstance(others, Exception):
             raise others

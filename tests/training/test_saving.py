@@ -48,7 +48,7 @@ def test_what_is_saved_is_of_its_moment(tmp_path, held):
     saver = Saver(one, tmp_path, 3)
     saver.begin({"val_loss": 2.5})
     assert saver.news() is None and checkpoint.listing(tmp_path) == []
-    one.fit(TOKENS, steps=4)
+    one.fit(TOKENS, steps=2)
     held.set()
     assert saver.settle() == {"step": 2, "weights_sha256": sha, "val_loss": 2.5}
     tensors, facts, step = checkpoint.load(tmp_path / "step-00000002")

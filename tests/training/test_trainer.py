@@ -126,17 +126,39 @@ def test_each_token_is_a_target_once_per_epoch(count):
     assert trainer.elapsed_s > 0
 
 
-def test_steps_are_counted_in_all():
+def test_a_second_fit_trains_as_much_again():
     tokens, once, twice = text(20 * T), trainer_of(), trainer_of()
     once.fit(tokens, steps=7)
-    twice.fit(tokens, steps=4)
+    first = twice.fit(tokens, steps=4)
     assert twice.step == 4
-    twice.fit(tokens, steps=7)
+    second = twice.fit(tokens, steps=3)
     assert (twice.step, twice.tokens) == (once.step, once.tokens)
     assert weights_sha256(twice.model) == weights_sha256(once.model)
-    digest = weights_sha256(twice.model)
-    twice.fit(tokens, steps=7)  # reached already
-    assert (twice.step, weights_sha256(twice.model)) == (7, digest)
+    assert first["loss"] and second["loss"]
+    twice.fit(tokens, epochs=2)
+    assert twice.step == 7 + 2 * 3
+
+
+def test_a_fit_that_an_error_has_left_is_gone_on_with():
+    class Fails(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if trainer.step == 2:
+                raise ZeroDivisionError
+
+    trainer = trainer_of()
+    with pytest.raises(ZeroDivisionError):
+        trainer.fit(text(20 * T), steps=5, callbacks=[Fails()])
+    trainer.fit(text(20 * T), steps=5)
+    assert trainer.step == 5
+
+
+def test_nothing_is_trained_silently(made):
+    for nothing in ({"steps": 0}, {"steps": -1}, {"epochs": 0}, {"steps": 2, "eval_every": -1}):
+        with pytest.raises(UsageError, match="at least"):
+            made.fit(text(20 * T), **nothing)
+    made.step = 5  # as after a resume
+    with pytest.warns(UserWarning, match="step 5 is reached already"):
+        assert made.fit(text(20 * T), steps=5) == {}
 
 
 def test_one_epoch_is_the_default(made):
@@ -201,7 +223,7 @@ def test_a_request_to_stop_ends_after_the_next_step(made):
     made.fit(text(20 * T), steps=50, callbacks=[Stop()])
     assert made.stopped
     assert made.step == 2
-    made.fit(text(20 * T), steps=4)  # a new fit is a new beginning
+    made.fit(text(20 * T), steps=2)  # a new fit is a new beginning
     assert (made.step, made.stopped) == (4, False)
 
 

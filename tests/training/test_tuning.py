@@ -155,7 +155,7 @@ def test_a_resume_is_exact_though_nobody_asks_again(tmp_path):
     whole = trainer_of(xla="on")
     whole.fit(TOKENS, steps=4)
     state.save(whole, tmp_path, 1, {})
-    whole.fit(TOKENS, steps=8)
+    whole.fit(TOKENS, steps=4)
     resumed = trainer_of()
     state.restore(resumed, checkpoint.newest(tmp_path, print))
     resumed.fit(TOKENS, steps=8)

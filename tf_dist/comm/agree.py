@@ -6,7 +6,9 @@ models, or wait for each other for ever. They are told what differs instead.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import json
 import platform
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,29 +18,45 @@ from tf_dist.comm.base import Comm
 from tf_dist.errors import LaunchError, TfDistError
 from tf_dist.version import __version__
 
+ONE_START = "Start all ranks with one command line and one installation"
+# Of a long list the first differences tell most: the others follow from them.
+SHOWN = 12
 PACKAGES = ("tensorflow", "tensorflow-cpu", "keras", "numpy", "mpi4py", "tokenizers")
 
 
-def agree(comm: Comm, facts: Mapping[str, Any], about: str) -> None:
+def agree(
+    comm: Comm, facts: Mapping[str, Any], about: str, advice: str = ONE_START, shown: int = SHOWN
+) -> None:
     """Compare facts between all ranks; a collective.
 
     Args:
         comm: all ranks.
         facts: JSON values by name.
         about: what they describe, for the message.
+        advice: what helps.
+        shown: differences that are named, the first ones; the others are counted.
 
     Raises:
         LaunchError: on every rank, with the same message, if any fact differs on any rank.
     """
-    everyone = comm.allgather_obj(dict(facts))
+    everyone = comm.allgather_obj(dict(facts), what=f"the comparison of {about}")
     names = dict.fromkeys(name for facts_there in everyone for name in facts_there)
     lines = [_difference(name, [there.get(name) for there in everyone]) for name in names]
     differences = [line for line in lines if line]
     if differences:
+        more = len(differences) - shown
+        differences[shown:] = [f"and {more} more"] if more > 0 else []
         raise LaunchError(
-            f"the ranks do not agree on {about}:\n  " + "\n  ".join(differences) + "\n"
-            "Start all ranks with one command line and one installation"
+            f"the ranks do not agree on {about}:\n  " + "\n  ".join(differences) + f"\n{advice}"
         )
+
+
+def agree_on_many(comm: Comm, facts: Mapping[str, Any], about: str, advice: str = ONE_START) -> None:
+    """`agree` on so many facts that their hash travels first, and they only where it differs."""
+    raw = json.dumps(facts, sort_keys=True).encode()
+    digests = comm.allgather_obj(hashlib.sha256(raw).hexdigest(), what=f"the comparison of {about}")
+    if len(set(digests)) > 1:
+        agree(comm, facts, about, advice)
 
 
 def on_root(comm: Comm, function: Callable[[], Any]) -> Any:

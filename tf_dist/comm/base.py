@@ -8,7 +8,6 @@ Legend: R ranks.
 
 from __future__ import annotations
 
-import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -18,12 +17,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from tf_dist.comm import control
 from tf_dist.comm.record import Record
 from tf_dist.comm.sums import Order, Sum, add_in_order
-from tf_dist.errors import RankLost, UsageError
+from tf_dist.errors import LaunchError, RankLost, UsageError
 
-# What `allgather_obj` and `broadcast_obj` carry is small by intent: facts, paths, manifests.
-OBJECT_BYTES_LIMIT = 64 << 20
 # What `Comm.carried_by` says where sums are made in memory that ranks share.
 WINDOW = "a shared window"
 # What a rank is said to wait in where it waits for all who live (`Comm.regroup`).
@@ -242,20 +240,34 @@ class Comm(ABC):
         with self._collective("barrier"):
             self._barrier()
 
-    def allgather_obj(self, value: Any) -> list[Any]:
-        """Return the JSON values of all ranks, in rank order."""
+    def allgather_obj(self, value: Any, *, what: str = "") -> list[Any]:
+        """Return the JSON values of all ranks, in rank order.
+
+        Args:
+            value: of this rank, 64 MiB at most.
+            what: what it is for, which travels with it; empty: the calling function.
+
+        Raises:
+            LaunchError: on every rank, naming what each is doing: another one has called something else.
+        """
+        return self._exchanged(value, control.purpose("allgather_obj", what))
+
+    def broadcast_obj(self, value: Any, root: int = 0, *, what: str = "") -> Any:
+        """Return the JSON value of ``root``; what the others pass is ignored. As `allgather_obj` else."""
+        mine = value if self.rank == root else None
+        return self._exchanged(mine, control.purpose(f"broadcast_obj of rank {root}", what))[root]
+
+    def _exchanged(self, value: Any, purpose: control.Purpose) -> list[Any]:
+        raw = control.encode(value, purpose)
         with self._collective("allgather_obj"):
             try:
-                return [json.loads(raw) for raw in self._allgather_bytes(_encode(value))]
-            except (ValueError, MemoryError) as error:
-                if not self.survives:
-                    raise
-                # Cut short, and MPI says nothing: seen once in some 400 deaths.
-                raise RankLost("a rank has died") from error
-
-    def broadcast_obj(self, value: Any, root: int = 0) -> Any:
-        """Return the JSON value of ``root``; what the others pass is ignored."""
-        return self.allgather_obj(value if self.rank == root else None)[root]
+                return control.decode(self._allgather_bytes(raw), purpose)
+            except LaunchError:
+                raise
+            except (ValueError, MemoryError, OverflowError) as error:
+                if self.survives:  # Cut short, and MPI says nothing: seen once in some 400 deaths.
+                    raise RankLost("a rank has died") from error
+                raise LaunchError(control.foreign(purpose)) from error
 
     def calls_of_all(self) -> list[int]:
         """Return ``calls`` of all ranks, in rank order; no message that others left behind disturbs it."""
@@ -486,10 +498,3 @@ def _flat(array: np.ndarray) -> np.ndarray:
             f"a collective takes a contiguous 1-D array, not shape {array.shape}; see parallel/flat.py"
         )
     return array
-
-
-def _encode(value: Any) -> bytes:
-    raw = json.dumps(value, separators=(",", ":")).encode()
-    if len(raw) > OBJECT_BYTES_LIMIT:
-        raise ValueError(f"{len(raw)} bytes are too many for an object; send an array")
-    return raw

@@ -12,17 +12,14 @@ function and its line. The line counts: two calls of one form that were swapped 
 from __future__ import annotations
 
 import json
-import os
-import sys
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from tf_dist.comm.base import Comm
+from tf_dist.comm.control import caller
 from tf_dist.comm.words import named
 from tf_dist.errors import OrderError, UsageError
 
@@ -34,7 +31,6 @@ RECORD_BYTES = 512
 FLOOR_S = 3.0
 # Between two looks at messages under way: polling without rest would slow ranks that share a core.
 LOOK_EVERY_S = 0.0002
-HERE = str(Path(__file__).parent)
 
 
 class Fingerprint(NamedTuple):
@@ -136,22 +132,6 @@ class Order:
             here = {rank: _unpacked(records[rank]) for rank in sorted(arrived)}
             raise OrderError(_missing(here, self._last, self.limit_s))
         time.sleep(LOOK_EVERY_S)
-
-
-def caller() -> tuple[str, str]:
-    """Name and ``folder/file.py:line`` of the function outside ``comm/`` that called a collective."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and _is_ours(frame.f_code.co_filename):
-        frame = frame.f_back
-    if frame is None:
-        return "?", "?"
-    # Not the whole path: installations on two nodes may lie in different folders.
-    file = "/".join(Path(frame.f_code.co_filename).parts[-2:])
-    return frame.f_code.co_qualname, f"{file}:{frame.f_lineno}"
-
-
-def _is_ours(file: str) -> bool:
-    return file.startswith(HERE) or os.path.basename(file) == "contextlib.py"
 
 
 def _packed(fingerprint: Fingerprint) -> np.ndarray:

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from tf_dist.comm import survive
+from tf_dist.comm import counted, survive
 from tf_dist.comm.base import AGREEMENT, WINDOW, Comm, Overlapped, Pending
 from tf_dist.comm.exchange import Memory, sent_elements, sum_in_pieces
 from tf_dist.comm.node import Between, Share, Window, by_node, too_little_room
 from tf_dist.comm.overlap import Overlap, Places
 from tf_dist.comm.sums import Order, Sum, add_in_order
 from tf_dist.comm.words import named
-from tf_dist.errors import RankLost
+from tf_dist.errors import OrderError, RankLost
 
 # Large messages in pieces stay in the cache between the ranks of a node: 64 MiB takes 31 ms as one
 # Allreduce of Open MPI 5 and 7 ms in pieces of 2 MiB. Also keeps counts far below MPI's int limit. The pieces
@@ -112,7 +112,9 @@ class MPIComm(Comm):
 
     def understood(self, error: BaseException) -> BaseException:
         """As in `Comm`."""
-        if not self.survives or not survive.is_loss(error, self._mpi):
+        if not self.survives:
+            return _out_of_order(error)
+        if not survive.is_loss(error, self._mpi):
             return error
         ranks = [self.origin[rank] for rank in survive.dead(self._mpi)]
         who = f"{named(ranks)} ha{'s' if len(ranks) == 1 else 've'} died" if ranks else "a rank has died"
@@ -197,7 +199,7 @@ class MPIComm(Comm):
         def add(terms: list[np.ndarray], out: np.ndarray) -> None:
             sent = sent_elements(out.size, len(terms), mpi.Get_rank(), mpi.Get_size())
             self.record.sent_bytes += out.itemsize * sent
-            sum_in_pieces(mpi, terms, rest, out, max(1, self.chunk_bytes // out.itemsize), memory)
+            sum_in_pieces(mpi, terms, rest, out, self._elements_of_a_chunk(out), memory)
 
         return add
 
@@ -213,10 +215,10 @@ class MPIComm(Comm):
         return int(first[0])
 
     def _isend(self, array: np.ndarray, to: int, tag: int) -> Pending:
-        return _Message(self._mpi.Isend(array, to, MESSAGE_TAG + tag), array)
+        return counted.isend(self._mpi, array, to, MESSAGE_TAG + tag)
 
     def _irecv(self, array: np.ndarray, source: int, tag: int) -> Pending:
-        return _Message(self._mpi.Irecv(array, source, MESSAGE_TAG + tag), array)
+        return counted.irecv(self._mpi, array, source, MESSAGE_TAG + tag)
 
     def _sub(self, shape: Sequence[int], axes: Sequence[int]) -> Comm:
         # reorder=False: a rank stays who it is, so that the innermost axis lies on neighbouring ranks.
@@ -250,14 +252,14 @@ class MPIComm(Comm):
         if any(window.covers(array) for window in self._windows.values()) and self._node.size == self.size:
             self._node.Barrier()  # all look at one place, and each has written its own part
             return
-        counts, starts = [part.stop - part.start for part in parts], [part.start for part in parts]
-        self.record.sent_bytes += counts[self.rank] * array.itemsize * (self.size - 1)
-        self._mpi.Allgatherv(MPI.IN_PLACE, [array, (counts, starts)])
+        own = parts[self.rank]
+        self.record.sent_bytes += (own.stop - own.start) * array.itemsize * (self.size - 1)
+        counted.allgather(self._mpi, array, parts)
 
     def _gather(self, array: np.ndarray, root: int) -> np.ndarray | None:
         rows = np.empty((self.size, array.size), array.dtype) if self.rank == root else None
         self.record.sent_bytes += array.nbytes * (self.rank != root)
-        self._mpi.Gather(array, rows, root=root)
+        counted.gather(self._mpi, array, rows, root)
         return rows
 
     def _allreduce_terms(self, terms: list[np.ndarray], order: Order, out: np.ndarray) -> Sum:
@@ -288,9 +290,12 @@ class MPIComm(Comm):
             self._reduce_slices(terms, order, parts, out)
 
     def _allreduce_by_messages(self, terms: list[np.ndarray], order: Order, out: np.ndarray) -> None:
-        elements = max(1, self.chunk_bytes // out.itemsize)
+        elements = self._elements_of_a_chunk(out)
         self.record.sent_bytes += out.itemsize * sent_elements(out.size, len(terms), self.rank, self.size)
         sum_in_pieces(self._mpi, terms, order, out, elements, self._memory)
+
+    def _elements_of_a_chunk(self, array: np.ndarray) -> int:
+        return min(max(1, self.chunk_bytes // array.itemsize), counted.MOST)
 
     def _reduce_terms(self, terms: list[np.ndarray], order: Order, out: np.ndarray, root: int) -> Sum | None:
         if self._window_for(out.size, order, out.dtype) is not None:  # all ranks add: faster than one alone
@@ -305,6 +310,16 @@ class MPIComm(Comm):
         self, terms: list[np.ndarray], order: Order, parts: Sequence[slice], out: np.ndarray
     ) -> None:
         """Let rank r add the elements ``parts[r]`` of all terms into ``out``, which is as long."""
+        done = 0
+        for pieces in counted.slices_of(parts):
+            length = pieces[self.rank].stop - pieces[self.rank].start
+            self._reduce_pieces(terms, order, pieces, out[done : done + length])
+            done += length
+
+    def _reduce_pieces(
+        self, terms: list[np.ndarray], order: Order, parts: Sequence[slice], out: np.ndarray
+    ) -> None:
+        """`_reduce_slices` of no more than MPI can count."""
         mine = parts[self.rank]
         received: list[np.ndarray] = []
         values, requests = [], []
@@ -332,8 +347,11 @@ class MPIComm(Comm):
     def _allgather_bytes(self, raw: bytes) -> list[bytes]:
         counts = self._from_all(self._mpi, len(raw))
         everything = np.zeros(int(counts.sum()), np.uint8)  # which, cut short by a death, is no JSON
-        self._mpi.Allgatherv(np.frombuffer(raw, np.uint8), [everything, counts.tolist()])
-        return [part.tobytes() for part in np.split(everything, np.cumsum(counts)[:-1])]
+        ends = np.cumsum(counts).tolist()
+        parts = [slice(end - count, end) for end, count in zip(ends, counts.tolist(), strict=True)]
+        everything[parts[self.rank]] = np.frombuffer(raw, np.uint8)
+        counted.allgather(self._mpi, everything, parts)
+        return [everything[part].tobytes() for part in parts]
 
     def _allgather_calls(self, calls: int) -> list[int]:
         return [int(one) for one in self._from_all(self._apart, calls)]
@@ -351,19 +369,15 @@ class MPIComm(Comm):
         return counts
 
 
-class _Message:
-    """An MPI request, which keeps its array alive."""
-
-    def __init__(self, request: Any, array: np.ndarray) -> None:
-        self._request, self._array = request, array
-
-    def wait(self) -> None:
-        self._request.Wait()
-
-    def done(self) -> bool:
-        return bool(self._request.Test())
+def _out_of_order(error: BaseException) -> BaseException:
+    """`OrderError` where a message of another length has arrived; other errors as they are."""
+    if not isinstance(error, MPI.Exception) or error.Get_error_class() != MPI.ERR_TRUNCATE:
+        return error
+    return OrderError(
+        "a message of another length than was expected has arrived: the ranks are in different collectives, "
+        "or call one with arrays of different lengths. TF_DIST_DEBUG=1 finds the line"
+    )
 
 
 def _chunks(array: np.ndarray) -> list[np.ndarray]:
-    length = max(1, CHUNK_BYTES // array.itemsize)
-    return [array[start : start + length] for start in range(0, array.size, length)]
+    return counted.chunks(array, max(1, CHUNK_BYTES // array.itemsize))

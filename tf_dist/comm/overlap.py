@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from mpi4py import MPI
 
+from tf_dist.comm import counted
 from tf_dist.comm.base import Comm, Overlapped
 from tf_dist.comm.exchange import DEPTH, Memory, Requests, pieces, sent_elements, sum_of_piece
 from tf_dist.comm.node import Share, Window
@@ -99,7 +100,7 @@ class Overlap(Overlapped):
         """As in `Overlapped`."""
         self._given += part.stop - part.start
         # By all ranks of a node at once, and cut alike: they come to the same pieces.
-        elements = self._comm.chunk_bytes // 4 * self._at.node.Get_size()
+        elements = min(self._comm.chunk_bytes // 4, counted.MOST) * self._at.node.Get_size()
         for piece in pieces(part.stop - part.start, elements):
             moved = slice(part.start + piece.start, part.start + piece.stop)
             self._count(moved)

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tf_dist.comm.base import Comm
+from tf_dist.config import default
 from tf_dist.errors import UsageError
 from tf_dist.parallel.flat import FlatLayout, aligned_empty
 from tf_dist.parallel.onebit import allreduce_signs
@@ -46,12 +47,12 @@ class Compression:
         compression_start: steps that sum gradients whole, before.
     """
 
-    compression: str = "none"
-    compression_density: float = 0.01
-    compression_momentum: float = 0.0
-    compression_rank: int = 4
-    compression_least_rate: float = 2.0
-    compression_start: int = 0
+    compression: str = default("compression")
+    compression_density: float = default("compression_density")
+    compression_momentum: float = default("compression_momentum")
+    compression_rank: int = default("compression_rank")
+    compression_least_rate: float = default("compression_least_rate")
+    compression_start: int = default("compression_start")
 
     def compressor(self, shapes: Sequence[tuple[int, ...]]) -> Compressor:
         """What these options mean for weights of such shapes.

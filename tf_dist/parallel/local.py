@@ -35,6 +35,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tf_dist.comm.sums import Order
+from tf_dist.config import default
 from tf_dist.parallel.flat import aligned_empty
 from tf_dist.parallel.mesh import Mesh
 from tf_dist.parallel.short import allreduce_bfloat16
@@ -57,13 +58,13 @@ class Plan:
         outer_delay: T, steps that replicas take while a fragment's outer gradients travel.
     """
 
-    sync_every: int = 0
-    sync_warmup_steps: int = 0
-    outer_lr: float = 1.0
-    outer_momentum: float = 0.0
-    outer_fragments: int = 1
-    outer_precision: str = "float32"
-    outer_delay: int = 0
+    sync_every: int = default("sync_every")
+    sync_warmup_steps: int = default("sync_warmup_steps")
+    outer_lr: float = default("outer_lr")
+    outer_momentum: float = default("outer_momentum")
+    outer_fragments: int = default("outer_fragments")
+    outer_precision: str = default("outer_precision")
+    outer_delay: int = default("outer_delay")
 
     def due(self, fragment: int, step: int) -> bool:
         """Whether a fragment has a meeting after a step, which is counted from 1."""

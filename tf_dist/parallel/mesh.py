@@ -12,8 +12,10 @@ every layer. Tensor is innermost, for its ranks talk most: neighbours lie on one
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
 from tf_dist.comm.base import Comm
+from tf_dist.comm.communicators import as_comm
 from tf_dist.degrees import share
 from tf_dist.errors import UsageError
 
@@ -25,7 +27,7 @@ class Mesh:
     """A grid of ranks; a collective.
 
     Args:
-        comm: all ranks.
+        comm: all ranks; or a communicator of mpi4py.
         pipeline: how many ranks share the layers.
         sequence: how many ranks share the tokens of a row.
         tensor: how many ranks share each layer.
@@ -42,8 +44,8 @@ class Mesh:
         UsageError: the product does not divide the number of ranks.
     """
 
-    def __init__(self, comm: Comm, pipeline: int = 1, sequence: int = 1, tensor: int = 1) -> None:
-        self.all = comm
+    def __init__(self, comm: Comm | Any, pipeline: int = 1, sequence: int = 1, tensor: int = 1) -> None:
+        self.all = comm = as_comm(comm)
         self.shape = (data_ranks(comm.size, pipeline, sequence, tensor), pipeline, sequence, tensor)
         axes = [(DATA,), (PIPELINE,), (SEQUENCE,), (TENSOR,), (DATA, SEQUENCE), (PIPELINE, TENSOR)]
         made = comm.grid(self.shape, axes)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import keras
 
-from tf_dist.choices import ALONE, ASYNCHRONOUS, LOCAL, SYNC_EVERY, check_fragments
+from tf_dist.choices import ALONE, ASYNCHRONOUS, BELONGS_TO, LOCAL, SYNC_EVERY, check_fragments
 from tf_dist.comm.base import WINDOW
 from tf_dist.comm.sums import Order
-from tf_dist.config import Config
+from tf_dist.config import Config, check_option, default, did_you_mean
 from tf_dist.degrees import share
 from tf_dist.errors import UsageError
 from tf_dist.parallel import buckets, carrier, zero
@@ -60,6 +61,33 @@ def options_of(config: Config) -> dict[str, dict[str, Any]]:
         group: {field.name: getattr(config, field.name) for field in fields(kind)}
         for group, kind in GROUPS.items()
     }
+
+
+def group_of(group: str, given: Mapping[str, Any], update: str) -> Any:
+    """A group of options of a Trainer, checked as flags are.
+
+    Args:
+        group: its name, of `GROUPS`.
+        given: options by name.
+        update: of the Trainer.
+
+    Raises:
+        UsageError: there is no such option, or no such value; or it means nothing with this update.
+    """
+    kind, chosen = GROUPS[group], {"update": update, "compression": given.get("compression", "none")}
+    names = [field.name for field in fields(kind)]
+    for name, value in given.items():
+        if name not in names:
+            near = did_you_mean(str(name), names)
+            raise UsageError(f"{group} has no option {name!r}: {', '.join(names)}{near}")
+        check_option(name, value)
+        other, wanted = BELONGS_TO.get(name, ("update", ()))
+        if wanted and chosen[other] not in wanted and value != default(name):
+            raise UsageError(
+                f"{name} is {value}, but {other} {chosen[other]} has no use for it: it belongs to {other} "
+                f"{' and '.join(wanted)}. Leave it out, or choose one of these"
+            )
+    return kind(**given)
 
 
 class Wishes(NamedTuple):

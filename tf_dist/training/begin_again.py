@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # What a rank says after a death that is in no phase of a training (`InPlace`): phases count from 0 on.
 AGAIN, DONE = -1, -2
+# These travel in one message, whatever a rank was doing (`tf_dist.comm.control`).
+PHASE = "where each rank is after a death"
 # An error that comes back so often though nobody dies has another cause.
 MOST_IN_VAIN = 10
 
@@ -159,7 +161,7 @@ def _agreed(comm: Comm, done: bool, min_ranks: int) -> list[int] | None:
 
     def meet() -> None:
         nonlocal all_done
-        all_done = set(comm.allgather_obj(DONE if done else AGAIN)) == {DONE}
+        all_done = set(comm.allgather_obj(DONE if done else AGAIN, what=PHASE)) == {DONE}
 
     lost = regrouped(comm, meet, done, min_ranks, AT_THE_END if done else AGREEMENT)
     return None if all_done else lost

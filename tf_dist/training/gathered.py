@@ -334,7 +334,10 @@ class GatheringPasses:
     def said(self) -> str:
         """As in `Passes`."""
         count = len(self.replica.segments)
-        return f"weights come when they are used, in {count} segment{'s' * (count > 1)}, and go again"
+        said = f"weights come when they are used, in {count} segment{'s' * (count > 1)}, and go again"
+        layers = self.replica.model._flatten_layers()
+        exact = count == 1 and all(layer.compute_dtype == "float32" for layer in layers)
+        return said if exact else f"{said}; last bits are not those of allreduce"
 
     def train(self, step: int, batches: Sequence[MicroBatch], totals: Totals) -> None:
         """As in `Passes`."""

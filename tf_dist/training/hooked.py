@@ -55,7 +55,9 @@ class Overlapping:
             self._function = hooked_gradients(self._replica, self._buckets)
         self._buckets.begin()
         try:
-            return np.asarray(self._function(x_BxT, y_BxT, self._replica.random_states(draw)), np.float64)
+            with self._replica.unmoved():
+                states = self._replica.random_states(draw)
+                return np.asarray(self._function(x_BxT, y_BxT, states), np.float64)
         except BaseException:
             self._buckets.give_up()
             raise

@@ -25,7 +25,7 @@ import numpy as np
 from tf_dist.comm.words import counted, named
 from tf_dist.errors import RankLost
 from tf_dist.parallel.updates import UPDATES
-from tf_dist.training.begin_again import BeginAgain, Recovery, regrouped
+from tf_dist.training.begin_again import PHASE, BeginAgain, Recovery, regrouped
 
 # A phase that fails more often does not fail because of deaths.
 MOST_ATTEMPTS = 100
@@ -147,7 +147,7 @@ class InPlace:
             Whether all others are at this training as well, and what this rank has to take over.
         """
         trainer = self._trainer
-        phases = trainer.comm.allgather_obj(self._phases)
+        phases = trainer.comm.allgather_obj(self._phases, what=PHASE)
         if min(phases) < 0:
             return False, None
         trainer.share_anew()

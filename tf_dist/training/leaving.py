@@ -46,6 +46,7 @@ class LeavingPasses(WholePasses):
         """As in `Passes`; a collective."""
         if self._gradients is None:
             self._gradients = hooked_gradients(self.replica, self)
+        self.replica.moving.begin_step()
         for turn in range(self._shard_sums.rounds):
             self._turn = turn
             if turn >= len(batches):
@@ -53,7 +54,9 @@ class LeavingPasses(WholePasses):
                     self.add(bucket, [])
                 continue
             number, x_BxT, y_BxT = batches[turn]
-            sums = self._gradients(x_BxT, y_BxT, self.replica.random_states((step, number)))
+            with self.replica.unmoved():
+                sums = self._gradients(x_BxT, y_BxT, self.replica.random_states((step, number)))
+            self.replica.moving.note(number)
             if self._speaks:
                 totals.add(number, np.asarray(sums, np.float64))
 

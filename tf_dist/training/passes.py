@@ -93,6 +93,7 @@ class WholePasses:
 
     def train(self, step: int, batches: Sequence[MicroBatch], totals: Totals) -> None:
         """As in `Passes`."""
+        self.replica.moving.begin_step()
         for number, x_BxT, y_BxT in batches:
             draw = (step, number)
             if self.overlap.leaves(number):
@@ -100,6 +101,7 @@ class WholePasses:
             else:
                 gradient, sums = self.replica.gradients(x_BxT, y_BxT, draw)
                 self.sums.add(gradient)
+            self.replica.moving.note(number)
             if self._speaks:
                 totals.add(number, sums)
 

@@ -19,6 +19,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tf_dist.config import default
 from tf_dist.errors import UsageError
 from tf_dist.models.outline import materialize
 from tf_dist.parallel.flat import aligned_empty, neighbours
@@ -52,11 +53,11 @@ class Pipeline:
         recompute: "on": keep a stage's input only, and compute the rest again on the way back.
     """
 
-    pipeline_schedule: str = "1f1b"
-    pipeline_cuts: str = ""
-    virtual_stages: int = 2
-    micro_batches_in_flight: int = 0
-    recompute: str = "off"
+    pipeline_schedule: str = default("pipeline_schedule")
+    pipeline_cuts: str = default("pipeline_cuts")
+    virtual_stages: int = default("virtual_stages")
+    micro_batches_in_flight: int = default("micro_batches_in_flight")
+    recompute: str = default("recompute")
 
     def streams(self, ranks: int, micro_batches: int) -> list[list[Instruction]]:
         """What each rank computes in a step, (p,)."""

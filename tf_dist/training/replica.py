@@ -5,7 +5,8 @@ Legend: B rows of a micro-batch, T tokens, V vocabulary, P parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -18,6 +19,7 @@ from tf_dist.models.outline import materialize
 from tf_dist.parallel.flat import ALIGNMENT_BYTES, FlatLayout, aligned_empty, norm
 from tf_dist.parallel.parts import part_of
 from tf_dist.training.loss import loss_and_sums
+from tf_dist.training.moving import Moving, moving_weights, refuse_synchronized
 from tf_dist.training.optimizer_step import optimizer_step
 from tf_dist.training.optimizers import spare_vectors
 from tf_dist.training.pieces import Piece, variable_piece
@@ -127,6 +129,7 @@ class Replica(Weights):
 
     Attributes:
         xla: whether XLA compiles forward and backward.
+        moving: weights that the model changes itself, once `find_moving` was called.
 
     Raises:
         UsageError: the model holds variables that ranks could not keep equal.
@@ -141,7 +144,7 @@ class Replica(Weights):
             model(np.zeros((1, seq_len), np.int32))
         check_model(model)
         super().__init__(optimizer, model.trainable_variables)
-        self._generators = len(generator_states(model))
+        self._generators, self.moving = len(generator_states(model)), Moving()
         self.rows, self.seq_len, self.xla = rows, seq_len, False
         self._compile(rows, seq_len)
 
@@ -183,8 +186,25 @@ class Replica(Weights):
             The gradient, (P,) float32, which must only be read; and (3,) float64: the summed loss in
             nats, the number of targets, and how many of them had the highest logit.
         """
-        gradient, sums = self._gradients[self.xla](x_BxT, y_BxT, self.random_states(draw))
+        with self.unmoved():
+            gradient, sums = self._gradients[self.xla](x_BxT, y_BxT, self.random_states(draw))
         return np.asarray(gradient), np.asarray(sums, np.float64)
+
+    @contextlib.contextmanager
+    def unmoved(self) -> Iterator[None]:
+        """Inside, a micro-batch may change weights by itself; afterwards they are as before."""
+        if not self.moving:
+            yield
+            return
+        self.moving.begin()
+        try:
+            yield
+        finally:
+            self.moving.take_back()
+
+    def find_moving(self) -> None:
+        """Find out which weights the model changes itself."""
+        self.moving = moving_weights(self._gradients[False].get_concrete_function(), self.model)
 
     def random_states(self, draw: tuple[int, int]) -> Any:
         """The states of all seed generators for a (step, micro-batch)."""
@@ -226,12 +246,7 @@ def check_model(model: keras.Model) -> None:
     for variable in model.trainable_variables:
         if variable.dtype != "float32":
             raise UsageError(f"variable {variable.path} is {variable.dtype}: only float32 can be trained")
-    for layer in model._flatten_layers():
-        if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable:
-            raise UsageError(
-                f"layer {layer.name!r} is BatchNormalization: each rank would keep its own averages. "
-                "Use LayerNormalization, or set layer.trainable = False"
-            )
+    refuse_synchronized(model)
 
 
 def concat(parts: list[Any]) -> Any:

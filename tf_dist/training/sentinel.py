@@ -26,7 +26,8 @@ from tf_dist.training.compare import Split, split, splits
 FIRST_CHECKS = 4
 CHOICES = ("stop", "restore")
 ADVICE = (
-    "Is all memory sound, are all nodes of one kind, does a callback change weights on one rank only? "
+    "Does a callback change weights on one rank only, or a layer while it trains? Is all memory sound, are "
+    "all nodes of one kind? "
     "The same command goes on from the newest checkpoint"
 )
 

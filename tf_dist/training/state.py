@@ -90,7 +90,7 @@ def restore(trainer: Trainer, path: Path) -> None:
 
 def go_on_at(trainer: Trainer, step: int, facts: Mapping[str, Any]) -> None:
     """Be at a step, by the facts that were kept with it (`position`); all but the tensors."""
-    trainer.step, trainer.elapsed_s = step, facts["elapsed_s"]
+    trainer.step, trainer.elapsed_s, trainer.fitted = step, facts["elapsed_s"], 0
     trainer.resume_counting(facts["tokens"])
     tuned = facts.get("tuned", {"xla": False})  # there was no XLA in the first checkpoints
     trainer.tuning.go_on_with(tuned["xla"])

@@ -17,6 +17,7 @@ import numpy as np
 
 from tf_dist import faults
 from tf_dist.comm.base import Comm
+from tf_dist.comm.communicators import as_comm
 from tf_dist.comm.probe import prove
 from tf_dist.comm.words import counted, named
 from tf_dist.config import default_micro_batch
@@ -26,8 +27,20 @@ from tf_dist.data.tokens import Sequences
 from tf_dist.errors import DataError, RankLost, UsageError
 from tf_dist.parallel.mesh import Mesh
 from tf_dist.parallel.updates import CORRECT, LOSS, STOP, TOKENS, Totals
-from tf_dist.training.arrange import GROUPS, Wishes, arrange, rearranged
+from tf_dist.training.arrange import GROUPS, Wishes, arrange, group_of, rearranged
 from tf_dist.training.bad_steps import BadSteps
+from tf_dist.training.beginning import (
+    agree_on_data,
+    agree_on_model,
+    agree_on_options,
+    compare_gradients,
+    find_moving,
+    give,
+    give_weights,
+    refuse_distributed,
+    refuse_probabilities,
+    warn_of_foreign_loss,
+)
 from tf_dist.training.downpour import Downpour
 from tf_dist.training.fit import Fit
 from tf_dist.training.held import held_by_several
@@ -40,6 +53,7 @@ from tf_dist.training.meeting import (
     remembered,
     survived,
 )
+from tf_dist.training.moving import Moving
 from tf_dist.training.passes import MicroBatch
 from tf_dist.training.sentinel import Sentinel
 from tf_dist.training.spikes import Spikes
@@ -49,6 +63,8 @@ from tf_dist.training.verified import Verified
 from tf_dist.training.whole import Whole, sha256
 
 DEFAULT_SEQ_LEN = 128
+# Arguments of a Trainer that are compared in other ways.
+NOT_OPTIONS = ("self", "model", "optimizer", "comm", "mesh", "spikes")
 
 
 class Trainer:
@@ -59,8 +75,9 @@ class Trainer:
 
     Args:
         model: token ids (B, T) int32 -> logits (B, T, V).
+            Rank 0's weights become those of all, trained or not; it alone need have built or loaded it.
         optimizer: any Keras optimizer, not yet distributed in any way.
-        comm: all ranks, from ``tf_dist.connect()``.
+        comm: all ranks, from ``tf_dist.connect()``; or a communicator of mpi4py, also of a part of the ranks.
         update: how gradients become new weights: the same everywhere with "allreduce", "master" and "zero";
             with "local-sgd", "diloco", "downpour", "easgd" and "gossip" each rank's own, until all meet.
         global_batch_size: G, sequences in one optimizer step.
@@ -100,16 +117,18 @@ class Trainer:
         last_step: of the present `fit`.
         lost: ranks that have died, as they were numbered in the beginning.
         lone_optimizer: whether rank 0 alone has the optimizer that counts.
+        fitted: the step at which the last `fit` ended, from which the next one counts.
 
     Raises:
-        UsageError: sizes that do not fit, or an unknown update.
+        UsageError: sizes that do not fit, an unknown update, or a distributed optimizer.
+        LaunchError: on every rank, naming what differs: the ranks have other options, models or optimizers.
     """
 
     def __init__(
         self,
         model: keras.Model,
         optimizer: keras.optimizers.Optimizer,
-        comm: Comm,
+        comm: Comm | Any,
         update: str = "allreduce",
         *,
         global_batch_size: int = 32,
@@ -134,19 +153,22 @@ class Trainer:
         max_bad_steps: int = 10,
         spikes: Spikes | None = None,
     ) -> None:
-        self.rows = _rows(global_batch_size, micro_batch_size)
-        self.model, self.optimizer, self.comm = model, optimizer, comm
+        given = {name: value for name, value in locals().items() if name not in NOT_OPTIONS}
+        refuse_distributed(optimizer)
+        self.comm = comm = as_comm(comm)
         self.mesh = mesh or Mesh(comm)
+        agree_on_options(comm, {**given, "mesh": self.mesh.shape, "spikes": vars(spikes or Spikes())})
+        self.rows = _rows(global_batch_size, micro_batch_size)
+        self.model, self.optimizer = model, optimizer
         self.global_batch_size, self.clip_norm, self.seed = global_batch_size, clip_norm, seed
         # Where ranks share rows, a rank's model takes a share of them.
         self.seq_len = seq_len or (_static_seq_len(model) or DEFAULT_SEQ_LEN) * self.mesh.sequence.size
         self.micro_batches = global_batch_size // self.rows
-        ways = [
-            kind(**(given or {}))
-            for kind, given in zip(GROUPS.values(), (pipeline, local, compression, asynchrony), strict=True)
-        ]
+        groups = zip(GROUPS, (pipeline, local, compression, asynchrony), strict=True)
+        ways = [group_of(group, options or {}, update) for group, options in groups]
         self.wishes = Wishes(update, zero_stage, allreduce, chunk_bytes, autotune != "off", overlap, *ways)
         sizes = (self.rows, self.seq_len, seed, self.micro_batches)
+        self._prepare_model()
         self.arrangement = arrange(model, optimizer, self.mesh, *sizes, self.wishes)
         self.replica, self.passes = self.arrangement.replica, self.arrangement.passes
         self.update, self.my_micro_batches = self.arrangement.update, self.arrangement.micro_batches
@@ -163,8 +185,16 @@ class Trainer:
         self.verified = Verified(self, on_mismatch == "restore")
         self.in_place, self.bad = InPlace(self, min_ranks), BadSteps(self, max_bad_steps)
         self.spikes = spikes or Spikes()
-        self.stopped = self._stop_requested = False
+        self.stopped = self._stop_requested = self._begun = False
+        self.fitted = 0
         model.stop_training = False
+
+    def _prepare_model(self) -> None:
+        """Let all ranks have one model, before the optimizer makes state of its weights; a collective."""
+        if not self.model.built:
+            self.model(np.zeros((1, self.seq_len // self.mesh.sequence.size), np.int32))
+        agree_on_model(self.model, self.optimizer, self.mesh)
+        give_weights(self.model, self.mesh)
 
     @property
     def _alike(self) -> bool:
@@ -184,6 +214,8 @@ class Trainer:
             NumericError: it was not finite too often in a row, or never can be again.
             Spike: the loss has jumped, and ``spikes`` is to roll back.
         """
+        if not self._begun:
+            self._begin(sequences, None, {})
         self.comm.record.begin_step(self.step + 1)
         logs = dict(self.in_place(partial(self._step, sequences, sampler)))
         self.comm.record.end_step(len(self.my_micro_batches) * self._alike)
@@ -237,7 +269,12 @@ class Trainer:
         terms, order = self.passes.terms(), self.arrangement.order
         faults.at("gradient")
         faults.spoil(terms)
-        return float(self.update(terms, order, totals, self.clip_norm, self.replica, self.mesh))
+        moving = getattr(self.replica, "moving", Moving())
+        moved = moving.reduce(self.comm, self.micro_batches)
+        norm = float(self.update(terms, order, totals, self.clip_norm, self.replica, self.mesh))
+        if math.isfinite(norm):
+            moving.move(moved)
+        return norm
 
     def _next_meeting(self) -> int:
         """The step before which somebody will look at the model of all ranks."""
@@ -278,7 +315,11 @@ class Trainer:
         eval_every: int = 0,
         callbacks: Sequence[keras.callbacks.Callback] = (),
     ) -> dict[str, list[float]]:
-        """Train until ``steps`` optimizer steps have been taken in all, counting those before a resume.
+        """Train for ``steps`` optimizer steps.
+
+        They are counted from where the last `fit` has ended, as in Keras: a second one trains as much again,
+        with the data that comes next. Where training was restored from a checkpoint, or a `fit` was left by
+        an error, they are those in all: what was done before counts.
 
         Callbacks follow Keras's protocol with the same values on every rank, writers on rank 0 alone. A Keras
         "epoch" is the stretch from one validation to the next, or a pass over the data when
@@ -286,7 +327,7 @@ class Trainer:
 
         Args:
             tokens: 1-D token ids, or `Sequences` of them.
-            steps: optimizer steps; None: as many as the epochs take.
+            steps: optimizer steps, 1 or more; None: as many as the epochs take.
             epochs: passes over the data; None: one.
             validation: held-out tokens; all of them are used, shared out among the ranks.
             validation_bytes: UTF-8 bytes of their text, for bits per byte; 0 if not known.
@@ -294,13 +335,20 @@ class Trainer:
             callbacks: Keras callbacks.
 
         Returns:
-            The logs of each epoch, by name, as Keras's ``History.history``.
+            The logs of each epoch of this `fit`, by name, as Keras's ``History.history``. Empty, with a
+            warning, where a run was restored that has taken all of these steps.
 
         Raises:
+            UsageError: fewer than one step; a model that ends in softmax.
             DataError: fewer sequences than one global batch.
             NumericError: gradients were not finite, see `max_bad_steps`.
-            LaunchError: the ranks do not talk, or their weights or optimizers differ.
+            LaunchError: the ranks do not talk, were given other data or arguments, or their weights or
+                optimizers differ.
         """
+        if min(1 if steps is None else steps, 1 if epochs is None else epochs) < 1 or eval_every < 0:
+            raise UsageError(
+                f"steps {steps}, epochs {epochs}: at least 1; eval_every {eval_every}: at least 0"
+            )
         sequences = self.sequences(tokens)
         held_out = None if validation is None else self.sequences(validation)
         whole = self.sampler(sequences).steps_per_epoch
@@ -309,20 +357,36 @@ class Trainer:
             self,
             sequences,
             held_out if eval_every else None,
-            steps=(epochs or 1) * whole if steps is None else steps,
+            steps=self.fitted + ((epochs or 1) * whole if steps is None else steps),
             stretch=eval_every or whole,
             validation_bytes=validation_bytes,
             callbacks=callbacks,
         )
-        self.tuning.choose()
-        self._warn_of_foreign_draws()
-        self._say_if_variables_step_alone()
-        prove(self.comm)
-        self.broadcast_weights()
+        options = {"steps": steps, "epochs": epochs, "eval_every": eval_every, "bytes": validation_bytes}
+        self._begin(sequences, held_out, options)
+        if fit.steps <= self.step and self.comm.rank == 0:
+            warnings.warn(f"step {self.step} is reached already: nothing is trained", stacklevel=2)
         logs = fit.run()
         self.replica.optimizer_step.give_back()
-        self._stop_requested = False
+        self._stop_requested, self.fitted = False, self.step
         return logs
+
+    def _begin(self, sequences: Sequences, held_out: Sequences | None, options: Mapping[str, Any]) -> None:
+        """Settle what must hold before the next step (`tf_dist.training.beginning`); a collective."""
+        prove(self.comm)
+        position = {"step": self.step, "counted from": self.fitted, "seq_len": self.seq_len}
+        agree_on_data(self.comm, sequences, held_out, {**position, **options})
+        self.broadcast_weights()
+        if not self._begun:
+            find_moving(self)
+        self.tuning.choose()
+        if not self._begun:
+            refuse_probabilities(self, sequences)
+            compare_gradients(self, sequences, self.sampler(sequences))
+            warn_of_foreign_loss(self.model, self.comm)
+        self._warn_of_foreign_draws()
+        self._say_if_variables_step_alone()
+        self._begun = True
 
     def _warn_of_foreign_draws(self) -> None:
         kinds = self.replica.foreign_draws()
@@ -330,7 +394,7 @@ class Trainer:
             warnings.warn(
                 f"the model draws random numbers by {', '.join(kinds)}, whose state is in each process: "
                 "results depend on the number of ranks, and differ after a resume. Use keras.random instead",
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def _say_if_variables_step_alone(self) -> None:
@@ -387,6 +451,10 @@ class Trainer:
         """Give all replicas of a part of the model the weights of the first one."""
         self.verified.drop()
         self.replica.give_weights(self.mesh.replicas)
+        untrained = [v for v in self.model.weights if not v.trainable and self.replica.holds(v)]
+        give(untrained, self.mesh.replicas)
+        if not self._begun and not self.lone_optimizer:  # one that somebody has built or loaded
+            give(self.replica.optimizer_step.shared_variables(), self.mesh.replicas)
 
     def meet(self) -> None:
         """Let all replicas go on from the same weights, where each steps by itself; a collective.

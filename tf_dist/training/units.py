@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tf_dist.comm.base import Comm
+from tf_dist.config import default
 from tf_dist.parallel.dealing import Unit
 from tf_dist.parallel.tree import BlockSum
 from tf_dist.training.passes import MicroBatch
@@ -45,10 +46,10 @@ class Asynchrony:
         elastic_force: of update easgd; 0: 0.9 / workers, as in Zhang et al. (2015).
     """
 
-    staleness: int = 1
-    staleness_aware: str = "off"
-    master_trains: str = "off"
-    elastic_force: float = 0.0
+    staleness: int = default("staleness")
+    staleness_aware: str = default("staleness_aware")
+    master_trains: str = default("master_trains")
+    elastic_force: float = default("elastic_force")
 
 
 class Result(NamedTuple):
