@@ -51,6 +51,15 @@ def state_of(pid: int, started: int, proc: Path = PROC) -> str:
     return "Z" if found.state in "ZX" else found.state
 
 
+def has_terminal(pid: int, proc: Path = PROC) -> bool:
+    """Whether a process was started from a terminal, and can be reached by the keys typed there."""
+    try:
+        text = (proc / str(pid) / "stat").read_text(errors="replace")
+    except OSError:
+        return False
+    return int(text.rpartition(")")[2].split()[4]) != 0
+
+
 def ancestors(pid: int, proc: Path = PROC) -> Iterator[Process]:
     """The parent of a process, its parent, and so on."""
     process = find(pid, proc)

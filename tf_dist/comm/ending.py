@@ -18,6 +18,7 @@ The ranks find each other on a communicator of their own, so nothing here distur
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import sys
@@ -26,7 +27,7 @@ import time
 import traceback
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 from tf_dist.comm.base import Comm
 from tf_dist.comm.stalls import AT_THE_END
@@ -55,7 +56,7 @@ class Ending:
         self._mpi: Any = None
         self.rank = 0
         # Ranks above 0 later send their stdout and stderr to a log file; last words go to the terminal.
-        self._console = os.fdopen(os.dup(2), "w", buffering=1, errors="replace")
+        self._console = _copy_of_stderr()
         self._comm: Comm | None = None
         self._together: list[Comm] = []
         self._dead: list[int] = []
@@ -65,6 +66,7 @@ class Ending:
         self.watchdog: Watchdog | None = None
         self._left = threading.Event()
         self._original_exit = sys.exit
+        self._excepthook, self._thread_excepthook = sys.excepthook, threading.excepthook
         sys.excepthook = self._on_exception
         threading.excepthook = self._on_thread_exception
         sys.exit = self._on_exit
@@ -104,9 +106,10 @@ class Ending:
         return {rank for comm in self._together for rank in comm.origin}
 
     def speak(self, text: str) -> None:
-        """Print on the terminal, from whichever rank."""
-        self._console.write(text if text.endswith("\n") else text + "\n")
-        self._console.flush()
+        """Print on the terminal, from whichever rank; in vain, where nobody listens."""
+        with contextlib.suppress(OSError, ValueError):
+            self._console.write(text if text.endswith("\n") else text + "\n")
+            self._console.flush()
 
     def end(self, message: str) -> NoReturn:
         """End the job with 70, with a word of the thread that calls, whatever the main thread is doing."""
@@ -119,6 +122,9 @@ class Ending:
     def _on_exception(
         self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
     ) -> None:
+        if is_interactive():  # a typo is no reason to leave
+            self._excepthook(kind, error, trace)
+            return
         error = of_memory(behind(error))
         foreseen = isinstance(error, TfDistError)
         message = f"error: {error}" if foreseen else "".join(traceback.format_exception(kind, error, trace))
@@ -126,6 +132,9 @@ class Ending:
         self._fail(message, code)
 
     def _on_thread_exception(self, arguments: threading.ExceptHookArgs) -> None:
+        if is_interactive() or arguments.exc_type is SystemExit:  # with which a thread ends, and no more
+            self._thread_excepthook(arguments)
+            return
         lines = traceback.format_exception(arguments.exc_type, arguments.exc_value, arguments.exc_traceback)
         name = arguments.thread.name if arguments.thread else "?"
         self._note(lines[-1])
@@ -326,6 +335,19 @@ class Ending:
         how = f"called sys.exit:\n{stack}" if stack else "has ended"
         self.speak(f"rank {rank} left the job while rank {self.rank} waits for it in {verb}. It {how}")
         self._abort(EXIT_RANK_FAILED)
+
+
+def is_interactive() -> bool:
+    """Whether a person types to this interpreter: a prompt, ``python -i``, IPython or Jupyter."""
+    return hasattr(sys, "ps1") or bool(sys.flags.interactive)
+
+
+def _copy_of_stderr() -> IO[str]:
+    """For last words, whatever becomes of stderr; to nobody, where there is none (``2>&-``)."""
+    try:
+        return os.fdopen(os.dup(2), "w", buffering=1, errors="replace")
+    except OSError:
+        return open(os.devnull, "w")
 
 
 def _allgather(mpi: Any, raw: bytes) -> list[bytes]:

@@ -7,18 +7,16 @@ with them, choose the backend. Where ``TF_DIST_DEBUG`` asks for it, every collec
 
 from __future__ import annotations
 
-import faulthandler
 import math
 import os
 import statistics
 import time
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tf_dist import faults
-from tf_dist.comm import watchdog
+from tf_dist import faults, processes
+from tf_dist.comm import starting, watchdog
 from tf_dist.comm.base import Comm, SerialComm
 from tf_dist.comm.debug import keep_order
 from tf_dist.comm.ending import Ending
@@ -47,8 +45,6 @@ RANK_VARIABLES = (
 _ending: Ending | None = None
 _connected: Comm | None = None
 BEATS_TIMED = 20
-# How long ranks wait for each other to start: some hundred that read Python from one disk take minutes.
-START_LIMIT_S = 600.0
 
 
 def connect(
@@ -190,12 +186,36 @@ def stragglers() -> list[dict[str, Any]]:
 
 def launched_rank(environment: Mapping[str, str]) -> int:
     """The rank that a launcher says this process has, before MPI is asked; 0 without one."""
-    return next((int(environment[name]) for name in RANK_VARIABLES if name in environment), 0)
+    return _first_number(environment, RANK_VARIABLES) or 0
+
+
+def launched_size(environment: Mapping[str, str]) -> int | None:
+    """How many processes mpirun, srun or their like say they started; None where none of them did."""
+    if "SLURM_PTY_PORT" in environment and _typed_in_a_shell():
+        names = tuple(name for name in SIZE_VARIABLES if not name.startswith("SLURM"))
+    else:
+        names = SIZE_VARIABLES
+    return _first_number(environment, names)
+
+
+def _first_number(environment: Mapping[str, str], names: Sequence[str]) -> int | None:
+    """What the first of these variables says that says a number."""
+    return next((int(environment[name]) for name in names if environment.get(name, "").isdigit()), None)
+
+
+def _typed_in_a_shell() -> bool:
+    """Whether a person started this process in a shell that srun gave them (``srun -n 4 --pty bash``).
+
+    Slurm's variables are those of the shell then. Ranks that srun starts have no terminal, also where it was
+    typed in such a shell, whose variables they inherit.
+    """
+    above = processes.launcher_above(os.getpid())
+    return above is None or above.name != "slurmstepd" or processes.has_terminal(os.getpid())
 
 
 def was_launched(environment: Mapping[str, str]) -> bool:
     """Whether mpirun, srun or their like started this process."""
-    return any(name in environment for name in SIZE_VARIABLES)
+    return launched_size(environment) is not None
 
 
 def only_the_first_answers() -> None:
@@ -214,7 +234,7 @@ def check_launcher(size: int, environment: Mapping[str, str]) -> None:
     Raises:
         LaunchError: on the first of these processes; the others exit silently with the same code.
     """
-    started = next((int(environment[name]) for name in SIZE_VARIABLES if name in environment), 1)
+    started = launched_size(environment) or 1
     rank = launched_rank(environment)
     if size >= started and (size > 1 or rank == 0):
         return
@@ -273,24 +293,9 @@ def _import_mpi() -> Any:
         from tf_dist.comm import survive
 
         survive.prepare(os.environ)
-        _wait_until_all_ranks_have_started(MPI)
+        starting.have_a_home(os.environ)
+        starting.begin_mpi(MPI)
     return MPI
-
-
-def _wait_until_all_ranks_have_started(mpi: Any) -> None:
-    """Begin MPI, which waits for all ranks and lets no other thread of Python run meanwhile.
-
-    A rank that died before it came here is waited for by the others, where that does not end the job
-    (``--with-ft ulfm``). So these end after a while, and show where they are: here.
-    """
-    faulthandler.dump_traceback_later(START_LIMIT_S, exit=True)
-    try:
-        with warnings.catch_warnings(
-            action="ignore"
-        ):  # of a suspicious launcher: `check_launcher` is certain
-            mpi.Init_thread(mpi.THREAD_MULTIPLE)
-    finally:
-        faulthandler.cancel_dump_traceback_later()
 
 
 def _refuse(message: str, rank: int) -> NoReturn:
