@@ -206,7 +206,23 @@ class Ending:
         if self._mpi is not None and threading.current_thread() is threading.main_thread():
             self._leave_it_to_the_first(code)
             self._mpi.Abort(code)
+        self._tell_the_others_to_end(code)
         os._exit(code)
+
+    def _tell_the_others_to_end(self, code: int) -> None:
+        """From a thread, where mpirun takes the end of a process for a death that the others outlive."""
+        from tf_dist.comm import survive
+
+        if self._mpi is None or not survive.can() or not self._watcher.is_alive():
+            return
+        note, sent = json.dumps({"end": code}).encode(), []
+        with contextlib.suppress(RuntimeError):  # of MPI: some are dead already
+            for other in range(self._mpi.Get_size()):
+                if other not in (self.rank, *self._dead):
+                    sent.append(self._mpi.Isend(bytearray(note), dest=other, tag=NOTE_TAG))
+            deadline = time.monotonic() + RENDEZVOUS_S
+            while not all(request.Test() for request in sent) and time.monotonic() < deadline:
+                time.sleep(0.01)
 
     def _leave_it_to_the_first(self, code: int) -> None:
         """Where a rank has died, all others meet it, and abort, at the same moment: only one of them should.
@@ -290,6 +306,9 @@ class Ending:
         departed: dict[int, tuple[float, str]] = {}
         while not self._left.wait(LOOK_EVERY_S):
             note = self._receive_note()
+            if note and "end" in note:
+                _flush()
+                os._exit(note["end"])
             if note:
                 departed[note["rank"]] = (time.monotonic(), note["stack"])
             waiting = self._comm.waiting if self._comm else None
