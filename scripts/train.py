@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from tf_dist.comm import launch, threads
 from tf_dist.comm.agree import agree, versions
+from tf_dist.comm.settings import settings
 from tf_dist.config import Config
 from tf_dist.errors import UsageError
 from tf_dist.flags import from_command_line
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> None:
         answer(argv)
     comm = launch.join()
     config, _ = from_command_line(argv, __doc__ or "")
-    agree(comm, {**config.as_dict(), **versions()}, "the run")
+    agree(comm, {**config.as_dict(), **versions(), **settings()}, "the run")
     threads.set_threads(comm, config.threads_per_rank)
     comm = launch.use_backend(comm, config.backend)
 

@@ -32,12 +32,12 @@ def agree(comm: Comm, facts: Mapping[str, Any], about: str) -> None:
     """
     everyone = comm.allgather_obj(dict(facts))
     names = dict.fromkeys(name for facts_there in everyone for name in facts_there)
-    lines = [_difference(name, [there.get(name) for there in everyone]) for name in names]
+    lines = [difference(name, [there.get(name) for there in everyone]) for name in names]
     differences = [line for line in lines if line]
     if differences:
         raise LaunchError(
             f"the ranks do not agree on {about}:\n  " + "\n  ".join(differences) + "\n"
-            "Start all ranks with one command line and one installation"
+            "Start all ranks with one command line, environment and installation"
         )
 
 
@@ -70,7 +70,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _difference(name: str, values: list[Any]) -> str:
+def difference(name: str, values: list[Any]) -> str:
     """``keras: 3.14 on ranks 0 1, 3.15 on rank 2``, or nothing where all are equal."""
     ranks: dict[str, list[int]] = {}
     for rank, value in enumerate(values):

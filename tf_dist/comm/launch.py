@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from tf_dist.comm import starting, watchdog
 from tf_dist.comm.base import Comm, SerialComm
 from tf_dist.comm.debug import keep_order
 from tf_dist.comm.ending import Ending
+from tf_dist.comm.settings import same_environment, told
 from tf_dist.comm.stalls import Limits
 from tf_dist.comm.threads import load_tensorflow, set_threads
 from tf_dist.errors import LaunchError, UsageError
@@ -62,13 +64,17 @@ def connect(
         The group of all ranks; a `SerialComm` when the job is one process.
 
     Raises:
-        LaunchError: the launcher and mpi4py's MPI library do not belong together.
+        LaunchError: the launcher and mpi4py's MPI library do not belong together, or ranks have other
+            versions or settings of oneDNN, XLA and the like than others: on every rank, which are named.
         BackendMissing: ``backend="horovod"`` without Horovod.
         UsageError: an unknown backend, or limits that cannot hold together.
     """
     comm = join()
     limit_stalls(stall_warn, stall_abort)
     set_threads(comm, threads_per_rank)
+    uneven = told(same_environment(comm))
+    if uneven and comm.rank == 0:
+        print(uneven, file=sys.stderr)
     load_tensorflow()
     return use_backend(comm, backend)
 

@@ -17,8 +17,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_dist.comm.agree import agree, versions
+from tf_dist.comm.agree import agree
 from tf_dist.comm.base import Comm
+from tf_dist.comm.settings import same_environment
 from tf_dist.errors import UsageError
 from tf_dist.training import callback_list, keras_hooks, self_test
 from tf_dist.training.reduction import Reduction
@@ -56,7 +57,7 @@ def distribute(optimizer: keras.optimizers.Optimizer, comm: Comm) -> keras.optim
         )
     keras_hooks.install()
     callback_list.install()
-    agree(comm, versions(), "the versions of what they run")
+    same_environment(comm)
     self_test.run(_changed)
     _changed(optimizer, comm)
     if optimizer.built:  # it came out of a file

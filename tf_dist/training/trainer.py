@@ -18,6 +18,7 @@ import numpy as np
 from tf_dist import faults
 from tf_dist.comm.base import Comm
 from tf_dist.comm.probe import prove
+from tf_dist.comm.settings import same_environment
 from tf_dist.comm.words import counted, named
 from tf_dist.config import default_micro_batch
 from tf_dist.data.ahead import Ahead
@@ -314,6 +315,7 @@ class Trainer:
             validation_bytes=validation_bytes,
             callbacks=callbacks,
         )
+        same_environment(self.comm)
         self.tuning.choose()
         self._warn_of_foreign_draws()
         self._say_if_variables_step_alone()
