@@ -13,6 +13,8 @@ LAUNCHERS = frozenset(
     "prterun prted prte mpirun mpiexec orterun orted hydra_pmi_proxy hydra_bstrap_pr mpiexec.hydra "
     "slurmstepd palsd".split()
 )
+# Of these, the ones that a person starts, whose stderr is that of the job.
+MPIRUNS = frozenset("prterun prte mpirun mpiexec orterun mpiexec.hydra".split())
 
 
 class Process(NamedTuple):

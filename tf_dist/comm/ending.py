@@ -29,6 +29,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
+from tf_dist import processes
+from tf_dist.comm import output
 from tf_dist.comm.base import Comm
 from tf_dist.comm.stalls import AT_THE_END
 from tf_dist.comm.words import named
@@ -47,6 +49,8 @@ GRACE_S = 2.0
 ABORTED_S = 10.0
 NOTE_TAG = 7
 EXIT_RANK_FAILED = TfDistError.exit_code
+# Ctrl-C, as shells count it.
+INTERRUPTED = 130
 
 
 class Ending:
@@ -111,11 +115,25 @@ class Ending:
             self._console.write(text if text.endswith("\n") else text + "\n")
             self._console.flush()
 
-    def end(self, message: str) -> NoReturn:
-        """End the job with 70, with a word of the thread that calls, whatever the main thread is doing."""
-        self._note(message)
+    def end(self, message: str, code: int = EXIT_RANK_FAILED) -> NoReturn:
+        """End the job, with a word of the thread that calls, whatever the main thread is doing."""
+        self._note(message, code)
         self.speak(f"error: {message}")
-        self._abort(EXIT_RANK_FAILED)
+        self._abort(code)
+
+    def speak_past_the_launcher(self) -> None:
+        """From now on: an mpirun that is told to end passes on nothing that its ranks say.
+
+        Its stderr is opened anew where /proc shows it: a terminal, a pipe or a file of this user's.
+        """
+        above = processes.launcher_above(os.getpid())
+        if above is None or above.name not in processes.MPIRUNS:
+            return
+        with contextlib.suppress(OSError):
+            flags = os.O_WRONLY | os.O_APPEND | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC
+            stderr = os.open(f"/proc/{above.pid}/fd/2", flags)
+            os.set_blocking(stderr, True)
+            self._console = os.fdopen(stderr, "w", buffering=1, errors="replace")
 
     # Errors --------------------------------------------------------------------------------------
 
@@ -129,7 +147,7 @@ class Ending:
         foreseen = isinstance(error, TfDistError)
         message = f"error: {error}" if foreseen else "".join(traceback.format_exception(kind, error, trace))
         code = error.exit_code if isinstance(error, TfDistError) else EXIT_RANK_FAILED
-        self._fail(message, code)
+        self._fail(message, INTERRUPTED if isinstance(error, KeyboardInterrupt) else code)
 
     def _on_thread_exception(self, arguments: threading.ExceptHookArgs) -> None:
         if is_interactive() or arguments.exc_type is SystemExit:  # with which a thread ends, and no more
@@ -376,6 +394,7 @@ def _allgather(mpi: Any, raw: bytes) -> list[bytes]:
 
 
 def _flush() -> None:
+    output.flush()
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

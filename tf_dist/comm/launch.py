@@ -22,6 +22,7 @@ from tf_dist.comm.base import Comm, SerialComm
 from tf_dist.comm.debug import keep_order
 from tf_dist.comm.ending import Ending
 from tf_dist.comm.settings import same_environment, told
+from tf_dist.comm.signals import Signals
 from tf_dist.comm.stalls import Limits
 from tf_dist.comm.threads import load_tensorflow, set_threads
 from tf_dist.errors import LaunchError, UsageError
@@ -81,9 +82,8 @@ def connect(
 
 def join() -> Comm:
     """Join the MPI world and install the hooks that end all ranks together."""
-    global _ending, _connected
-    if _ending is None:
-        _ending = Ending()
+    global _connected
+    ending = _the_ending()
     mpi = _import_mpi()
     size = mpi.COMM_WORLD.Get_size() if mpi else 1
     check_launcher(size, os.environ)
@@ -92,11 +92,30 @@ def join() -> Comm:
         from tf_dist.comm.mpi import MPIComm
 
         comm = MPIComm()
-        _ending.join(mpi.COMM_WORLD.Dup(), can_watch=mpi.Query_thread() == mpi.THREAD_MULTIPLE)
+        ending.join(mpi.COMM_WORLD.Dup(), can_watch=mpi.Query_thread() == mpi.THREAD_MULTIPLE)
     faults.arm(os.environ.get(faults.VARIABLE, ""), comm.rank)
-    _watch(mpi, comm, _ending)
+    _watch(mpi, comm, ending)
     _connected = keep_order(comm, os.environ, lambda: mpi.COMM_WORLD.Dup())
     return _connected
+
+
+def _the_ending() -> Ending:
+    global _ending
+    if _ending is None:
+        _ending = Ending()
+    return _ending
+
+
+def end_on_signals() -> Signals:
+    """Save before this job ends where somebody tells it to, by a signal; for programs, before `join`."""
+    return Signals(_the_ending())
+
+
+def speak(text: str) -> None:
+    """Print a last word on the terminal, past an mpirun that is told to end as well."""
+    ending = _the_ending()
+    ending.speak_past_the_launcher()
+    ending.speak(text)
 
 
 def connected() -> Comm | None:

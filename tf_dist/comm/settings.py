@@ -15,7 +15,8 @@ from tf_dist.comm.base import Comm
 # oneDNN, XLA, determinism, mixed precision and TF32 in TensorFlow; BLAS; NumPy; the C library's exp and tanh.
 PREFIXES = ("ONEDNN_", "DNNL_", "TF_ONEDNN_", "XLA_", "TF_XLA_", "TF_ENABLE_", "TF_DETERMINISTIC",
             "TF_CUDNN_", "TF_DISABLE_", "NVIDIA_TF32", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS",
-            "MKL_DEBUG_CPU_TYPE", "OPENBLAS_CORETYPE", "NPY_DISABLE_", "NPY_ENABLE_", "GLIBC_TUNABLES")  # fmt: skip
+            "MKL_DEBUG_CPU_TYPE", "OPENBLAS_CORETYPE",
+            "NPY_DISABLE_", "NPY_ENABLE_", "GLIBC_TUNABLES")  # fmt: skip
 # Of these, the ones that change what is said or measured, and not what is computed.
 HARMLESS = ("ONEDNN_VERBOSE", "DNNL_VERBOSE", "ONEDNN_JIT_PROFILE", "ONEDNN_JIT_DUMP", "DNNL_JIT_DUMP",
             "DNNL_JIT_PROFILE", "TF_XLA_LOG", "TF_ENABLE_GPU_GARBAGE_COLLECTION")  # fmt: skip

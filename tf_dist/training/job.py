@@ -28,7 +28,7 @@ from tf_dist.training.manifest import read_manifest
 from tf_dist.training.neighbours import Neighbours
 from tf_dist.training.plots import loss_curve
 from tf_dist.training.rolling_back import kept, roll_back
-from tf_dist.training.run import RunFolder
+from tf_dist.training.run import RunFolder, point_latest_to
 from tf_dist.training.run_callbacks import Tally
 from tf_dist.training.saving import Saver
 from tf_dist.training.spikes import Spike
@@ -170,6 +170,8 @@ class Job:
         tokenizer = (self.corpus.path / "tokenizer.json").read_text(encoding="utf-8")
         self.run.write("tokenizer.json", tokenizer)
         self.run.status(step=self.trainer.step, val_loss=self.last.get("val_loss"))
+        if self.comm.rank == 0:
+            point_latest_to(self.run.path)
 
     def heard(self, row: dict[str, Any]) -> None:
         """Remember a row of the metrics."""
