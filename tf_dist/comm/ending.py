@@ -75,7 +75,28 @@ class Ending:
         threading.excepthook = self._on_thread_exception
         sys.exit = self._on_exit
         atexit.register(self._leave)
+        os.register_at_fork(after_in_child=self._forget)
         self._watcher = threading.Thread(target=self._watch, name="tf_dist-ending", daemon=True)
+
+    def _forget(self) -> None:
+        """In a process that a rank has forked: it is no rank, and its end is nobody's business."""
+        self._mpi, self._comm, self.note, self.watchdog = None, None, None, None
+        self._left.set()
+        self._exit = None
+        sys.excepthook, threading.excepthook = self._on_exception_of_child, self._thread_excepthook
+        atexit.register(self._end_child)
+
+    def _on_exception_of_child(self, *error: Any) -> None:
+        self._exit = (1, "")
+        self._excepthook(*error)
+
+    def _end_child(self) -> None:
+        """Leave before mpi4py finalizes MPI: it is that of the rank, and would wait for all others."""
+        status = self._exit[0] if self._exit else None
+        if isinstance(status, str):
+            print(status, file=sys.stderr)
+        _flush()
+        os._exit(status if isinstance(status, int) else int(status is not None))
 
     def join(self, mpi: Any, can_watch: bool) -> None:
         """Find the other ranks; once.

@@ -83,10 +83,15 @@ def connect(
 def join() -> Comm:
     """Join the MPI world and install the hooks that end all ranks together."""
     global _connected
+    if starting.child_of_a_rank(os.environ):
+        _connected = SerialComm()
+        return _connected
     ending = _the_ending()
     mpi = _import_mpi()
     size = mpi.COMM_WORLD.Get_size() if mpi else 1
     check_launcher(size, os.environ)
+    if size > 1:
+        os.environ[starting.MARK] = str(os.getpid())
     comm: Comm = SerialComm()
     if mpi and size > 1:
         from tf_dist.comm.mpi import MPIComm

@@ -8,6 +8,7 @@ shows: a rank has come when it has loaded an MPI library, whoever loads it there
 from __future__ import annotations
 
 import faulthandler
+import multiprocessing
 import os
 import pwd
 import signal
@@ -21,7 +22,7 @@ from typing import Any
 
 from tf_dist import processes
 from tf_dist.comm.words import named
-from tf_dist.errors import TfDistError
+from tf_dist.errors import LaunchError, TfDistError
 
 # How long ranks wait for each other to start: some hundred that read Python from one disk take minutes.
 START_LIMIT_S = 600.0
@@ -35,6 +36,8 @@ FLOOR_S = 2.0
 # What Open MPI's mpirun tells ranks of themselves.
 JOB, RANK, HERE = "PMIX_NAMESPACE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"
 LIBRARY = b"/libmpi"
+# What a rank tells its children: its own number.
+MARK = "TF_DIST_RANK_PID"
 
 
 def have_a_home(environment: MutableMapping[str, str]) -> None:
@@ -46,6 +49,33 @@ def have_a_home(environment: MutableMapping[str, str]) -> None:
     except KeyError:  # nobody: a container that runs with a number of its own
         home = ""
     environment["HOME"] = home if os.path.isdir(home) else tempfile.gettempdir()
+
+
+def child_of_a_rank(environment: Mapping[str, str]) -> bool:
+    """Whether a rank has started this process, as ``subprocess.run([sys.executable, "evaluate.py"])``.
+
+    It inherits all by which a launcher tells who is which rank. If it joined as that rank, it and all others
+    would wait for ever: so it is one process, by itself.
+
+    Raises:
+        LaunchError: multiprocessing has made it, to run one function: it must not train.
+    """
+    pid, own = environment.get(MARK, ""), os.getpid()
+    if not pid.isdigit() or int(pid) == own:
+        return False
+    for process in processes.ancestors(own):
+        if process.pid == int(pid):
+            break
+        if process.name in processes.LAUNCHERS:  # the rank has started a job of its own
+            return False
+    else:
+        return False
+    if multiprocessing.parent_process() is not None:
+        raise LaunchError(
+            "tf_dist.connect() was called in a process that multiprocessing has started in a rank. Guard "
+            'what only ranks do by `if __name__ == "__main__":`'
+        )
+    return True
 
 
 def begin_mpi(mpi: Any) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from threadpoolctl import threadpool_limits
 
+from tf_dist.comm import cores, starting
 from tf_dist.comm.base import Comm
 from tf_dist.errors import LaunchError
 
@@ -115,6 +116,9 @@ def set_threads(comm: Comm, threads_per_rank: int = 0) -> Place:
     # NumPy has been here before, and its BLAS took all cores: with four ranks on two cores a PowerSGD step of
     # an LSTM took five times as long.
     threadpool_limits(threads, user_api="blas")
+    others = cores.warning(os.environ.get(starting.JOB, ""), place.cores) if not place.local_rank else ""
+    if others:
+        print(others, file=sys.stderr)
     # TensorFlow's INFO and WARNING lines, once per rank, would bury ours. Errors still show.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     return Place(place.host, place.local_rank, place.local_size, place.cores, threads)

@@ -24,7 +24,7 @@ def finish(trainer: Trainer, run: RunFolder) -> Callable[[str], None]:
         if trainer.comm.rank:
             return
         run.stopping(128 + signal.Signals[name])
-        saved, doing = saved_step(run.path), f"step {trainer.step + 1} is finished and saved"
+        saved, doing = saved_step(run.path), "the step under way is finished and saved"
         above = processes.launcher_above(os.getpid())
         if above is not None and above.name in processes.MPIRUNS and name != "SIGUSR1":
             newest = f"step {saved} is saved, from which" if saved else "nothing is saved yet:"
