@@ -27,7 +27,7 @@ import time
 import traceback
 from collections.abc import Callable
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from tf_dist import processes
 from tf_dist.comm import output
@@ -60,7 +60,8 @@ class Ending:
         self._mpi: Any = None
         self.rank = 0
         # Ranks above 0 later send their stdout and stderr to a log file; last words go to the terminal.
-        self._console = _copy_of_stderr()
+        _have_streams()
+        self._console = os.fdopen(os.dup(2), "w", buffering=1, errors="replace")
         self._comm: Comm | None = None
         self._together: list[Comm] = []
         self._dead: list[int] = []
@@ -327,7 +328,7 @@ class Ending:
         from tf_dist.comm import survive
 
         some_died = False
-        while not survive.agree(self._leaving, True):
+        while not survive.agree(self._leaving, True, meanwhile=self._end_if_told):
             self._leaving, _ = survive.shrink(self._leaving)
             some_died = True
         if some_died:
@@ -344,15 +345,20 @@ class Ending:
     def _watch(self) -> None:
         departed: dict[int, tuple[float, str]] = {}
         while not self._left.wait(LOOK_EVERY_S):
-            note = self._receive_note()
-            if note and "end" in note:
-                _flush()
-                os._exit(note["end"])
+            note = self._end_if_told()
             if note:
                 departed[note["rank"]] = (time.monotonic(), note["stack"])
             waiting = self._comm.waiting if self._comm else None
             if departed and waiting:
                 self._end_if_stuck(departed, waiting)
+
+    def _end_if_told(self) -> dict[str, Any] | None:
+        """Look for a note; end where another rank has ended the job and says so."""
+        note = self._receive_note()
+        if note and "end" in note:
+            _flush()
+            os._exit(note["end"])
+        return note
 
     def _receive_note(self) -> dict[str, Any] | None:
         from mpi4py import MPI
@@ -400,12 +406,13 @@ def is_interactive() -> bool:
     return hasattr(sys, "ps1") or bool(sys.flags.interactive)
 
 
-def _copy_of_stderr() -> IO[str]:
-    """For last words, whatever becomes of stderr; to nobody, where there is none (``2>&-``)."""
-    try:
-        return os.fdopen(os.dup(2), "w", buffering=1, errors="replace")
-    except OSError:
-        return open(os.devnull, "w")
+def _have_streams() -> None:
+    """Open what was closed (``>&-``): else a file, or a connection of MPI, would take the place of stdout."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest that is free
 
 
 def _allgather(mpi: Any, raw: bytes) -> list[bytes]:
@@ -417,7 +424,5 @@ def _allgather(mpi: Any, raw: bytes) -> list[bytes]:
 def _flush() -> None:
     output.flush()
     for stream in (sys.stdout, sys.stderr):
-        try:
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or there never was one
             stream.flush()
-        except (OSError, ValueError):
-            pass

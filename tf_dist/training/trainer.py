@@ -16,6 +16,7 @@ import keras
 import numpy as np
 
 from tf_dist import faults
+from tf_dist.comm import output
 from tf_dist.comm.base import Comm
 from tf_dist.comm.probe import prove
 from tf_dist.comm.settings import same_environment
@@ -338,7 +339,7 @@ class Trainer:
     def _say_if_variables_step_alone(self) -> None:
         reason = self.replica.optimizer_step.reason
         if reason and self.comm.rank == 0:
-            print(f"optimizer: {reason}, so it steps each variable by itself", flush=True)
+            output.say(f"optimizer: {reason}, so it steps each variable by itself")
 
     def request_stop(self) -> None:
         """Ask all ranks to stop after the next step; may be called on any rank, even by a signal."""
@@ -425,7 +426,7 @@ class Trainer:
         self.lost += lost
         if self.comm.rank == 0 and lost:
             left = counted(self.comm.size)
-            print(f"{named(lost)} died before step {self.step}: {left} go on", flush=True)
+            output.say(f"{named(lost)} died before step {self.step}: {left} go on")
 
     def share_anew(self) -> None:
         """Share out all work among the ranks that are left; a collective."""
