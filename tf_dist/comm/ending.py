@@ -21,6 +21,7 @@ import atexit
 import contextlib
 import json
 import os
+import stat
 import sys
 import threading
 import time
@@ -61,7 +62,7 @@ class Ending:
         self.rank = 0
         # Ranks above 0 later send their stdout and stderr to a log file; last words go to the terminal.
         _have_streams()
-        self._console = os.fdopen(os.dup(2), "w", buffering=1, errors="replace")
+        self._consoles = [os.fdopen(os.dup(2), "w", buffering=1, errors="replace")]
         self._comm: Comm | None = None
         self._together: list[Comm] = []
         self._dead: list[int] = []
@@ -133,9 +134,10 @@ class Ending:
 
     def speak(self, text: str) -> None:
         """Print on the terminal, from whichever rank; in vain, where nobody listens."""
-        with contextlib.suppress(OSError, ValueError):
-            self._console.write(text if text.endswith("\n") else text + "\n")
-            self._console.flush()
+        for console in self._consoles:
+            with contextlib.suppress(OSError, ValueError):
+                console.write(text if text.endswith("\n") else text + "\n")
+                console.flush()
 
     def end(self, message: str, code: int = EXIT_RANK_FAILED) -> NoReturn:
         """End the job, with a word of the thread that calls, whatever the main thread is doing."""
@@ -155,7 +157,9 @@ class Ending:
             flags = os.O_WRONLY | os.O_APPEND | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC
             stderr = os.open(f"/proc/{above.pid}/fd/2", flags)
             os.set_blocking(stderr, True)
-            self._console = os.fdopen(stderr, "w", buffering=1, errors="replace")
+            past = os.fdopen(stderr, "w", buffering=1, errors="replace")
+            # What mpirun writes into a file later would lie over this: so it is said twice.
+            self._consoles = [past] + self._consoles * stat.S_ISREG(os.fstat(stderr).st_mode)
 
     # Errors --------------------------------------------------------------------------------------
 

@@ -116,10 +116,11 @@ def end_on_signals() -> Signals:
     return Signals(_the_ending())
 
 
-def speak(text: str) -> None:
-    """Print a last word on the terminal, past an mpirun that is told to end as well."""
+def speak(text: str, past_mpirun: bool = False) -> None:
+    """Print a last word on the terminal; if need be past an mpirun that is told to end as well."""
     ending = _the_ending()
-    ending.speak_past_the_launcher()
+    if past_mpirun:
+        ending.speak_past_the_launcher()
     ending.speak(text)
 
 

@@ -31,7 +31,8 @@ def finish(trainer: Trainer, run: RunFolder) -> Callable[[str], None]:
             speak(
                 f"told to end ({name}): {doing}, if mpirun leaves the time, about 0.2 s. If no more is said, "
                 f"{newest} the same command goes on. `kill -USR1 {above.pid}`, or to start by `python -m "
-                "tf_dist run`, leaves all the time it takes"
+                "tf_dist run`, leaves all the time it takes",
+                past_mpirun=True,
             )
         else:
             speak(f"told to end ({name}): {doing}. Told again, the job ends at once")
