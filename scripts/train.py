@@ -17,7 +17,6 @@ or configuration mistake.
 from __future__ import annotations
 
 import dataclasses
-import signal
 import sys
 from functools import partial
 from math import prod
@@ -25,7 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from tf_dist.comm import launch, threads
-from tf_dist.comm.agree import agree, versions
+from tf_dist.comm.agree import agree, on_root, versions
+from tf_dist.comm.settings import settings
 from tf_dist.config import Config
 from tf_dist.errors import UsageError
 from tf_dist.flags import from_command_line
@@ -33,9 +33,10 @@ from tf_dist.parallel.mesh import Mesh, data_ranks
 
 if TYPE_CHECKING:
     from tf_dist.comm.base import Comm
+    from tf_dist.comm.signals import Signals
     from tf_dist.data.prepared import Prepared
     from tf_dist.training.begin_again import Deaths
-    from tf_dist.training.run import RunFolder
+    from tf_dist.training.run import Foreword, RunFolder
     from tf_dist.training.trainer import Trainer
 
 DEFAULT_STEPS = 400
@@ -46,30 +47,41 @@ def main(argv: list[str]) -> None:
     """Flags -> ranks -> data -> model -> training -> text."""
     if {"-h", "--help", "--print-config"} & set(argv):
         answer(argv)
+    signals = launch.end_on_signals()
     comm = launch.join()
     config, _ = from_command_line(argv, __doc__ or "")
-    agree(comm, {**config.as_dict(), **versions()}, "the run")
+    agree(comm, {**config.as_dict(), **versions(), **settings()}, "the run")
     threads.set_threads(comm, config.threads_per_rank)
     comm = launch.use_backend(comm, config.backend)
 
     from tf_dist.training.corpus import shared_corpus
-    from tf_dist.training.run import RunFolder, choose_folder, point_latest_to
+    from tf_dist.training.run import Foreword, check_folder
 
     data_ranks(comm.size, *degrees(config))  # what does not fit is refused before anything is read
-    run = RunFolder(choose_folder(config, comm), comm)
-    run.open()
-    launch.on_failure(run.failed)
-    launch.limit_stalls(config.stall_warn, config.stall_abort, run.path / "logs")
-    corpus = shared_corpus(config, comm, REGISTRY, run.say)
-    config = dataclasses.replace(config, vocab_size=corpus.tokenizer.vocab_size, run_dir=str(run.path))
-    if comm.rank == 0:
-        point_latest_to(run.path)
+    on_root(comm, lambda: check_folder(config))
+    launch.limit_stalls(config.stall_warn, config.stall_abort)
+    foreword = Foreword(comm)
+    corpus = shared_corpus(config, comm, REGISTRY, foreword.say)
+    config = dataclasses.replace(config, vocab_size=corpus.tokenizer.vocab_size)
     threads.load_tensorflow()  # only now: a mistake in the flags or the data was said at once
     from tf_dist.training.begin_again import in_spite_of_deaths
     from tf_dist.training.neighbours import Neighbours
 
-    begin, together = partial(train, config, corpus, run), prod(degrees(config))
-    in_spite_of_deaths(comm, begin, config.min_ranks, together, Neighbours(run.say))
+    begin, together = partial(train, config, corpus, foreword, signals), prod(degrees(config))
+    in_spite_of_deaths(comm, begin, config.min_ranks, together, Neighbours(foreword.say))
+
+
+def run_of(config: Config, foreword: Foreword, comm: Comm) -> RunFolder:
+    """The run folder, made as late as this: a start that fails leaves none."""
+    from tf_dist.training.run import RunFolder, choose_folder
+
+    if foreword.run is not None:  # ranks have died, and the others begin again
+        return foreword.run
+    run = RunFolder(choose_folder(config, comm), comm)
+    run.open(foreword)
+    launch.on_failure(run.failed)
+    launch.limit_stalls(config.stall_warn, config.stall_abort, run.path / "logs")
+    return run
 
 
 def answer(argv: list[str]) -> NoReturn:
@@ -88,22 +100,26 @@ def degrees(config: Config) -> tuple[int, int, int]:
     return config.pipeline_parallel, config.sequence_parallel, config.tensor_parallel
 
 
-def train(config: Config, corpus: Prepared, run: RunFolder, comm: Comm, deaths: Deaths) -> None:
+def train(
+    config: Config, corpus: Prepared, foreword: Foreword, signals: Signals, comm: Comm, deaths: Deaths
+) -> None:
     """Build what was asked for, resume, train, and leave text and a picture."""
-    from tf_dist.training import progress, run_callbacks
+    from tf_dist.training import progress, run_callbacks, stopping
     from tf_dist.training.banner import banner
     from tf_dist.training.job import Job
 
     mesh = Mesh(comm, *degrees(config))
     steps = planned_steps(config, len(corpus.train))
     trainer = trainer_for(config, mesh, steps)
+    run = run_of(config, foreword, comm)
+    config = dataclasses.replace(config, run_dir=str(run.path))
     job = Job(config, comm, corpus, run, trainer, deaths)
     job.resume()
     trainer.tuning.choose()
     steps_per_epoch = trainer.sampler(trainer.sequences(corpus.train)).steps_per_epoch
     run.say(banner(config, comm, corpus, trainer, steps, steps_per_epoch))
-    signal.signal(signal.SIGUSR1, lambda *_: trainer.request_stop())
     show = progress.display(config.progress, comm, steps, run.say)
+    signals.finish(stopping.finish(trainer, run))
     job.begin()
 
     def fit() -> None:

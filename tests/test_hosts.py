@@ -19,9 +19,11 @@ def agent(tmp_path):
 
 def test_lists_and_files_of_hosts(tmp_path):
     path = tmp_path / "hosts"
-    path.write_text("# ours\na slots=2\n\nb:3   # MPICH's\nc max_slots=4 slots=1\nd\n")
+    path.write_text(
+        "# ours\na slots=2\n\nb:3   # MPICH's\nc max_slots=4 slots=1\nd\ne slots=2 max-slots=8\nf count=3\n"
+    )
     assert named_in(["--hostfile", str(path), "--map-by", "core"]) == (
-        [Host("a", 2), Host("b", 3), Host("c", 1), Host("d", 0)],
+        [Host("a", 2), Host("b", 3), Host("c", 1), Host("d", 0), Host("e", 2), Host("f", 3)],
         ["--map-by", "core"],
     )
     assert named_in(["-x", "A=b", "--host=a:2,b"]) == ([Host("a", 2), Host("b", 0)], ["-x", "A=b"])

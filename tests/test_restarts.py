@@ -31,6 +31,16 @@ if word == "deaf":
 if word == "wait":
     (run_dir / "waiting").touch()
     signal.pause()
+if word in ("save", "stuck"):
+    signal.signal(signal.SIGUSR1, lambda *_: word == "save" and sys.exit(75))
+    (run_dir / "waiting").touch()
+    while True:
+        signal.pause()
+if word == "look":
+    mpirun = ("PRTE_MCA_rmaps_default_mapping_policy", "OMPI_ALLOW_RUN_AS_ROOT")
+    words = [repr(sys.stdin.read()), *(os.environ.get(name, "-") for name in mpirun)]
+    (run_dir / "seen").write_text(" ".join(words))
+    sys.exit(0)
 sys.exit(int(word))
 """
 
@@ -93,23 +103,47 @@ def test_new_checkpoints_bring_new_patience(run):
     assert run("70 70 70 0", "--tries", "3") == (70, "0")
 
 
-def test_a_signal_is_passed_on_and_is_the_end(run, tmp_path):
-    (tmp_path / "ends").write_text("wait 0")
-    words = [
-        "run",
-        "--mpirun",
-        str(tmp_path / "mpirun"),
-        "--",
-        str(tmp_path / "job.py"),
-        "--run-dir",
-        str(tmp_path),
-    ]
-    process = subprocess.Popen([sys.executable, "-m", "tf_dist", *words])
+@pytest.mark.parametrize(
+    ("ends", "signals", "code"),
+    [
+        ("wait 0", [signal.SIGTERM], 128 + signal.SIGTERM),  # it could not listen yet
+        ("save 0", [signal.SIGTERM], 75),
+        ("save 0", [signal.SIGINT], 75),
+        ("save 0", [signal.SIGHUP], 75),
+        ("save 0", [signal.SIGUSR1], 75),
+        ("stuck 0", [signal.SIGINT, signal.SIGINT], 128 + signal.SIGTERM),
+    ],
+)
+def test_a_signal_lets_the_job_save_and_is_the_end(run, tmp_path, ends, signals, code):
+    (tmp_path / "ends").write_text(ends)
+    job = ["--", str(tmp_path / "job.py"), "--run-dir", str(tmp_path)]
+    words = ["-m", "tf_dist", "run", "--mpirun", str(tmp_path / "mpirun"), *job]
+    process = subprocess.Popen([sys.executable, *words])
     deadline = time.monotonic() + 60
     while not (tmp_path / "waiting").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 128 + signal.SIGTERM and (tmp_path / "ends").read_text() == "0"
+    for number in signals:
+        process.send_signal(number)
+        time.sleep(0.3)  # two at once are one to the system
+    assert process.wait(60) == code and (tmp_path / "ends").read_text() == "0"
+
+
+def test_a_job_reads_nothing_and_may_be_started_as_root_on_few_cores(run, tmp_path):
+    """``while read``, with the list of jobs as standard input; in a container, with no .venv activated."""
+    (tmp_path / "ends").write_text("look")
+    words = ["--mpirun", str(tmp_path / "mpirun"), "--", str(tmp_path / "job.py"), "--run-dir", str(tmp_path)]
+    unset = (*restarts.OVERSUBSCRIBE, *restarts.AS_ROOT)
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
+    command = [sys.executable, "-m", "tf_dist", "run", *words]
+    subprocess.run(command, input=b"the rest\n", env=environment, check=True, timeout=60)
+    root = "1" if os.getuid() == 0 else "-"
+    assert (tmp_path / "seen").read_text() == f"'' :oversubscribe {root}"
+
+
+def test_what_a_user_has_set_for_mpirun_stays(monkeypatch):
+    theirs = {"PRTE_MCA_rmaps_default_mapping_policy": "core"}
+    monkeypatch.setattr(os, "getuid", lambda: 1000)
+    assert restarts.launcher_environment(theirs) == theirs
 
 
 def test_no_launcher(tmp_path, capsys):

@@ -25,6 +25,7 @@ from tf_dist.errors import CheckpointError, TfDistError, UsageError
 from tf_dist.hosts import Launch
 from tf_dist.restarts import USUAL, Patience, Restarts, own_mpirun, with_run_dir
 from tf_dist.training import convert, inspect_checkpoint
+from tf_dist.training.status import correct
 
 
 def main(argv: list[str]) -> int:
@@ -58,7 +59,9 @@ def main(argv: list[str]) -> int:
         if arguments.topic == "run":
             words, run_dir = with_run_dir(job)
             launch = Launch(words, arguments.np, arguments.min_ranks, arguments.mpirun, others, _say)
-            return Restarts(launch.command, run_dir, Patience(max(1, arguments.tries)), _say).run()
+            code = Restarts(launch.command, run_dir, Patience(max(1, arguments.tries)), _say).run()
+            correct(run_dir)
+            return code
         if arguments.topic == "doctor":
             lines, well = doctor.report(doctor.folders(), arguments.clean)
             print("\n".join(lines))

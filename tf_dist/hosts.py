@@ -23,6 +23,8 @@ from tf_dist.flags import options_among
 LISTS = ("--host", "-host", "-H", "--hosts", "-hosts")
 FILES = ("--hostfile", "-hostfile", "--machinefile", "-machinefile", "-f")
 AGENTS = ("plm_ssh_agent", "plm_rsh_agent")
+# Open MPI's words for the ranks that a host takes, and those of PBS; not max-slots, how many it may be given.
+SLOTS = r"(?<![\w-])(?:slots|count|cpus?|ppn|np)"
 # Options by which ranks share a model.
 DEGREES = ("pipeline_parallel", "sequence_parallel", "tensor_parallel")
 SSH = "ssh -o BatchMode=yes -o ConnectTimeout=10"
@@ -66,7 +68,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _host(text: str) -> Host:
-    found = re.fullmatch(r"([^\s:]+)(?::(\d+))?(?:.*\bslots\s*=\s*(\d+))?.*", text.strip())
+    found = re.fullmatch(rf"([^\s:]+)(?::(\d+))?(?:.*{SLOTS}\s*=\s*(\d+))?.*", text.strip())
     if found is None:
         raise LaunchError(f"{text!r} is no host: write NAME:RANKS, or in a file NAME slots=RANKS")
     return Host(found[1], int(found[2] or found[3] or 0))

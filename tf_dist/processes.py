@@ -13,6 +13,8 @@ LAUNCHERS = frozenset(
     "prterun prted prte mpirun mpiexec orterun orted hydra_pmi_proxy hydra_bstrap_pr mpiexec.hydra "
     "slurmstepd palsd".split()
 )
+# Of these, the ones that a person starts, whose stderr is that of the job.
+MPIRUNS = frozenset("prterun prte mpirun mpiexec orterun mpiexec.hydra".split())
 
 
 class Process(NamedTuple):
@@ -49,6 +51,15 @@ def state_of(pid: int, started: int, proc: Path = PROC) -> str:
     if found is None or (started and found.started != started):
         return ""
     return "Z" if found.state in "ZX" else found.state
+
+
+def has_terminal(pid: int, proc: Path = PROC) -> bool:
+    """Whether a process was started from a terminal, and can be reached by the keys typed there."""
+    try:
+        text = (proc / str(pid) / "stat").read_text(errors="replace")
+    except OSError:
+        return False
+    return int(text.rpartition(")")[2].split()[4]) != 0
 
 
 def ancestors(pid: int, proc: Path = PROC) -> Iterator[Process]:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
@@ -39,7 +40,10 @@ RUN_DIR = "--run-dir"
 DEAF_S = 60.0
 LOOK_EVERY_S = 1.0
 # These mean that the job is to end, not to begin again.
-PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+# What Open MPI's mpirun asks for: before it starts more ranks than cores, and before root starts any.
+OVERSUBSCRIBE = {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
+AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 
 
 class Patience(NamedTuple):
@@ -79,15 +83,18 @@ class Restarts:
     ) -> None:
         self._command, self._run_dir, self._patience, self._say = command, run_dir, patience, say
         self._job: subprocess.Popen[bytes] | None = None
-        self._told_to_end = False
+        self._told = 0
         self.starts = 0
 
     def run(self) -> int:
         """Start the job until it is done; its last exit code."""
-        before = {number: signal.signal(number, self._pass_on) for number in PASSED_ON}
+        heard = [number for number in PASSED_ON if signal.getsignal(number) is not signal.SIG_IGN]  # nohup
+        before = {number: signal.signal(number, self._pass_on) for number in heard}
         try:
             code = self._until_done()
-            return code if code >= 0 else 128 - code  # as shells count signals
+            code = code if code >= 0 else 128 - code  # as shells count signals
+            # Told before it could listen: it has died of what was passed on, not of what was sent.
+            return 128 + self._told if self._told and code == 128 + signal.SIGUSR1 else code
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -96,7 +103,7 @@ class Restarts:
         failures, reached = 0, saved_step(self._run_dir)
         while True:
             code = self._once()
-            if code == 0 or code in HOPELESS or self._told_to_end:
+            if code == 0 or code in HOPELESS or self._told:
                 return code
             now = saved_step(self._run_dir)
             failures, reached = (1 if now > reached else failures + 1), now
@@ -110,18 +117,23 @@ class Restarts:
             pause_s = 0.0 if code == SavedAndStopped.exit_code else self._patience.pause_s(failures)
             self._say(f"the job has ended with {how}; starting it again in {pause_s:g} s, from step {now}")
             self._wait(pause_s)
-            if self._told_to_end:
+            if self._told:
                 return SavedAndStopped.exit_code
 
     def _once(self) -> int:
         command = list(self._command(self.starts > 0))
         try:
-            self._job = subprocess.Popen(command)
+            self._job = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,  # mpirun reads ahead: `while read` would lose its list to it
+                env=launcher_environment(os.environ),
+                process_group=0,  # Ctrl-C is for this process, which lets the job save
+            )
         except OSError as error:
             raise LaunchError(f"cannot start {command[0]}: {error.strerror}. Give --mpirun PATH") from error
         self.starts += 1
-        if self._told_to_end:  # while it was being started
-            self._job.terminate()
+        if self._told:  # while it was being started
+            self._job.send_signal(signal.SIGUSR1)
         try:
             return self._ended(self._job)
         finally:
@@ -147,13 +159,15 @@ class Restarts:
     def _wait(self, seconds: float) -> None:
         """Sleep, but not on when a signal came."""
         until = time.monotonic() + seconds
-        while not self._told_to_end and time.monotonic() < until:
+        while not self._told and time.monotonic() < until:
             time.sleep(min(0.1, max(0.0, until - time.monotonic())))
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        self._told_to_end = True
+        """Let the job save and end; told again, let mpirun end it at once."""
+        again, self._told = self._told and number != signal.SIGUSR1, self._told or number
         if self._job is not None:
-            self._job.send_signal(number)
+            # mpirun passes on SIGUSR1, and kills its ranks a moment after SIGTERM and SIGINT.
+            self._job.send_signal(signal.SIGTERM if again else signal.SIGUSR1)
 
 
 def _failure(run_dir: Path) -> int:
@@ -170,6 +184,16 @@ def saved_step(run_dir: Path) -> int:
     """The step of the newest checkpoint in a run folder, sound or not; 0 where there is none."""
     names = [path.name.removeprefix("step-") for path in run_dir.glob("checkpoints/step-*")]
     return max((int(name) for name in names if name.isdigit()), default=0)
+
+
+def launcher_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment in which mpirun starts what it is told to, as an activated .venv is.
+
+    Where ranks are more than cores Open MPI refuses to start them, and root, the usual user of a container,
+    may start none. What is set already stays.
+    """
+    wanted = OVERSUBSCRIBE | (AS_ROOT if os.getuid() == 0 else {})
+    return wanted | dict(environment)
 
 
 def own_mpirun() -> str:

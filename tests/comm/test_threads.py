@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
@@ -73,7 +74,8 @@ def test_this_process_has_a_place():
 def environment(monkeypatch):
     """An environment of our own, in which TensorFlow was not imported yet."""
     monkeypatch.setattr(os, "environ", {})
-    monkeypatch.delitem(sys.modules, "tensorflow", raising=False)
+    for name in ("tensorflow", "keras"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     with threadpool_limits(user_api="blas"):  # of this process, given back afterwards
         yield os.environ
 
@@ -93,17 +95,35 @@ def test_the_share_is_the_default(environment):
     assert environment["OMP_NUM_THREADS"] == str(place.threads)
 
 
-def test_tensorflow_came_first(environment, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorflow", object())
-    with pytest.raises(LaunchError, match=r"before tf_dist.connect\(\)"):
-        threads.set_threads(SerialComm(), 3)
-    environment["TF_NUM_INTRAOP_THREADS"] = "3"  # but with the threads we want
+class Threading:
+    """What ``tf.config.threading`` does, before TensorFlow has computed anything and after."""
+
+    def __init__(self, computed):
+        self.computed, self.told = computed, []
+
+    def set_intra_op_parallelism_threads(self, number):
+        if self.computed:
+            raise RuntimeError("Intra op parallelism cannot be modified after initialization.")
+        self.told.append(number)
+
+    set_inter_op_parallelism_threads = set_intra_op_parallelism_threads
+
+
+@pytest.mark.parametrize("computed", [False, True])
+def test_tensorflow_came_first(environment, monkeypatch, capsys, computed):
+    """Imported is early enough; once it has computed, its threads stay what they are, which is said."""
+    threading = Threading(computed)
+    tensorflow = SimpleNamespace(config=SimpleNamespace(threading=threading))
+    monkeypatch.setitem(sys.modules, "tensorflow", tensorflow)
     threads.set_threads(SerialComm(), 3)
+    assert threading.told == ([] if computed else [3, 2])
+    assert ("TF_NUM_INTRAOP_THREADS" in environment) is not computed
+    assert ("before tf_dist.connect()" in capsys.readouterr().err) is computed
 
 
 def test_another_keras(environment):
     environment["KERAS_BACKEND"] = "jax"
-    with pytest.raises(LaunchError, match="KERAS_BACKEND is 'jax'"):
+    with pytest.raises(LaunchError, match="backend is 'jax'"):
         threads.set_threads(SerialComm(), 1)
 
 

@@ -200,6 +200,7 @@ def launcher():
     environment = {name: value for name, value in environment.items() if not name.startswith(NOT_A_USERS)}
     # As in an activated .venv: `python` and `mpirun` are the ones of this Python.
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    environment["PYTHONPATH"] = str(ROOT)  # this checkout, also where another one is installed
     made = Launcher(mpirun, environment)
     yield made
     made.end_all()

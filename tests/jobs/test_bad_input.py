@@ -52,6 +52,15 @@ def test_a_fault_that_there_is_not(run_job, small, one_error):
 # Those that only a job with TensorFlow can meet ----------------------------------------------------
 
 
+def test_a_start_that_fails_leaves_no_run(run_job, small, one_error, tmp_path):
+    """The optimizer's name is Keras's, so it is found late: `latest` still names the run before."""
+    (tmp_path / "runs" / "before").mkdir(parents=True)
+    (tmp_path / "runs" / "latest").symlink_to("before")
+    one_error(run_job(0, "train.py", *small, "--steps", "2", "--optimizer", "adma"), 64, "'adma'", "'adam'?")
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["before", "latest"]
+    assert (tmp_path / "runs" / "latest").readlink().name == "before"
+
+
 def test_fewer_sequences_than_a_batch(run_job, small, one_error):
     job = run_job(2, "train.py", *small, "--steps", "2", "--global-batch-size", "4096", "--run-dir", "run")
     one_error(job, 65, "418 sequences of 16 tokens", "4096", "--global-batch-size")

@@ -1,6 +1,5 @@
 """Jobs end together: what fails on one rank ends all of them, within seconds, and is said once."""
 
-import json
 import re
 
 import pytest
@@ -91,6 +90,48 @@ def test_one_rank_ends_all(run_job, tmp_path, name):
         assert job.output.count(text) == 1, job.output
 
 
+ULFM = ("--with-ft", "ulfm")
+SOME = [
+    "sys.exit(0) while others wait",
+    "sys.exit(0) of rank 0",
+    "exception in a thread",
+    "sys.exit with a number",
+]
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_one_rank_ends_all_also_where_a_death_ends_nobody(run_job, tmp_path, name):
+    statement, code, words, _ = FAILURES[name]
+    (tmp_path / "job.py").write_text(at_step_20(statement))
+    job = run_job(3, ULFM, "job.py", timeout=60)
+    assert job.code == code, job.output
+    assert seconds_from_failure(job) < 2 * TOGETHER_S
+    for text in words:
+        assert text in job.output, job.output
+
+
+# A rank sleeps and ends before the others have begun: they do not wait in MPI_Init.
+EARLY = """
+import os, signal, sys, time
+if os.environ["OMPI_COMM_WORLD_RANK"] == "1":
+    time.sleep(1.5)
+    {death}
+from tf_dist.comm import launch
+launch.join()
+"""
+
+
+@pytest.mark.parametrize("launcher_flags", [(), ULFM], ids=["plain", "ulfm"])
+@pytest.mark.parametrize("death", ["sys.exit(0)", "sys.exit(3)", "os.kill(os.getpid(), signal.SIGTERM)"])
+def test_a_rank_that_ends_before_mpi_begins(run_job, tmp_path, launcher_flags, death):
+    (tmp_path / "job.py").write_text(EARLY.format(death=death))
+    job = run_job(3, launcher_flags, "job.py", timeout=60)
+    assert job.code != 0
+    if launcher_flags or death == "sys.exit(0)":  # else mpirun may have ended the others already
+        assert job.code == 70, job.output
+        assert job.output.count("error: the job cannot begin: rank 1 ended before") == 1, job.output
+
+
 @pytest.mark.parametrize("death", ["os._exit(9)", "os.kill(os.getpid(), 11)"])
 def test_a_rank_that_dies_without_a_word(run_job, tmp_path, death):
     (tmp_path / "job.py").write_text(at_step_20(f"if comm.rank == 1: fail(); {death}"))
@@ -170,9 +211,7 @@ def test_a_users_model_that_fails_on_one_rank(run_job, small, tmp_path, rank, st
     assert job.output.count(said) == 1, job.output
     assert job.output.count("failing.py") == 1, job.output  # where it happened
     assert job.output.count("Traceback") == ("raise" in statement), job.output
-    status = json.loads((run / "status.json").read_text())
-    assert (status["state"], status["exit_code"]) == ("failed", 70)
-    assert [failure["rank"] for failure in status["failures"]] == [rank]
+    assert not run.exists()  # a start that fails leaves no run
 
 
 OVERLAPPED = """

@@ -121,7 +121,7 @@ def test_one_rank_is_out_of_memory_and_says_so(run_limited, limit, one_error):
         f"{limit / 2**30:.2f} GiB",
         "--zero-stage 3",
     )
-    assert (one.status["state"], one.status["exit_code"]) == ("failed", 71)
+    assert not one.path.exists()  # a start that fails leaves no run
 
 
 def test_two_ranks_train_and_save(two_ranks, limit):

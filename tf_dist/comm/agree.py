@@ -18,7 +18,7 @@ from tf_dist.comm.base import Comm
 from tf_dist.errors import LaunchError, TfDistError
 from tf_dist.version import __version__
 
-ONE_START = "Start all ranks with one command line and one installation"
+ONE_START = "Start all ranks with one command line, environment and installation"
 # Of a long list the first differences tell most: the others follow from them.
 SHOWN = 12
 PACKAGES = ("tensorflow", "tensorflow-cpu", "keras", "numpy", "mpi4py", "tokenizers")
@@ -41,7 +41,7 @@ def agree(
     """
     everyone = comm.allgather_obj(dict(facts), what=f"the comparison of {about}")
     names = dict.fromkeys(name for facts_there in everyone for name in facts_there)
-    lines = [_difference(name, [there.get(name) for there in everyone]) for name in names]
+    lines = [difference(name, [there.get(name) for there in everyone]) for name in names]
     differences = [line for line in lines if line]
     if differences:
         more = len(differences) - shown
@@ -88,7 +88,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _difference(name: str, values: list[Any]) -> str:
+def difference(name: str, values: list[Any]) -> str:
     """``keras: 3.14 on ranks 0 1, 3.15 on rank 2``, or nothing where all are equal."""
     ranks: dict[str, list[int]] = {}
     for rank, value in enumerate(values):

@@ -18,8 +18,10 @@ The ranks find each other on a communicator of their own, so nothing here distur
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
+import stat
 import sys
 import threading
 import time
@@ -28,6 +30,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from tf_dist import processes
+from tf_dist.comm import output
 from tf_dist.comm.base import Comm
 from tf_dist.comm.stalls import AT_THE_END
 from tf_dist.comm.words import named
@@ -46,6 +50,8 @@ GRACE_S = 2.0
 ABORTED_S = 10.0
 NOTE_TAG = 7
 EXIT_RANK_FAILED = TfDistError.exit_code
+# Ctrl-C, as shells count it.
+INTERRUPTED = 130
 
 
 class Ending:
@@ -55,7 +61,8 @@ class Ending:
         self._mpi: Any = None
         self.rank = 0
         # Ranks above 0 later send their stdout and stderr to a log file; last words go to the terminal.
-        self._console = os.fdopen(os.dup(2), "w", buffering=1, errors="replace")
+        _have_streams()
+        self._consoles = [os.fdopen(os.dup(2), "w", buffering=1, errors="replace")]
         self._comm: Comm | None = None
         self._together: list[Comm] = []
         self._dead: list[int] = []
@@ -65,11 +72,33 @@ class Ending:
         self.watchdog: Watchdog | None = None
         self._left = threading.Event()
         self._original_exit = sys.exit
+        self._excepthook, self._thread_excepthook = sys.excepthook, threading.excepthook
         sys.excepthook = self._on_exception
         threading.excepthook = self._on_thread_exception
         sys.exit = self._on_exit
         atexit.register(self._leave)
+        os.register_at_fork(after_in_child=self._forget)
         self._watcher = threading.Thread(target=self._watch, name="tf_dist-ending", daemon=True)
+
+    def _forget(self) -> None:
+        """In a process that a rank has forked: it is no rank, and its end is nobody's business."""
+        self._mpi, self._comm, self.note, self.watchdog = None, None, None, None
+        self._left.set()
+        self._exit = None
+        sys.excepthook, threading.excepthook = self._on_exception_of_child, self._thread_excepthook
+        atexit.register(self._end_child)
+
+    def _on_exception_of_child(self, *error: Any) -> None:
+        self._exit = (1, "")
+        self._excepthook(*error)
+
+    def _end_child(self) -> None:
+        """Leave before mpi4py finalizes MPI: it is that of the rank, and would wait for all others."""
+        status = self._exit[0] if self._exit else None
+        if isinstance(status, str):
+            print(status, file=sys.stderr)
+        _flush()
+        os._exit(status if isinstance(status, int) else int(status is not None))
 
     def join(self, mpi: Any, can_watch: bool) -> None:
         """Find the other ranks; once.
@@ -104,28 +133,52 @@ class Ending:
         return {rank for comm in self._together for rank in comm.origin}
 
     def speak(self, text: str) -> None:
-        """Print on the terminal, from whichever rank."""
-        self._console.write(text if text.endswith("\n") else text + "\n")
-        self._console.flush()
+        """Print on the terminal, from whichever rank; in vain, where nobody listens."""
+        for console in self._consoles:
+            with contextlib.suppress(OSError, ValueError):
+                console.write(text if text.endswith("\n") else text + "\n")
+                console.flush()
 
-    def end(self, message: str) -> NoReturn:
-        """End the job with 70, with a word of the thread that calls, whatever the main thread is doing."""
-        self._note(message)
+    def end(self, message: str, code: int = EXIT_RANK_FAILED) -> NoReturn:
+        """End the job, with a word of the thread that calls, whatever the main thread is doing."""
+        self._note(message, code)
         self.speak(f"error: {message}")
-        self._abort(EXIT_RANK_FAILED)
+        self._abort(code)
+
+    def speak_past_the_launcher(self) -> None:
+        """From now on: an mpirun that is told to end passes on nothing that its ranks say.
+
+        Its stderr is opened anew where /proc shows it: a terminal, a pipe or a file of this user's.
+        """
+        above = processes.launcher_above(os.getpid())
+        if above is None or above.name not in processes.MPIRUNS:
+            return
+        with contextlib.suppress(OSError):
+            flags = os.O_WRONLY | os.O_APPEND | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC
+            stderr = os.open(f"/proc/{above.pid}/fd/2", flags)
+            os.set_blocking(stderr, True)
+            past = os.fdopen(stderr, "w", buffering=1, errors="replace")
+            # What mpirun writes into a file later would lie over this: so it is said twice.
+            self._consoles = [past] + self._consoles * stat.S_ISREG(os.fstat(stderr).st_mode)
 
     # Errors --------------------------------------------------------------------------------------
 
     def _on_exception(
         self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
     ) -> None:
+        if is_interactive():  # a typo is no reason to leave
+            self._excepthook(kind, error, trace)
+            return
         error = of_memory(behind(error))
         foreseen = isinstance(error, TfDistError)
         message = f"error: {error}" if foreseen else "".join(traceback.format_exception(kind, error, trace))
         code = error.exit_code if isinstance(error, TfDistError) else EXIT_RANK_FAILED
-        self._fail(message, code)
+        self._fail(message, INTERRUPTED if isinstance(error, KeyboardInterrupt) else code)
 
     def _on_thread_exception(self, arguments: threading.ExceptHookArgs) -> None:
+        if is_interactive() or arguments.exc_type is SystemExit:  # with which a thread ends, and no more
+            self._thread_excepthook(arguments)
+            return
         lines = traceback.format_exception(arguments.exc_type, arguments.exc_value, arguments.exc_traceback)
         name = arguments.thread.name if arguments.thread else "?"
         self._note(lines[-1])
@@ -197,7 +250,23 @@ class Ending:
         if self._mpi is not None and threading.current_thread() is threading.main_thread():
             self._leave_it_to_the_first(code)
             self._mpi.Abort(code)
+        self._tell_the_others_to_end(code)
         os._exit(code)
+
+    def _tell_the_others_to_end(self, code: int) -> None:
+        """From a thread, where mpirun takes the end of a process for a death that the others outlive."""
+        from tf_dist.comm import survive
+
+        if self._mpi is None or not survive.can() or not self._watcher.is_alive():
+            return
+        note, sent = json.dumps({"end": code}).encode(), []
+        with contextlib.suppress(RuntimeError):  # of MPI: some are dead already
+            for other in range(self._mpi.Get_size()):
+                if other not in (self.rank, *self._dead):
+                    sent.append(self._mpi.Isend(bytearray(note), dest=other, tag=NOTE_TAG))
+            deadline = time.monotonic() + RENDEZVOUS_S
+            while not all(request.Test() for request in sent) and time.monotonic() < deadline:
+                time.sleep(0.01)
 
     def _leave_it_to_the_first(self, code: int) -> None:
         """Where a rank has died, all others meet it, and abort, at the same moment: only one of them should.
@@ -263,7 +332,7 @@ class Ending:
         from tf_dist.comm import survive
 
         some_died = False
-        while not survive.agree(self._leaving, True):
+        while not survive.agree(self._leaving, True, meanwhile=self._end_if_told):
             self._leaving, _ = survive.shrink(self._leaving)
             some_died = True
         if some_died:
@@ -280,12 +349,20 @@ class Ending:
     def _watch(self) -> None:
         departed: dict[int, tuple[float, str]] = {}
         while not self._left.wait(LOOK_EVERY_S):
-            note = self._receive_note()
+            note = self._end_if_told()
             if note:
                 departed[note["rank"]] = (time.monotonic(), note["stack"])
             waiting = self._comm.waiting if self._comm else None
             if departed and waiting:
                 self._end_if_stuck(departed, waiting)
+
+    def _end_if_told(self) -> dict[str, Any] | None:
+        """Look for a note; end where another rank has ended the job and says so."""
+        note = self._receive_note()
+        if note and "end" in note:
+            _flush()
+            os._exit(note["end"])
+        return note
 
     def _receive_note(self) -> dict[str, Any] | None:
         from mpi4py import MPI
@@ -328,6 +405,20 @@ class Ending:
         self._abort(EXIT_RANK_FAILED)
 
 
+def is_interactive() -> bool:
+    """Whether a person types to this interpreter: a prompt, ``python -i``, IPython or Jupyter."""
+    return hasattr(sys, "ps1") or bool(sys.flags.interactive)
+
+
+def _have_streams() -> None:
+    """Open what was closed (``>&-``): else a file, or a connection of MPI, would take the place of stdout."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest that is free
+
+
 def _allgather(mpi: Any, raw: bytes) -> list[bytes]:
     from tf_dist.comm.mpi import MPIComm
 
@@ -335,8 +426,7 @@ def _allgather(mpi: Any, raw: bytes) -> list[bytes]:
 
 
 def _flush() -> None:
+    output.flush()
     for stream in (sys.stdout, sys.stderr):
-        try:
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or there never was one
             stream.flush()
-        except (OSError, ValueError):
-            pass

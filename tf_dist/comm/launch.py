@@ -7,21 +7,22 @@ with them, choose the backend. Where ``TF_DIST_DEBUG`` asks for it, every collec
 
 from __future__ import annotations
 
-import faulthandler
 import math
 import os
 import statistics
+import sys
 import time
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tf_dist import faults
-from tf_dist.comm import watchdog
+from tf_dist import faults, processes
+from tf_dist.comm import starting, watchdog
 from tf_dist.comm.base import Comm, SerialComm
 from tf_dist.comm.debug import keep_order
 from tf_dist.comm.ending import Ending
+from tf_dist.comm.settings import same_environment, told
+from tf_dist.comm.signals import Signals
 from tf_dist.comm.stalls import Limits
 from tf_dist.comm.threads import load_tensorflow, set_threads
 from tf_dist.errors import LaunchError, UsageError
@@ -47,8 +48,6 @@ RANK_VARIABLES = (
 _ending: Ending | None = None
 _connected: Comm | None = None
 BEATS_TIMED = 20
-# How long ranks wait for each other to start: some hundred that read Python from one disk take minutes.
-START_LIMIT_S = 600.0
 
 
 def connect(
@@ -66,35 +65,63 @@ def connect(
         The group of all ranks; a `SerialComm` when the job is one process.
 
     Raises:
-        LaunchError: the launcher and mpi4py's MPI library do not belong together.
+        LaunchError: the launcher and mpi4py's MPI library do not belong together, or ranks have other
+            versions or settings of oneDNN, XLA and the like than others: on every rank, which are named.
         BackendMissing: ``backend="horovod"`` without Horovod.
         UsageError: an unknown backend, or limits that cannot hold together.
     """
     comm = join()
     limit_stalls(stall_warn, stall_abort)
     set_threads(comm, threads_per_rank)
+    uneven = told(same_environment(comm))
+    if uneven and comm.rank == 0:
+        print(uneven, file=sys.stderr)
     load_tensorflow()
     return use_backend(comm, backend)
 
 
 def join() -> Comm:
     """Join the MPI world and install the hooks that end all ranks together."""
-    global _ending, _connected
-    if _ending is None:
-        _ending = Ending()
+    global _connected
+    if starting.child_of_a_rank(os.environ):
+        _connected = SerialComm()
+        return _connected
+    ending = _the_ending()
     mpi = _import_mpi()
     size = mpi.COMM_WORLD.Get_size() if mpi else 1
     check_launcher(size, os.environ)
+    if size > 1:
+        os.environ[starting.MARK] = str(os.getpid())
     comm: Comm = SerialComm()
     if mpi and size > 1:
         from tf_dist.comm.mpi import MPIComm
 
         comm = MPIComm()
-        _ending.join(mpi.COMM_WORLD.Dup(), can_watch=mpi.Query_thread() == mpi.THREAD_MULTIPLE)
+        ending.join(mpi.COMM_WORLD.Dup(), can_watch=mpi.Query_thread() == mpi.THREAD_MULTIPLE)
     faults.arm(os.environ.get(faults.VARIABLE, ""), comm.rank)
-    _watch(mpi, comm, _ending)
+    _watch(mpi, comm, ending)
     _connected = keep_order(comm, os.environ, lambda: mpi.COMM_WORLD.Dup())
     return _connected
+
+
+def _the_ending() -> Ending:
+    global _ending
+    if _ending is None:
+        _ending = Ending()
+    return _ending
+
+
+def end_on_signals() -> Signals:
+    """Save before this job ends where somebody tells it to, by a signal; for programs, before `join`."""
+    return Signals(_the_ending())
+
+
+def speak(text: str, past_mpirun: bool = False) -> None:
+    """Print a last word on the terminal; if need be past an mpirun that is told to end as well."""
+    ending = _the_ending()
+    if past_mpirun:
+        ending.speak_past_the_launcher()
+    ending.speak(text)
 
 
 def connected() -> Comm | None:
@@ -190,12 +217,36 @@ def stragglers() -> list[dict[str, Any]]:
 
 def launched_rank(environment: Mapping[str, str]) -> int:
     """The rank that a launcher says this process has, before MPI is asked; 0 without one."""
-    return next((int(environment[name]) for name in RANK_VARIABLES if name in environment), 0)
+    return _first_number(environment, RANK_VARIABLES) or 0
+
+
+def launched_size(environment: Mapping[str, str]) -> int | None:
+    """How many processes mpirun, srun or their like say they started; None where none of them did."""
+    if "SLURM_PTY_PORT" in environment and _typed_in_a_shell():
+        names = tuple(name for name in SIZE_VARIABLES if not name.startswith("SLURM"))
+    else:
+        names = SIZE_VARIABLES
+    return _first_number(environment, names)
+
+
+def _first_number(environment: Mapping[str, str], names: Sequence[str]) -> int | None:
+    """What the first of these variables says that says a number."""
+    return next((int(environment[name]) for name in names if environment.get(name, "").isdigit()), None)
+
+
+def _typed_in_a_shell() -> bool:
+    """Whether a person started this process in a shell that srun gave them (``srun -n 4 --pty bash``).
+
+    Slurm's variables are those of the shell then. Ranks that srun starts have no terminal, also where it was
+    typed in such a shell, whose variables they inherit.
+    """
+    above = processes.launcher_above(os.getpid())
+    return above is None or above.name != "slurmstepd" or processes.has_terminal(os.getpid())
 
 
 def was_launched(environment: Mapping[str, str]) -> bool:
     """Whether mpirun, srun or their like started this process."""
-    return any(name in environment for name in SIZE_VARIABLES)
+    return launched_size(environment) is not None
 
 
 def only_the_first_answers() -> None:
@@ -214,7 +265,7 @@ def check_launcher(size: int, environment: Mapping[str, str]) -> None:
     Raises:
         LaunchError: on the first of these processes; the others exit silently with the same code.
     """
-    started = next((int(environment[name]) for name in SIZE_VARIABLES if name in environment), 1)
+    started = launched_size(environment) or 1
     rank = launched_rank(environment)
     if size >= started and (size > 1 or rank == 0):
         return
@@ -273,24 +324,9 @@ def _import_mpi() -> Any:
         from tf_dist.comm import survive
 
         survive.prepare(os.environ)
-        _wait_until_all_ranks_have_started(MPI)
+        starting.have_a_home(os.environ)
+        starting.begin_mpi(MPI)
     return MPI
-
-
-def _wait_until_all_ranks_have_started(mpi: Any) -> None:
-    """Begin MPI, which waits for all ranks and lets no other thread of Python run meanwhile.
-
-    A rank that died before it came here is waited for by the others, where that does not end the job
-    (``--with-ft ulfm``). So these end after a while, and show where they are: here.
-    """
-    faulthandler.dump_traceback_later(START_LIMIT_S, exit=True)
-    try:
-        with warnings.catch_warnings(
-            action="ignore"
-        ):  # of a suspicious launcher: `check_launcher` is certain
-            mpi.Init_thread(mpi.THREAD_MULTIPLE)
-    finally:
-        faulthandler.cancel_dump_traceback_later()
 
 
 def _refuse(message: str, rank: int) -> NoReturn:

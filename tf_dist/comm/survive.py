@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import numpy as np
@@ -66,8 +66,12 @@ def dead(mpi: Any) -> list[int]:
     return sorted(MPI.Group.Translate_ranks(failed, list(range(failed.Get_size())), group))
 
 
-def agree(mpi: Any, fine: bool, limit_s: float = math.inf) -> bool:
+def agree(
+    mpi: Any, fine: bool, limit_s: float = math.inf, meanwhile: Callable[[], object] = lambda: None
+) -> bool:
     """Whether all who live are fine, and none has died; the same on all of them. It waits for all.
+
+    ``meanwhile`` is called now and then.
 
     Raises:
         TimeoutError: not all have come within ``limit_s``; no agreement may follow on this communicator.
@@ -79,6 +83,7 @@ def agree(mpi: Any, fine: bool, limit_s: float = math.inf) -> bool:
         while not request.Test():
             if time.monotonic() > deadline:
                 raise TimeoutError
+            meanwhile()
             time.sleep(LOOK_EVERY_S)
     except MPI.Exception as error:
         if not is_loss(error, mpi):

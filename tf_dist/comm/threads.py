@@ -1,6 +1,6 @@
 """A rank's share of the node's cores, given to TensorFlow before it is imported.
 
-TensorFlow takes every core it sees, and reads how many it may use only once: when it is loaded.
+TensorFlow takes every core it sees, and reads how many it may use only once: when it first computes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 from threadpoolctl import threadpool_limits
 
+from tf_dist.comm import cores, starting
 from tf_dist.comm.base import Comm
 from tf_dist.errors import LaunchError
 
@@ -79,37 +80,71 @@ def cpu_quota() -> float:
 
 
 def set_threads(comm: Comm, threads_per_rank: int = 0) -> Place:
-    """Give this rank its threads, by environment variables that TensorFlow reads on import.
+    """Give this rank its threads, by environment variables that TensorFlow reads when it first computes.
+
+    Where it has done so already it keeps all threads that it took, and rank 0 says so.
 
     Returns:
-        This rank's place, with the number of threads it was given.
+        This rank's place, with the number of threads that are its share.
 
     Raises:
-        LaunchError: TensorFlow is imported already, or Keras is set to another framework.
+        LaunchError: Keras is set to another framework.
     """
     everywhere = places(comm)
     place = everywhere[comm.rank]
     threads = threads_per_rank or place.threads
-    if "tensorflow" in sys.modules and os.environ.get("TF_NUM_INTRAOP_THREADS") != str(threads):
-        raise LaunchError(
-            "TensorFlow was imported before tf_dist.connect(): its threads can no longer be set. "
-            "Call connect() first, then import tensorflow or keras"
-        )
-    framework = os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+    framework = _keras_framework()
     if framework != "tensorflow":
-        raise LaunchError(f"KERAS_BACKEND is {framework!r}: tf_dist trains with tensorflow. Unset it")
-    for name in THREAD_VARIABLES:
-        os.environ[name] = str(threads)
-    # NumPy has been here before, and its BLAS took all cores: with four ranks on two cores a PowerSGD step of
-    # an LSTM took five times as long.
-    threadpool_limits(threads, user_api="blas")
+        raise LaunchError(
+            f"Keras's backend is {framework!r}: tf_dist trains with tensorflow. "
+            "Set KERAS_BACKEND=tensorflow, or leave it unset"
+        )
     # More than one operation at a time only pays when there are threads to spare; or between nodes, where
     # gradients leave during the backward pass: one thread would hand them over when all the rest is done.
     between_nodes = len({at.host for at in everywhere}) > 1
-    os.environ["TF_NUM_INTEROP_THREADS"] = str(2 if between_nodes else min(2, threads))
+    at_once = 2 if between_nodes else min(2, threads)
+    if _can_be_told(threads, at_once):
+        os.environ |= {name: str(threads) for name in THREAD_VARIABLES}
+        os.environ["TF_NUM_INTEROP_THREADS"] = str(at_once)
+    elif comm.rank == 0:
+        print(
+            "warning: TensorFlow has computed something before tf_dist.connect(), so its threads can no "
+            f"longer be set: this rank keeps all that it took, not its share ({threads}). Ranks that share "
+            "cores are slower for it. Call connect() first",
+            file=sys.stderr,
+        )
+    # NumPy has been here before, and its BLAS took all cores: with four ranks on two cores a PowerSGD step of
+    # an LSTM took five times as long.
+    threadpool_limits(threads, user_api="blas")
+    others = cores.warning(os.environ.get(starting.JOB, ""), place.cores) if not place.local_rank else ""
+    if others:
+        print(others, file=sys.stderr)
     # TensorFlow's INFO and WARNING lines, once per rank, would bury ours. Errors still show.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     return Place(place.host, place.local_rank, place.local_size, place.cores, threads)
+
+
+def _keras_framework() -> str:
+    """What Keras computes with: of the one that is imported, or what it will be told."""
+    keras = sys.modules.get("keras")
+    if keras is not None and hasattr(keras, "config"):
+        return str(keras.config.backend())
+    return os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+
+
+def _can_be_told(threads: int, at_once: int) -> bool:
+    """Whether TensorFlow will still take these threads: it may be imported, but must not have computed."""
+    tensorflow = sys.modules.get("tensorflow")
+    if tensorflow is None:
+        return True
+    try:
+        tensorflow.config.threading.set_intra_op_parallelism_threads(threads)
+        tensorflow.config.threading.set_inter_op_parallelism_threads(at_once)
+    except (
+        RuntimeError
+    ):  # "cannot be modified after initialization"; which the same number may, says TensorFlow
+        return False
+    return True
 
 
 def load_tensorflow() -> None:

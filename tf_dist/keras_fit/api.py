@@ -7,8 +7,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tf_dist.comm.agree import agree, versions
 from tf_dist.comm.communicators import as_comm
+from tf_dist.comm.settings import same_environment
 from tf_dist.errors import UsageError
 from tf_dist.keras_fit import dataset, patches, self_test
 from tf_dist.keras_fit.distributed_optimizer import made_distributed
@@ -47,7 +47,7 @@ def distribute(optimizer: keras.optimizers.Optimizer, comm: Any) -> keras.optimi
             "this optimizer is distributed already: call distribute() once, on the outermost one"
         )
     patches.install()
-    agree(comm, versions(), "the versions of what they run")
+    same_environment(comm)
     self_test.run()
     return made_distributed(optimizer, comm)
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tf_dist import faults
+from tf_dist.comm import output
 from tf_dist.comm.words import named
 from tf_dist.errors import NumericError, UsageError
 from tf_dist.parallel import zero
@@ -132,7 +133,7 @@ class BadSteps:
 
     def _print(self, text: str) -> None:
         if self._trainer.comm.rank == 0:
-            print(text, flush=True)
+            output.say(text)
 
 
 def first_not_finite(parts: Iterable[np.ndarray], replica: Any, start: int = 0) -> str:

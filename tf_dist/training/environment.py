@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 
-from tf_dist.comm.agree import versions
+from tf_dist.comm.agree import difference, versions
+from tf_dist.comm.base import Comm
+from tf_dist.comm.settings import ONEDNN, settings, threads
 
 # Of the packages that compute. Others may change without changing a bit.
 COMPUTING = ("tensorflow", "tensorflow-cpu", "keras", "numpy")
@@ -29,12 +30,25 @@ BFLOAT16_BY = ("avx512_bf16", "amx_bf16", "bf16")
 def bits_depend_on() -> dict[str, str]:
     """Versions, threads, oneDNN, XLA and instruction sets of this process, by name."""
     found = {name: version for name, version in versions().items() if name in COMPUTING}
+    chosen = settings()
     return found | {
-        "threads per rank": os.environ.get("TF_NUM_INTRAOP_THREADS", "all"),
-        "oneDNN": "off" if os.environ.get("TF_ENABLE_ONEDNN_OPTS", "1") in ("0", "false") else "on",
-        "XLA": os.environ.get("TF_XLA_FLAGS", "") or "off",
+        **threads(),
+        "oneDNN": "off" if chosen.pop(ONEDNN) == "0" else "on",
+        "XLA": chosen.pop("TF_XLA_FLAGS", "off"),
+        **chosen,
         "instruction sets": " ".join(_instruction_sets()),
     }
+
+
+def bits_of_all(comm: Comm) -> dict[str, str]:
+    """`bits_depend_on` of all ranks; where they differ, with the ranks that have each; a collective."""
+    everyone = comm.allgather_obj(bits_depend_on())
+    names = dict.fromkeys(name for found in everyone for name in found)
+    return {name: _of_all([found.get(name, "nothing") for found in everyone]) for name in names}
+
+
+def _of_all(values: list[str]) -> str:
+    return difference("", values).removeprefix(": ") or values[0]
 
 
 def changes(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from tf_dist.errors import CheckpointError
 from tf_dist.training import checkpoint
 from tf_dist.training.manifest import file_sizes, read_manifest
+from tf_dist.training.status import correct
 
 # Facts that take too much room; `config` is also in the run folder's config.yaml.
 LONG_FACTS = ("config", "versions", "bits_depend_on")
@@ -19,6 +20,7 @@ def found_at(path: Path) -> list[Path]:
     Raises:
         CheckpointError: there are none.
     """
+    correct(path)
     if checkpoint.STEP_FOLDER.fullmatch(path.resolve().name):
         found = [path]
     else:

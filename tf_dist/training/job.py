@@ -22,13 +22,13 @@ from tf_dist.parallel.compressed import Compressed
 from tf_dist.training import checkpoint, state
 from tf_dist.training.begin_again import Deaths
 from tf_dist.training.downpour import Downpour
-from tf_dist.training.environment import bits_depend_on, changes
+from tf_dist.training.environment import bits_of_all, changes
 from tf_dist.training.generate import Sampling, write_on
 from tf_dist.training.manifest import read_manifest
 from tf_dist.training.neighbours import Neighbours
 from tf_dist.training.plots import loss_curve
 from tf_dist.training.rolling_back import kept, roll_back
-from tf_dist.training.run import RunFolder
+from tf_dist.training.run import RunFolder, point_latest_to
 from tf_dist.training.run_callbacks import Tally
 from tf_dist.training.saving import Saver
 from tf_dist.training.spikes import Spike
@@ -61,6 +61,7 @@ class Job:
         self.config, self.comm, self.corpus, self.run, self.trainer = config, comm, corpus, run, trainer
         self.last: dict[str, Any] = {}
         self.tally = Tally()
+        self._bits_depend_on = bits_of_all(comm)
         self._sha256: dict[int, str] = {}  # of the weights after a step
         self._deaths = deaths or Deaths()
         trainer.lost, trainer.in_place.recoveries = self._deaths.lost, self._deaths.recoveries
@@ -149,7 +150,7 @@ class Job:
         facts = read_manifest(path)["facts"]
         content = self.corpus.meta["content_sha256"]
         state.check_same_run(facts, self.config, content, self.run.say)
-        changed = changes(facts.get("bits_depend_on", {}), bits_depend_on())
+        changed = changes(facts.get("bits_depend_on", {}), self._bits_depend_on)
         if changed:
             self.run.say("resuming where last bits may differ, for these have changed: " + "; ".join(changed))
         return {"path": str(path), **kept(facts)}
@@ -169,6 +170,8 @@ class Job:
         tokenizer = (self.corpus.path / "tokenizer.json").read_text(encoding="utf-8")
         self.run.write("tokenizer.json", tokenizer)
         self.run.status(step=self.trainer.step, val_loss=self.last.get("val_loss"))
+        if self.comm.rank == 0:
+            point_latest_to(self.run.path)
 
     def heard(self, row: dict[str, Any]) -> None:
         """Remember a row of the metrics."""
@@ -261,7 +264,7 @@ class Job:
             "config": self.config.as_dict(),
             "content_sha256": self.corpus.meta["content_sha256"],
             "versions": versions(),
-            "bits_depend_on": bits_depend_on(),
+            "bits_depend_on": self._bits_depend_on,
             "val_loss": self.last.get("val_loss"),
             "bad_steps": self.trainer.bad.counters,
             "spikes": self.trainer.spikes.facts,

@@ -14,6 +14,7 @@ from tf_dist.errors import CheckpointError
 from tf_dist.flags import from_mapping, read_config_file
 from tf_dist.models.build import build
 from tf_dist.training import checkpoint, state
+from tf_dist.training.status import correct
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ def load_run(run_dir: str, say: Callable[[str], None] = print, which: str = "lat
         CheckpointError: the folder holds no run, or no checkpoint that can be used.
     """
     folder = Path(run_dir)
+    correct(folder)
     config = _config_of(folder)
     path = _chosen(folder / "checkpoints", which, say)
     tensors, _, step = checkpoint.load(path)

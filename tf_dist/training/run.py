@@ -12,12 +12,15 @@ import json
 import math
 import os
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tf_dist import faults
+from tf_dist.comm import output
 from tf_dist.comm.agree import on_root
 from tf_dist.comm.base import Comm
 from tf_dist.config import Config
@@ -25,11 +28,56 @@ from tf_dist.errors import LaunchError, TfDistError
 from tf_dist.files import write_whole
 from tf_dist.training.background import Background
 from tf_dist.training.in_use import claim
+from tf_dist.training.status import correct
 
+# How much of what a rank prints before there is a folder is kept for its log.
+FOREWORD_BYTES = 1 << 20
 METRICS = (
     "step", "epoch", "loss", "val_loss", "perplexity", "bits_per_byte", "learning_rate", "grad_norm",
     "tokens", "tokens_per_s", "step_s", "comm_s", "wait_s", "elapsed_s", "bad_steps",
 )  # fmt: skip
+
+
+class Foreword:
+    """What is said before there is a run folder: a start that fails leaves none.
+
+    On rank 0 it is printed at once; what others print (a user's model, N times) is for their logs alone.
+
+    Args:
+        comm: all ranks.
+
+    Attributes:
+        run: where it was handed over to.
+    """
+
+    def __init__(self, comm: Comm) -> None:
+        self._comm, self._lines = comm, list[str]()
+        self.run: RunFolder | None = None
+        self._held: IO[bytes] | None = None
+        if comm.rank:
+            sys.stdout.flush()
+            self._held, self._stdout = tempfile.TemporaryFile(), os.dup(1)
+            os.dup2(self._held.fileno(), 1)
+
+    def say(self, text: str) -> None:
+        """As `RunFolder.say`, whether there is a folder yet or not."""
+        if self.run is not None:
+            self.run.say(text)
+        elif self._comm.rank == 0:
+            output.say(text)
+            self._lines.append(text + "\n")
+
+    def end(self, run: RunFolder) -> str:
+        """Hand over to a run folder; what belongs at the beginning of this rank's log."""
+        self.run = run
+        if self._held is None:
+            return "".join(self._lines)
+        sys.stdout.flush()
+        os.dup2(self._stdout, 1)
+        os.close(self._stdout)
+        with self._held as held:
+            held.seek(0)
+            return held.read(FOREWORD_BYTES).decode(errors="replace")
 
 
 class RunFolder:
@@ -49,13 +97,17 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.later = Background()
         self._console: dict[int, int] = {}
+        self._status_lock = threading.RLock()
         self._status: dict[str, Any] = {
             "state": "running", "step": 0, "ranks": comm.size, "val_loss": None, "weights_sha256": None,
             "failures": [], "exit_code": None, "bad_steps": 0,
         }  # fmt: skip
 
-    def open(self) -> None:
+    def open(self, foreword: Foreword | None = None) -> None:
         """Make the folder, and send this rank's output to its log; a collective.
+
+        Args:
+            foreword: what was said and printed before, which belongs there as well.
 
         Raises:
             LaunchError: the folder cannot be written, or another job is at work in it.
@@ -68,7 +120,12 @@ class RunFolder:
             probe.touch()
             probe.unlink()
             on_root(self.comm, lambda: claim(self.path))
+            if self.comm.rank == 0:
+                correct(self.path, ours=True)
             with open(logs / f"rank-{self.comm.rank:04d}.log", "a") as log:
+                if foreword is not None:
+                    log.write(foreword.end(self))
+                    log.flush()
                 self._redirect_to(log.fileno())
             faults.writes_below(self.path)
         except OSError as error:
@@ -106,8 +163,7 @@ class RunFolder:
         if self.comm.rank:
             return
         self.later.drain()
-        with contextlib.suppress(OSError):  # a closed pipe (`| head`) must not end the training
-            print(text, flush=True)
+        output.say(text)
         with contextlib.suppress(OSError), open(self.path / "logs" / "rank-0000.log", "a") as log:
             log.write(text + "\n")
 
@@ -123,8 +179,17 @@ class RunFolder:
 
     def status(self, **changes: Any) -> None:
         """Change what ``status.json`` says."""
-        self._status.update(changes)
-        self.write("status.json", json.dumps(self._status, indent=1) + "\n")
+        with self._status_lock:
+            self._status.update(changes)
+            self.write("status.json", json.dumps(self._status, indent=1) + "\n")
+
+    def stopping(self, code: int) -> None:
+        """Note that the job was told to end, and may not live to say more; in any thread, on rank 0."""
+        with self._status_lock, contextlib.suppress(LaunchError):
+            if self._status["state"] == "running":
+                self._status.update(state="stopping", exit_code=code)
+                text = json.dumps(self._status, indent=1) + "\n"
+                write_whole(self.path / "status.json", text.encode(), LaunchError)
 
     def failed(self, code: int, message: str) -> None:
         """Note in ``status.json`` that the job ends badly; may be called on any rank, by its last breath."""
@@ -200,6 +265,22 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
     return rows
+
+
+def check_folder(config: Config) -> None:
+    """Refuse early what `RunFolder.open` would refuse after the data is prepared; nothing is written.
+
+    Raises:
+        LaunchError: the folder cannot be made or written, or another job is at work in it.
+    """
+    wanted = Path(config.run_dir or "runs")
+    there = next(path for path in (wanted, *wanted.absolute().parents) if path.exists() or path.is_symlink())
+    why = "" if os.access(there, os.W_OK | os.X_OK) else "no permission to write there"
+    if why or not there.is_dir():
+        why = why if there.is_dir() else f"{there} is no folder"
+        raise LaunchError(f"cannot write the run folder {wanted}: {why}. Choose another with --run-dir")
+    if (wanted / "checkpoints").is_dir() and config.run_dir:
+        claim(wanted)
 
 
 def choose_folder(config: Config, comm: Comm) -> Path:

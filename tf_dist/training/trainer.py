@@ -16,9 +16,11 @@ import keras
 import numpy as np
 
 from tf_dist import faults
+from tf_dist.comm import output
 from tf_dist.comm.base import Comm
 from tf_dist.comm.communicators import as_comm
 from tf_dist.comm.probe import prove
+from tf_dist.comm.settings import same_environment
 from tf_dist.comm.words import counted, named
 from tf_dist.config import default_micro_batch
 from tf_dist.data.ahead import Ahead
@@ -374,6 +376,7 @@ class Trainer:
     def _begin(self, sequences: Sequences, held_out: Sequences | None, options: Mapping[str, Any]) -> None:
         """Settle what must hold before the next step (`tf_dist.training.beginning`); a collective."""
         prove(self.comm)
+        same_environment(self.comm)
         position = {"step": self.step, "counted from": self.fitted, "seq_len": self.seq_len}
         agree_on_data(self.comm, sequences, held_out, {**position, **options})
         self.broadcast_weights()
@@ -400,7 +403,7 @@ class Trainer:
     def _say_if_variables_step_alone(self) -> None:
         reason = self.replica.optimizer_step.reason
         if reason and self.comm.rank == 0:
-            print(f"optimizer: {reason}, so it steps each variable by itself", flush=True)
+            output.say(f"optimizer: {reason}, so it steps each variable by itself")
 
     def request_stop(self) -> None:
         """Ask all ranks to stop after the next step; may be called on any rank, even by a signal."""
@@ -491,7 +494,7 @@ class Trainer:
         self.lost += lost
         if self.comm.rank == 0 and lost:
             left = counted(self.comm.size)
-            print(f"{named(lost)} died before step {self.step}: {left} go on", flush=True)
+            output.say(f"{named(lost)} died before step {self.step}: {left} go on")
 
     def share_anew(self) -> None:
         """Share out all work among the ranks that are left; a collective."""

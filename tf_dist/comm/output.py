@@ -1,0 +1,103 @@
+"""`Output`: lines for people, who may have stopped reading: a full pipe, a terminal held by Ctrl-S.
+
+Nobody who trains waits for them. What cannot be written now is kept, and written with what comes later.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import select
+import sys
+import time
+from collections import deque
+
+# What can be written without waiting, where the system says that something can (PIPE_BUF).
+PIECE_BYTES = 4096
+# How much is kept for somebody who does not read.
+KEPT_BYTES = 1 << 20
+# How long the end of a program waits for a reader.
+END_LIMIT_S = 5.0
+LOOK_EVERY_S = 0.02
+
+
+class Output:
+    """A stream that is never waited for, except at the end.
+
+    Args:
+        descriptor: of the stream.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor, self._kept = descriptor, deque[bytes]()
+        self._bytes, self._lost = 0, 0
+
+    def say(self, text: str) -> None:
+        """Write a line, now or later; nothing where the stream is closed."""
+        raw = text.encode(errors="backslashreplace") + b"\n"
+        self._kept.append(raw)
+        self._bytes += len(raw)
+        while self._bytes > KEPT_BYTES and len(self._kept) > 1:
+            self._bytes -= len(self._kept.popleft())
+            self._lost += 1
+        self.flush()
+
+    def flush(self, limit_s: float = 0.0) -> None:
+        """Write what is kept, as far as somebody reads it within ``limit_s`` seconds."""
+        deadline = time.monotonic() + limit_s
+        while self._kept:
+            if not self._is_read():
+                if time.monotonic() >= deadline:
+                    return
+                time.sleep(LOOK_EVERY_S)
+                continue
+            try:
+                self._write_a_piece()
+            except OSError:  # nobody reads any more (`| head`), or there never was anybody (`>&-`)
+                self._kept.clear()
+                self._bytes = 0
+
+    def _is_read(self) -> bool:
+        try:
+            poll = select.poll()
+            poll.register(self._descriptor, select.POLLOUT)
+            return bool(poll.poll(0))
+        except OSError:
+            return True  # let the write say so
+
+    def _write_a_piece(self) -> None:
+        if self._lost:
+            self._kept.appendleft(f"({self._lost} lines were not read; they are in the log)\n".encode())
+            self._bytes, self._lost = self._bytes + len(self._kept[0]), 0
+        piece = self._kept[0][:PIECE_BYTES]
+        written = os.write(self._descriptor, piece)
+        self._bytes -= written
+        rest = self._kept.popleft()[written:]
+        if rest:
+            self._kept.appendleft(rest)
+
+
+_stdout = Output(1)
+atexit.register(_stdout.flush, END_LIMIT_S)
+
+
+def say(text: str) -> None:
+    """Print a line on standard output, without waiting for whoever reads it."""
+    try:
+        real = sys.stdout.fileno() == 1
+    except (OSError, ValueError, AttributeError):  # pytest's, a notebook's, or none at all
+        real = False
+    if not real:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            print(text, flush=True)
+        return
+    if _stdout._is_read():
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()  # what others have printed comes first
+    _stdout.say(text)
+
+
+def flush(limit_s: float = 1.0) -> None:
+    """Before a process ends at once: write what was said, if somebody reads it."""
+    _stdout.flush(limit_s)

@@ -1,0 +1,207 @@
+"""How MPI begins: when all ranks of this node have come, and none has died on its way.
+
+`MPI_Init` waits for all ranks, and lets no other thread of Python run meanwhile: who waits there for a rank
+that is gone can neither notice nor say so. So ranks wait before it, for those of their node, whom /proc
+shows: a rank has come when it has loaded an MPI library, whoever loads it there.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import pwd
+import signal
+import tempfile
+import time
+import warnings
+from collections.abc import Collection, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tf_dist import processes
+from tf_dist.comm.words import named
+from tf_dist.errors import LaunchError, TfDistError
+
+# How long ranks wait for each other to start: some hundred that read Python from one disk take minutes.
+START_LIMIT_S = 600.0
+# By then a launcher has started all ranks of its node.
+STARTED_S = 20.0
+LOOK_EVERY_S, LONGEST_PAUSE_S = 0.05, 0.5
+# A process so young may not be a rank yet: it was forked, and its program is still to be loaded.
+YOUNG_S = 5.0
+# How long the others leave the floor to the first, before they end without a word.
+FLOOR_S = 2.0
+# What Open MPI's mpirun tells ranks of themselves.
+JOB, RANK, HERE = "PMIX_NAMESPACE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"
+LIBRARY = b"/libmpi"
+# What a rank tells its children: its own number.
+MARK = "TF_DIST_RANK_PID"
+
+
+def have_a_home(environment: MutableMapping[str, str]) -> None:
+    """Set HOME where it is not, as for services and cron: without it MPI_Init ends the process."""
+    if environment.get("HOME"):
+        return
+    try:
+        home = pwd.getpwuid(os.getuid()).pw_dir
+    except KeyError:  # nobody: a container that runs with a number of its own
+        home = ""
+    environment["HOME"] = home if os.path.isdir(home) else tempfile.gettempdir()
+
+
+def child_of_a_rank(environment: Mapping[str, str]) -> bool:
+    """Whether a rank has started this process, as ``subprocess.run([sys.executable, "evaluate.py"])``.
+
+    It inherits all by which a launcher tells who is which rank. If it joined as that rank, it and all others
+    would wait for ever: so it is one process, by itself.
+
+    Raises:
+        LaunchError: multiprocessing has made it, to run one function: it must not train.
+    """
+    pid, own = environment.get(MARK, ""), os.getpid()
+    if not pid.isdigit() or int(pid) == own:
+        return False
+    for process in processes.ancestors(own):
+        if process.pid == int(pid):
+            break
+        if process.name in processes.LAUNCHERS:  # the rank has started a job of its own
+            return False
+    else:
+        return False
+    if multiprocessing.parent_process() is not None:
+        raise LaunchError(
+            "tf_dist.connect() was called in a process that multiprocessing has started in a rank. Guard "
+            'what only ranks do by `if __name__ == "__main__":`'
+        )
+    return True
+
+
+def begin_mpi(mpi: Any) -> None:
+    """Begin MPI; all ranks wait for each other.
+
+    Raises:
+        TfDistError: a rank of this node has died before it came here; on the first of the others.
+    """
+    wait_for_those_here(os.environ)
+    # A rank of another node may still have died. So these end after a while, and show where they are: here.
+    # To the descriptor: sys.stderr may be that of pytest or a notebook, which has none.
+    faulthandler.dump_traceback_later(START_LIMIT_S, exit=True, file=2)
+    try:
+        # Of a suspicious launcher: `check_launcher` is certain.
+        with warnings.catch_warnings(action="ignore"), _told_to_end_later():
+            mpi.Init_thread(mpi.THREAD_MULTIPLE)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+@contextmanager
+def _told_to_end_later() -> Iterator[None]:
+    """Let SIGTERM wait: a rank that dies inside MPI_Init may be waited for by the others for ever."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def wait_for_those_here(environment: Mapping[str, str], proc: Path = processes.PROC) -> None:
+    """Wait until all ranks of this node have loaded MPI.
+
+    Raises:
+        TfDistError: some have died; on the lowest of the others. These end the process, silently.
+    """
+    job, count = environment.get(JOB, ""), environment.get(HERE, "")
+    if not job or not count.isdigit() or int(count) < 2 or not (proc / "self" / "environ").exists():
+        return
+    ranks, begun, pause_s = RanksHere(job, proc), time.monotonic(), LOOK_EVERY_S
+    while not ranks.all_here(int(count)):
+        waited_s, alive = time.monotonic() - begun, ranks.alive()
+        gone, too_few = ranks.gone(), waited_s > STARTED_S and len(alive) < int(count)
+        if gone or too_few:
+            _refuse(gone or _never_seen(alive, environment), int(environment[RANK]) == min(alive))
+        if waited_s > START_LIMIT_S:  # MPI may know of other ways
+            return
+        time.sleep(pause_s)
+        pause_s = min(LONGEST_PAUSE_S, 1.2 * pause_s)
+
+
+def _never_seen(alive: Collection[int], environment: Mapping[str, str]) -> list[int]:
+    """Ranks that died before anybody looked; none where it is not known which ranks this node should have."""
+    size = environment.get("OMPI_COMM_WORLD_SIZE", "")
+    return sorted(set(range(int(size))) - set(alive)) if size == environment[HERE] else []
+
+
+def _refuse(gone: list[int], first: bool) -> None:
+    if not first:
+        time.sleep(FLOOR_S)
+        os._exit(TfDistError.exit_code)
+    who = named(gone) if gone else "a rank of this node"
+    raise TfDistError(
+        f"the job cannot begin: {who} ended before tf_dist.connect(). What was said there is above; a rank "
+        "that takes no part must not be started"
+    )
+
+
+class RanksHere:
+    """The ranks of a job on this node, as /proc shows them; this user's processes alone.
+
+    Args:
+        job: its name among all jobs of the launcher.
+        proc: where to look.
+    """
+
+    def __init__(self, job: str, proc: Path = processes.PROC) -> None:
+        self._mark, self._proc = f"{JOB}={job}".encode(), proc
+        self._first_seen: dict[int, float] = {}
+        self._others: set[int] = set()
+        self._seen: dict[int, set[int]] = {}
+        self._here: set[int] = set()
+
+    def all_here(self, count: int) -> bool:
+        """Look once; whether so many ranks have loaded MPI."""
+        self._find()
+        for rank, pids in self._seen.items():
+            if rank not in self._here and any(self._has_loaded_mpi(pid) for pid in pids):
+                self._here.add(rank)
+        return len(self._here) >= count
+
+    def alive(self) -> list[int]:
+        """The ranks that have a process."""
+        return [rank for rank, pids in self._seen.items() if any(map(self._lives, pids))]
+
+    def gone(self) -> list[int]:
+        """Ranks that had a process and have none, ascending."""
+        return sorted(self._seen.keys() - set(self.alive()))
+
+    def _find(self) -> None:
+        now, known = time.monotonic(), self._others.union(*self._seen.values())
+        for pid in processes.all_pids(self._proc):
+            if pid in known:
+                continue
+            rank = self._rank(pid)
+            if rank is not None:
+                self._seen.setdefault(rank, set()).add(pid)
+            elif now - self._first_seen.setdefault(pid, now) > YOUNG_S:
+                self._others.add(pid)
+
+    def _rank(self, pid: int) -> int | None:
+        """The rank that a process belongs to: its own, or a script's that starts it."""
+        words = self._read(pid, "environ").split(b"\0")
+        if self._mark not in words:
+            return None
+        ranks = [word.partition(b"=")[2] for word in words if word.startswith(RANK.encode() + b"=")]
+        return int(ranks[0]) if ranks and ranks[0].isdigit() else None
+
+    def _has_loaded_mpi(self, pid: int) -> bool:
+        return LIBRARY in self._read(pid, "maps")
+
+    def _lives(self, pid: int) -> bool:
+        return processes.state_of(pid, 0, self._proc) not in ("", "Z")
+
+    def _read(self, pid: int, name: str) -> bytes:
+        try:
+            return (self._proc / str(pid) / name).read_bytes()
+        except OSError:  # another user's, or gone
+            return b""
