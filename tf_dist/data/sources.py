@@ -12,12 +12,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tf_dist.data.decoding import COMPRESSIONS, split_name
 from tf_dist.errors import DataError
 
 STDLIB = "stdlib"
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 SUFFIXES = (*TEXT_SUFFIXES, *TABLE_SUFFIXES, ".parquet")
+ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar")
 # Not part of the standard library, though they lie in its folder.
 NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
 
@@ -39,18 +41,15 @@ class SourceFile:
 
     @property
     def kind(self) -> str:
-        """The suffix that says how to read it, without ``.gz``: ``.txt``, ``.csv``, ..."""
+        """The suffix that says how to read it, without that of a compression: ``.txt``, ``.csv``, ..."""
         return kind_of(self.path)
 
 
 def kind_of(path: Path) -> str:
     """The suffix that says how to read a file, or an empty string if it is none we know."""
-    name = path.name.lower()
-    zipped = name.endswith(".gz")
-    suffix = Path(name.removesuffix(".gz")).suffix
-    if suffix not in SUFFIXES or (zipped and suffix == ".parquet"):
-        return ""
-    return suffix
+    suffix, compression = split_name(path.name)
+    # Parquet compresses its columns itself, and is read from its end.
+    return suffix if suffix in SUFFIXES and not (compression and suffix == ".parquet") else ""
 
 
 def find_files(values: Sequence[str]) -> list[SourceFile]:
@@ -90,7 +89,8 @@ def _expand_path(path: Path) -> list[SourceFile]:
             raise DataError(f"no {_known()} file in the folder {path}. Name the files themselves.")
         return files
     if not kind_of(path):
-        raise DataError(f"{path} has a suffix that says nothing: we read {_known()}. Rename or convert it.")
+        remedy = "Unpack it first." if split_name(path.name)[0] in ARCHIVES else "Rename or convert it."
+        raise DataError(f"{path} has a suffix that says nothing: we read {_known()}. {remedy}")
     return [_source(path, named=True)]
 
 
@@ -143,7 +143,7 @@ def _status(path: Path) -> os.stat_result:
 
 
 def _known() -> str:
-    return " ".join(SUFFIXES) + " (or .gz of them)"
+    return f"{' '.join(SUFFIXES)} (all but .parquet also with {' '.join(COMPRESSIONS)})"
 
 
 def _stdlib_files(root: Path) -> list[SourceFile]:
