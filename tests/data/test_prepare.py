@@ -196,7 +196,7 @@ def test_own_tokenizer_by_path(tmp_path):
     train_tokenizer("char", ["abc"]).save(tmp_path / "less.json")
     done = run(tmp_path, source, tokenizer=str(tmp_path / "full.json"))
     assert (done.meta["tokenizer_kind"], done.meta["vocab_size"]) == ("char", 5)
-    with pytest.raises(DataError, match="document 3 of the corpus: character 'é'"):
+    with pytest.raises(DataError, match=r"t/002\.txt: character 'é' .*character 2 of the text, line 1"):
         run(tmp_path, source, tokenizer=str(tmp_path / "less.json"))
     with pytest.raises(UsageError, match="the least is 5"):
         run(tmp_path, source, tokenizer=str(tmp_path / "full.json"), vocab_size=4)
@@ -293,7 +293,7 @@ def test_tinyshakespeare_as_nanogpt_splits_it(tmp_path):
 
 def script(tmp_path, *arguments):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "scripts" / "prepare.py"), *map(str, arguments)]
+    command = [sys.executable, str(ROOT / "scripts" / "prepare.py"), *map(os.fspath, arguments)]
     return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
 
 
@@ -322,3 +322,36 @@ def test_script_errors_are_one_line(tmp_path, arguments, code, message):
     assert done.returncode == code
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_names_that_are_no_utf8(tmp_path):
+    folder = os.path.join(os.fsencode(tmp_path), b"caf\xe9")
+    os.mkdir(folder)
+    with open(os.path.join(folder, b"r\xe9sum\xe9.txt"), "wb") as file:
+        file.write(b"the river is wide")
+    source = os.fsdecode(os.path.join(folder, b"r\xe9sum\xe9.txt"))
+    done = run(tmp_path, source)
+    assert done.meta["sources"] == [source]
+    assert open_prepared(done.path).meta == done.meta
+    assert run(tmp_path, os.fsdecode(folder)).train.tolist() == done.train.tolist()
+    ended = script(tmp_path, "--data", os.fsencode(source), "--tokenizer", "byte")
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_an_unknown_character_is_where_the_message_says(monkeypatch, tmp_path):
+    monkeypatch.setattr(corpus_module, "PIECE_CHARACTERS", 100)
+    train_tokenizer("char", [" \nabcdefghijklmnopqrstuvwxyz0123456789"]).save(tmp_path / "few.json")
+    text = "".join(f"line {number}\n" for number in range(100))
+    at = text.index("line 70") + 4
+    (tmp_path / "a.txt").write_text(text[:at] + "é" + text[at:], encoding="utf-8")
+    for fraction in (0.0, 0.1, 0.5):
+        with pytest.raises(
+            DataError, match=rf"a\.txt: character 'é' .*character {at} of the text, line 71\)"
+        ):
+            run(
+                tmp_path, str(tmp_path / "a.txt"), tokenizer=str(tmp_path / "few.json"), val_fraction=fraction
+            )
+    rows = ['{"text": "abc"}', '{"text": null}', '{"text": ""}', "", '{"text": "aé"}']
+    (tmp_path / "a.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    with pytest.raises(DataError, match=r"row 4 of .*a\.jsonl \(line 5\): character 'é' .*character 1 of"):
+        run(tmp_path, str(tmp_path / "a.jsonl"), tokenizer=str(tmp_path / "few.json"))

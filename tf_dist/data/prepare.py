@@ -28,7 +28,14 @@ from tf_dist.data.decoding import Counts
 from tf_dist.data.prepared import FORMAT, VERSION, Prepared, open_prepared
 from tf_dist.data.sources import SourceFile, cap, find_files, fingerprint
 from tf_dist.data.split import check_fraction, choose_validation, train_characters
-from tf_dist.data.tokenizer import Ids, Tokenizer, check_vocab_size, load_tokenizer, train_tokenizer
+from tf_dist.data.tokenizer import (
+    Ids,
+    Tokenizer,
+    UnknownCharacter,
+    check_vocab_size,
+    load_tokenizer,
+    train_tokenizer,
+)
 from tf_dist.data.tokens import TokenWriter, content_sha256, token_dtype
 from tf_dist.errors import DataError
 from tf_dist.files import sha256_of, sync_folder, temporary_name, write_whole
@@ -67,12 +74,17 @@ class Plan:
 
 @dataclass(frozen=True)
 class Text:
-    """A piece of a document on its way to one side, 0 for train and 1 for val; ``ends`` the document."""
+    """A piece of a document on its way to one side, 0 for train and 1 for val; ``ends`` the document.
+
+    where: file, and row, of the document. characters, lines: of the document, before this piece.
+    """
 
     text: str
     side: int
-    document: int
     ends: bool
+    where: str
+    characters: int
+    lines: int
 
 
 def prepare(
@@ -213,7 +225,9 @@ def _write(corpus: Corpus, options: Options, key: str, folder: Path, say: Callab
         "replaced": counts.replaced,
         "skipped": {name: getattr(counts, name) for name in ("nulls", "empty", "not_utf8", "duplicates")},
     }
-    write_whole(folder / "meta.json", json.dumps(meta, indent=1, ensure_ascii=False).encode())
+    spelled = json.dumps(meta, indent=1, ensure_ascii=False)
+    # Names of files may hold bytes that are no UTF-8: Python writes them as JSON does, \udce9.
+    write_whole(folder / "meta.json", spelled.encode("utf-8", "backslashreplace"))
 
 
 def _split_name(plan: Plan) -> str:
@@ -261,19 +275,24 @@ def _tokenizer(corpus: Corpus, options: Options, plan: Plan, say: Callable[[str]
 
 def _texts(corpus: Corpus, plan: Plan) -> Iterator[Text]:
     """The pieces of the corpus, each with its side."""
-    document, characters = 0, 0
+    document, characters, lines = 0, 0, 0
     for piece in corpus.pieces(Counts()):
         if document >= plan.documents:
             raise DataError("there are more documents than a moment ago: the data changed. Try again.")
         if plan.cut_at < 0:
+            side = int(plan.in_val[document])
             # A document alone has no neighbour that end-of-text would keep it apart from.
             ends = piece.last and plan.documents > 1
-            yield Text(piece.text, int(plan.in_val[document]), document, ends)
+            yield Text(piece.text, side, ends, piece.where, characters, lines)
         else:
             at = min(max(plan.cut_at - characters, 0), len(piece.text))
-            parts = (piece.text[:at], piece.text[at:])
-            yield from (Text(text, side, document, False) for side, text in enumerate(parts) if text)
-        characters += len(piece.text)
+            train, val = piece.text[:at], piece.text[at:]
+            if train:
+                yield Text(train, 0, False, piece.where, characters, lines)
+            if val:
+                yield Text(val, 1, False, piece.where, characters + at, lines + train.count("\n"))
+        characters = 0 if piece.last else characters + len(piece.text)
+        lines = 0 if piece.last else lines + piece.text.count("\n")
         document += piece.last
 
 
@@ -319,8 +338,8 @@ def _encode(tokenizer: Tokenizer, batch: list[Text]) -> list[Ids]:
         for part in batch:
             try:
                 tokenizer.encode(part.text)
-            except DataError as error:
-                raise DataError(f"document {part.document + 1} of the corpus: {error}") from error
+            except UnknownCharacter as error:
+                raise DataError(f"{part.where}: {error.said(part.characters, part.lines)}") from error
         raise
 
 
