@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
     run.open()
     launch.on_failure(run.failed)
     launch.limit_stalls(config.stall_warn, config.stall_abort, run.path / "logs")
-    corpus = shared_corpus(config, comm, REGISTRY, run.say)
+    corpus = shared_corpus(config, comm, REGISTRY, run.say, run.path)
     config = dataclasses.replace(config, vocab_size=corpus.tokenizer.vocab_size, run_dir=str(run.path))
     if comm.rank == 0:
         point_latest_to(run.path)

@@ -13,7 +13,7 @@ from tf_dist.data import corpus as corpus_module
 from tf_dist.data import prepare as prepare_function
 from tf_dist.data import prepared as prepared_module
 from tf_dist.data.corpus import Corpus
-from tf_dist.data.prepared import open_prepared
+from tf_dist.data.prepared import files_changed, find_prepared, open_prepared
 from tf_dist.data.tokenizer import train_tokenizer
 from tf_dist.errors import DataError, UsageError
 
@@ -203,7 +203,7 @@ def test_own_tokenizer_by_path(tmp_path):
 
 
 META_CHANGES = [
-    ("version", 2, "this program reads"),
+    ("version", 1, "this program reads"),
     ("format", "x", "this program reads"),
     ("dtype", "float64", "dtype"),
     ("tokens", {"train": -1, "val": 0}, "tokens"),
@@ -212,6 +212,9 @@ META_CHANGES = [
     ("vocab_size", 0, "vocab_size"),
     ("vocab_size", 300, "differ in vocab_size"),
     ("content_sha256", "zz", "content_sha256"),
+    ("files_sha256", None, "files_sha256"),
+    ("sample_sha256", {"train": "0" * 64}, "sample_sha256"),
+    ("sample_sha256", {"train": "0" * 64, "val": "0" * 64}, "have changed since they were prepared"),
     ("tokenizer_sha256", "0" * 64, "not the tokenizer of these tokens"),
     ("sources", "t", "sources"),
     ("unknown", 1, "unknown"),
@@ -355,3 +358,52 @@ def test_an_unknown_character_is_where_the_message_says(monkeypatch, tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(rows), encoding="utf-8")
     with pytest.raises(DataError, match=r"row 4 of .*a\.jsonl \(line 5\): character 'é' .*character 1 of"):
         run(tmp_path, str(tmp_path / "a.jsonl"), tokenizer=str(tmp_path / "few.json"))
+
+
+@pytest.mark.parametrize("side", ["train", "val"])
+def test_other_tokens_beside_the_same_facts(tmp_path, side):
+    source = texts(tmp_path / "t", "aaa", "bbb", "ccc", "ddd")
+    first = run(tmp_path, source, val_fraction=0.25)
+    path = first.path / f"{side}.bin"
+    raw = bytearray(path.read_bytes())
+    raw[0] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(DataError, match=rf"the tokens in .* have changed .* {side}\.bin") as caught:
+        open_prepared(first.path)
+    assert str(first.path.absolute()) in str(caught.value)
+    said = []
+    again = run(tmp_path, source, said, val_fraction=0.25)
+    assert "have changed since they were prepared" in said[0]
+    assert again.path == first.path
+    again.verify()
+
+
+def test_tokens_are_found_by_what_they_are(tmp_path):
+    source = texts(tmp_path / "t", "abc abd", "bca", "cab", "dab")
+    made = run(tmp_path, source, tokenizer="bpe", vocab_size=260)
+    folder, digests = made.path.parent, (made.meta["content_sha256"], made.meta["tokenizer_sha256"])
+    assert find_prepared(folder, *digests).path == made.path
+    # Asked for by its tokenizer's file and actual size, as config.yaml has them: another key, equal tokens.
+    made.tokenizer.save(tmp_path / "tokenizer.json")
+    same = run(
+        tmp_path, source, tokenizer=str(tmp_path / "tokenizer.json"), vocab_size=made.tokenizer.vocab_size
+    )
+    assert same.path != made.path
+    assert (same.meta["content_sha256"], same.meta["tokenizer_sha256"]) == digests
+    assert find_prepared(folder, digests[0], "0" * 64) is None
+    assert find_prepared(folder, "0" * 64, digests[1]) is None
+    assert find_prepared(tmp_path / "nowhere", *digests) is None
+    for one in (made, same):
+        (one.path / "meta.json").write_text("damaged")
+    assert find_prepared(folder, *digests) is None
+
+
+def test_files_that_have_changed_since(tmp_path):
+    source = texts(tmp_path / "t", "aaa", "bbb", "ccc")
+    made = run(tmp_path, source)
+    assert files_changed(made, 0) == ""
+    texts(tmp_path / "t", "aaa", "bbb", "ccc", "more")
+    assert files_changed(made, 0) == f"the corpus has changed ({source})"
+    for path in (tmp_path / "t").iterdir():
+        path.unlink()
+    assert "cannot be read any more" in files_changed(made, 0)

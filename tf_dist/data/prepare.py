@@ -6,13 +6,10 @@ name and renamed when whole, so it exists entirely or not at all, also when two 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import itertools
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -25,8 +22,8 @@ import numpy.typing as npt
 
 from tf_dist.data.corpus import Corpus
 from tf_dist.data.decoding import Counts
-from tf_dist.data.prepared import FORMAT, VERSION, Prepared, open_prepared
-from tf_dist.data.sources import SourceFile, cap, find_files, fingerprint
+from tf_dist.data.prepared import FORMAT, SIDES, VERSION, Prepared, open_prepared, publish
+from tf_dist.data.sources import SourceFile, cap, files_sha256, find_files, fingerprint
 from tf_dist.data.split import check_fraction, choose_validation, train_characters
 from tf_dist.data.tokenizer import (
     Ids,
@@ -36,7 +33,7 @@ from tf_dist.data.tokenizer import (
     load_tokenizer,
     train_tokenizer,
 )
-from tf_dist.data.tokens import TokenWriter, content_sha256, token_dtype
+from tf_dist.data.tokens import TokenWriter, content_sha256, map_tokens, sample_sha256, token_dtype
 from tf_dist.errors import DataError
 from tf_dist.files import sha256_of, sync_folder, temporary_name, write_whole
 
@@ -164,7 +161,7 @@ def _make(corpus: Corpus, options: Options, key: str, target: Path, say: Callabl
         temporary.mkdir(parents=True)
         _write(corpus, options, key, temporary, say)
         sync_folder(temporary)
-        return _publish(temporary, target)
+        return publish(temporary, target)
     except OSError as error:
         reason = error.strerror or str(error)
         raise DataError(
@@ -172,31 +169,6 @@ def _make(corpus: Corpus, options: Options, key: str, target: Path, say: Callabl
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _publish(temporary: Path, target: Path) -> Prepared:
-    """Give a whole folder its name, unless another process was first: then use that one's."""
-    with _locked(target.parent):
-        if target.exists():
-            try:
-                return open_prepared(target)
-            except DataError:
-                # Damaged, from before. Renamed first, so that nobody meets it half deleted.
-                trash = temporary_name(target)
-                os.rename(target, trash)
-                shutil.rmtree(trash, ignore_errors=True)
-        os.rename(temporary, target)
-        sync_folder(target.parent)
-        return open_prepared(target)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Only one process at a time looks, removes and renames; the lock goes with the process."""
-    with open(folder / ".lock", "ab") as lock:
-        with contextlib.suppress(OSError):  # a file system without locks: the rename alone must do
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _write(corpus: Corpus, options: Options, key: str, folder: Path, say: Callable[[str], None]) -> None:
@@ -222,6 +194,11 @@ def _write(corpus: Corpus, options: Options, key: str, folder: Path, say: Callab
         "tokenizer_kind": tokenizer.kind,
         "tokenizer_sha256": sha256_of(folder / "tokenizer.json"),
         "content_sha256": content_sha256(folder / "train.bin", folder / "val.bin"),
+        "sample_sha256": {
+            side: sample_sha256(map_tokens(folder / f"{side}.bin", token_dtype(tokenizer.vocab_size)))
+            for side in SIDES
+        },
+        "files_sha256": files_sha256(corpus.files),
         "replaced": counts.replaced,
         "skipped": {name: getattr(counts, name) for name in ("nulls", "empty", "not_utf8", "duplicates")},
     }

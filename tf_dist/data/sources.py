@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import json
 import os
 import stat
 import sys
@@ -197,3 +198,8 @@ def fingerprint(files: Iterable[SourceFile]) -> list[list[str | int]]:
         else:
             lines.append([os.path.abspath(file.path), file.size_bytes, file.mtime_ns])
     return lines
+
+
+def files_sha256(files: Iterable[SourceFile]) -> str:
+    """The SHA-256 of their `fingerprint`, not of their contents."""
+    return hashlib.sha256(json.dumps(fingerprint(files)).encode()).hexdigest()

@@ -260,6 +260,7 @@ class Job:
         return {
             "config": self.config.as_dict(),
             "content_sha256": self.corpus.meta["content_sha256"],
+            "tokenizer_sha256": self.corpus.meta.get("tokenizer_sha256"),
             "versions": versions(),
             "bits_depend_on": bits_depend_on(),
             "val_loss": self.last.get("val_loss"),
