@@ -144,7 +144,9 @@ def _of_resumed(config: Config, run_dir: Path | None, say: Say) -> Prepared | No
     facts = _newest_facts(config, run_dir)
     if facts is None or run_dir is None:
         return None
-    now, before = config.as_dict(), facts.get("config", {})
+    now, before = config.as_dict(), facts.get("config")
+    if not isinstance(before, dict):  # of a folder that somebody has edited; the resume itself will tell
+        return None
     same = all(now[name] == before.get(name) for name in OF_DATA)
     if not same or config.vocab_size not in (0, before.get("vocab_size")):
         return None
