@@ -34,12 +34,15 @@ def write(flags: argparse.Namespace) -> None:
     threads.load_tensorflow()
 
     from tf_dist.data.prompt import start_of_text
+    from tf_dist.data.tokens import foreign_token, foreign_tokens_error
     from tf_dist.training.generate import Sampling, generate
     from tf_dist.training.load import load_run
 
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
     run = load_run(flags.run_dir, lambda line: print(line, file=sys.stderr), flags.checkpoint)
     prompt = start_of_text(run.tokenizer) if flags.prompt is None else run.tokenizer.encode(flags.prompt)
+    if found := foreign_token(prompt, run.config.vocab_size):
+        raise foreign_tokens_error(*found, run.config.vocab_size)
     ids = [int(i) for i in prompt]
     shown = run.tokenizer.decode(ids)
     print(shown, end="", flush=True)

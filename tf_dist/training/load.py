@@ -46,7 +46,7 @@ def load_run(run_dir: str, say: Callable[[str], None] = print, which: str = "lat
     config = _config_of(folder)
     path = _chosen(folder / "checkpoints", which, say)
     tensors, facts, step = checkpoint.load(path)
-    tokenizer = _tokenizer_of(folder, config, facts.get("tokenizer_sha256"))
+    tokenizer = _tokenizer_of(folder, facts.get("tokenizer_sha256"))
     model = build(config)
     state.load_weights(model, tensors, path)
     return LoadedRun(config, tokenizer, model, step, facts.get("content_sha256"))
@@ -60,7 +60,7 @@ def model_of_run(run_dir: str) -> LoadedRun:
     """
     folder = Path(run_dir)
     config = _config_of(folder)
-    return LoadedRun(config, _tokenizer_of(folder, config, None), build(config), 0)
+    return LoadedRun(config, _tokenizer_of(folder, None), build(config), 0)
 
 
 def _config_of(folder: Path) -> Config:
@@ -70,21 +70,19 @@ def _config_of(folder: Path) -> Config:
     return from_mapping(read_config_file(str(path)), str(path))
 
 
-def _tokenizer_of(folder: Path, config: Config, sha256: object) -> Tokenizer:
+def _tokenizer_of(folder: Path, sha256: object) -> Tokenizer:
     """The tokenizer of a run: another one would give the model ids that mean something else to it.
 
     Raises:
-        CheckpointError: the file is not the one that the checkpoint tells of, or of another vocabulary.
+        CheckpointError: the file is not the one that the checkpoint tells of.
     """
     path = folder / "tokenizer.json"
-    tokenizer = load_tokenizer(path)
-    if tokenizer.vocab_size != config.vocab_size:
-        what = f"it has {tokenizer.vocab_size} tokens, and the model {config.vocab_size}"
-    elif sha256 is not None and sha256_of_file(path) != sha256:
-        what = "its SHA-256 is not the one in the checkpoint"
-    else:
-        return tokenizer
-    raise CheckpointError(f"{path} is not the tokenizer that the model was trained with: {what}. Put it back")
+    if sha256 is not None and sha256_of_file(path) != sha256:
+        raise CheckpointError(
+            f"{path} is not the tokenizer that the model was trained with: its SHA-256 is not the one in the "
+            "checkpoint. Put it back"
+        )
+    return load_tokenizer(path)
 
 
 def _chosen(folder: Path, which: str, say: Callable[[str], None]) -> Path:
