@@ -47,7 +47,10 @@ def main(argv: list[str]) -> None:
     folder = Path(flags.run_dir)
     if flags.data:
         config = dataclasses.replace(
-            config, data=tuple(flags.data), text_column=flags.text_column, errors=flags.errors
+            config,
+            data=tuple(flags.data),
+            text_column=flags.text_column or config.text_column,
+            errors=flags.errors or config.errors,
         )
         corpus = other_corpus(config, comm, REGISTRY, lambda line: None, folder)
     else:
@@ -84,12 +87,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="latest, best (by validation loss), or a path [latest]",
     )
     parser.add_argument("--data", nargs="+", help="other text to evaluate on, all of it")
-    parser.add_argument("--text-column", default="text", help="of a table in --data, holds the text [text]")
+    parser.add_argument("--text-column", help="of a table in --data, holds the text [as in training]")
     parser.add_argument(
         "--errors",
         choices=("strict", "replace"),
-        default="strict",
-        help="bytes of --data that are not UTF-8: stop, or U+FFFD [strict]",
+        help="bytes of --data that are not UTF-8: stop, or U+FFFD [as in training]",
     )
     parser.add_argument("--prepared-dir", help="where tokens are kept [as the run was told]")
     return parser.parse_args(argv)

@@ -403,7 +403,19 @@ def test_files_that_have_changed_since(tmp_path):
     made = run(tmp_path, source)
     assert files_changed(made, 0) == ""
     texts(tmp_path / "t", "aaa", "bbb", "ccc", "more")
-    assert files_changed(made, 0) == f"the corpus has changed ({source})"
+    assert files_changed(made, 0) == f"the corpus has changed ({source}: other sizes or times)"
     for path in (tmp_path / "t").iterdir():
         path.unlink()
     assert "cannot be read any more" in files_changed(made, 0)
+
+
+def test_what_is_left_out_is_said(tmp_path):
+    source = texts(tmp_path / "t", "aaa", "bbb", "")
+    for name in ("a.pdf", "b.PDF", "c.tar.gz", "README", ".hidden.pdf"):
+        (tmp_path / "t" / name).write_bytes(b"x")
+    (tmp_path / "t" / "bad.txt").write_bytes(b"ccc \xff\xff")
+    said = []
+    run(tmp_path, source, said, errors="replace")
+    assert "files of other suffixes, passed over: 2 .pdf, 1 without one, 1 .tar.gz" in said
+    assert "documents without text, left out: 1" in said
+    assert "bytes that are not UTF-8, now U+FFFD: in 2 places" in said

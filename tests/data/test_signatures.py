@@ -66,6 +66,9 @@ def test_zstd_without_pyarrow(monkeypatch, tmp_path):
         (b"SQLite format 3\0" + bytes(40), "SQLite"),
         (b"%PDF-1.7\n%\xe2\xe3", "PDF"),
         (b"PAR1\x15\x04\x15", "Parquet"),
+        (b"\x7fELF\x02\x01\x01" + bytes(40), "a program"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(40), "a picture"),
+        ("short".encode("utf-16-le"), "UTF-16 without"),
         (TEXT.encode("utf-16"), "byte order mark of UTF-16"),
         (TEXT.encode("utf-32"), "byte order mark of UTF-32"),
         (b"\xfe\xff" + TEXT.encode("utf-16-be"), "byte order mark of UTF-16"),
@@ -80,6 +83,16 @@ def test_zstd_without_pyarrow(monkeypatch, tmp_path):
 )
 def test_other_formats_and_encodings(tmp_path, name, data, what, errors):
     assert what in refused(write(tmp_path / name, data), errors=errors)
+
+
+@pytest.mark.parametrize("errors", ["strict", "replace"])
+@pytest.mark.parametrize(
+    "data", [bytes(5000), b"text " * 2000 + bytes(5000), b"text\n" + bytes(5000) + b"\n"]
+)
+def test_a_file_that_was_not_written_to_its_end(tmp_path, data, errors):
+    at = data.index(bytes(5000))
+    for name in ("a.txt", "a.csv"):
+        assert f"nothing but NUL from byte {at} on" in refused(write(tmp_path / name, data), errors=errors)
 
 
 def test_wide_text_behind_narrow_text(monkeypatch, tmp_path):
@@ -100,6 +113,14 @@ def test_another_encoding_is_no_text_with_a_few_bad_bytes(tmp_path):
     path = write(tmp_path / "a.txt", russian)
     assert "byte 0xf8 at offset 0" in refused(path)
     assert "in another encoding" in refused(path, errors="replace")
+    for encoding, other in (
+        ("gbk", "河很宽。船很小。"),
+        ("utf-16-le", "河很宽。船很小。"),
+        ("shift_jis", "川は広い。"),
+    ):
+        path = write(tmp_path / "a.txt", (other * 100).encode(encoding))
+        assert "not UTF-8" in refused(path)
+        assert "in another encoding" in refused(path, errors="replace")
     latin = ("une rivi\xe8re large, un caf\xe9\n" * 40).encode("latin-1")
     path = write(tmp_path / "b.txt", latin)
     assert "byte 0xe8 at offset 8 " in refused(path)

@@ -28,7 +28,8 @@ def only_column(names: Sequence[str], column: str, path: Path) -> int:
 
 def no_column(path: Path, column: str, names: Sequence[str]) -> DataError:
     """The error for a table without the wanted column."""
-    listed = ", ".join(names[:NAMES_SHOWN]) + (", ..." if len(names) > NAMES_SHOWN else "")
+    shown = [name if name and name == name.strip() else repr(name) for name in names[:NAMES_SHOWN]]
+    listed = ", ".join(shown) + (", ..." if len(names) > NAMES_SHOWN else "")
     alone = names[0] if len(names) == 1 else ""
     separator = next((sign for sign in (";", "\t", "|", ",") if sign in alone), "")
     hint = f" Cells seem to be separated by {separator!r}: .csv means commas, .tsv tabs." if separator else ""

@@ -7,6 +7,7 @@ A text file is one document; a row of a table is one document. A long document i
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -57,7 +58,9 @@ class Corpus:
         self.sources = tuple(sources)
         self.text_column = text_column
         self.errors = errors
-        self.files = cap(find_files(sources), max_bytes)
+        # How many files in folders and globs say by no suffix that they are text.
+        self.passed_over: Counter[str] = Counter()
+        self.files = cap(find_files(sources, self.passed_over), max_bytes)
 
     def __iter__(self) -> Iterator[str]:
         """The documents, whole."""

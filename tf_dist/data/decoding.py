@@ -20,7 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO, cast
 
-from tf_dist.data.signatures import HEAD_BYTES, check_is_narrow, check_is_no_pointer, check_is_text
+from tf_dist.data.signatures import (
+    HEAD_BYTES,
+    check_is_narrow,
+    check_is_no_pointer,
+    check_is_text,
+    check_is_written,
+)
 from tf_dist.errors import DataError
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
@@ -29,6 +35,8 @@ READ_BYTES = 1 << 18
 LINE_CHARACTERS = 1 << 27
 # A shorter text says nothing of its encoding.
 LEAST_CHARACTERS = 256
+# In Latin-1 one letter of twelve may be above ASCII; in GBK or cp1251 more than a third of the text is.
+REPLACED_SHARE = 0.2
 BYTE_ORDER_MARK = "\ufeff"
 REPLACEMENT = "\ufffd"
 
@@ -152,6 +160,7 @@ def decoded(stream: BinaryIO, name: str, errors: str, counts: Counts) -> Iterato
         if not offset:
             check_is_text(data[:HEAD_BYTES], name)
         check_is_narrow(read, name)
+        check_is_written(read, offset, name)
         text, used = _decode(data, errors, final, name, offset)
         if errors == "replace":
             # UTF-8 synchronises itself, so a replacement character that stood in the file is always
@@ -167,7 +176,7 @@ def decoded(stream: BinaryIO, name: str, errors: str, counts: Counts) -> Iterato
 
 def _check_replaced(replaced: int, characters: int, name: str) -> None:
     """Single bad bytes may be replaced; a text in another encoding is no text any more."""
-    if characters >= LEAST_CHARACTERS and replaced * 2 > characters:
+    if characters >= LEAST_CHARACTERS and replaced > REPLACED_SHARE * characters:
         raise DataError(
             f"{name} is in another encoding, or no text: {replaced:,} of its {characters:,} characters are "
             "not UTF-8. Convert the file (iconv -f ENCODING -t UTF-8)"

@@ -236,7 +236,22 @@ def _plan(corpus: Corpus, options: Options, say: Callable[[str], None]) -> Plan:
             f"the last {characters - cut_at:,} for validation"
         )
     say(f"{len(sizes):,} document{'s' * (len(sizes) != 1)}, {sum(sizes):,} bytes of text")
+    for line in _left_out(corpus, counts):
+        say(line)
     return Plan(len(sizes), in_val, cut_at, counts)
+
+
+def _left_out(corpus: Corpus, counts: Counts) -> Iterator[str]:
+    """What of the corpus is not trained on, or not as it stood."""
+    others = corpus.passed_over
+    if others:
+        kinds = ", ".join(f"{count:,} {suffix or 'without one'}" for suffix, count in others.most_common(5))
+        more = ", ..." if len(others) > 5 else ""
+        yield f"files of other suffixes, passed over: {kinds}{more}"
+    if counts.nulls or counts.empty:
+        yield f"documents without text, left out: {counts.nulls + counts.empty:,}"
+    if counts.replaced:
+        yield f"bytes that are not UTF-8, now U+FFFD: in {counts.replaced:,} places"
 
 
 def _tokenizer(corpus: Corpus, options: Options, plan: Plan, say: Callable[[str], None]) -> Tokenizer:

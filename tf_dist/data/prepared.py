@@ -180,7 +180,11 @@ def files_changed(corpus: Prepared, max_bytes: int) -> str:
         files = cap(find_files(sources), max_bytes)
     except DataError as error:
         return f"the corpus cannot be read any more ({error})"
-    return "" if files_sha256(files) == corpus.meta["files_sha256"] else f"the corpus has changed ({shown})"
+    return (
+        ""
+        if files_sha256(files) == corpus.meta["files_sha256"]
+        else f"the corpus has changed ({shown}: other sizes or times)"
+    )
 
 
 def _stamp(path: Path) -> Stamp:

@@ -16,7 +16,9 @@ HIGH_BYTES_SHARE = 0.6
 # ... while so few are among the low ones, line feeds and tabs included.
 LOW_BYTES_SHARE = 0.3
 NUL_SHARE = 0.02
-LEAST_WIDE_BYTES = 16
+LEAST_WIDE_BYTES = 8
+# No text has so many in a row: the disk was full, or the machine went down.
+ZEROS = bytes(4096)
 
 POINTERS = (
     (
@@ -43,6 +45,8 @@ BINARIES = (
     (re.compile(rb"7z\xbc\xaf\x27\x1c"), "a 7z archive", "Unpack it"),
     (re.compile(rb"ARROW1\x00\x00"), "an Arrow file", "Write it as .parquet"),
     (re.compile(rb"SQLite format 3\x00"), "an SQLite database", "Export the table as .csv"),
+    (re.compile(rb"\x7fELF"), "a program", "Leave it out"),
+    (re.compile(rb"\x89PNG\r\n|GIF8[79]a|\xff\xd8\xff"), "a picture", "Leave it out"),
     (re.compile(rb"%PDF-[12]\.\d"), "a PDF document", "Extract its text (pdftotext)"),
 )
 
@@ -72,6 +76,22 @@ def check_is_text(head: bytes, name: str) -> None:
     for pattern, what, remedy in BINARIES:
         if pattern.match(head):
             raise DataError(f"{name} is not text: it is {what}. {remedy}")
+
+
+def check_is_written(block: bytes, offset: int, name: str) -> None:
+    """Raise `DataError` for a stretch of a file that was never written.
+
+    Args:
+        block: part of the file.
+        offset: where it begins.
+        name: of the file.
+    """
+    at = block.find(ZEROS)
+    if at >= 0:
+        raise DataError(
+            f"{name} holds nothing but NUL from byte {offset + at} on, for {len(ZEROS):,} bytes or more: it "
+            "was not written to its end. Get a whole copy"
+        )
 
 
 def check_is_narrow(block: bytes, name: str) -> None:
