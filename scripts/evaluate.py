@@ -3,6 +3,10 @@
     python scripts/evaluate.py                                        # the newest run, its own held-out text
     mpirun -np 2 python scripts/evaluate.py --run-dir runs/first      # the same numbers, sooner
     python scripts/evaluate.py --run-dir runs/first --data other.txt  # all of another text
+    python scripts/evaluate.py --data reviews.csv --text-column body --errors replace
+
+Text becomes tokens by the run's own tokenizer. Its own held-out text is what was kept from the training then,
+whatever has become of the files since.
 
 The last line is JSON. Exit codes: those of scripts/train.py.
 """
@@ -16,6 +20,7 @@ import sys
 from pathlib import Path
 
 from tf_dist.comm import launch, threads
+from tf_dist.errors import DataError
 from tf_dist.flags import Parser
 
 REGISTRY = Path(__file__).resolve().parent.parent / "data" / "datasets.yaml"
@@ -32,17 +37,30 @@ def main(argv: list[str]) -> None:
     threads.load_tensorflow()
 
     from tf_dist.training import optimizers
-    from tf_dist.training.corpus import shared_corpus
+    from tf_dist.training.corpus import corpus_of_run, other_corpus
     from tf_dist.training.load import load_run
     from tf_dist.training.trainer import Trainer
 
-    run = load_run(flags.run_dir, print if comm.rank == 0 else lambda line: None, flags.checkpoint)
-    config = run.config
+    say = print if comm.rank == 0 else lambda line: None
+    run = load_run(flags.run_dir, say, flags.checkpoint)
+    config = dataclasses.replace(run.config, prepared_dir=flags.prepared_dir or run.config.prepared_dir)
+    folder = Path(flags.run_dir)
     if flags.data:
-        tokenizer = str(Path(flags.run_dir) / "tokenizer.json")
-        config = dataclasses.replace(config, data=tuple(flags.data), tokenizer=tokenizer, val_fraction=0.0)
-    corpus = shared_corpus(config, comm, REGISTRY, lambda line: None)
+        config = dataclasses.replace(
+            config,
+            data=tuple(flags.data),
+            text_column=flags.text_column or config.text_column,
+            errors=flags.errors or config.errors,
+        )
+        corpus = other_corpus(config, comm, REGISTRY, lambda line: None, folder)
+    else:
+        corpus = corpus_of_run(config, run.content_sha256, comm, REGISTRY, say, folder)
     side = "train" if flags.data else "val"
+    if corpus.meta["tokens"][side] < 2:
+        raise DataError(
+            f"{'that text' if flags.data else 'the held-out text of the run'} has no two tokens: "
+            + ("give more text" if flags.data else "it was trained with --val-fraction 0. Use --data FILE")
+        )
     trainer = Trainer(
         run.model,
         optimizers.build(config, run.model, 1),
@@ -69,6 +87,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="latest, best (by validation loss), or a path [latest]",
     )
     parser.add_argument("--data", nargs="+", help="other text to evaluate on, all of it")
+    parser.add_argument("--text-column", help="of a table in --data, holds the text [as in training]")
+    parser.add_argument(
+        "--errors",
+        choices=("strict", "replace"),
+        help="bytes of --data that are not UTF-8: stop, or U+FFFD [as in training]",
+    )
+    parser.add_argument("--prepared-dir", help="where tokens are kept [as the run was told]")
     return parser.parse_args(argv)
 
 

@@ -33,12 +33,16 @@ def write(flags: argparse.Namespace) -> None:
     threads.set_threads(SerialComm())
     threads.load_tensorflow()
 
+    from tf_dist.data.prompt import start_of_text
+    from tf_dist.data.tokens import foreign_token, foreign_tokens_error
     from tf_dist.training.generate import Sampling, generate
     from tf_dist.training.load import load_run
 
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
     run = load_run(flags.run_dir, lambda line: print(line, file=sys.stderr), flags.checkpoint)
-    prompt = run.tokenizer.encode(flags.prompt)
+    prompt = start_of_text(run.tokenizer) if flags.prompt is None else run.tokenizer.encode(flags.prompt)
+    if found := foreign_token(prompt, run.config.vocab_size):
+        raise foreign_tokens_error(*found, run.config.vocab_size)
     ids = [int(i) for i in prompt]
     shown = run.tokenizer.decode(ids)
     print(shown, end="", flush=True)
@@ -61,7 +65,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         default="latest",
         help="latest, best (by validation loss), or a path [latest]",
     )
-    parser.add_argument("--prompt", default="\n", help="text to go on from [a new line]")
+    parser.add_argument("--prompt", help="text to go on from [a new line, or the start of a text]")
     parser.add_argument("--tokens", type=int, default=200, help="how many tokens to write [200]")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy [0.8]")
     parser.add_argument("--top-k", type=int, default=0, help="choose among the k likeliest; 0: all [0]")

@@ -61,7 +61,9 @@ def main(argv: list[str]) -> None:
     on_root(comm, lambda: check_folder(config))
     launch.limit_stalls(config.stall_warn, config.stall_abort)
     foreword = Foreword(comm)
-    corpus = shared_corpus(config, comm, REGISTRY, foreword.say)
+    corpus = shared_corpus(
+        config, comm, REGISTRY, foreword.say, Path(config.run_dir) if config.run_dir else None
+    )
     config = dataclasses.replace(config, vocab_size=corpus.tokenizer.vocab_size)
     threads.load_tensorflow()  # only now: a mistake in the flags or the data was said at once
     from tf_dist.training.begin_again import in_spite_of_deaths

@@ -13,7 +13,7 @@ from tf_dist.data import corpus as corpus_module
 from tf_dist.data import prepare as prepare_function
 from tf_dist.data import prepared as prepared_module
 from tf_dist.data.corpus import Corpus
-from tf_dist.data.prepared import open_prepared
+from tf_dist.data.prepared import files_changed, find_prepared, open_prepared
 from tf_dist.data.tokenizer import train_tokenizer
 from tf_dist.errors import DataError, UsageError
 
@@ -196,14 +196,14 @@ def test_own_tokenizer_by_path(tmp_path):
     train_tokenizer("char", ["abc"]).save(tmp_path / "less.json")
     done = run(tmp_path, source, tokenizer=str(tmp_path / "full.json"))
     assert (done.meta["tokenizer_kind"], done.meta["vocab_size"]) == ("char", 5)
-    with pytest.raises(DataError, match="document 3 of the corpus: character 'é'"):
+    with pytest.raises(DataError, match=r"t/002\.txt: character 'é' .*character 2 of the text, line 1"):
         run(tmp_path, source, tokenizer=str(tmp_path / "less.json"))
     with pytest.raises(UsageError, match="the least is 5"):
         run(tmp_path, source, tokenizer=str(tmp_path / "full.json"), vocab_size=4)
 
 
 META_CHANGES = [
-    ("version", 2, "this program reads"),
+    ("version", 1, "this program reads"),
     ("format", "x", "this program reads"),
     ("dtype", "float64", "dtype"),
     ("tokens", {"train": -1, "val": 0}, "tokens"),
@@ -212,6 +212,9 @@ META_CHANGES = [
     ("vocab_size", 0, "vocab_size"),
     ("vocab_size", 300, "differ in vocab_size"),
     ("content_sha256", "zz", "content_sha256"),
+    ("files_sha256", None, "files_sha256"),
+    ("sample_sha256", {"train": "0" * 64}, "sample_sha256"),
+    ("sample_sha256", {"train": "0" * 64, "val": "0" * 64}, "have changed since they were prepared"),
     ("tokenizer_sha256", "0" * 64, "not the tokenizer of these tokens"),
     ("sources", "t", "sources"),
     ("unknown", 1, "unknown"),
@@ -293,7 +296,7 @@ def test_tinyshakespeare_as_nanogpt_splits_it(tmp_path):
 
 def script(tmp_path, *arguments):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "scripts" / "prepare.py"), *map(str, arguments)]
+    command = [sys.executable, str(ROOT / "scripts" / "prepare.py"), *map(os.fspath, arguments)]
     return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
 
 
@@ -322,3 +325,97 @@ def test_script_errors_are_one_line(tmp_path, arguments, code, message):
     assert done.returncode == code
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_names_that_are_no_utf8(tmp_path):
+    folder = os.path.join(os.fsencode(tmp_path), b"caf\xe9")
+    os.mkdir(folder)
+    with open(os.path.join(folder, b"r\xe9sum\xe9.txt"), "wb") as file:
+        file.write(b"the river is wide")
+    source = os.fsdecode(os.path.join(folder, b"r\xe9sum\xe9.txt"))
+    done = run(tmp_path, source)
+    assert done.meta["sources"] == [source]
+    assert open_prepared(done.path).meta == done.meta
+    assert run(tmp_path, os.fsdecode(folder)).train.tolist() == done.train.tolist()
+    ended = script(tmp_path, "--data", os.fsencode(source), "--tokenizer", "byte")
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_an_unknown_character_is_where_the_message_says(monkeypatch, tmp_path):
+    monkeypatch.setattr(corpus_module, "PIECE_CHARACTERS", 100)
+    train_tokenizer("char", [" \nabcdefghijklmnopqrstuvwxyz0123456789"]).save(tmp_path / "few.json")
+    text = "".join(f"line {number}\n" for number in range(100))
+    at = text.index("line 70") + 4
+    (tmp_path / "a.txt").write_text(text[:at] + "é" + text[at:], encoding="utf-8")
+    for fraction in (0.0, 0.1, 0.5):
+        with pytest.raises(
+            DataError, match=rf"a\.txt: character 'é' .*character {at} of the text, line 71\)"
+        ):
+            run(
+                tmp_path, str(tmp_path / "a.txt"), tokenizer=str(tmp_path / "few.json"), val_fraction=fraction
+            )
+    rows = ['{"text": "abc"}', '{"text": null}', '{"text": ""}', "", '{"text": "aé"}']
+    (tmp_path / "a.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    with pytest.raises(DataError, match=r"row 4 of .*a\.jsonl \(line 5\): character 'é' .*character 1 of"):
+        run(tmp_path, str(tmp_path / "a.jsonl"), tokenizer=str(tmp_path / "few.json"))
+
+
+@pytest.mark.parametrize("side", ["train", "val"])
+def test_other_tokens_beside_the_same_facts(tmp_path, side):
+    source = texts(tmp_path / "t", "aaa", "bbb", "ccc", "ddd")
+    first = run(tmp_path, source, val_fraction=0.25)
+    path = first.path / f"{side}.bin"
+    raw = bytearray(path.read_bytes())
+    raw[0] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(DataError, match=rf"the tokens in .* have changed .* {side}\.bin") as caught:
+        open_prepared(first.path)
+    assert str(first.path.absolute()) in str(caught.value)
+    said = []
+    again = run(tmp_path, source, said, val_fraction=0.25)
+    assert "have changed since they were prepared" in said[0]
+    assert again.path == first.path
+    again.verify()
+
+
+def test_tokens_are_found_by_what_they_are(tmp_path):
+    source = texts(tmp_path / "t", "abc abd", "bca", "cab", "dab")
+    made = run(tmp_path, source, tokenizer="bpe", vocab_size=260)
+    folder, digests = made.path.parent, (made.meta["content_sha256"], made.meta["tokenizer_sha256"])
+    assert find_prepared(folder, *digests).path == made.path
+    # Asked for by its tokenizer's file and actual size, as config.yaml has them: another key, equal tokens.
+    made.tokenizer.save(tmp_path / "tokenizer.json")
+    same = run(
+        tmp_path, source, tokenizer=str(tmp_path / "tokenizer.json"), vocab_size=made.tokenizer.vocab_size
+    )
+    assert same.path != made.path
+    assert (same.meta["content_sha256"], same.meta["tokenizer_sha256"]) == digests
+    assert find_prepared(folder, digests[0], "0" * 64) is None
+    assert find_prepared(folder, "0" * 64, digests[1]) is None
+    assert find_prepared(tmp_path / "nowhere", *digests) is None
+    for one in (made, same):
+        (one.path / "meta.json").write_text("damaged")
+    assert find_prepared(folder, *digests) is None
+
+
+def test_files_that_have_changed_since(tmp_path):
+    source = texts(tmp_path / "t", "aaa", "bbb", "ccc")
+    made = run(tmp_path, source)
+    assert files_changed(made, 0) == ""
+    texts(tmp_path / "t", "aaa", "bbb", "ccc", "more")
+    assert files_changed(made, 0) == f"the corpus has changed ({source}: other sizes or times)"
+    for path in (tmp_path / "t").iterdir():
+        path.unlink()
+    assert "cannot be read any more" in files_changed(made, 0)
+
+
+def test_what_is_left_out_is_said(tmp_path):
+    source = texts(tmp_path / "t", "aaa", "bbb", "")
+    for name in ("a.pdf", "b.PDF", "c.tar.gz", "README", ".hidden.pdf"):
+        (tmp_path / "t" / name).write_bytes(b"x")
+    (tmp_path / "t" / "bad.txt").write_bytes(b"ccc \xff\xff")
+    said = []
+    run(tmp_path, source, said, errors="replace")
+    assert "files of other suffixes, passed over: 2 .pdf, 1 without one, 1 .tar.gz" in said
+    assert "documents without text, left out: 1" in said
+    assert "bytes that are not UTF-8, now U+FFFD: in 2 places" in said

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tf_dist.data import tokenizer as tokenizer_module
 from tf_dist.data.tokenizer import END_OF_TEXT, CharTokenizer, load_tokenizer, train_tokenizer
 from tf_dist.errors import DataError, UsageError
 
@@ -167,3 +168,35 @@ def test_not_a_tokenizer(tmp_path, content, message):
 def test_no_tokenizer_file(tmp_path):
     with pytest.raises(DataError, match="cannot read"):
         load_tokenizer(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("sign", ["ACGT", "河船水石橋", " ", "\n "])
+def test_bpe_of_text_without_spaces(sign):
+    text = "".join(sign[(number * number) % 7 % len(sign)] for number in range(5000))
+    runs = list(tokenizer_module._in_short_runs([text, "plain words", ""]))
+    assert "".join(runs) == text + "plain words"
+    assert max(map(len, runs)) == 512
+    made = train_tokenizer("bpe", [text], 300)
+    assert made.decode(made.encode(text)) == text
+    assert len(made.encode(text)) < len(text)
+
+
+def test_bpe_of_ordinary_text_is_what_it_was():
+    documents = ["some words to count, and " + "=" * 400 + "\n", "def f(x):\n    return x\n"]
+    assert list(tokenizer_module._in_short_runs(documents)) == documents
+
+
+@pytest.mark.parametrize("kind", ["byte", "char", "bpe"])
+def test_text_of_bytes_that_are_no_utf8(kind):
+    made = train_tokenizer(kind, ["caf\xe9"])
+    with pytest.raises(DataError, match=r"not UTF-8: byte 0xe9, character 3 of 'caf\\udce9'"):
+        made.encode(os.fsdecode(b"caf\xe9"))
+    with pytest.raises(DataError, match="half of a surrogate pair"):
+        made.encode("\ud800")
+
+
+def test_pointer_in_place_of_a_tokenizer(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1234\n")
+    with pytest.raises(DataError, match="git lfs pull"):
+        load_tokenizer(path)

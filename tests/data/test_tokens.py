@@ -3,7 +3,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tf_dist.data.tokens import Sequences, TokenWriter, content_sha256, map_tokens, token_dtype
+from tf_dist.data import tokens as tokens_module
+from tf_dist.data.tokens import (
+    Sequences,
+    TokenWriter,
+    content_sha256,
+    map_tokens,
+    sample_sha256,
+    sampled,
+    token_dtype,
+)
 from tf_dist.errors import DataError, UsageError
 
 
@@ -80,3 +89,46 @@ def test_empty_and_damaged_files(tmp_path):
 def test_impossible_vocabularies(vocab):
     with pytest.raises(UsageError, match="vocab_size"):
         token_dtype(vocab)
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 1000])
+@pytest.mark.parametrize("large", [False, True])
+def test_digest_of_a_sample(monkeypatch, count, large):
+    monkeypatch.setattr(tokens_module, "SAMPLED_BLOCK_TOKENS", 4)
+    monkeypatch.setattr(tokens_module, "SAMPLED_BLOCKS", 10)
+    if large and count == 1000:
+        monkeypatch.setattr(tokens_module, "SAMPLED_FROM_BYTES", 100)
+    tokens = np.arange(count, dtype="<u2") % 7
+    looked_at = {start + place for start, block in sampled(tokens) for place in range(len(block))}
+    assert looked_at == set(range(count)) or (
+        large and {0, 3, 996, 999} <= looked_at and len(looked_at) == 40
+    )
+    digest = sample_sha256(tokens)
+    assert digest == sample_sha256(tokens.copy())
+    for place in looked_at:
+        other = tokens.copy()
+        other[place] ^= 1
+        assert sample_sha256(other) != digest
+    assert sample_sha256(np.append(tokens, tokens[:1] if count else [1]).astype("<u2")) != digest
+    assert sample_sha256(tokens.astype("<u4")) != digest
+
+
+def test_token_of_another_vocabulary(monkeypatch):
+    tokens = np.arange(100, dtype=np.int64) % 10
+    Sequences(tokens, 8).must_be_below(10)
+    with pytest.raises(
+        DataError, match=r"token id 9 at place 9 is not in the model's vocabulary of 9 \(0 to 8\)"
+    ):
+        Sequences(tokens, 8).must_be_below(9)
+    tokens[77] = -3
+    with pytest.raises(DataError, match="token id -3 at place 77 "):
+        Sequences(tokens, 8).must_be_below(10)
+    # Of very many tokens those between the samples are met where a batch is made of them.
+    monkeypatch.setattr(tokens_module, "SAMPLED_FROM_BYTES", 100)
+    monkeypatch.setattr(tokens_module, "SAMPLED_BLOCK_TOKENS", 4)
+    monkeypatch.setattr(tokens_module, "SAMPLED_BLOCKS", 3)
+    sequences = Sequences(tokens, 8)
+    sequences.must_be_below(10)
+    sequences.rows([0, 1, -1, 12])
+    with pytest.raises(DataError, match="token id -3 at place 77 "):
+        sequences.rows([0, 9])

@@ -1,6 +1,7 @@
 """Jobs end together: what fails on one rank ends all of them, within seconds, and is said once."""
 
 import re
+import shutil
 
 import pytest
 
@@ -296,4 +297,28 @@ def test_ranks_with_different_data(launcher, small, corpus, tmp_path, one_error)
     parts = [(1, [("--wdir", tmp_path / name), *flags]) for name in ("a", "b")]
     job = launcher.start_parts(parts, cwd=tmp_path).wait()
     one_error(job, 78, "the ranks do not agree on the data", "content_sha256: ", " on rank 0, ")
+    assert not list(tmp_path.glob("*/run/metrics.jsonl"))
+
+
+def test_ranks_with_different_tokens_beside_equal_facts(launcher, small, corpus, tmp_path, one_error):
+    """A disk of one node has spoiled its tokens; what is said of them beside is the same everywhere."""
+    flags = [*small, "--prepared-dir", "prepared"]
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    only_data = [word for word in flags if word in ("--data", str(corpus), "--tokenizer", "byte")]
+    made = launcher.start(
+        0, "prepare.py", *only_data, "--prepared-dir", "prepared", cwd=tmp_path / "a"
+    ).wait()
+    assert made.code == 0, made.output
+    shutil.copytree(tmp_path / "a" / "prepared", tmp_path / "b" / "prepared")
+    (tokens,) = (tmp_path / "b" / "prepared").glob("*/train.bin")
+    raw = bytearray(tokens.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    tokens.write_bytes(raw)
+    flags = ["train.py", *flags, "--run-dir", "run"]
+    parts = [(1, [("--wdir", tmp_path / name), *flags]) for name in ("a", "b")]
+    job = launcher.start_parts(parts, cwd=tmp_path).wait()
+    one_error(
+        job, 65, f"rank 1: the tokens in {tokens.parent} have changed since they were prepared", "train.bin"
+    )
     assert not list(tmp_path.glob("*/run/metrics.jsonl"))

@@ -11,16 +11,18 @@ import importlib.metadata
 import json
 import platform
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from tf_dist import errors
 from tf_dist.comm.base import Comm
+from tf_dist.comm.words import named
 from tf_dist.errors import LaunchError, TfDistError
 from tf_dist.version import __version__
 
 ONE_START = "Start all ranks with one command line, environment and installation"
 # Of a long list the first differences tell most: the others follow from them.
 SHOWN = 12
+T = TypeVar("T")
 PACKAGES = ("tensorflow", "tensorflow-cpu", "keras", "numpy", "mpi4py", "tokenizers")
 
 
@@ -75,6 +77,26 @@ def on_root(comm: Comm, function: Callable[[], Any]) -> Any:
     if "error" in outcome:
         raise getattr(errors, outcome["kind"])(outcome["error"])
     return outcome["value"]
+
+
+def everywhere(comm: Comm, function: Callable[[], T]) -> T:
+    """Call ``function`` on every rank and return its result there; a collective.
+
+    Raises:
+        TfDistError: on every rank, if ``function`` raised one on any; names the ranks where not all did.
+    """
+    value, problem = None, None
+    try:
+        value = function()
+    except TfDistError as error:
+        problem = [type(error).__name__, str(error)]
+    problems = comm.allgather_obj(problem)
+    failed = [rank for rank, found in enumerate(problems) if found]
+    if not failed:
+        return cast(T, value)
+    kind, text = problems[failed[0]]
+    alike = [rank for rank in failed if problems[rank] == [kind, text]]
+    raise getattr(errors, kind)(text if len(alike) == comm.size else f"{named(alike)}: {text}")
 
 
 def versions() -> dict[str, str]:

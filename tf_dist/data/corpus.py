@@ -7,6 +7,7 @@ A text file is one document; a row of a table is one document. A long document i
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -21,10 +22,11 @@ CUT_CHARACTERS = 1 << 13
 
 
 class Piece(NamedTuple):
-    """A part of a document, never empty; ``last`` is True for its end."""
+    """A part of a document, never empty; ``last`` is True for its end. ``where``: its file, or row of one."""
 
     text: str
     last: bool
+    where: str
 
 
 class Corpus:
@@ -56,7 +58,9 @@ class Corpus:
         self.sources = tuple(sources)
         self.text_column = text_column
         self.errors = errors
-        self.files = cap(find_files(sources), max_bytes)
+        # How many files in folders and globs say by no suffix that they are text.
+        self.passed_over: Counter[str] = Counter()
+        self.files = cap(find_files(sources, self.passed_over), max_bytes)
 
     def __iter__(self) -> Iterator[str]:
         """The documents, whole."""
@@ -93,10 +97,11 @@ class Corpus:
             yield from _stdlib_pieces(file, counts, seen)
         elif file.kind in (".txt", ".md", ".py"):
             with opened(file.path, file.size_bytes) as stream:
-                yield from _document(decoded(stream, str(file.path), self.errors, counts), counts)
+                texts = decoded(stream, str(file.path), self.errors, counts)
+                yield from _document(texts, counts, str(file.path))
         else:
-            for text in rows(file.path, file.kind, self.text_column, self.errors, counts):
-                yield from _document(iter([text]), counts)
+            for where, text in rows(file.path, file.kind, self.text_column, self.errors, counts):
+                yield from _document(iter([text]), counts, where)
 
 
 def _stdlib_pieces(file: SourceFile, counts: Counts, seen: set[bytes]) -> Iterator[Piece]:
@@ -113,20 +118,20 @@ def _stdlib_pieces(file: SourceFile, counts: Counts, seen: set[bytes]) -> Iterat
     except UnicodeDecodeError:
         counts.not_utf8 += 1
         return
-    yield from _document(iter([text]), counts)
+    yield from _document(iter([text]), counts, str(file.path))
 
 
-def _document(texts: Iterator[str], counts: Counts) -> Iterator[Piece]:
+def _document(texts: Iterator[str], counts: Counts, where: str) -> Iterator[Piece]:
     """One document, given in strings of any length, as pieces."""
     held = ""
     for text in texts:
         held += text
         while len(held) >= 2 * PIECE_CHARACTERS:
             at = cut(held[: PIECE_CHARACTERS + 1])
-            yield Piece(held[:at], False)
+            yield Piece(held[:at], False, where)
             held = held[at:]
     if held:
-        yield Piece(held, True)
+        yield Piece(held, True, where)
     else:
         counts.empty += 1
 

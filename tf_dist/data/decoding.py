@@ -2,24 +2,41 @@
 
 One policy for every kind of file: a byte order mark at the start is dropped; carriage returns stay as
 they are, so a corpus is the same bytes on every machine; NUL is a character like any other; bytes
-that are not UTF-8 stop the reading (``strict``) or become U+FFFD and are counted (``replace``).
+that are not UTF-8 stop the reading (``strict``) or become U+FFFD and are counted (``replace``). Other
+encodings and formats are refused under either.
 """
 
 from __future__ import annotations
 
+import bz2
 import codecs
 import contextlib
 import gzip
 import io
+import lzma
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO, cast
+from pathlib import Path, PurePath
+from typing import Any, BinaryIO, cast
 
+from tf_dist.data.signatures import (
+    HEAD_BYTES,
+    check_is_narrow,
+    check_is_no_pointer,
+    check_is_text,
+    check_is_written,
+)
 from tf_dist.errors import DataError
 
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 READ_BYTES = 1 << 18
+# A line of a table is held in memory: a file without line feeds is none.
+LINE_CHARACTERS = 1 << 27
+# A shorter text says nothing of its encoding.
+LEAST_CHARACTERS = 256
+# In Latin-1 one letter of twelve may be above ASCII; in GBK or cp1251 more than a third of the text is.
+REPLACED_SHARE = 0.2
 BYTE_ORDER_MARK = "\ufeff"
 REPLACEMENT = "\ufffd"
 
@@ -44,28 +61,69 @@ class Counts:
 
 @contextlib.contextmanager
 def opened(path: Path, size_bytes: int | None = None) -> Iterator[BinaryIO]:
-    """Open a plain or ``.gz`` file for reading its (decompressed) bytes.
+    """Open a file of a corpus for reading its bytes, decompressed where its name says so.
 
     Args:
         path: the file.
         size_bytes: read no more than this, so that a file which grows while it is read stays the
-            file that was listed. Not for ``.gz``.
+            file that was listed. Not for compressed files.
 
     Raises:
-        DataError: the file cannot be opened or read, or its compression is damaged.
+        DataError: the file cannot be opened or read, its compression is damaged, or it only points to
+            the file that was meant.
     """
     try:
-        with open(path, "rb") as raw:
-            if path.suffix == ".gz":
-                with gzip.GzipFile(fileobj=raw) as unzipped:
-                    yield cast(BinaryIO, unzipped)
-            else:
-                yield raw if size_bytes is None else cast(BinaryIO, _Head(raw, size_bytes))
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{path} is damaged: {error}. Compress it again, or get a whole copy.") from error
+        with open(path, "rb") as raw, _decompressed(path, raw) as stream:
+            check_is_no_pointer(stream.peek(HEAD_BYTES)[:HEAD_BYTES], str(path))
+            yield (
+                stream if stream is not raw or size_bytes is None else cast(BinaryIO, _Head(raw, size_bytes))
+            )
+    except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
+        raise _damaged(path, error) from error
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise DataError(f"cannot read {path}: {reason}. Check the path and its permissions.") from error
+        if error.errno is None:  # of bz2 and zstd, about the data
+            raise _damaged(path, error) from error
+        raise DataError(
+            f"cannot read {path}: {error.strerror}. Check the path and its permissions."
+        ) from error
+
+
+def _decompressed(path: Path, raw: BinaryIO) -> contextlib.AbstractContextManager[Any]:
+    """A buffered stream (it can `peek`) of what is behind the compression that the name tells of."""
+    compression = split_name(path.name)[1]
+    if compression == ".gz":
+        return gzip.GzipFile(fileobj=raw)
+    if compression == ".bz2":
+        return bz2.BZ2File(raw)
+    if compression == ".xz":
+        return lzma.LZMAFile(raw)
+    if compression == ".zst":
+        return _zstd(path, raw)
+    return contextlib.nullcontext(raw)
+
+
+def _zstd(path: Path, raw: BinaryIO) -> io.BufferedReader:
+    try:
+        import pyarrow as pa
+    except ImportError as error:
+        raise DataError(
+            f"reading {path} needs pyarrow: pip install 'tf_dist[parquet]', or decompress it: zstd -d"
+        ) from error
+    return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd"))
+
+
+def _damaged(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path} is damaged: {error}. Compress it again, or get a whole copy.")
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """The suffix that says how to read a file, and that of its compression: lower case, may be empty.
+
+    ``Notes.TXT.GZ`` gives ``.txt`` and ``.gz``.
+    """
+    name = name.lower()
+    compression = next((suffix for suffix in COMPRESSIONS if name.endswith(suffix)), "")
+    return PurePath(name.removesuffix(compression)).suffix, compression
 
 
 class _Head:
@@ -90,13 +148,19 @@ def decoded(stream: BinaryIO, name: str, errors: str, counts: Counts) -> Iterato
         counts: its ``replaced`` grows.
 
     Raises:
-        DataError: bytes that are not UTF-8, when ``errors`` is ``strict``; says at which offset.
+        DataError: bytes that are not UTF-8, when ``errors`` is ``strict``; says at which offset. Another
+            encoding or format, whatever ``errors`` says.
     """
     tail, offset, final = b"", 0, False
+    characters, before = 0, counts.replaced
     while not final:
         read = stream.read(READ_BYTES)
         final = not read
         data = tail + read
+        if not offset:
+            check_is_text(data[:HEAD_BYTES], name)
+        check_is_narrow(read, name)
+        check_is_written(read, offset, name)
         text, used = _decode(data, errors, final, name, offset)
         if errors == "replace":
             # UTF-8 synchronises itself, so a replacement character that stood in the file is always
@@ -104,9 +168,19 @@ def decoded(stream: BinaryIO, name: str, errors: str, counts: Counts) -> Iterato
             counts.replaced += text.count(REPLACEMENT) - data[:used].count(REPLACEMENT.encode())
         if offset == 0 and used and text.startswith(BYTE_ORDER_MARK):
             text = text[1:]
-        tail, offset = data[used:], offset + used
+        tail, offset, characters = data[used:], offset + used, characters + len(text)
         if text:
             yield text
+    _check_replaced(counts.replaced - before, characters, name)
+
+
+def _check_replaced(replaced: int, characters: int, name: str) -> None:
+    """Single bad bytes may be replaced; a text in another encoding is no text any more."""
+    if characters >= LEAST_CHARACTERS and replaced > REPLACED_SHARE * characters:
+        raise DataError(
+            f"{name} is in another encoding, or no text: {replaced:,} of its {characters:,} characters are "
+            "not UTF-8. Convert the file (iconv -f ENCODING -t UTF-8)"
+        )
 
 
 def _decode(data: bytes, errors: str, final: bool, name: str, offset: int) -> tuple[str, int]:
@@ -116,35 +190,33 @@ def _decode(data: bytes, errors: str, final: bool, name: str, offset: int) -> tu
         at = offset + error.start
         raise DataError(
             f"{name} is not UTF-8: byte 0x{data[error.start]:02x} at offset {at} ({error.reason}). "
-            "Convert the file (iconv -t utf-8), or use --errors replace."
+            "Convert the file (iconv -f latin1 -t utf-8, or what it is in), or use --errors replace."
         ) from error
 
 
-class Utf8Bytes(io.RawIOBase):
-    """A decoded text as bytes again: what a table reader is given, so that it meets only valid UTF-8.
+def lines(texts: Iterator[str], name: str) -> Iterator[str]:
+    """The lines of a text, each with its line feed; a carriage return ends none, nor does any other sign.
 
-    A reader may swallow what is raised inside ``read``; ``failure`` keeps it.
+    Args:
+        texts: the text, in strings of any length.
+        name: what to call it in an error.
+
+    Raises:
+        DataError: a line that is too long for a row of a table.
     """
-
-    def __init__(self, texts: Iterator[str]) -> None:
-        self._texts, self._pending = texts, b""
-        self.failure: DataError | None = None
-
-    def readable(self) -> bool:
-        """True."""
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        """Fill ``buffer``; the number of bytes written, 0 at the end."""
-        try:
-            while not self._pending:
-                self._pending = next(self._texts).encode()
-        except StopIteration:
-            return 0
-        except DataError as error:
-            self.failure = error
-            raise
-        count = min(len(buffer), len(self._pending))
-        buffer[:count] = self._pending[:count]
-        self._pending = self._pending[count:]
-        return count
+    held: list[str] = []
+    size, number = 0, 1
+    for text in texts:
+        for line in io.StringIO(text, newline="\n"):
+            held.append(line)
+            size += len(line)
+            if size > LINE_CHARACTERS:
+                raise DataError(
+                    f"line {number} of {name} has more than {LINE_CHARACTERS:,} characters: that is no row "
+                    "of a table. Is it one? A text has a name that ends in .txt"
+                )
+            if line.endswith("\n"):
+                yield "".join(held)
+                held, size, number = [], 0, number + 1
+    if held:
+        yield "".join(held)

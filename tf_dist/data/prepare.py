@@ -6,13 +6,10 @@ name and renamed when whole, so it exists entirely or not at all, also when two 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import itertools
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -25,11 +22,18 @@ import numpy.typing as npt
 
 from tf_dist.data.corpus import Corpus
 from tf_dist.data.decoding import Counts
-from tf_dist.data.prepared import FORMAT, VERSION, Prepared, open_prepared
-from tf_dist.data.sources import SourceFile, cap, find_files, fingerprint
+from tf_dist.data.prepared import FORMAT, SIDES, VERSION, Prepared, open_prepared, publish
+from tf_dist.data.sources import SourceFile, cap, files_sha256, find_files, fingerprint
 from tf_dist.data.split import check_fraction, choose_validation, train_characters
-from tf_dist.data.tokenizer import Ids, Tokenizer, check_vocab_size, load_tokenizer, train_tokenizer
-from tf_dist.data.tokens import TokenWriter, content_sha256, token_dtype
+from tf_dist.data.tokenizer import (
+    Ids,
+    Tokenizer,
+    UnknownCharacter,
+    check_vocab_size,
+    load_tokenizer,
+    train_tokenizer,
+)
+from tf_dist.data.tokens import TokenWriter, content_sha256, map_tokens, sample_sha256, token_dtype
 from tf_dist.errors import DataError
 from tf_dist.files import sha256_of, sync_folder, temporary_name, write_whole
 
@@ -67,12 +71,17 @@ class Plan:
 
 @dataclass(frozen=True)
 class Text:
-    """A piece of a document on its way to one side, 0 for train and 1 for val; ``ends`` the document."""
+    """A piece of a document on its way to one side, 0 for train and 1 for val; ``ends`` the document.
+
+    where: file, and row, of the document. characters, lines: of the document, before this piece.
+    """
 
     text: str
     side: int
-    document: int
     ends: bool
+    where: str
+    characters: int
+    lines: int
 
 
 def prepare(
@@ -152,7 +161,7 @@ def _make(corpus: Corpus, options: Options, key: str, target: Path, say: Callabl
         temporary.mkdir(parents=True)
         _write(corpus, options, key, temporary, say)
         sync_folder(temporary)
-        return _publish(temporary, target)
+        return publish(temporary, target)
     except OSError as error:
         reason = error.strerror or str(error)
         raise DataError(
@@ -160,31 +169,6 @@ def _make(corpus: Corpus, options: Options, key: str, target: Path, say: Callabl
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _publish(temporary: Path, target: Path) -> Prepared:
-    """Give a whole folder its name, unless another process was first: then use that one's."""
-    with _locked(target.parent):
-        if target.exists():
-            try:
-                return open_prepared(target)
-            except DataError:
-                # Damaged, from before. Renamed first, so that nobody meets it half deleted.
-                trash = temporary_name(target)
-                os.rename(target, trash)
-                shutil.rmtree(trash, ignore_errors=True)
-        os.rename(temporary, target)
-        sync_folder(target.parent)
-        return open_prepared(target)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Only one process at a time looks, removes and renames; the lock goes with the process."""
-    with open(folder / ".lock", "ab") as lock:
-        with contextlib.suppress(OSError):  # a file system without locks: the rename alone must do
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _write(corpus: Corpus, options: Options, key: str, folder: Path, say: Callable[[str], None]) -> None:
@@ -210,10 +194,17 @@ def _write(corpus: Corpus, options: Options, key: str, folder: Path, say: Callab
         "tokenizer_kind": tokenizer.kind,
         "tokenizer_sha256": sha256_of(folder / "tokenizer.json"),
         "content_sha256": content_sha256(folder / "train.bin", folder / "val.bin"),
+        "sample_sha256": {
+            side: sample_sha256(map_tokens(folder / f"{side}.bin", token_dtype(tokenizer.vocab_size)))
+            for side in SIDES
+        },
+        "files_sha256": files_sha256(corpus.files),
         "replaced": counts.replaced,
         "skipped": {name: getattr(counts, name) for name in ("nulls", "empty", "not_utf8", "duplicates")},
     }
-    write_whole(folder / "meta.json", json.dumps(meta, indent=1, ensure_ascii=False).encode())
+    spelled = json.dumps(meta, indent=1, ensure_ascii=False)
+    # Names of files may hold bytes that are no UTF-8: Python writes them as JSON does, \udce9.
+    write_whole(folder / "meta.json", spelled.encode("utf-8", "backslashreplace"))
 
 
 def _split_name(plan: Plan) -> str:
@@ -245,7 +236,22 @@ def _plan(corpus: Corpus, options: Options, say: Callable[[str], None]) -> Plan:
             f"the last {characters - cut_at:,} for validation"
         )
     say(f"{len(sizes):,} document{'s' * (len(sizes) != 1)}, {sum(sizes):,} bytes of text")
+    for line in _left_out(corpus, counts):
+        say(line)
     return Plan(len(sizes), in_val, cut_at, counts)
+
+
+def _left_out(corpus: Corpus, counts: Counts) -> Iterator[str]:
+    """What of the corpus is not trained on, or not as it stood."""
+    others = corpus.passed_over
+    if others:
+        kinds = ", ".join(f"{count:,} {suffix or 'without one'}" for suffix, count in others.most_common(5))
+        more = ", ..." if len(others) > 5 else ""
+        yield f"files of other suffixes, passed over: {kinds}{more}"
+    if counts.nulls or counts.empty:
+        yield f"documents without text, left out: {counts.nulls + counts.empty:,}"
+    if counts.replaced:
+        yield f"bytes that are not UTF-8, now U+FFFD: in {counts.replaced:,} places"
 
 
 def _tokenizer(corpus: Corpus, options: Options, plan: Plan, say: Callable[[str], None]) -> Tokenizer:
@@ -261,19 +267,24 @@ def _tokenizer(corpus: Corpus, options: Options, plan: Plan, say: Callable[[str]
 
 def _texts(corpus: Corpus, plan: Plan) -> Iterator[Text]:
     """The pieces of the corpus, each with its side."""
-    document, characters = 0, 0
+    document, characters, lines = 0, 0, 0
     for piece in corpus.pieces(Counts()):
         if document >= plan.documents:
             raise DataError("there are more documents than a moment ago: the data changed. Try again.")
         if plan.cut_at < 0:
+            side = int(plan.in_val[document])
             # A document alone has no neighbour that end-of-text would keep it apart from.
             ends = piece.last and plan.documents > 1
-            yield Text(piece.text, int(plan.in_val[document]), document, ends)
+            yield Text(piece.text, side, ends, piece.where, characters, lines)
         else:
             at = min(max(plan.cut_at - characters, 0), len(piece.text))
-            parts = (piece.text[:at], piece.text[at:])
-            yield from (Text(text, side, document, False) for side, text in enumerate(parts) if text)
-        characters += len(piece.text)
+            train, val = piece.text[:at], piece.text[at:]
+            if train:
+                yield Text(train, 0, False, piece.where, characters, lines)
+            if val:
+                yield Text(val, 1, False, piece.where, characters + at, lines + train.count("\n"))
+        characters = 0 if piece.last else characters + len(piece.text)
+        lines = 0 if piece.last else lines + piece.text.count("\n")
         document += piece.last
 
 
@@ -319,8 +330,8 @@ def _encode(tokenizer: Tokenizer, batch: list[Text]) -> list[Ids]:
         for part in batch:
             try:
                 tokenizer.encode(part.text)
-            except DataError as error:
-                raise DataError(f"document {part.document + 1} of the corpus: {error}") from error
+            except UnknownCharacter as error:
+                raise DataError(f"{part.where}: {error.said(part.characters, part.lines)}") from error
         raise
 
 

@@ -5,20 +5,33 @@ The folder: ``train.bin`` and ``val.bin`` (tokens), ``tokenizer.json``, ``meta.j
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
 import re
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tf_dist.data.sources import cap, files_sha256, find_files
 from tf_dist.data.tokenizer import Tokenizer, load_tokenizer
-from tf_dist.data.tokens import DTYPES, LARGEST_VOCAB, TokenArray, content_sha256, map_tokens
+from tf_dist.data.tokens import (
+    DTYPES,
+    LARGEST_VOCAB,
+    TokenArray,
+    content_sha256,
+    map_tokens,
+    sample_sha256,
+)
 from tf_dist.errors import DataError
-from tf_dist.files import read_capped, sha256_of
+from tf_dist.files import read_capped, sha256_of, sync_folder, temporary_name
 
 FORMAT = "tf_dist tokens"
-VERSION = 1
+# 2: digests of a sample of the tokens, and of the files they were made from; tables are read strictly.
+VERSION = 2
 META_LIMIT_BYTES = 16 << 20
 SIDES = ("train", "val")
 Stamp = tuple[int, ...]
@@ -66,17 +79,15 @@ class Prepared:
         except OSError as error:
             raise DataError(f"cannot read {error.filename}: {error.strerror}. Prepare again.") from error
         if found != self.meta["content_sha256"]:
-            raise DataError(
-                f"the tokens in {self.path} have changed since they were prepared: somebody has written to "
-                f"{files[0].name} or {files[1].name}. Delete {self.path}, and start the same command again"
-            )
+            raise _changed(self.path, f"{files[0].name} or {files[1].name}")
 
 
 def open_prepared(path: Path | str) -> Prepared:
     """Open a prepared folder, after checking its facts against its files.
 
     Raises:
-        DataError: something is missing, damaged or of another version; prepare it again.
+        DataError: something is missing, damaged or of another version, or the tokens are others than were
+            prepared (where they are many, in a sample of them); prepare it again.
     """
     folder = Path(path)
     meta = read_meta(folder)
@@ -89,11 +100,91 @@ def open_prepared(path: Path | str) -> Prepared:
                 f"{folder / side}.bin holds {len(array)} tokens, meta.json says {meta['tokens'][side]}. "
                 f"Delete {folder} and prepare again."
             )
+    for side, array in arrays.items():
+        # Small ones are read as a whole: what meta.json says of them is not enough to train on.
+        if sample_sha256(array) != meta["sample_sha256"][side]:
+            raise _changed(folder, f"{side}.bin")
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     if tokenizer.vocab_size != meta["vocab_size"]:
         raise DataError(f"{folder}: the tokenizer and meta.json differ in vocab_size. Prepare again.")
     stamps = {side: _stamp(folder / f"{side}.bin") for side in SIDES}
     return Prepared(folder, meta, tokenizer, arrays["train"], arrays["val"], stamps)
+
+
+def _changed(folder: Path, files: str) -> DataError:
+    folder = folder.absolute()
+    return DataError(
+        f"the tokens in {folder} have changed since they were prepared: somebody has written to {files}. "
+        f"Delete {folder}, and start the same command again"
+    )
+
+
+def find_prepared(folder: Path, content_sha256: str, tokenizer_sha256: str) -> Prepared | None:
+    """The prepared corpus with these very tokens, made by this tokenizer, in a folder of such; or None.
+
+    Args:
+        folder: as given to `prepare`; it may be missing.
+        content_sha256: of the tokens.
+        tokenizer_sha256: of the file ``tokenizer.json``.
+    """
+    wanted = {"content_sha256": content_sha256, "tokenizer_sha256": tokenizer_sha256}
+    for path in sorted(folder.glob("[!.]*/meta.json")):
+        try:
+            meta = read_meta(path.parent)
+            if wanted.items() <= meta.items():
+                return open_prepared(path.parent)
+        except DataError:  # of another version, or damaged: as if it were not there
+            continue
+    return None
+
+
+def publish(temporary: Path, target: Path) -> Prepared:
+    """Give a whole folder its name, unless another process was first: then use that one's.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    with _locked(target.parent):
+        if target.exists():
+            try:
+                return open_prepared(target)
+            except DataError:
+                # Damaged, from before. Renamed first, so that nobody meets it half deleted.
+                trash = temporary_name(target)
+                os.rename(target, trash)
+                shutil.rmtree(trash, ignore_errors=True)
+        os.rename(temporary, target)
+        sync_folder(target.parent)
+        return open_prepared(target)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Only one process at a time looks, removes and renames; the lock goes with the process."""
+    with open(folder / ".lock", "ab") as lock:
+        with contextlib.suppress(OSError):  # a file system without locks: the rename alone must do
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def files_changed(corpus: Prepared, max_bytes: int) -> str:
+    """Words for what has become of the files that a corpus was made from; empty where they are as they were.
+
+    Args:
+        corpus: that was prepared.
+        max_bytes: as it was given to `prepare`.
+    """
+    sources = corpus.meta["sources"]
+    shown = " ".join(sources[:3]) + (" ..." if len(sources) > 3 else "")
+    try:
+        files = cap(find_files(sources), max_bytes)
+    except DataError as error:
+        return f"the corpus cannot be read any more ({error})"
+    return (
+        ""
+        if files_sha256(files) == corpus.meta["files_sha256"]
+        else f"the corpus has changed ({shown}: other sizes or times)"
+    )
 
 
 def _stamp(path: Path) -> Stamp:
@@ -153,6 +244,10 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and len(value) < 1 << 12
 
 
+def _are_sha256(value: Any) -> bool:
+    return isinstance(value, dict) and set(value) == set(SIDES) and all(map(_is_sha256, value.values()))
+
+
 def _are_counts(*names: str) -> Callable[[Any], bool]:
     def check(value: Any) -> bool:
         return isinstance(value, dict) and set(value) == set(names) and all(map(_is_count, value.values()))
@@ -183,6 +278,8 @@ CHECKS: dict[str, Callable[[Any], bool]] = {
     "tokenizer_kind": _is_text,
     "tokenizer_sha256": _is_sha256,
     "content_sha256": _is_sha256,
+    "sample_sha256": _are_sha256,
+    "files_sha256": _is_sha256,
     "replaced": _is_count,
     "skipped": _are_counts("nulls", "empty", "not_utf8", "duplicates"),
 }

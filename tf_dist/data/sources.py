@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import json
 import os
 import stat
 import sys
 import sysconfig
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tf_dist.data.decoding import COMPRESSIONS, split_name
 from tf_dist.errors import DataError
 
 STDLIB = "stdlib"
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 SUFFIXES = (*TEXT_SUFFIXES, *TABLE_SUFFIXES, ".parquet")
+ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar")
 # Not part of the standard library, though they lie in its folder.
 NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
 
@@ -39,33 +43,32 @@ class SourceFile:
 
     @property
     def kind(self) -> str:
-        """The suffix that says how to read it, without ``.gz``: ``.txt``, ``.csv``, ..."""
+        """The suffix that says how to read it, without that of a compression: ``.txt``, ``.csv``, ..."""
         return kind_of(self.path)
 
 
 def kind_of(path: Path) -> str:
     """The suffix that says how to read a file, or an empty string if it is none we know."""
-    name = path.name.lower()
-    zipped = name.endswith(".gz")
-    suffix = Path(name.removesuffix(".gz")).suffix
-    if suffix not in SUFFIXES or (zipped and suffix == ".parquet"):
-        return ""
-    return suffix
+    suffix, compression = split_name(path.name)
+    # Parquet compresses its columns itself, and is read from its end.
+    return suffix if suffix in SUFFIXES and not (compression and suffix == ".parquet") else ""
 
 
-def find_files(values: Sequence[str]) -> list[SourceFile]:
+def find_files(values: Sequence[str], passed_over: Counter[str] | None = None) -> list[SourceFile]:
     """Every file behind the values, each once, in the order of the values and sorted inside each.
 
     Args:
         values: ``stdlib``, files, globs or folders. In folders and globs files of other suffixes are
             passed over, and so are hidden files and folders inside a folder.
+        passed_over: counts the files, hidden ones apart, of each suffix that says nothing.
 
     Raises:
         DataError: nothing there, an unknown suffix, a loop of links, not a regular file, not readable.
     """
     found: dict[str, SourceFile] = {}
+    passed_over = Counter() if passed_over is None else passed_over
     for value in values:
-        for file in _expand(value):
+        for file in _expand(value, passed_over):
             # A file reached by two ways is read once, else it would count twice in training.
             found.setdefault(os.path.realpath(file.path), file)
     if not found:
@@ -73,43 +76,48 @@ def find_files(values: Sequence[str]) -> list[SourceFile]:
     return list(found.values())
 
 
-def _expand(value: str) -> list[SourceFile]:
+def _expand(value: str, passed_over: Counter[str]) -> list[SourceFile]:
     if value == STDLIB:
         return _stdlib_files(Path(sysconfig.get_paths()["stdlib"]))
     if os.path.lexists(value):
-        return _expand_path(Path(value))
+        return _expand_path(Path(value), passed_over)
     if glob.has_magic(value):
-        return _expand_glob(value)
+        return _expand_glob(value, passed_over)
     raise DataError(f"no such file or folder: {value}. Check the path; it is taken from {Path.cwd()}.")
 
 
-def _expand_path(path: Path) -> list[SourceFile]:
+def _expand_path(path: Path, passed_over: Counter[str]) -> list[SourceFile]:
     if stat.S_ISDIR(_status(path).st_mode):
-        files = list(_walk(path, ()))
+        files = list(_walk(path, (), passed_over))
         if not files:
             raise DataError(f"no {_known()} file in the folder {path}. Name the files themselves.")
         return files
     if not kind_of(path):
-        raise DataError(f"{path} has a suffix that says nothing: we read {_known()}. Rename or convert it.")
+        remedy = "Unpack it first." if split_name(path.name)[0] in ARCHIVES else "Rename or convert it."
+        raise DataError(f"{path} has a suffix that says nothing: we read {_known()}. {remedy}")
     return [_source(path, named=True)]
 
 
-def _expand_glob(pattern: str) -> list[SourceFile]:
+def _expand_glob(pattern: str, passed_over: Counter[str]) -> list[SourceFile]:
     matches = sorted(glob.glob(pattern, recursive=True))
     if not matches:
         raise DataError(f"no file matches {pattern}. Quote it, and check it against {Path.cwd()}.")
     files: list[SourceFile] = []
     for match in map(Path, matches):
         if stat.S_ISDIR(_status(match).st_mode):
-            files.extend(_walk(match, ()))
+            files.extend(_walk(match, (), passed_over))
         elif kind_of(match):
             files.append(_source(match))
+        else:
+            passed_over["".join(split_name(match.name))] += 1
     if not files:
         raise DataError(f"no {_known()} file among the {len(matches)} matches of {pattern}.")
     return files
 
 
-def _walk(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[SourceFile]:
+def _walk(
+    folder: Path, above: tuple[tuple[int, int], ...], passed_over: Counter[str]
+) -> Iterator[SourceFile]:
     """The known files under a folder, following links; ``above`` are the folders we are inside of."""
     status = _status(folder)
     identity = (status.st_dev, status.st_ino)
@@ -121,9 +129,11 @@ def _walk(folder: Path, above: tuple[tuple[int, int], ...]) -> Iterator[SourceFi
         raise DataError(f"cannot list {folder}: {error.strerror}. Check its permissions.") from error
     for path in (folder / name for name in names if not name.startswith(".")):
         if stat.S_ISDIR(_status(path).st_mode):
-            yield from _walk(path, (*above, identity))
+            yield from _walk(path, (*above, identity), passed_over)
         elif kind_of(path):
             yield _source(path)
+        else:
+            passed_over["".join(split_name(path.name))] += 1
 
 
 def _source(path: Path, named: bool = False) -> SourceFile:
@@ -143,7 +153,7 @@ def _status(path: Path) -> os.stat_result:
 
 
 def _known() -> str:
-    return " ".join(SUFFIXES) + " (or .gz of them)"
+    return f"{' '.join(SUFFIXES)} (all but .parquet also with {' '.join(COMPRESSIONS)})"
 
 
 def _stdlib_files(root: Path) -> list[SourceFile]:
@@ -197,3 +207,8 @@ def fingerprint(files: Iterable[SourceFile]) -> list[list[str | int]]:
         else:
             lines.append([os.path.abspath(file.path), file.size_bytes, file.mtime_ns])
     return lines
+
+
+def files_sha256(files: Iterable[SourceFile]) -> str:
+    """The SHA-256 of their `fingerprint`, not of their contents."""
+    return hashlib.sha256(json.dumps(fingerprint(files)).encode()).hexdigest()

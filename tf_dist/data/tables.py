@@ -1,49 +1,66 @@
-"""Rows of .csv .tsv .jsonl and .parquet as texts, a chunk of rows at a time."""
+"""Rows of .csv .tsv .jsonl and .parquet as texts, a chunk of rows at a time.
+
+A table is read as it stands or refused by row and line: nothing is guessed, padded, shifted or renamed.
+"""
 
 from __future__ import annotations
 
-import io
+import csv
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tf_dist.data.decoding import REPLACEMENT, Counts, Utf8Bytes, decoded, opened
+from tf_dist.data.columns import no_column, only_column, without_surrogates
+from tf_dist.data.decoding import LINE_CHARACTERS, Counts, decoded, lines, opened
+from tf_dist.data.parquet import parquet_cells
 from tf_dist.errors import DataError
 
 if TYPE_CHECKING:
     import pandas as pd
 
 ROWS_PER_CHUNK = 1024
-# Only an empty cell is null: pandas would also take the words "None", "NA" and "null" for nothing.
-CSV: dict[str, Any] = {"dtype": str, "keep_default_na": False, "na_values": [""]}
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 
-def rows(path: Path, kind: str, column: str, errors: str, counts: Counts) -> Iterator[str]:
-    """The texts of one column, in file order.
+class Row(NamedTuple):
+    """A row of a table: its number and the line in which it begins, both from 1, and the wanted cell."""
+
+    number: int
+    line: int
+    cell: Any
+
+
+def rows(path: Path, kind: str, column: str, errors: str, counts: Counts) -> Iterator[tuple[str, str]]:
+    """The texts of one column, in file order, each with the words for where it stands.
 
     Args:
-        path: the table, possibly ``.gz``.
+        path: the table, possibly compressed.
         kind: ``.csv``, ``.tsv``, ``.jsonl`` or ``.parquet``.
         column: which column holds the text.
         errors: ``strict`` or ``replace``, for bytes that are not UTF-8.
         counts: its ``nulls`` and ``replaced`` grow.
 
     Raises:
-        DataError: no such column, not a table, a cell that is not text, bytes that are not UTF-8.
+        DataError: no such column or two of that name, not a table, rows of another length than the header,
+            a cell that is not text, bytes that are not UTF-8.
     """
     if kind == ".parquet":
-        chunks = _parquet(path, column, errors, counts)
-    else:
-        chunks = _text_table(path, kind, column, errors, counts)
-    first_row = 0
-    for cells in chunks:
-        missing = cells.isna()
-        counts.nulls += int(missing.sum())
-        for number, cell in cells[~missing].items():
-            yield _text(cell, f"row {first_row + int(str(number)) + 1} of {path}", column, errors, counts)
-        first_row += len(cells)
+        with opened(path) as raw:
+            for cells in parquet_cells(raw, path, column, errors, counts, ROWS_PER_CHUNK):
+                yield from _present(cells, counts)
+        return
+    for cells in _text_table(path, kind, column, errors, counts):
+        for where, cell in _present(cells, counts):
+            yield where, _text(cell, where, column, errors, counts)
+
+
+def _present(cells: pd.Series[Any], counts: Counts) -> Iterator[tuple[str, Any]]:
+    """Where they stand, and the cells that have a value; the others are counted."""
+    missing = cells.isna()
+    counts.nulls += int(missing.sum())
+    yield from ((str(where), cell) for where, cell in cells[~missing].items())
 
 
 def _text(cell: Any, where: str, column: str, errors: str, counts: Counts) -> str:
@@ -56,114 +73,109 @@ def _text(cell: Any, where: str, column: str, errors: str, counts: Counts) -> st
         # JSON can spell half of a surrogate pair, which no UTF-8 file can hold.
         if errors == "strict":
             raise DataError(f"{where}: a lone surrogate. Mend it, or use --errors replace.") from error
-        counts.replaced += sum(0xD800 <= ord(sign) < 0xE000 for sign in cell)
-        return "".join(REPLACEMENT if 0xD800 <= ord(sign) < 0xE000 else sign for sign in cell)
+        return without_surrogates(cell, counts)
     return cell
 
 
 def _text_table(path: Path, kind: str, column: str, errors: str, counts: Counts) -> Iterator[pd.Series[Any]]:
+    import pandas as pd
+
     with opened(path) as raw:
-        bytes_ = Utf8Bytes(decoded(raw, str(path), errors, counts))
-        # newline="\n": cells keep their carriage returns, and JSON lines end at line feeds only.
-        text = io.TextIOWrapper(io.BufferedReader(bytes_), encoding="utf-8", newline="\n")
-        if kind == ".jsonl":
-            yield from _json_lines(text, path, column)
-        else:
-            yield from _csv(text, path, "\t" if kind == ".tsv" else ",", column, bytes_)
+        text = lines(decoded(raw, str(path), errors, counts), str(path))
+        found = _json_lines(text, path, column) if kind == ".jsonl" else _csv(text, path, kind, column)
+        while chunk := list(itertools.islice(found, ROWS_PER_CHUNK)):
+            places = [f"row {row.number} of {path} (line {row.line})" for row in chunk]
+            yield pd.Series([row.cell for row in chunk], places, dtype=object)
 
 
-def _csv(
-    text: io.TextIOWrapper, path: Path, separator: str, column: str, source: Utf8Bytes
-) -> Iterator[pd.Series[Any]]:
-    import pandas as pd
+def _csv(text: Iterator[str], path: Path, kind: str, column: str) -> Iterator[Row]:
+    """Rows by Python's strict reader: pandas' cuts them at carriage returns, and mends quotes and lengths."""
+    csv.field_size_limit(LINE_CHARACTERS)
+    reader = csv.reader(text, delimiter=SEPARATORS[kind], strict=True)
+    header: list[str] = []
+    place, number, line = 0, 0, 1
+    while True:
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            where = f"row {number + 1}" if header else "the header"
+            raise DataError(f"{where} of the table {path} (line {line}): {_csv_reason(error)}") from error
+        if not header:
+            header, place = cells, only_column(cells, column, path) if cells else 0
+        elif cells or len(header) == 1:  # an empty line between rows is none, but may be an empty cell
+            number += 1
+            _check_length(cells or [""], header, f"row {number} of the table {path} (line {line})")
+            # Only an empty cell is null: the words "None", "NA" and "null" are text.
+            yield Row(number, line, (cells[place] if cells else "") or None)
+        line = reader.line_num + 1
 
-    try:
-        frames: Any = pd.read_csv(text, sep=separator, chunksize=ROWS_PER_CHUNK, **CSV)
-        for frame in frames:
-            if column not in frame.columns:
-                raise no_column(path, column, [str(name) for name in frame.columns])
-            if not isinstance(frame.index, pd.RangeIndex):
-                # pandas takes the cells too many for names of rows, and shifts the others.
-                raise DataError(
-                    f"{path} has rows with more cells than columns. Quote cells that hold a comma."
-                )
-            yield frame[column].reset_index(drop=True)
-    except pd.errors.EmptyDataError:
+
+def _check_length(cells: Sequence[str], header: Sequence[str], where: str) -> None:
+    if len(cells) == len(header):
         return
-    except pd.errors.ParserError as error:
-        if source.failure:
-            raise source.failure from None
-        reason = str(error).strip().splitlines()[-1]
-        raise DataError(f"{path} is not a sound table: {reason}. Mend that row.") from error
+    what = "more" if len(cells) > len(header) else "fewer"
+    raise DataError(
+        f"{where} has {what} cells than columns: {len(cells)}, and {len(header)} are named in the header. "
+        "Quote cells that hold the separator or a line feed, and write empty cells too."
+    )
 
 
-def _json_lines(text: io.TextIOWrapper, path: Path, column: str) -> Iterator[pd.Series[Any]]:
-    """Cells by Python's own reader: pandas' would make dates and numbers of texts that look like them."""
-    import pandas as pd
+def _csv_reason(error: csv.Error) -> str:
+    """What `csv` says of a row, in the words of who has to mend it."""
+    said = str(error)
+    if "expected after" in said:
+        return (
+            'a quoted cell goes on behind its closing quote. A quote inside quotes is written twice (""), '
+            "not with a backslash; quote a whole cell or none of it."
+        )
+    if "new-line character" in said:
+        return "a carriage return alone, outside quotes. Quote that cell, or end rows by line feeds."
+    if "unexpected end" in said:
+        return "its last quoted cell is never closed. Close it, or double the quotes inside."
+    if "field limit" in said:
+        return f"a cell has more than {LINE_CHARACTERS:,} characters: a quote is not closed."
+    return f"{said}. Mend that row."
 
-    lines = ((number, line) for number, line in enumerate(text, start=1) if line.strip())
-    seen = False
-    while chunk := list(itertools.islice(lines, ROWS_PER_CHUNK)):
-        records = [_record(line, f"line {number} of {path}") for number, line in chunk]
-        seen = seen or any(column in record for record in records)
+
+def _json_lines(text: Iterator[str], path: Path, column: str) -> Iterator[Row]:
+    """Rows by Python's own reader: pandas' would make dates and numbers of texts that look like them."""
+    others: dict[str, None] = {}
+    seen, number = False, 0
+    for line, spelled in enumerate(text, start=1):
+        if not spelled.strip():
+            continue
+        record = _record(spelled, column, f"line {line} of {path}")
+        number += 1
         if not seen:
-            raise no_column(path, column, list({str(key): None for record in records for key in record}))
-        yield pd.Series([record.get(column) for record in records], dtype=object)
+            seen = column in record
+            others.update(dict.fromkeys(record))
+            if not seen and number >= ROWS_PER_CHUNK:
+                raise no_column(path, column, list(others))
+        yield Row(number, line, record.get(column))
+    if number and not seen:
+        raise no_column(path, column, list(others))
 
 
-def _record(line: str, where: str) -> dict[str, Any]:
+def _record(line: str, column: str, where: str) -> dict[str, Any]:
+    twice: set[str] = set()
+
+    def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        # The object of the line itself is the last that is closed.
+        twice.clear()
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice.update(name for name in made if names.count(name) > 1)
+        return made
+
     try:
-        record = json.loads(line)
+        record = json.loads(line, object_pairs_hook=collect)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where} is not JSON: {error}. Mend that line of the table.") from error
     if not isinstance(record, dict):
         raise DataError(f"{where} is JSON, but no object with columns. Mend that line of the table.")
+    if column in twice:
+        raise DataError(f"{where} has the key {column!r} twice. Keep one of them.")
     return record
-
-
-def _parquet(path: Path, column: str, errors: str, counts: Counts) -> Iterator[pd.Series[Any]]:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise DataError(f"reading {path} needs pyarrow: pip install 'tf_dist[parquet]'") from error
-
-    with opened(path) as raw:
-        try:
-            table = pq.ParquetFile(raw)
-            if column not in table.schema_arrow.names:
-                raise no_column(path, column, list(table.schema_arrow.names))
-            for batch in table.iter_batches(batch_size=ROWS_PER_CHUNK, columns=[column]):
-                yield _cells(batch.column(0), errors, counts)
-        except pa.ArrowException as error:
-            reason = str(error).splitlines()[0]
-            raise DataError(f"{path} is not a sound .parquet table: {reason}. Get a whole copy.") from error
-
-
-def _cells(column: Any, errors: str, counts: Counts) -> pd.Series[Any]:
-    """An Arrow column as a pandas one. Arrow does not look whether its strings are UTF-8: we do."""
-    import pyarrow as pa
-
-    try:
-        column.validate(full=True)
-    except pa.ArrowInvalid:
-        if errors == "strict" or not pa.types.is_string(column.type):
-            raise
-        texts = [
-            None if raw is None else _replaced(raw, counts) for raw in column.cast(pa.binary()).to_pylist()
-        ]
-        column = pa.array(texts, pa.string())
-    cells: pd.Series[Any] = column.to_pandas().astype(object)
-    return cells
-
-
-def _replaced(raw: bytes, counts: Counts) -> str:
-    text = raw.decode("utf-8", "replace")
-    counts.replaced += text.count(REPLACEMENT) - raw.count(REPLACEMENT.encode())
-    return text
-
-
-def no_column(path: Path, column: str, columns: list[str]) -> DataError:
-    """The error for a table without the wanted column."""
-    listed = ", ".join(columns[:20]) + (", ..." if len(columns) > 20 else "")
-    return DataError(f"{path} has no column {column!r}. Columns: {listed}. Use --text-column NAME.")

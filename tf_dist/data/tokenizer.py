@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import abc
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from tf_dist.data.signatures import HEAD_BYTES, check_is_no_pointer
 from tf_dist.errors import DataError, UsageError
 from tf_dist.files import read_capped, write_whole
 
@@ -25,9 +27,32 @@ FORMAT = "tf_dist tokenizer 1"
 FILE_LIMIT_BYTES = 128 << 20
 BPE_DEFAULT_VOCAB = 2048
 BYTES = 256
+LONG_RUN = re.compile(r"\S{512}|\s{512}")
 END_OF_TEXT = "<|endoftext|>"
 # What well-known tokenizers call the token after a document, the likeliest first.
 END_OF_TEXT_NAMES = (END_OF_TEXT, "</s>", "[SEP]", "<eos>")
+
+
+class UnknownCharacter(DataError):
+    """A text holds a character that a char tokenizer has no token for.
+
+    Args:
+        character: that one.
+        at: how many characters of the text are before it.
+        line: in which line of the text it stands, from 1.
+    """
+
+    def __init__(self, character: str, at: int, line: int) -> None:
+        self.character, self.at, self.line = character, at, line
+        super().__init__(self.said())
+
+    def said(self, characters: int = 0, lines: int = 0) -> str:
+        """The message, where so many characters and lines stand before the text."""
+        return (
+            f"character {self.character!r} (U+{ord(self.character):04X}, character {characters + self.at} of "
+            f"the text, line {lines + self.line}) is unknown to this char tokenizer. Train one on this "
+            "corpus too, or use --tokenizer byte."
+        )
 
 
 class Tokenizer(abc.ABC):
@@ -56,7 +81,19 @@ class Tokenizer(abc.ABC):
     def _json(self) -> str: ...
 
     def encode(self, text: str) -> Ids:
-        """The ids of one text, uint32, shape (tokens,). Raises `DataError` as `encode_batch` does."""
+        """The ids of one text, uint32, shape (tokens,).
+
+        Raises:
+            DataError: as `encode_batch` does, or the text holds bytes that are no UTF-8 (of a command line).
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            number = ord(text[error.start])
+            what = (
+                f"byte 0x{number - 0xDC00:02x}" if 0xDC80 <= number < 0xDD00 else "half of a surrogate pair"
+            )
+            raise DataError(f"the text is not UTF-8: {what}, character {error.start} of {text!a}") from error
         return self.encode_batch([text])[0]
 
     def decode(self, ids: npt.ArrayLike) -> str:
@@ -118,11 +155,7 @@ class CharTokenizer(Tokenizer):
         known = self._points[np.minimum(places, len(self._points) - 1)] == points
         if not known.all():
             at = int(np.argmin(known))
-            line = text.count("\n", 0, at) + 1
-            raise DataError(
-                f"character {text[at]!r} (U+{ord(text[at]):04X}, character {at} of the text, line {line}) is "
-                "unknown to this char tokenizer. Train one on this corpus too, or use --tokenizer byte."
-            )
+            raise UnknownCharacter(text[at], at, text.count("\n", 0, at) + 1)
         return (places + 1).astype(np.uint32)
 
     def _decode(self, ids: Ids) -> str:
@@ -186,6 +219,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     """
     path = Path(path)
     data = read_capped(path, FILE_LIMIT_BYTES)
+    check_is_no_pointer(data[:HEAD_BYTES], str(path))
     try:
         fields = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -257,6 +291,21 @@ def _train_char(documents: Iterable[str], vocab_size: int | None) -> CharTokeniz
     return CharTokenizer("".join(found))
 
 
+def _in_short_runs(documents: Iterable[str]) -> Iterator[str]:
+    """Texts, cut where they go on without a space (DNA, base64, Chinese), or with nothing else.
+
+    The library looks through a whole word for each new token: minutes for words of a megabyte. What is
+    learnt from ordinary text stays the same, and so does the way a trained tokenizer reads any text.
+    """
+    for document in documents:
+        begin = 0
+        for run in LONG_RUN.finditer(document):
+            yield document[begin : run.end()]
+            begin = run.end()
+        if begin < len(document):
+            yield document[begin:]
+
+
 def _train_bpe(documents: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:
     from tokenizers import Tokenizer as Inner
     from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -271,5 +320,5 @@ def _train_bpe(documents: Iterable[str], vocab_size: int) -> HuggingFaceTokenize
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    inner.train_from_iterator(iter(documents), trainer=trainer)
+    inner.train_from_iterator(_in_short_runs(documents), trainer=trainer)
     return HuggingFaceTokenizer(inner, "the new tokenizer")

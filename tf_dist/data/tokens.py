@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,10 @@ Batch = npt.NDArray[np.int32]
 
 DTYPES = ("uint16", "uint32")
 LARGEST_VOCAB = 1 << 31
+# Up to so many bytes all tokens are looked at before they are trained on; of more, blocks from all over.
+SAMPLED_FROM_BYTES = 1 << 26
+SAMPLED_BLOCKS = 256
+SAMPLED_BLOCK_TOKENS = 1 << 15
 NO_TARGET = -1
 NO_SEQUENCE = -1
 
@@ -87,6 +92,53 @@ def content_sha256(*paths: Path) -> str:
     return digest.hexdigest()
 
 
+def sampled(tokens: npt.NDArray[Any]) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+    """Where a block of tokens begins, and the block: all of them, or where they are many, some from all over.
+
+    The first and the last block are always among them.
+    """
+    starts: Iterable[int] = range(0, len(tokens), SAMPLED_BLOCK_TOKENS)
+    if tokens.nbytes > SAMPLED_FROM_BYTES:
+        last = len(tokens) - SAMPLED_BLOCK_TOKENS
+        starts = (number * last // (SAMPLED_BLOCKS - 1) for number in range(SAMPLED_BLOCKS))
+    for start in starts:
+        yield start, tokens[start : start + SAMPLED_BLOCK_TOKENS]
+
+
+def sample_sha256(tokens: npt.NDArray[Any]) -> str:
+    """A digest of tokens, shape (tokens,), that takes a moment for any number: of count, type and `sampled`.
+
+    Ranks compare it to know that they train on the same; up to `SAMPLED_FROM_BYTES` no token escapes it.
+    """
+    digest = hashlib.sha256(f"{len(tokens)} {tokens.dtype.str}".encode())
+    for _, block in sampled(tokens):
+        digest.update(np.ascontiguousarray(block).data)
+    return digest.hexdigest()
+
+
+def foreign_token(tokens: npt.NDArray[Any], vocab_size: int) -> tuple[int, int] | None:
+    """The first id found that is not in 0 .. ``vocab_size`` - 1, and its place, among `sampled`; or None.
+
+    Args:
+        tokens: ids, of any shape.
+        vocab_size: how many there are.
+    """
+    for start, block in sampled(tokens.reshape(-1)):
+        wrong = (block < 0) | (block >= vocab_size)
+        if wrong.any():
+            at = int(np.argmax(wrong))
+            return int(block[at]), start + at
+    return None
+
+
+def foreign_tokens_error(token: int, place: int, vocab_size: int) -> DataError:
+    """The error for tokens of another tokenizer than the model was made for."""
+    return DataError(
+        f"token id {token} at place {place:,} is not in the model's vocabulary of {vocab_size} (0 to "
+        f"{vocab_size - 1}): the tokens were made by another tokenizer than the model was made for"
+    )
+
+
 class Sequences:
     """A token array as rows of inputs and targets: window i starts at token i * seq_len.
 
@@ -109,6 +161,19 @@ class Sequences:
             raise DataError(f"tokens are {tokens.dtype} of shape {tokens.shape}: want one row of integers.")
         self.tokens = tokens
         self.seq_len = seq_len
+        self._vocab_size: int | None = None
+
+    def must_be_below(self, vocab_size: int) -> None:
+        """Refuse tokens that a model does not have.
+
+        Raises:
+            DataError: an id is negative, or not less than ``vocab_size``. Where there are too many tokens to
+                look at all of them now, `rows` raises it.
+        """
+        found = foreign_token(self.tokens, vocab_size)
+        if found:
+            raise foreign_tokens_error(*found, vocab_size)
+        self._vocab_size = vocab_size if self.tokens.nbytes > SAMPLED_FROM_BYTES else None
 
     def __len__(self) -> int:
         return max(0, -(-(len(self.tokens) - 1) // self.seq_len))
@@ -124,6 +189,7 @@ class Sequences:
 
         Raises:
             IndexError: no such window.
+            DataError: a token is not in the vocabulary of the model, see `must_be_below`.
         """
         index = np.asarray(indices, dtype=np.int64).reshape(-1)
         if index.size and not (NO_SEQUENCE <= index.min() and index.max() < len(self)):
@@ -133,6 +199,9 @@ class Sequences:
             return np.zeros(shape, np.int32), np.full(shape, NO_TARGET, np.int32)
         at = index[:, None] * self.seq_len + np.arange(self.seq_len + 1)
         window = self.tokens[np.clip(at, 0, len(self.tokens) - 1)].astype(np.int32)
+        if self._vocab_size is not None and (found := foreign_token(window, self._vocab_size)):
+            row, place = divmod(found[1], self.seq_len + 1)
+            raise foreign_tokens_error(found[0], int(at[row, place]), self._vocab_size)
         has_target = (index[:, None] >= 0) & (at[:, 1:] < len(self.tokens))
         return (
             np.where(has_target, window[:, :-1], 0).astype(np.int32),

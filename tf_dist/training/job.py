@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tf_dist.comm.launch import stragglers
 from tf_dist.comm.words import counted, named
 from tf_dist.config import Config
 from tf_dist.data.prepared import Prepared
+from tf_dist.data.prompt import example_prompt
 from tf_dist.errors import CheckpointError, SavedAndStopped
 from tf_dist.parallel.buckets import spent
 from tf_dist.parallel.compressed import Compressed
@@ -263,6 +265,7 @@ class Job:
         return {
             "config": self.config.as_dict(),
             "content_sha256": self.corpus.meta["content_sha256"],
+            "tokenizer_sha256": self.corpus.meta.get("tokenizer_sha256"),
             "versions": versions(),
             "bits_depend_on": self._bits_depend_on,
             "val_loss": self.last.get("val_loss"),
@@ -326,7 +329,9 @@ class Job:
         else:
             say("no picture of the loss: `pip install matplotlib` draws one")
         say(f"sample       (after the words before the arrow)\n{sample}")
-        say(f"more text    python scripts/generate.py --run-dir {run.path} --prompt 'def '")
+        prompt = example_prompt(self.corpus.tokenizer, self.corpus.train)
+        given = f" --prompt={shlex.quote(prompt)}" if prompt else ""
+        say(f"more text    python scripts/generate.py --run-dir {shlex.quote(str(run.path))}{given}")
 
     def _say_of_update(self) -> None:
         """What compression or a master has cost, where there was one; kept beside the metrics."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import keras
 
 from tf_dist.config import Config
+from tf_dist.data.prepared import sha256_of_file
 from tf_dist.data.tokenizer import Tokenizer, load_tokenizer
 from tf_dist.errors import CheckpointError
 from tf_dist.flags import from_mapping, read_config_file
@@ -19,12 +20,13 @@ from tf_dist.training.status import correct
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """What a run folder holds, ready to use."""
+    """What a run folder holds, ready to use; ``content_sha256`` of its tokens is None where not known."""
 
     config: Config
     tokenizer: Tokenizer
     model: keras.Model
     step: int
+    content_sha256: str | None = None
 
 
 def load_run(run_dir: str, say: Callable[[str], None] = print, which: str = "latest") -> LoadedRun:
@@ -39,16 +41,17 @@ def load_run(run_dir: str, say: Callable[[str], None] = print, which: str = "lat
         which: ``latest``, the newest that is sound; ``best``, by validation loss; or the path of one.
 
     Raises:
-        CheckpointError: the folder holds no run, or no checkpoint that can be used.
+        CheckpointError: the folder holds no run, no checkpoint that can be used, or another tokenizer.
     """
     folder = Path(run_dir)
     correct(folder)
     config = _config_of(folder)
     path = _chosen(folder / "checkpoints", which, say)
-    tensors, _, step = checkpoint.load(path)
+    tensors, facts, step = checkpoint.load(path)
+    tokenizer = _tokenizer_of(folder, facts.get("tokenizer_sha256"))
     model = build(config)
     state.load_weights(model, tensors, path)
-    return LoadedRun(config, load_tokenizer(folder / "tokenizer.json"), model, step)
+    return LoadedRun(config, tokenizer, model, step, facts.get("content_sha256"))
 
 
 def model_of_run(run_dir: str) -> LoadedRun:
@@ -59,7 +62,7 @@ def model_of_run(run_dir: str) -> LoadedRun:
     """
     folder = Path(run_dir)
     config = _config_of(folder)
-    return LoadedRun(config, load_tokenizer(folder / "tokenizer.json"), build(config), 0)
+    return LoadedRun(config, _tokenizer_of(folder, None), build(config), 0)
 
 
 def _config_of(folder: Path) -> Config:
@@ -67,6 +70,21 @@ def _config_of(folder: Path) -> Config:
     if not path.exists():
         raise CheckpointError(f"{folder} holds no run (no config.yaml). Train one: python scripts/train.py")
     return from_mapping(read_config_file(str(path)), str(path))
+
+
+def _tokenizer_of(folder: Path, sha256: object) -> Tokenizer:
+    """The tokenizer of a run: another one would give the model ids that mean something else to it.
+
+    Raises:
+        CheckpointError: the file is not the one that the checkpoint tells of.
+    """
+    path = folder / "tokenizer.json"
+    if sha256 is not None and sha256_of_file(path) != sha256:
+        raise CheckpointError(
+            f"{path} is not the tokenizer that the model was trained with: its SHA-256 is not the one in the "
+            "checkpoint. Put it back"
+        )
+    return load_tokenizer(path)
 
 
 def _chosen(folder: Path, which: str, say: Callable[[str], None]) -> Path:

@@ -59,6 +59,7 @@ from tf_dist.training.moving import Moving
 from tf_dist.training.passes import MicroBatch
 from tf_dist.training.sentinel import Sentinel
 from tf_dist.training.spikes import Spikes
+from tf_dist.training.token_ids import check_token_ids, ids_of_this_model
 from tf_dist.training.tuning import Tuning
 from tf_dist.training.validation import validated
 from tf_dist.training.verified import Verified
@@ -219,7 +220,8 @@ class Trainer:
         if not self._begun:
             self._begin(sequences, None, {})
         self.comm.record.begin_step(self.step + 1)
-        logs = dict(self.in_place(partial(self._step, sequences, sampler)))
+        with ids_of_this_model():
+            logs = dict(self.in_place(partial(self._step, sequences, sampler)))
         self.comm.record.end_step(len(self.my_micro_batches) * self._alike)
         self.bad.check()
         if not isinstance(self.update, Alone) and (warning := self.spikes.look(self.step, logs["loss"])):
@@ -342,7 +344,7 @@ class Trainer:
 
         Raises:
             UsageError: fewer than one step; a model that ends in softmax.
-            DataError: fewer sequences than one global batch.
+            DataError: fewer sequences than one global batch, or a token id that the model does not have.
             NumericError: gradients were not finite, see `max_bad_steps`.
             LaunchError: the ranks do not talk, were given other data or arguments, or their weights or
                 optimizers differ.
@@ -353,6 +355,7 @@ class Trainer:
             )
         sequences = self.sequences(tokens)
         held_out = None if validation is None else self.sequences(validation)
+        check_token_ids(self.model, self.mesh, self.comm, sequences, held_out)
         whole = self.sampler(sequences).steps_per_epoch
         self.stopped = False
         fit = Fit(
@@ -445,8 +448,15 @@ class Trainer:
         Returns:
             val_loss (nats per token), val_accuracy, perplexity and, where ``text_bytes`` is given,
             bits_per_byte: the same on every rank.
+
+        Raises:
+            DataError: there is nothing to validate on, or a token id that the model does not have.
         """
-        return dict(self.in_place(partial(validated, self, self.sequences(held_out), text_bytes)))
+        sequences = self.sequences(held_out)
+        if sequences is not held_out:  # those of `fit` have been looked at
+            self.in_place(partial(check_token_ids, self.model, self.mesh, self.comm, sequences))
+        with ids_of_this_model():
+            return dict(self.in_place(partial(validated, self, sequences, text_bytes)))
 
     # Weights -------------------------------------------------------------------------------------
 

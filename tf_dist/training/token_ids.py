@@ -1,0 +1,73 @@
+"""Token ids that a model does not have: refused before the first step, or told in one line by the step."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tf_dist.comm.agree import everywhere
+from tf_dist.comm.base import Comm
+from tf_dist.data.tokens import Sequences
+from tf_dist.errors import DataError
+from tf_dist.parallel.mesh import Mesh
+
+# What TensorFlow's gather, and its cross-entropy, say of an id beyond the table, and of a target.
+OUTSIDE = re.compile(
+    r"indices\[[^\]]*\] = (-?\d+) is not in \[0, (\d+)\)"
+    r"|label value of (-?\d+) which is outside the valid range of \[0, (\d+)\)"
+)
+
+
+def check_token_ids(model: Any, mesh: Mesh, comm: Comm, *texts: Sequences | None) -> None:
+    """Compare token ids with the number of logits of the model; a collective.
+
+    Args:
+        model: token ids (B, T) -> logits (B, T, V); V is what counts. Where ranks share it, or a model does
+            not tell, nothing is compared.
+        mesh: how ranks share the model.
+        comm: all ranks.
+        texts: sequences of tokens; None is passed over.
+
+    Raises:
+        DataError: on every rank, with the same message: an id is negative or not below V.
+    """
+    given = [sequences for sequences in texts if sequences is not None]
+
+    def look() -> None:
+        for sequences in given:
+            vocab_size = _vocab_size(model, sequences.seq_len) if mesh.tensor.size == 1 else None
+            if vocab_size is not None:
+                sequences.must_be_below(vocab_size)
+
+    everywhere(comm, look)
+
+
+def _vocab_size(model: Any, seq_len: int) -> int | None:
+    shape = getattr(model, "output_shape", None)
+    if shape is None:  # a subclass of Model knows it only from a call
+        try:
+            shape = model.compute_output_spec(keras.KerasTensor((1, seq_len), "int32")).shape
+        except Exception:  # whatever such a model wants instead, the step will tell
+            return None
+    return shape[-1] if isinstance(shape, tuple) and len(shape) == 3 and isinstance(shape[-1], int) else None
+
+
+@contextmanager
+def ids_of_this_model() -> Iterator[None]:
+    """Tell of an id that a layer has met in vain by a `DataError`, not by the graph it is in."""
+    try:
+        yield
+    except tf.errors.InvalidArgumentError as error:
+        found = OUTSIDE.search(str(error))
+        if found is None:
+            raise
+        token, count = (part for part in found.groups() if part is not None)
+        raise DataError(
+            f"token id {token} is not in the model's vocabulary of {count} (0 to {int(count) - 1}): the "
+            "tokens were made by another tokenizer than the model was made for"
+        ) from None
