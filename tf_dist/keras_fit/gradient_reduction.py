@@ -174,9 +174,9 @@ class Reduction:
     def _mean(self, flat_P: np.ndarray, what: str) -> np.ndarray:
         self.comm.record.next_step()
         self._steps += 1
+        self._meet(f"{what} ({flat_P.size} numbers)")
         if self._steps & (self._steps - 1) == 0:  # steps 1, 2, 4 ...: a loop of the user has no other place
             compare_all(self.comm)
-        self._meet(f"{what} ({flat_P.size} numbers)")
         # A new buffer each time: TensorFlow keeps what is returned, and variables may move into it.
         buffer_P = aligned_empty(flat_P.size, flat_P.dtype)
         np.copyto(buffer_P, flat_P)
