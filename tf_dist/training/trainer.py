@@ -345,8 +345,7 @@ class Trainer:
             UsageError: fewer than one step; a model that ends in softmax.
             DataError: fewer sequences than one global batch.
             NumericError: gradients were not finite, see `max_bad_steps`.
-            LaunchError: the ranks do not talk, were given other data or arguments, or their weights or
-                optimizers differ.
+            LaunchError: the ranks do not talk, or their data, arguments, weights or optimizers differ.
         """
         _check_counts(steps, epochs, eval_every)
         sequences = self.sequences(tokens)
