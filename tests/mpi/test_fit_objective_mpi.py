@@ -316,7 +316,7 @@ def differing(kind, rank):
         names = ["b", "a"] if other else ["a", "b"]
         x = keras.Input((4,))
         branches = {name: keras.layers.Dense(2, name=name)(x) for name in names}
-        model = keras.Model(x, keras.layers.Add()([branches["a"], branches["b"]]))
+        model = keras.Model(x, keras.layers.Add()([branches[name] for name in names]))
     if kind == "activation":
         model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, "relu" if other else "tanh")])
     if kind == "policy":
