@@ -98,8 +98,8 @@ def _ranks_of_fit(model: Any, data: Any) -> Comm | None:
     if is_independent():
         if found and found[0].comm.size > 1:
             raise UsageError(
-                "this optimizer is distributed, and tf_dist.independent() is for models that each rank trains by "
-                "itself: give the model an optimizer of its own"
+                "this optimizer is distributed, and tf_dist.independent() is for models that each rank trains "
+                "by itself: give the model an optimizer of its own"
             )
         return None
     comms = {id(optimizer.comm): optimizer.comm for optimizer in found}
@@ -119,10 +119,10 @@ def _ranks_of_fit(model: Any, data: Any) -> Comm | None:
         return None
     if missing := missing_ranks(comm):
         raise UsageError(
-            f"model.fit on rank {comm.rank} of {comm.size}: its optimizer is not distributed, and {named(missing)} "
-            f"did not come to fit within {PATIENCE_S:.0f} s. For all ranks to train one model, call fit on all of "
-            "them: model.compile(tf_dist.distribute(optimizer, comm), ...). For a model that this rank trains by "
-            "itself: with tf_dist.independent(): model.fit(...)"
+            f"model.fit on rank {comm.rank} of {comm.size}: its optimizer is not distributed, and "
+            f"{named(missing)} did not come to fit within {PATIENCE_S:.0f} s. For all ranks to train one model, "
+            "call fit on all of them: model.compile(tf_dist.distribute(optimizer, comm), ...). For a model that "
+            "this rank trains by itself: with tf_dist.independent(): model.fit(...)"
         )
     self_test.run()
     for optimizer in optimizers_of(model):

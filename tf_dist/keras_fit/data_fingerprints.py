@@ -70,6 +70,7 @@ def compare_all(comm: Comm) -> None:
     everyone = comm.allgather_obj(crcs)
     for name in shared:
         if len({theirs[name] for theirs in everyone}) > 1:
+            _of_comm[comm].pop(int(name.split()[0]), None)  # said once: what is read later is another matter
             _differ(comm.allgather_obj(mine[name][: common[name]]))
 
 

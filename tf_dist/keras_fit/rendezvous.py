@@ -23,7 +23,7 @@ _missed: WeakSet[Comm] = WeakSet()
 
 
 def missing_ranks(comm: Comm) -> list[int]:
-    """The ranks that have not come within `PATIENCE_S`; empty where all are here. Called on every rank that is."""
+    """The ranks that have not come within `PATIENCE_S`; empty where all are here."""
     others = [rank for rank in range(comm.size) if rank != comm.rank]
     if comm in _missed:
         return others
