@@ -17,11 +17,13 @@ BOTTOM = {
     "doctor",
     "errors",
     "faults",
-    "files",
+    "atomic_io",
     "flags",
     "hosts",
     "processes",
     "restarts",
+    "terminal",
+    "untrusted_files",
     "version",
 }
 ROOMS = {"bench", "comm", "data", "layers", "models", "parallel", "training"}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from tf_dist.errors import DataError
-from tf_dist.files import BLOCK_BYTES, sha256_of, sync_folder, temporary_name, write_whole
+from tf_dist.atomic_io import BLOCK_BYTES, sha256_of, sync_folder, temporary_name, write_whole
 
 # Where no size is known, this much is more than any text we name.
 LIMIT_BYTES = 4 << 30

@@ -31,7 +31,7 @@ from tf_dist.data.split import check_fraction, choose_validation, train_characte
 from tf_dist.data.tokenizer import Ids, Tokenizer, check_vocab_size, load_tokenizer, train_tokenizer
 from tf_dist.data.tokens import TokenWriter, content_sha256, token_dtype
 from tf_dist.errors import DataError
-from tf_dist.files import sha256_of, sync_folder, temporary_name, write_whole
+from tf_dist.atomic_io import sha256_of, sync_folder, temporary_name, write_whole
 
 KINDS = ("byte", "char", "bpe")
 BATCH_CHARACTERS = 1 << 20

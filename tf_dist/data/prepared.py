@@ -15,7 +15,7 @@ from typing import Any
 from tf_dist.data.tokenizer import Tokenizer, load_tokenizer
 from tf_dist.data.tokens import DTYPES, LARGEST_VOCAB, TokenArray, content_sha256, map_tokens
 from tf_dist.errors import DataError
-from tf_dist.files import read_capped, sha256_of
+from tf_dist.atomic_io import read_capped, sha256_of
 
 FORMAT = "tf_dist tokens"
 VERSION = 1

@@ -13,7 +13,7 @@ import yaml
 
 from tf_dist.data.sources import STDLIB
 from tf_dist.errors import DataError
-from tf_dist.files import read_capped
+from tf_dist.atomic_io import read_capped
 
 REGISTRY_LIMIT_BYTES = 1 << 20
 READ_TIMEOUT_S = 30.0

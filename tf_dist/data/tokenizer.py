@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tf_dist.errors import DataError, UsageError
-from tf_dist.files import read_capped, write_whole
+from tf_dist.atomic_io import read_capped, write_whole
 
 Ids = npt.NDArray[np.uint32]
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tf_dist.errors import DataError, UsageError
-from tf_dist.files import BLOCK_BYTES
+from tf_dist.atomic_io import BLOCK_BYTES
 
 TokenArray = npt.NDArray[np.unsignedinteger[Any]]
 Batch = npt.NDArray[np.int32]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tf_dist.errors import BackendMissing, CheckpointError, UsageError
-from tf_dist.files import replaced
+from tf_dist.atomic_io import replaced
 
 if TYPE_CHECKING:
     import keras

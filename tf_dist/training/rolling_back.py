@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tf_dist.comm.agree import on_root
 from tf_dist.errors import CheckpointError
-from tf_dist.files import sync_folder
+from tf_dist.atomic_io import sync_folder
 from tf_dist.training import checkpoint, state
 from tf_dist.training.spikes import BEFORE, Spike
 

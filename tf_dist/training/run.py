@@ -22,7 +22,7 @@ from tf_dist.comm.agree import on_root
 from tf_dist.comm.base import Comm
 from tf_dist.config import Config
 from tf_dist.errors import LaunchError, TfDistError
-from tf_dist.files import write_whole
+from tf_dist.atomic_io import write_whole
 from tf_dist.training.background import Background
 from tf_dist.training.in_use import claim
 
