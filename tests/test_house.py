@@ -20,6 +20,7 @@ BOTTOM = {
     "atomic_io",
     "flags",
     "hosts",
+    "import_path",
     "processes",
     "restarts",
     "terminal",

@@ -17,9 +17,8 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
-
 from tf_dist.errors import LaunchError
+from tf_dist.untrusted_files import CONFIG_LIMIT_BYTES, parsed_yaml, read_bytes, shown
 
 LISTS = ("--host", "-host", "-H", "--hosts", "-hosts")
 FILES = ("--hostfile", "-hostfile", "--machinefile", "-machinefile", "-f")
@@ -27,6 +26,10 @@ AGENTS = ("plm_ssh_agent", "plm_rsh_agent")
 # Options by which ranks share a model.
 DEGREES = ("pipeline_parallel", "sequence_parallel", "tensor_parallel")
 SSH = "ssh -o BatchMode=yes -o ConnectTimeout=10"
+# A name or an address, perhaps after a user's name; nothing that a program or a shell takes for more.
+NAME = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9_+][A-Za-z0-9_.-]*", re.ASCII)
+HOSTFILE_LIMIT_BYTES = 1 << 20
+MOST_SLOTS = 1_000_000
 # How long a host may take to answer.
 ANSWER_S = 20.0
 
@@ -60,17 +63,22 @@ def named_in(flags: Sequence[str]) -> tuple[list[Host], list[str]]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        text = path.read_text()
+        text = read_bytes(path, HOSTFILE_LIMIT_BYTES, follow=True).decode("utf-8-sig", "surrogateescape")
     except OSError as error:
         raise LaunchError(f"cannot read the hosts in {path}: {error.strerror}") from error
     return [line for line in (line.partition("#")[0].strip() for line in text.splitlines()) if line]
 
 
 def _host(text: str) -> Host:
-    found = re.fullmatch(r"([^\s:]+)(?::(\d+))?(?:.*\bslots\s*=\s*(\d+))?.*", text.strip())
+    found = re.fullmatch(r"([^\s:]+)(?::(\d+))?(?:.*\bslots\s*=\s*(\d+))?.*", text.strip(), re.ASCII)
     if found is None:
-        raise LaunchError(f"{text!r} is no host: write NAME:RANKS, or in a file NAME slots=RANKS")
-    return Host(found[1], int(found[2] or found[3] or 0))
+        raise LaunchError(f"{shown(text)} is no host: write NAME:RANKS, or in a file NAME slots=RANKS")
+    if not NAME.fullmatch(found[1]):
+        raise LaunchError(
+            f"{shown(found[1])} is no name of a host: letters, digits, dots, dashes and underscores are, and "
+            "the first one is no dash, or ssh would take it for an option"
+        )
+    return Host(found[1], min(int((found[2] or found[3] or "0")[:7]), MOST_SLOTS))
 
 
 def agent_of(flags: Sequence[str]) -> list[str]:
@@ -186,7 +194,8 @@ def ranks_of_a_model(words: Sequence[str]) -> int:
 def _in_file(path: str) -> dict[str, str]:
     """The options in a YAML file; what is wrong with it is said by the job."""
     try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        found = parsed_yaml(read_bytes(path, CONFIG_LIMIT_BYTES, follow=True))
+    except (OSError, ValueError):
         return {}
-    return {str(name): str(value) for name, value in found.items()} if isinstance(found, dict) else {}
+    # A YAML file may spell options as flags do.
+    return {str(k).replace("-", "_"): str(v) for k, v in found.items()} if isinstance(found, dict) else {}

@@ -1,9 +1,9 @@
-"""The one place where files are opened that may be somebody else's: a run, a checkpoint, a corpus, a configuration.
+"""The one place where files are opened that may be somebody else's: runs, checkpoints, corpora, settings.
 
 A run folder can come out of an archive that a stranger packed, and a corpus out of a download. So a file is
-opened without waiting (a named pipe, a device), must be a regular file, is read up to a limit of its kind, and
-YAML and JSON are parsed with limits of their own. What lies in a run folder is never reached through a link,
-whether it is read, appended to or locked; files that are replaced go by way of `tf_dist.atomic_io`.
+opened without waiting (a named pipe, a device), must be a regular file, is read up to a limit of its kind,
+and YAML and JSON are parsed with limits of their own. What lies in a run folder is never reached through a
+link, whether it is read, appended to or locked; files that are replaced go by way of `tf_dist.atomic_io`.
 
 Whatever is refused is an `OSError` with a `strerror` that says why, so that callers name the path and the way
 out in their own words. `tests/test_untrusted_files.py` keeps other modules from opening files by themselves.
@@ -80,8 +80,13 @@ def opened_to_lock(path: Path | str) -> int:
 
 def append(path: Path | str, data: bytes) -> None:
     """Append to a file, never through a link. Raises `OSError`, see `opened_to_append`."""
-    with os.fdopen(opened_to_append(path), "ab") as file:
-        file.write(data)
+    handle = opened_to_append(path)
+    try:
+        left = memoryview(data)
+        while left:
+            left = left[os.write(handle, left) :]
+    finally:
+        os.close(handle)
 
 
 def read_bytes(path: Path | str, limit_bytes: int, *, follow: bool) -> bytes:
@@ -185,7 +190,9 @@ def _only_name(handle: int, path: Path | str) -> int:
     """What has a second name may be a file of somebody's, linked into a folder that we were given."""
     if os.fstat(handle).st_nlink > 1:
         os.close(handle)
-        raise OSError(errno.EMLINK, "it has another name (a hard link): copy it, and remove this one", str(path))
+        raise OSError(
+            errno.EMLINK, "it has another name (a hard link): copy it, and remove this one", str(path)
+        )
     return handle
 
 
@@ -221,9 +228,9 @@ class _PlainLoader(yaml.SafeLoader):
         self.depth += 1
         if self.depth > DEPTH_LIMIT:
             raise RecursionError
-        node = super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+        node = super().compose_node(parent, index)
         self.depth -= 1
-        plain = isinstance(node, yaml.ScalarNode) and node.tag != "tag:yaml.org,2002:str"
-        if plain and len(node.value) > SCALAR_LIMIT:
+        is_text = not isinstance(node, yaml.ScalarNode) or node.tag == "tag:yaml.org,2002:str"
+        if node is not None and not is_text and len(node.value) > SCALAR_LIMIT:
             raise yaml.MarkedYAMLError(None, None, "a number of this length is not taken", node.start_mark)
         return node

@@ -48,5 +48,6 @@ def test_what_it_says_may_be_rubbish(holder, tmp_path, monkeypatch):
         in_use.claim(tmp_path)
 
 
-def test_where_nothing_can_be_written_others_say_so(tmp_path):
-    in_use.claim(tmp_path / "not-there")
+def test_where_nothing_can_be_locked_it_is_said(tmp_path):
+    with pytest.raises(LaunchError, match=r"cannot lock the run folder .*--run-dir"):
+        in_use.claim(tmp_path / "not-there")

@@ -91,7 +91,7 @@ def test_new_folders_never_meet_an_old_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("time.strftime", lambda _: "now")
     first = choose_folder(Config(), SerialComm())
-    first.mkdir(parents=True)
+    assert first.is_dir()  # at once: another job may begin in the same second
     second = choose_folder(Config(), SerialComm())
     assert (first.name, second.name) == ("now-transformer", "now-transformer-2")
     point_latest_to(first)

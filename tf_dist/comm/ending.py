@@ -28,6 +28,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from tf_dist import terminal
 from tf_dist.comm.base import Comm
 from tf_dist.comm.stalls import AT_THE_END
 from tf_dist.comm.words import named
@@ -90,8 +91,7 @@ class Ending:
 
     def speak(self, text: str) -> None:
         """Print on the terminal, from whichever rank."""
-        self._console.write(text if text.endswith("\n") else text + "\n")
-        self._console.flush()
+        terminal.write(text.removesuffix("\n"), self._console)
 
     def end(self, message: str) -> NoReturn:
         """End the job with 70, with a word of the thread that calls, whatever the main thread is doing."""

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from tf_dist.errors import DataError
+from tf_dist.untrusted_files import opened as opened_regular
 
 READ_BYTES = 1 << 18
 BYTE_ORDER_MARK = "\ufeff"
@@ -55,7 +56,7 @@ def opened(path: Path, size_bytes: int | None = None) -> Iterator[BinaryIO]:
         DataError: the file cannot be opened or read, or its compression is damaged.
     """
     try:
-        with open(path, "rb") as raw:
+        with opened_regular(path, follow=True) as raw:
             if path.suffix == ".gz":
                 with gzip.GzipFile(fileobj=raw) as unzipped:
                     yield cast(BinaryIO, unzipped)

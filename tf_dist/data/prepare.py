@@ -23,6 +23,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tf_dist import terminal
+from tf_dist.atomic_io import sha256_of, sync_folder, temporary_name, write_whole
 from tf_dist.data.corpus import Corpus
 from tf_dist.data.decoding import Counts
 from tf_dist.data.prepared import FORMAT, VERSION, Prepared, open_prepared
@@ -31,7 +33,7 @@ from tf_dist.data.split import check_fraction, choose_validation, train_characte
 from tf_dist.data.tokenizer import Ids, Tokenizer, check_vocab_size, load_tokenizer, train_tokenizer
 from tf_dist.data.tokens import TokenWriter, content_sha256, token_dtype
 from tf_dist.errors import DataError
-from tf_dist.atomic_io import sha256_of, sync_folder, temporary_name, write_whole
+from tf_dist.untrusted_files import opened_to_lock
 
 KINDS = ("byte", "char", "bpe")
 BATCH_CHARACTERS = 1 << 20
@@ -86,7 +88,7 @@ def prepare(
     errors: str = "strict",
     max_bytes: int = 0,
     folder: Path | str = "data/prepared",
-    say: Callable[[str], None] = print,
+    say: Callable[[str], object] = terminal.write,
 ) -> Prepared:
     """The corpus as tokens: made now, or the folder that was made before from the same files.
 
@@ -146,7 +148,7 @@ def _file_sha256(tokenizer: str) -> str:
         raise DataError(f"cannot read {tokenizer}: {error.strerror}. Check its permissions.") from error
 
 
-def _make(corpus: Corpus, options: Options, key: str, target: Path, say: Callable[[str], None]) -> Prepared:
+def _make(corpus: Corpus, options: Options, key: str, target: Path, say: Callable[[str], object]) -> Prepared:
     temporary = temporary_name(target)
     try:
         temporary.mkdir(parents=True)
@@ -181,13 +183,13 @@ def _publish(temporary: Path, target: Path) -> Prepared:
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Only one process at a time looks, removes and renames; the lock goes with the process."""
-    with open(folder / ".lock", "ab") as lock:
+    with os.fdopen(opened_to_lock(folder / ".lock"), "rb") as lock:
         with contextlib.suppress(OSError):  # a file system without locks: the rename alone must do
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
-def _write(corpus: Corpus, options: Options, key: str, folder: Path, say: Callable[[str], None]) -> None:
+def _write(corpus: Corpus, options: Options, key: str, folder: Path, say: Callable[[str], object]) -> None:
     plan = _plan(corpus, options, say)
     tokenizer = _tokenizer(corpus, options, plan, say)
     tokenizer.save(folder / "tokenizer.json")
@@ -222,7 +224,7 @@ def _split_name(plan: Plan) -> str:
     return "document" if plan.in_val.any() else "none"
 
 
-def _plan(corpus: Corpus, options: Options, say: Callable[[str], None]) -> Plan:
+def _plan(corpus: Corpus, options: Options, say: Callable[[str], object]) -> Plan:
     """The first pass: sizes only, 8 bytes for each document."""
     counts, sizes, size, characters = Counts(), [], 0, 0
     for piece in corpus.pieces(counts):
@@ -248,7 +250,7 @@ def _plan(corpus: Corpus, options: Options, say: Callable[[str], None]) -> Plan:
     return Plan(len(sizes), in_val, cut_at, counts)
 
 
-def _tokenizer(corpus: Corpus, options: Options, plan: Plan, say: Callable[[str], None]) -> Tokenizer:
+def _tokenizer(corpus: Corpus, options: Options, plan: Plan, say: Callable[[str], object]) -> Tokenizer:
     if options.tokenizer not in KINDS:
         tokenizer = load_tokenizer(options.tokenizer)
         check_vocab_size(options.tokenizer, options.vocab_size, tokenizer.vocab_size)

@@ -5,17 +5,18 @@ The folder: ``train.bin`` and ``val.bin`` (tokens), ``tokenizer.json``, ``meta.j
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tf_dist.atomic_io import read_capped, sha256_of
+from tf_dist.data.tokenizer import FILE_LIMIT_BYTES as TOKENIZER_LIMIT_BYTES
 from tf_dist.data.tokenizer import Tokenizer, load_tokenizer
 from tf_dist.data.tokens import DTYPES, LARGEST_VOCAB, TokenArray, content_sha256, map_tokens
 from tf_dist.errors import DataError
-from tf_dist.atomic_io import read_capped, sha256_of
+from tf_dist.untrusted_files import parsed_json
 
 FORMAT = "tf_dist tokens"
 VERSION = 1
@@ -39,6 +40,11 @@ class Prepared:
     train: TokenArray
     val: TokenArray
     stamps: dict[str, Stamp] = field(default_factory=dict)
+
+    def tokenizer_json(self) -> str:
+        """The file of the tokenizer, as it is. Raises `DataError` where it cannot be read any more."""
+        path = self.path / "tokenizer.json"
+        return read_capped(path, TOKENIZER_LIMIT_BYTES).decode("utf-8", "surrogateescape")
 
     def check_unchanged(self) -> None:
         """See whether the mapped files were written to since they were opened; a look at their times, mostly.
@@ -121,8 +127,8 @@ def read_meta(folder: Path) -> dict[str, Any]:
     """
     path = folder / "meta.json"
     try:
-        meta = json.loads(read_capped(path, META_LIMIT_BYTES))
-    except (ValueError, RecursionError) as error:
+        meta = parsed_json(read_capped(path, META_LIMIT_BYTES))
+    except ValueError as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path} is damaged: {error}. Delete {folder} and prepare again.") from error

@@ -15,7 +15,7 @@ from tf_dist.data.registry import resolve_sources
 DOWNLOADS = Path("data/downloads")
 
 
-def prepared(config: Config, registry: Path, say: Callable[[str], None]) -> Prepared:
+def prepared(config: Config, registry: Path, say: Callable[[str], object]) -> Prepared:
     """The tokens that ``config`` asks for, prepared now or found again; for one process.
 
     Raises:
@@ -35,7 +35,7 @@ def prepared(config: Config, registry: Path, say: Callable[[str], None]) -> Prep
     )
 
 
-def shared_corpus(config: Config, comm: Comm, registry: Path, say: Callable[[str], None]) -> Prepared:
+def shared_corpus(config: Config, comm: Comm, registry: Path, say: Callable[[str], object]) -> Prepared:
     """Prepare the tokens on rank 0, or find them, and open them on every rank.
 
     A rank that does not see rank 0's folder, on a node with a disk of its own, prepares for itself.

@@ -1,8 +1,8 @@
 """A run folder belongs to one job at a time: a second one would mix up its checkpoints and metrics.
 
-The lock is the job's, not that of one rank: the first rank takes it alone, then all ranks share it, so a death
-of the first one lets nobody in while others go on. It goes with the last process of the job, however that
-ends, so there is none that is stale. What the file says, whose it is, is for people.
+The lock is the job's, not that of one rank: the first rank takes it alone, then all ranks share it, so a
+death of the first one lets nobody in while others go on. It goes with the last process of the job, however
+that ends, so there is none that is stale. What the file says, whose it is, is for people.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LOOK_EVERY_S = 0.05
 
 
 class Held(NamedTuple):
-    """A lock of this process. handle: kept open, for the lock goes with it. file, folder: device and inode."""
+    """A lock of this process. handle: open, for the lock goes with it. file, folder: device and inode."""
 
     handle: int
     file: tuple[int, int]

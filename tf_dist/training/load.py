@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import keras
 
+from tf_dist import terminal
 from tf_dist.config import Config
 from tf_dist.data.tokenizer import Tokenizer, load_tokenizer
-from tf_dist.errors import CheckpointError
-from tf_dist.flags import from_mapping, read_config_file
+from tf_dist.errors import CheckpointError, UsageError
+from tf_dist.flags import check_named, from_mapping, read_config_file
 from tf_dist.models.build import build
 from tf_dist.training import checkpoint, state
 
@@ -26,48 +28,57 @@ class LoadedRun:
     step: int
 
 
-def load_run(run_dir: str, say: Callable[[str], None] = print, which: str = "latest") -> LoadedRun:
+def load_run(
+    run_dir: str, say: Callable[[str], object] = terminal.write, which: str = "latest", model: str = ""
+) -> LoadedRun:
     """Rebuild the model of a run and give it the weights of one of its checkpoints.
 
-    The model is built from the run's ``config.yaml`` by our own code (or the function it names);
-    nothing is unpickled and no model file is loaded.
+    The model is built from the run's ``config.yaml`` by our own code, or by the function that it names where
+    the caller names it as well; nothing is unpickled and no model file is loaded.
 
     Args:
         run_dir: the folder that a job made.
         say: told which checkpoints are passed over because they are damaged.
         which: ``latest``, the newest that is sound; ``best``, by validation loss; or the path of one.
+        model: ``package.module:function``, whose code may run if the run's model is made by it.
 
     Raises:
         CheckpointError: the folder holds no run, or no checkpoint that can be used.
+        LaunchError: the run's model is made by code that ``model`` does not name.
     """
     folder = Path(run_dir)
-    config = _config_of(folder)
+    config = _config_of(folder, model)
     path = _chosen(folder / "checkpoints", which, say)
-    tensors, _, step = checkpoint.load(path)
-    model = build(config)
-    state.load_weights(model, tensors, path)
-    return LoadedRun(config, load_tokenizer(folder / "tokenizer.json"), model, step)
+    tokenizer = load_tokenizer(folder / "tokenizer.json", follow=False)
+    built = build(config)
+    step = state.load_weights(built, path)
+    return LoadedRun(config, tokenizer, built, step)
 
 
-def model_of_run(run_dir: str) -> LoadedRun:
-    """The model of a run as it was before the first step.
+def model_of_run(run_dir: str, model: str = "") -> LoadedRun:
+    """The model of a run as it was before the first step. ``model``: as of `load_run`.
 
     Raises:
         CheckpointError: the folder holds no run.
+        LaunchError: the run's model is made by code that ``model`` does not name.
     """
     folder = Path(run_dir)
-    config = _config_of(folder)
-    return LoadedRun(config, load_tokenizer(folder / "tokenizer.json"), build(config), 0)
+    config = _config_of(folder, model)
+    return LoadedRun(config, load_tokenizer(folder / "tokenizer.json", follow=False), build(config), 0)
 
 
-def _config_of(folder: Path) -> Config:
+def _config_of(folder: Path, named: str) -> Config:
     path = folder / "config.yaml"
-    if not path.exists():
+    if not os.path.lexists(path):
         raise CheckpointError(f"{folder} holds no run (no config.yaml). Train one: python scripts/train.py")
-    return from_mapping(read_config_file(str(path)), str(path))
+    config = from_mapping(read_config_file(str(path), follow=False), str(path))
+    check_named(config.model, named, str(path))
+    if named and named != config.model:
+        raise UsageError(f"--model {named}: the model of this run is {config.model}; leave --model out")
+    return config
 
 
-def _chosen(folder: Path, which: str, say: Callable[[str], None]) -> Path:
+def _chosen(folder: Path, which: str, say: Callable[[str], object]) -> Path:
     if which == "best":
         found = checkpoint.best(folder)
         if found is None:

@@ -1,7 +1,7 @@
 """``metrics.jsonl``: a row of numbers for each log step, each step once, in the order of the steps.
 
-The file may have been edited, written to by an older job, or cut in the middle of a row when a job was killed:
-a line that is no row is passed over.
+The file may have been edited, written to by an older job, or cut in the middle of a row when a job was
+killed: a line that is no row is passed over.
 """
 
 from __future__ import annotations
