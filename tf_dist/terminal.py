@@ -1,7 +1,7 @@
 """The one place that writes text to terminals and logs, most of which is not ours.
 
-It comes from corpora, file names, models that write, and messages that quote configurations. Characters that a
-terminal obeys (escape sequences can hide text, rename the window, or type) and characters that reorder what
+It comes from corpora, file names, models that write, and messages that quote configurations. Characters that
+a terminal obeys (escape sequences can hide text, rename the window, or type) and characters that reorder what
 is read (Unicode's bidirectional overrides) are written as escapes. A terminal that cannot show a character
 gets an escape as well; and where nobody reads any more (``| head``), nothing is written.
 """

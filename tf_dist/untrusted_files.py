@@ -28,6 +28,8 @@ STATUS_LIMIT_BYTES = 4 << 20
 LINE_LIMIT_BYTES = 1 << 20
 # JSON and YAML nested deeper than this were not written by us, and would end in a RecursionError somewhere.
 DEPTH_LIMIT = 64
+# Values in a YAML text, each counted as often as aliases repeat it.
+NODES_LIMIT = 10_000
 # Of a YAML value that is no text. Long numbers take time that grows with the square of their length.
 SCALAR_LIMIT = 128
 KINDS = {
@@ -124,10 +126,10 @@ def parsed_json(data: bytes | str) -> Any:
 
 
 def parsed_yaml(data: bytes | str) -> Any:
-    """The value of YAML text, of which no part may stand for another (``*alias``).
+    """The value of YAML text.
 
     Raises:
-        ValueError: it is not YAML, has aliases, or is nested too deeply.
+        ValueError: it is not YAML, stands for too much (``*alias``), or is nested too deeply.
     """
     try:
         return yaml.load(data, _PlainLoader)  # noqa: S506 - a SafeLoader with fewer words
@@ -216,21 +218,33 @@ def _check_depth(value: Any) -> None:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Plain values, and no more of them than the text has: 1 KB with aliases may stand for 10^9 words."""
+    """Plain values, and not too many of them: 1 KB with aliases may stand for 10^9 words."""
 
-    depth = 0
+    depth = nodes = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """As of the class above, but for aliases, depth and numbers without end."""
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise yaml.MarkedYAMLError(None, None, "aliases (*name) are not taken: write the value out", mark)
-        self.depth += 1
+        """As of the class above, within limits of depth, of nodes with what aliases repeat, and of numbers."""
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        sizes: dict[str, int] = self.__dict__.setdefault("sizes", {})  # by the anchor's name
+        before = self.nodes
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor not in sizes:
+                raise _at(event.start_mark, "an alias of what is not there yet")
+            self.nodes += sizes[event.anchor]
+        self.nodes, self.depth = self.nodes + 1, self.depth + 1
+        if self.nodes > NODES_LIMIT:
+            raise _at(event.start_mark, f"more than {NODES_LIMIT:,} values, with what aliases repeat")
         if self.depth > DEPTH_LIMIT:
             raise RecursionError
         node = super().compose_node(parent, index)
         self.depth -= 1
+        if not isinstance(event, yaml.AliasEvent) and event.anchor is not None:
+            sizes[event.anchor] = self.nodes - before
         is_text = not isinstance(node, yaml.ScalarNode) or node.tag == "tag:yaml.org,2002:str"
         if node is not None and not is_text and len(node.value) > SCALAR_LIMIT:
-            raise yaml.MarkedYAMLError(None, None, "a number of this length is not taken", node.start_mark)
+            raise _at(node.start_mark, "a number of this length is not taken")
         return node
+
+
+def _at(mark: Any, what: str) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(None, None, what, mark)
