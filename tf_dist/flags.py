@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import shlex
 import typing
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ from tf_dist.untrusted_files import CONFIG_LIMIT_BYTES, parsed_yaml, read_bytes,
 # What arguments of an optimizer may be, out of a file: no lists in lists.
 PLAIN = (str, bool, int, float, type(None))
 # Who has one of these beside it is a run's file.
-OF_A_RUN = ("checkpoints", "status.json", "metrics.jsonl", "in-use.json")
+OF_A_RUN = ("checkpoints", "status.json", "metrics.jsonl", "in-use.json", "tokenizer.json")
 
 
 def field_types() -> dict[str, Any]:
@@ -224,7 +225,8 @@ def check_named(model: str, named: str, source: str) -> None:
 
 def lies_in_a_run(path: Path) -> bool:
     """Whether a file lies in a run folder, which may have come from elsewhere: then it is data."""
-    return any((path.parent / name).exists() for name in OF_A_RUN)
+    folders = (path.parent, Path(os.path.realpath(path)).parent)
+    return any(os.path.lexists(folder / name) for folder in folders for name in OF_A_RUN)
 
 
 def flag_values(given: Mapping[str, Any]) -> dict[str, Any]:

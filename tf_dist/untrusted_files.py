@@ -32,6 +32,7 @@ DEPTH_LIMIT = 64
 NODES_LIMIT = 10_000
 # Of a YAML value that is no text. Long numbers take time that grows with the square of their length.
 SCALAR_LIMIT = 128
+LONGEST_SHOWN = 300
 KINDS = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFCHR: "a device",
@@ -49,7 +50,8 @@ _short.maxstring, _short.maxlong, _short.maxother = 120, 40, 80
 
 def shown(value: object) -> str:
     """A value out of a foreign file for an error message: its `repr`, cut where it is long."""
-    return _short.repr(value)
+    text = _short.repr(value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
 
 
 def opened(path: Path | str, *, follow: bool) -> BinaryIO:
@@ -225,7 +227,7 @@ class _PlainLoader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         """As of the class above, within limits of depth, of nodes with what aliases repeat, and of numbers."""
         event = self.peek_event()  # type: ignore[no-untyped-call]
-        sizes: dict[str, int] = self.__dict__.setdefault("sizes", {})  # by the anchor's name
+        sizes: dict[str, int] = self.__dict__.setdefault("sizes", {})  # of what has an anchor
         before = self.nodes
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in sizes:
