@@ -225,7 +225,7 @@ class _PlainLoader(yaml.SafeLoader):
     depth = nodes = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """As of the class above, within limits of depth, of nodes with what aliases repeat, and of numbers."""
+        """As of the class above, within limits of depth, of the number of values, and of their length."""
         event = self.peek_event()  # type: ignore[no-untyped-call]
         sizes: dict[str, int] = self.__dict__.setdefault("sizes", {})  # of what has an anchor
         before = self.nodes

@@ -96,8 +96,11 @@ class Job:
             return
         on_root(self.comm, self.corpus.verify)
         self._go_on_from(found)
-        if self.config.resume != "auto":
-            self.is_elsewhere = on_root(self.comm, lambda: self._leave_other_way(Path(found["path"])))
+
+    @property
+    def _goes_another_way(self) -> bool:
+        """Whether a checkpoint was named to go on from, and this is not done a second time after deaths."""
+        return self.config.resume not in ("auto", "never") and not self._deaths.trainings
 
     def _leave_other_way(self, source: Path) -> bool:
         """Set aside what the run folder has of steps that are taken anew; on rank 0.
@@ -144,7 +147,10 @@ class Job:
         if found is None:
             return
         faults.at("load")
-        state.restore(self.trainer, Path(found["path"]))
+        path = Path(found["path"])
+        state.restore(self.trainer, path)
+        if self._goes_another_way:
+            self.is_elsewhere = on_root(self.comm, lambda: self._leave_other_way(path))
         self._be_at(found, found["path"])
 
     def _be_at(self, facts: dict[str, Any], source: str) -> None:
@@ -152,8 +158,8 @@ class Job:
         self.last["val_loss"] = facts["val_loss"]
         self.trainer.bad.counters, self.trainer.spikes.facts = facts["bad_steps"], facts["spikes"]
         self.tally.go_on_from(facts["row"], facts["last_row"])
-        other_way = self.config.resume not in ("auto", "never") and not self._deaths.trainings
-        on_root(self.comm, lambda: self.run.drop_metrics_after(self.trainer.step, other_way))
+        step, aside = self.trainer.step, self._goes_another_way
+        on_root(self.comm, lambda: self.run.drop_metrics_after(step, aside))
         self.run.say(f"resumed at step {self.trainer.step} from {source}")
 
     def _find(self) -> dict[str, Any] | None:
