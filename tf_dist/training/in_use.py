@@ -44,9 +44,10 @@ def claim(folder: Path) -> None:
         LaunchError: another job has it, named with its host and when it began; or it cannot be locked.
     """
     path = _path(folder)
-    if path in _ours:
-        check(folder)
-    else:
+    if not is_ours(folder):
+        before = _ours.pop(path, None)
+        if before is not None:  # of a folder of that name which is no more
+            os.close(before.handle)
         _take(folder, path, GOING_S)
     mine = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
     with contextlib.suppress(OSError):  # a full disk: the lock is what counts
@@ -61,7 +62,7 @@ def share(folder: Path) -> None:
         LaunchError: another job has it, or it cannot be locked.
     """
     path = _path(folder)
-    if path in _ours:
+    if is_ours(folder):
         return
     handle = _opened(folder, path)
     if not _locked(handle, fcntl.LOCK_SH, GOING_S):

@@ -235,6 +235,7 @@ class RunFolder:
     def take_over(self) -> None:
         """Be the rank that others read: what it prints is for the terminal from now on."""
         self._is_first = True
+        in_use.check(self.path)
         in_use.claim(self.path)  # it is the job's: this only says who speaks for it now
         for ours, console in self._console.items():
             os.dup2(console, ours)
