@@ -172,17 +172,14 @@ OPENERS = {
 NEW_ONLY = "a new file (O_EXCL) under a temporary name"
 KERNEL = "a file of the kernel"
 OWN_JSON = "JSON that ranks of one job send each other"
-OWN_TEXT = "ranks, steps and times: text of ours alone"
 # Who may, and why. A count, so that a further call is looked at.
 ALLOWED = {
     "atomic_io.py": ({"open": 3}, NEW_ONLY + "; a folder, to sync it"),
     "untrusted_files.py": ({"open": 1, "fdopen": 1, "loads": 1, "load": 1}, "this is the place"),
     "terminal.py": ({"open": 1}, "/dev/null"),
-    "comm/agree.py": ({}, OWN_JSON),
     "comm/base.py": ({"loads": 1}, OWN_JSON),
     "comm/debug.py": ({"loads": 1}, OWN_JSON),
     "comm/ending.py": ({"loads": 2, "fdopen": 1}, OWN_JSON + "; its own standard error"),
-    "comm/launch.py": ({"print": 1}, OWN_TEXT),
     "comm/room.py": ({"read_text": 1}, KERNEL),
     "comm/slots.py": ({"open": 2}, "memory of the job: O_EXCL, 0600; then by that name, O_NOFOLLOW"),
     "comm/threads.py": ({"open": 1}, KERNEL),
@@ -194,17 +191,11 @@ ALLOWED = {
     "doctor.py": ({"read_text": 1}, KERNEL),
     "faults/writes.py": ({"open": 1}, "/dev/full"),
     "processes.py": ({"read_text": 1}, KERNEL),
-    "training/bad_steps.py": ({"print": 1}, OWN_TEXT),
     "training/environment.py": ({"open": 1}, KERNEL),
     "training/hdf5_weights.py": ({"open": 2}, NEW_ONLY + "; a member of an archive"),
-    "training/in_place.py": ({"print": 1}, OWN_TEXT),
-    "training/keras_hooks.py": ({"print": 1}, OWN_TEXT),
-    "training/master.py": ({"print": 1}, OWN_TEXT),
     "training/run.py": ({"open": 1}, NEW_ONLY),
     "training/saving.py": ({"open": 1}, NEW_ONLY),
-    "training/sentinel.py": ({"print": 1}, OWN_TEXT),
     "training/shards.py": ({"open": 1}, NEW_ONLY),
-    "training/trainer.py": ({"print": 2}, OWN_TEXT),
     "scripts/train.py": ({"open": 1}, "of a `RunFolder`"),
 }
 # Programs for developers of this project, which read what they have just written themselves.

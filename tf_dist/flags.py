@@ -199,8 +199,9 @@ def from_command_line(argv: Sequence[str], description: str) -> tuple[Config, bo
     given = vars(flags.parse_args(list(argv)))
     path, only_print = given.pop("config"), given.pop("print_config")
     from_file = _typed(read_config_file(path), path) if path else {}
-    if path and lies_in_a_run(Path(path)) and "model" in from_file:
-        check_named(str(from_file["model"]), str(given.get("model", "")), path)
+    if path and lies_in_a_run(Path(path)):
+        check_named(str(from_file.get("model", "")), str(given.get("model", "")), path)
+        from_file = _in_its_own_folder(from_file, Path(os.path.realpath(path)))
     return Config(**{**from_file, **flag_values(given)}), only_print
 
 
@@ -227,6 +228,17 @@ def lies_in_a_run(path: Path) -> bool:
     """Whether a file lies in a run folder, which may have come from elsewhere: then it is data."""
     folders = (path.parent, Path(os.path.realpath(path)).parent)
     return any(os.path.lexists(folder / name) for folder in folders for name in OF_A_RUN)
+
+
+def _in_its_own_folder(values: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The options of a run, meant for the folder that they lie in, wherever it has been since they were written.
+
+    ``resume`` held for the start that wrote them: to do it again would set aside what was done since.
+    """
+    if path.name != "config.yaml" or not os.path.lexists(path.parent / "checkpoints"):
+        return values
+    kept = {name: value for name, value in values.items() if name != "resume"}
+    return {**kept, "run_dir": os.path.relpath(path.parent)} if "run_dir" in kept else kept
 
 
 def flag_values(given: Mapping[str, Any]) -> dict[str, Any]:

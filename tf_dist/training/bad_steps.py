@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tf_dist import faults
+from tf_dist import faults, terminal
 from tf_dist.comm.words import named
 from tf_dist.errors import NumericError, UsageError
 from tf_dist.parallel import zero
@@ -132,7 +132,7 @@ class BadSteps:
 
     def _print(self, text: str) -> None:
         if self._trainer.comm.rank == 0:
-            print(text, flush=True)
+            terminal.write(text)
 
 
 def first_not_finite(parts: Iterable[np.ndarray], replica: Any, start: int = 0) -> str:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from tf_dist import terminal
 from tf_dist.comm.words import counted, named
 from tf_dist.errors import RankLost
 from tf_dist.parallel.updates import UPDATES
@@ -195,4 +196,4 @@ class InPlace:
             for take_over in self.when_first:
                 take_over()
         left = counted(trainer.comm.size)
-        print(f"{named(lost)} died in step {trainer.step + 1}: {left} go on after {ms:.0f} ms", flush=True)
+        terminal.write(f"{named(lost)} died in step {trainer.step + 1}: {left} go on after {ms:.0f} ms")

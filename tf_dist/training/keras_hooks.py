@@ -17,6 +17,7 @@ import keras
 import tensorflow as tf
 from tensorflow.python.ops import control_flow_util
 
+from tf_dist import terminal
 from tf_dist.comm.base import Comm
 from tf_dist.errors import LaunchError, UsageError, behind
 from tf_dist.training.replicated import broadcast
@@ -73,7 +74,9 @@ def _for_all_ranks(make: Callable[..., Any]) -> Callable[..., Any]:
             return make(self, force)
         jit_compile = self.jit_compile
         if jit_compile and reduction.comm.rank == 0:
-            print("jit_compile: training steps are compiled without XLA, which cannot reach the other ranks")
+            terminal.write(
+                "jit_compile: training steps are compiled without XLA, which cannot reach the other ranks"
+            )
         self.jit_compile = False
         try:
             made = make(self, force)

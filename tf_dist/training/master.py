@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from tf_dist import terminal
 from tf_dist.comm.base import Pending
 from tf_dist.comm.sums import add_in_order
 from tf_dist.errors import RankLost
@@ -143,7 +144,7 @@ class Master:
             self._trains = self._trains or not self._peers
             first, done = self._comm.origin[peer.rank], self._dealer.done
             self.load.lost.append({"rank": first, "batches_done": done})
-            print(f"rank {first} has died after {done} batches: what it had in hand, others do", flush=True)
+            terminal.write(f"rank {first} has died after {done} batches: what it had in hand, others do")
 
     # Listening -------------------------------------------------------------------------------------
 

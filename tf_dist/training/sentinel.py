@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tf_dist import terminal
 from tf_dist.comm.base import Comm
 from tf_dist.comm.words import named
 from tf_dist.errors import LaunchError, UsageError
@@ -186,4 +187,4 @@ class Sentinel:
 
     def _print(self, text: str) -> None:
         if self.comm.rank == 0:
-            print(text, flush=True)
+            terminal.write(text)

@@ -15,7 +15,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from tf_dist import faults
+from tf_dist import faults, terminal
 from tf_dist.comm.base import Comm
 from tf_dist.comm.probe import prove
 from tf_dist.comm.words import counted, named
@@ -336,7 +336,7 @@ class Trainer:
     def _say_if_variables_step_alone(self) -> None:
         reason = self.replica.optimizer_step.reason
         if reason and self.comm.rank == 0:
-            print(f"optimizer: {reason}, so it steps each variable by itself", flush=True)
+            terminal.write(f"optimizer: {reason}, so it steps each variable by itself")
 
     def request_stop(self) -> None:
         """Ask all ranks to stop after the next step; may be called on any rank, even by a signal."""
@@ -423,7 +423,7 @@ class Trainer:
         self.lost += lost
         if self.comm.rank == 0 and lost:
             left = counted(self.comm.size)
-            print(f"{named(lost)} died before step {self.step}: {left} go on", flush=True)
+            terminal.write(f"{named(lost)} died before step {self.step}: {left} go on")
 
     def share_anew(self) -> None:
         """Share out all work among the ranks that are left; a collective."""
