@@ -231,7 +231,7 @@ def lies_in_a_run(path: Path) -> bool:
 
 
 def _in_its_own_folder(values: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The options of a run, meant for the folder that they lie in, wherever it has been since they were written.
+    """The options of a run, meant for the folder that they lie in, wherever that has been since.
 
     ``resume`` held for the start that wrote them: to do it again would set aside what was done since.
     """
