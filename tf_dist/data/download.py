@@ -67,7 +67,8 @@ def obtain(
             _download(url, path, wanted, timeout_s)
             return
         except (OSError, ValueError, http.client.HTTPException, DataError) as error:
-            failures.append(f"{url}: {error or type(error).__name__}")
+            why = " ".join(str(error).split())[:300]
+            failures.append(f"{url}: {why or type(error).__name__}")
     tried = "; ".join(failures)
     raise DataError(
         f"could not download {tried}. "
