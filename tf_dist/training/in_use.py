@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import platform
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +36,7 @@ class Held(NamedTuple):
 
 # By the path of the file: a process does not lock itself out.
 _ours: dict[Path, Held] = {}
+_checking = threading.Lock()
 
 
 def claim(folder: Path) -> None:
@@ -85,6 +87,11 @@ def check(folder: Path) -> None:
     Raises:
         LaunchError: the folder is gone, or another job has it: this one has to end.
     """
+    with _checking:  # by the thread that writes logs, and by others
+        _check(folder)
+
+
+def _check(folder: Path) -> None:
     if is_ours(folder):
         return
     path = _path(folder)

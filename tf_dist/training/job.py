@@ -188,7 +188,9 @@ class Job:
         state.check_same_run(facts, self.config, content, self.run.say)
         changed = changes(facts.get("bits_depend_on", {}), bits_depend_on())
         if changed:
-            self.run.say("resuming where last bits may differ, for these have changed: " + "; ".join(changed))
+            self.run.say(
+                "resuming where last bits may differ, for these have changed: " + "; ".join(changed)[:2000]
+            )
         return {"path": str(path), **kept(facts)}
 
     def begin(self) -> None:

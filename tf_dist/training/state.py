@@ -24,6 +24,8 @@ from tf_dist.training.trainer import Trainer
 from tf_dist.training.whole import Entry
 
 WEIGHTS = "weights/"
+# Of an option in a message: it may be anybody's.
+LONGEST_SHOWN = 300
 # A checkpoint of another value for one of these is of another run. The rest may change on resume.
 FIXED = (
     "model", "layers", "width", "heads", "seq_len", "tie_embeddings", "vocab_size", "global_batch_size",
@@ -186,7 +188,7 @@ def check_same_run(
         content_sha256,
     )
     changed = [key for key in now if before.get(key) != now[key] and key not in FREE]
-    lines = {key: f"{key}: {before.get(key)} -> {now[key]}" for key in changed}
+    lines = {key: f"{key}: {str(before.get(key))[:LONGEST_SHOWN]} -> {now[key]}" for key in changed}
     fatal = [lines[key] for key in changed if key in FIXED or key == "data's SHA-256"]
     if fatal:
         raise CheckpointError(
