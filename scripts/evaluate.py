@@ -19,6 +19,7 @@ import json
 import sys
 from pathlib import Path
 
+from tf_dist import terminal
 from tf_dist.comm import launch, threads
 from tf_dist.errors import DataError
 from tf_dist.flags import Parser
@@ -28,6 +29,7 @@ REGISTRY = Path(__file__).resolve().parent.parent / "data" / "datasets.yaml"
 
 def main(argv: list[str]) -> None:
     """Read the run, prepare the text, evaluate on all ranks."""
+    terminal.tolerate_any_text()
     if {"-h", "--help"} & set(argv):
         launch.only_the_first_answers()
         parse(argv)
@@ -41,8 +43,8 @@ def main(argv: list[str]) -> None:
     from tf_dist.training.load import load_run
     from tf_dist.training.trainer import Trainer
 
-    say = print if comm.rank == 0 else lambda line: None
-    run = load_run(flags.run_dir, say, flags.checkpoint)
+    say = terminal.write if comm.rank == 0 else (lambda line: True)
+    run = load_run(flags.run_dir, say, flags.checkpoint, flags.model)
     config = dataclasses.replace(run.config, prepared_dir=flags.prepared_dir or run.config.prepared_dir)
     folder = Path(flags.run_dir)
     if flags.data:
@@ -73,8 +75,8 @@ def main(argv: list[str]) -> None:
     result = trainer.validate(tokens, corpus.meta["text_bytes"][side])
     if comm.rank == 0:
         what = " ".join(flags.data) if flags.data else "the held-out text of the run"
-        print(f"step {run.step}, {what}: {corpus.meta['tokens'][side]:,} tokens")
-        print(json.dumps({"step": run.step, **result}))
+        terminal.write(f"step {run.step}, {what}: {corpus.meta['tokens'][side]:,} tokens")
+        terminal.write(json.dumps({"step": run.step, **result}))
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -85,6 +87,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--checkpoint",
         default="latest",
         help="latest, best (by validation loss), or a path [latest]",
+    )
+    parser.add_argument(
+        "--model",
+        default="",
+        metavar="PACKAGE.MODULE:FUNCTION",
+        help="what makes the model, where the run was trained with --model: code runs only where it is named",
     )
     parser.add_argument("--data", nargs="+", help="other text to evaluate on, all of it")
     parser.add_argument("--text-column", help="of a table in --data, holds the text [as in training]")

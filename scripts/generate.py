@@ -4,7 +4,8 @@
     python scripts/generate.py --run-dir runs/first --prompt 'ROMEO:' --tokens 500 --temperature 0.8
     python scripts/generate.py --run-dir runs/first --prompt 'import ' --temperature 0   # greedy
 
-Exit codes: 0 done, 64 usage, 65 a character that the model's vocabulary lacks, 77 no usable checkpoint.
+Exit codes: 0 done, 64 usage, 65 a character that the model's vocabulary lacks, 77 no usable checkpoint,
+78 the run names code that --model does not, 141 nobody reads the output any more.
 """
 
 from __future__ import annotations
@@ -12,24 +13,19 @@ from __future__ import annotations
 import argparse
 import sys
 
+from tf_dist import terminal
 from tf_dist.comm import threads
 from tf_dist.comm.base import SerialComm
-from tf_dist.errors import TfDistError
 from tf_dist.flags import Parser
 
 
 def main(argv: list[str]) -> int:
     """Flags -> text on standard output; the exit code."""
-    try:
-        write(parse(argv))
-    except TfDistError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    return terminal.exit_code_of(lambda: write(parse(argv)))
 
 
-def write(flags: argparse.Namespace) -> None:
-    """Print the prompt and what the model makes of it, as it comes."""
+def write(flags: argparse.Namespace) -> int:
+    """Print the prompt and what the model makes of it, as it comes; the exit code."""
     threads.set_threads(SerialComm())
     threads.load_tensorflow()
 
@@ -39,21 +35,24 @@ def write(flags: argparse.Namespace) -> None:
     from tf_dist.training.load import load_run
 
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
-    run = load_run(flags.run_dir, lambda line: print(line, file=sys.stderr), flags.checkpoint)
+    run = load_run(flags.run_dir, terminal.write_error, flags.checkpoint, flags.model)
     prompt = start_of_text(run.tokenizer) if flags.prompt is None else run.tokenizer.encode(flags.prompt)
     if found := foreign_token(prompt, run.config.vocab_size):
         raise foreign_tokens_error(*found, run.config.vocab_size)
     ids = [int(i) for i in prompt]
-    shown = run.tokenizer.decode(ids)
-    print(shown, end="", flush=True)
+    text = shown = run.tokenizer.decode(ids)
+    read = terminal.write(shown, end="")
     for token in generate(run.model, run.config.seq_len, prompt, flags.tokens, sampling):
         ids.append(token)
         # A character may need several tokens: decode all, print what is new and whole.
         text = run.tokenizer.decode(ids)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            print(text[len(shown) :], end="", flush=True)
+        if not text.endswith(("\N{REPLACEMENT CHARACTER}", "\r")):
+            read = terminal.write(text[len(shown) :], end="")
             shown = text
-    print()
+        if not read:  # `| head` has what it wanted
+            return terminal.CLOSED_PIPE
+    terminal.write(text[len(shown) :])
+    return 0
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -64,6 +63,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--checkpoint",
         default="latest",
         help="latest, best (by validation loss), or a path [latest]",
+    )
+    parser.add_argument(
+        "--model",
+        default="",
+        metavar="PACKAGE.MODULE:FUNCTION",
+        help="what makes the model, where the run was trained with --model: code runs only where it is named",
     )
     parser.add_argument("--prompt", help="text to go on from [a new line, or the start of a text]")
     parser.add_argument("--tokens", type=int, default=200, help="how many tokens to write [200]")

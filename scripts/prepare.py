@@ -14,9 +14,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from tf_dist import terminal
 from tf_dist.config import Config
 from tf_dist.data.prepared import Prepared
-from tf_dist.errors import TfDistError
 from tf_dist.flags import flag_values, parser
 from tf_dist.training.corpus import prepared
 
@@ -53,11 +53,11 @@ def report(corpus: Prepared) -> str:
 
 def main(arguments: list[str]) -> int:
     """Prepare, report, and give the exit code."""
-    try:
-        print(report(prepared(parse(arguments), REGISTRY, print)))
-    except TfDistError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    return terminal.exit_code_of(lambda: _prepare(arguments))
+
+
+def _prepare(arguments: list[str]) -> int:
+    terminal.write(report(prepared(parse(arguments), REGISTRY, terminal.write)))
     return 0
 
 

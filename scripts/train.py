@@ -23,11 +23,11 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from tf_dist import terminal
 from tf_dist.comm import launch, threads
 from tf_dist.comm.agree import agree, on_root, versions
 from tf_dist.comm.settings import settings
 from tf_dist.config import Config
-from tf_dist.errors import UsageError
 from tf_dist.flags import from_command_line
 from tf_dist.parallel.mesh import Mesh, data_ranks
 
@@ -45,6 +45,7 @@ REGISTRY = Path(__file__).resolve().parent.parent / "data" / "datasets.yaml"
 
 def main(argv: list[str]) -> None:
     """Flags -> ranks -> data -> model -> training -> text."""
+    terminal.tolerate_any_text()
     if {"-h", "--help", "--print-config"} & set(argv):
         answer(argv)
     signals = launch.end_on_signals()
@@ -89,12 +90,12 @@ def run_of(config: Config, foreword: Foreword, comm: Comm) -> RunFolder:
 def answer(argv: list[str]) -> NoReturn:
     """Answer --help and --print-config, once, without MPI and TensorFlow."""
     launch.only_the_first_answers()
-    try:
-        print(from_command_line(argv, __doc__ or "")[0].as_yaml(), end="")
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
-    raise SystemExit(0)
+    raise SystemExit(terminal.exit_code_of(lambda: _shown(argv)))
+
+
+def _shown(argv: list[str]) -> int:
+    config = from_command_line(argv, __doc__ or "")[0].as_yaml()
+    return 0 if terminal.write(config, end="") else terminal.CLOSED_PIPE
 
 
 def degrees(config: Config) -> tuple[int, int, int]:
@@ -135,7 +136,9 @@ def train(
                 run_callbacks.LogRun(
                     trainer, run, config.log_every, steps_per_epoch, job.tally, job.heard, show
                 ),
-                run_callbacks.SaveRun(trainer, config.save_every, job.save, job.finish, job.look, job.saved),
+                run_callbacks.SaveRun(
+                    trainer, config.save_every, job.save, job.finish, job.look, job.saved, job.is_elsewhere
+                ),
                 run_callbacks.KeepCopies(trainer, config.replicate * job.keeps_copies, job.keep_copies),
             ],
         )

@@ -20,7 +20,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from tf_dist import doctor
+from tf_dist import doctor, terminal
 from tf_dist.errors import CheckpointError, TfDistError, UsageError
 from tf_dist.hosts import Launch
 from tf_dist.restarts import USUAL, Patience, Restarts, own_mpirun, with_run_dir
@@ -39,6 +39,8 @@ def main(argv: list[str]) -> int:
     checkpoint.add_argument("path", type=Path, help="a run folder, its checkpoints folder, or a checkpoint")
     checkpoint.add_argument("target", type=Path, nargs="?", help="convert: where to; a file or a run folder")
     checkpoint.add_argument("--checkpoint", default="latest", help="convert: latest, best, or a path")
+    named = "convert: what makes the run's model, as package.module:function, where that is a user's"
+    checkpoint.add_argument("--model", default="", help=named)
     run = topics.add_parser("run", help="a job that is started again after failures")
     run.add_argument("-np", type=int, default=2, help="ranks")
     run.add_argument("--min-ranks", type=int, default=1, help="where hosts are gone: no fewer than this")
@@ -55,31 +57,33 @@ def main(argv: list[str]) -> int:
             parser.error(f"unknown: {' '.join(others)}")
     except SystemExit as error:  # argparse's own code is 2
         return 64 if error.code else 0
-    try:
-        if arguments.topic == "run":
-            words, run_dir = with_run_dir(job)
-            launch = Launch(words, arguments.np, arguments.min_ranks, arguments.mpirun, others, _say)
-            code = Restarts(launch.command, run_dir, Patience(max(1, arguments.tries)), _say).run()
-            correct(run_dir)
-            return code
-        if arguments.topic == "doctor":
-            lines, well = doctor.report(doctor.folders(), arguments.clean)
-            print("\n".join(lines))
-            return 0 if well else TfDistError.exit_code
-        if arguments.question == "convert":
-            if arguments.target is None:
-                raise UsageError("convert takes two paths, as in: convert runs/latest model.safetensors")
-            print(convert.convert(arguments.path, arguments.target, arguments.checkpoint))
-            return 0
-        if arguments.question == "show":
-            print(inspect_checkpoint.shown(arguments.path))
-            return 0
-        said, sound = inspect_checkpoint.verified(arguments.path)
-        print("\n".join(said))
-        return 0 if sound else CheckpointError.exit_code
-    except TfDistError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    return terminal.exit_code_of(lambda: _answer(arguments, others, job))
+
+
+def _answer(arguments: argparse.Namespace, others: list[str], job: list[str]) -> int:
+    if arguments.topic == "run":
+        words, run_dir = with_run_dir(job)
+        launch = Launch(words, arguments.np, arguments.min_ranks, arguments.mpirun, others, _say)
+        code = Restarts(launch.command, run_dir, Patience(max(1, arguments.tries)), _say).run()
+        correct(run_dir)
+        return code
+    if arguments.topic == "doctor":
+        lines, well = doctor.report(doctor.folders(), arguments.clean)
+        terminal.write("\n".join(lines))
+        return 0 if well else TfDistError.exit_code
+    if arguments.question == "convert":
+        if arguments.target is None:
+            raise UsageError("convert takes two paths, as in: convert runs/latest model.safetensors")
+        terminal.write(
+            convert.convert(arguments.path, arguments.target, arguments.checkpoint, arguments.model)
+        )
+        return 0
+    if arguments.question == "show":
+        terminal.write(inspect_checkpoint.shown(arguments.path))
+        return 0
+    said, sound = inspect_checkpoint.verified(arguments.path)
+    terminal.write("\n".join(said))
+    return 0 if sound else CheckpointError.exit_code
 
 
 def _divided(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -89,7 +93,7 @@ def _divided(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _say(line: str) -> None:
-    print(f"tf_dist run: {line}", file=sys.stderr, flush=True)
+    terminal.write_error(f"tf_dist run: {line}")
 
 
 if __name__ == "__main__":

@@ -9,17 +9,22 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import os
+import shlex
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from tf_dist import terminal
 from tf_dist.config import Config, did_you_mean
-from tf_dist.errors import UsageError
+from tf_dist.errors import LaunchError, UsageError
+from tf_dist.untrusted_files import CONFIG_LIMIT_BYTES, parsed_yaml, read_bytes, shown
 
-CONFIG_BYTES_LIMIT = 1 << 20
+# What arguments of an optimizer may be, out of a file: no lists in lists.
+PLAIN = (str, bool, int, float, type(None))
+# Who has one of these beside it is a run's file.
+OF_A_RUN = ("checkpoints", "status.json", "metrics.jsonl", "in-use.json", "tokenizer.json")
 
 
 def field_types() -> dict[str, Any]:
@@ -46,7 +51,7 @@ def _typed(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name not in wanted:
-            raise UsageError(f"{source}: unknown key {key!r}{did_you_mean(name, list(wanted))}")
+            raise UsageError(f"{source}: unknown key {shown(key)}{did_you_mean(name, list(wanted))}")
         checked[name] = _convert(name, value, wanted[name], source)
     return checked
 
@@ -58,7 +63,7 @@ def _convert(name: str, value: Any, kind: Any, source: str) -> Any:
         if isinstance(parts, list | tuple) and parts and all(isinstance(part, str) for part in parts):
             return tuple(parts)
     elif typing.get_origin(kind) is dict:
-        if isinstance(value, dict):
+        if isinstance(value, dict) and all(isinstance(one, PLAIN) for one in (*value, *value.values())):
             return {str(key): item for key, item in value.items()}
     elif kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         # YAML reads 1e-3 (without a dot) as a string.
@@ -70,7 +75,7 @@ def _convert(name: str, value: Any, kind: Any, source: str) -> Any:
         return "on" if value else "off"  # as YAML 1.1 reads these words without quotes
     elif type(value) is kind:
         return value
-    raise UsageError(f"{source}: {name} is {value!r}, which is not of type {_type_name(kind)}")
+    raise UsageError(f"{source}: {name} is {shown(value)}, which is not of type {_type_name(kind)}")
 
 
 def _choices_of(name: str) -> tuple[str, ...]:
@@ -82,21 +87,21 @@ def _type_name(kind: Any) -> str:
     return str(kind) if typing.get_origin(kind) else str(kind.__name__)
 
 
-def read_config_file(path: str) -> dict[str, Any]:
+def read_config_file(path: str, *, follow: bool = True) -> dict[str, Any]:
     """The mapping in a YAML file.
+
+    Args:
+        path: of the file.
+        follow: whether it may be a link; not where it lies in a run folder.
 
     Raises:
         UsageError: there is no such file, it is too large, or it is not a YAML mapping.
     """
     try:
-        with Path(path).open("rb") as file:
-            raw = file.read(CONFIG_BYTES_LIMIT + 1)
-        if len(raw) > CONFIG_BYTES_LIMIT:
-            raise UsageError(f"{path} is larger than {CONFIG_BYTES_LIMIT} bytes: is it a configuration file?")
-        values = yaml.safe_load(raw)
+        values = parsed_yaml(read_bytes(path, CONFIG_LIMIT_BYTES, follow=follow))
     except OSError as error:
         raise UsageError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # impossible dates, endless brackets
+    except ValueError as error:  # also impossible dates, endless brackets
         raise UsageError(f"{path} is not YAML: {error}") from error
     if values is None:
         return {}
@@ -168,11 +173,16 @@ def _key_values(text: str) -> dict[str, Any]:
 def _scalar(text: str) -> Any:
     """A YAML scalar, except that 1e-8 is a number, as it is everywhere but in YAML 1.1."""
     try:
-        return float(text) if "e" in text.lower() else yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a value: {error}") from error
+        return float(text) if "e" in text.lower() else _yaml_scalar(text)
     except ValueError:
-        return yaml.safe_load(text)
+        return _yaml_scalar(text)
+
+
+def _yaml_scalar(text: str) -> Any:
+    try:
+        return parsed_yaml(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a value: {error}") from error
 
 
 def from_command_line(argv: Sequence[str], description: str) -> tuple[Config, bool]:
@@ -190,6 +200,9 @@ def from_command_line(argv: Sequence[str], description: str) -> tuple[Config, bo
     given = vars(flags.parse_args(list(argv)))
     path, only_print = given.pop("config"), given.pop("print_config")
     from_file = _typed(read_config_file(path), path) if path else {}
+    if path and lies_in_a_run(Path(path)):
+        check_named(str(from_file.get("model", "")), str(given.get("model", "")), path)
+        from_file = _in_its_own_folder(from_file, Path(os.path.realpath(path)))
     return Config(**{**from_file, **flag_values(given)}), only_print
 
 
@@ -214,6 +227,42 @@ def options_among(words: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
     wanted = {key: value for key, value in in_file.items() if str(key).replace("-", "_") in names}
     from_file = _typed(wanted, path)
     return {**from_file, **flag_values(given)}
+
+
+def check_named(model: str, named: str, source: str) -> None:
+    """Let code of a user run only where this command line names it, never because a run's file does.
+
+    Args:
+        model: what the file says.
+        named: by ``--model`` on the command line; empty: nothing.
+        source: the file.
+
+    Raises:
+        LaunchError: the file names code that the command line does not.
+    """
+    if ":" in model and model != named:
+        others = f"not {shown(named)}" if named else "and code runs only where the command line names it"
+        raise LaunchError(
+            f"{source} says that the model is made by {shown(model)}, {others}. If you trust that code, add "
+            f"--model {shlex.quote(terminal.printable(model)[:200])}"
+        )
+
+
+def lies_in_a_run(path: Path) -> bool:
+    """Whether a file lies in a run folder, which may have come from elsewhere: then it is data."""
+    folders = (path.parent, Path(os.path.realpath(path)).parent)
+    return any(os.path.lexists(folder / name) for folder in folders for name in OF_A_RUN)
+
+
+def _in_its_own_folder(values: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The options of a run, meant for the folder that they lie in, wherever that has been since.
+
+    ``resume`` held for the start that wrote them: to do it again would set aside what was done since.
+    """
+    if path.name != "config.yaml" or not os.path.lexists(path.parent / "checkpoints"):
+        return values
+    kept = {name: value for name, value in values.items() if name != "resume"}
+    return {**kept, "run_dir": os.path.relpath(path.parent)} if "run_dir" in kept else kept
 
 
 def flag_values(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,8 @@ import sys
 import time
 from collections import deque
 
+from tf_dist import terminal
+
 # What can be written without waiting, where the system says that something can (PIPE_BUF).
 PIECE_BYTES = 4096
 # How much is kept for somebody who does not read.
@@ -35,7 +37,7 @@ class Output:
 
     def say(self, text: str) -> None:
         """Write a line, now or later; nothing where the stream is closed."""
-        raw = text.encode(errors="backslashreplace") + b"\n"
+        raw = terminal.encoded(text + "\n", sys.stdout)
         self._kept.append(raw)
         self._bytes += len(raw)
         while self._bytes > KEPT_BYTES and len(self._kept) > 1:
@@ -89,8 +91,7 @@ def say(text: str) -> None:
     except (OSError, ValueError, AttributeError):  # pytest's, a notebook's, or none at all
         real = False
     if not real:
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            print(text, flush=True)
+        terminal.write(text)
         return
     if _stdout._is_read():
         with contextlib.suppress(OSError, ValueError):

@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tf_dist import terminal
+from tf_dist.atomic_io import sha256_of, sync_folder, temporary_name, write_whole
 from tf_dist.data.corpus import Corpus
 from tf_dist.data.decoding import Counts
 from tf_dist.data.prepared import FORMAT, SIDES, VERSION, Prepared, open_prepared, publish
@@ -35,7 +37,6 @@ from tf_dist.data.tokenizer import (
 )
 from tf_dist.data.tokens import TokenWriter, content_sha256, map_tokens, sample_sha256, token_dtype
 from tf_dist.errors import DataError
-from tf_dist.files import sha256_of, sync_folder, temporary_name, write_whole
 
 KINDS = ("byte", "char", "bpe")
 BATCH_CHARACTERS = 1 << 20
@@ -95,7 +96,7 @@ def prepare(
     errors: str = "strict",
     max_bytes: int = 0,
     folder: Path | str = "data/prepared",
-    say: Callable[[str], None] = print,
+    say: Callable[[str], object] = terminal.write,
 ) -> Prepared:
     """The corpus as tokens: made now, or the folder that was made before from the same files.
 
@@ -155,7 +156,7 @@ def _file_sha256(tokenizer: str) -> str:
         raise DataError(f"cannot read {tokenizer}: {error.strerror}. Check its permissions.") from error
 
 
-def _make(corpus: Corpus, options: Options, key: str, target: Path, say: Callable[[str], None]) -> Prepared:
+def _make(corpus: Corpus, options: Options, key: str, target: Path, say: Callable[[str], object]) -> Prepared:
     temporary = temporary_name(target)
     try:
         temporary.mkdir(parents=True)
@@ -171,7 +172,7 @@ def _make(corpus: Corpus, options: Options, key: str, target: Path, say: Callabl
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write(corpus: Corpus, options: Options, key: str, folder: Path, say: Callable[[str], None]) -> None:
+def _write(corpus: Corpus, options: Options, key: str, folder: Path, say: Callable[[str], object]) -> None:
     plan = _plan(corpus, options, say)
     tokenizer = _tokenizer(corpus, options, plan, say)
     tokenizer.save(folder / "tokenizer.json")
@@ -213,7 +214,7 @@ def _split_name(plan: Plan) -> str:
     return "document" if plan.in_val.any() else "none"
 
 
-def _plan(corpus: Corpus, options: Options, say: Callable[[str], None]) -> Plan:
+def _plan(corpus: Corpus, options: Options, say: Callable[[str], object]) -> Plan:
     """The first pass: sizes only, 8 bytes for each document."""
     counts, sizes, size, characters = Counts(), [], 0, 0
     for piece in corpus.pieces(counts):
@@ -254,7 +255,7 @@ def _left_out(corpus: Corpus, counts: Counts) -> Iterator[str]:
         yield f"bytes that are not UTF-8, now U+FFFD: in {counts.replaced:,} places"
 
 
-def _tokenizer(corpus: Corpus, options: Options, plan: Plan, say: Callable[[str], None]) -> Tokenizer:
+def _tokenizer(corpus: Corpus, options: Options, plan: Plan, say: Callable[[str], object]) -> Tokenizer:
     if options.tokenizer not in KINDS:
         tokenizer = load_tokenizer(options.tokenizer)
         check_vocab_size(options.tokenizer, options.vocab_size, tokenizer.vocab_size)

@@ -7,14 +7,16 @@ are read; its description of a model, which could name any code, is not looked a
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tf_dist.atomic_io import replaced
 from tf_dist.errors import BackendMissing, CheckpointError, UsageError
-from tf_dist.files import replaced
+from tf_dist.untrusted_files import opened
 
 if TYPE_CHECKING:
     import keras
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 SAFETENSORS, WEIGHTS_H5, KERAS = ".safetensors", ".weights.h5", ".keras"
 # What ends so is a file of weights; anything else a run.
 KINDS = (SAFETENSORS, WEIGHTS_H5, KERAS)
+# A file may hold the state of an optimizer as well; what is larger than this is none of this model.
+MOST_TIMES, SLACK_BYTES = 4, 64 << 20
 
 
 def is_file_of_weights(path: Path) -> bool:
@@ -31,13 +35,14 @@ def is_file_of_weights(path: Path) -> bool:
     return path.name.endswith(KINDS)
 
 
-def convert(source: Path, target: Path, which: str = "latest") -> str:
+def convert(source: Path, target: Path, which: str = "latest", model: str = "") -> str:
     """Write the weights of a run to a file, or those of a file into a new run; what was done.
 
     Args:
         source: a run's folder, or a file of weights.
         target: a file of weights, or the folder of a run which has a config.yaml and no checkpoints.
         which: checkpoint of a run: ``latest``, ``best`` or a path.
+        model: ``package.module:function`` that makes the model of the run, where that is a user's.
 
     Raises:
         UsageError: neither or both are files of weights.
@@ -49,13 +54,15 @@ def convert(source: Path, target: Path, which: str = "latest") -> str:
             f"convert {source} {target}: one of them must be a run's folder, the other a file that ends in "
             f"{', '.join(KINDS)}"
         )
-    return _to_run(source, target) if is_file_of_weights(source) else _to_file(source, target, which)
+    if is_file_of_weights(source):
+        return _to_run(source, target, model)
+    return _to_file(source, target, which, model)
 
 
-def _to_file(run_dir: Path, path: Path, which: str) -> str:
+def _to_file(run_dir: Path, path: Path, which: str, model: str) -> str:
     from tf_dist.training.load import load_run
 
-    run = load_run(str(run_dir), which=which)
+    run = load_run(str(run_dir), which=which, model=model)
     ending = next(kind for kind in KINDS if path.name.endswith(kind))
     with replaced(path, CheckpointError, ending) as temporary:
         if path.name.endswith(SAFETENSORS):
@@ -64,17 +71,17 @@ def _to_file(run_dir: Path, path: Path, which: str) -> str:
             run.model.save_weights(temporary)
         else:
             run.model.save(temporary)
-        with open(temporary, "rb") as file:
+        with opened(temporary, follow=False) as file:
             os.fsync(file.fileno())
     return f"{len(run.model.weights)} weights of step {run.step} are in {path}"
 
 
-def _to_run(path: Path, run_dir: Path) -> str:
+def _to_run(path: Path, run_dir: Path, model: str) -> str:
     """Save a checkpoint of step 0, with a fresh optimizer."""
     from tf_dist.training import state
     from tf_dist.training.load import model_of_run
 
-    run = model_of_run(str(run_dir))
+    run = model_of_run(str(run_dir), model)
     checkpoints = run_dir / "checkpoints"
     if checkpoints.exists() and any(checkpoints.iterdir()):
         raise CheckpointError(
@@ -93,15 +100,25 @@ def read(path: Path, model: keras.Model) -> None:
         CheckpointError: it cannot be read, or does not hold the weights of this model.
     """
     try:
+        opened(path, follow=True).close()  # libraries would wait for a named pipe
         if path.name.endswith(SAFETENSORS):
             _read_safetensors(path, model)
         else:
-            model.load_weights(path)  # of a .keras archive as well, and nothing else of it
-    except BackendMissing:
+            _read_hdf5(path, model)
+    except (BackendMissing, MemoryError):
         raise
     except Exception as error:  # whatever the readers of these formats raise
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        first = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{path} does not hold the weights of this model: {first}") from error
+
+
+def _read_hdf5(path: Path, model: keras.Model) -> None:
+    """Weights of a ``.weights.h5``, or of the one in a ``.keras`` archive, of which nothing else is used."""
+    from tf_dist.training import hdf5_weights
+
+    bytes_of_model = sum(math.prod(variable.shape) * 8 for variable in model.variables)
+    with hdf5_weights.checked(path, MOST_TIMES * bytes_of_model + SLACK_BYTES) as sound:
+        model.load_weights(sound)
 
 
 def named(model: keras.Model) -> dict[str, np.ndarray]:

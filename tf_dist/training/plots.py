@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from tf_dist.training.run import read_metrics
+from tf_dist.atomic_io import replaced
+from tf_dist.errors import LaunchError
+from tf_dist.training.metrics_file import read_metrics
 
 
 def loss_curve(metrics: Path, picture: Path, title: str) -> bool:
@@ -20,7 +23,7 @@ def loss_curve(metrics: Path, picture: Path, title: str) -> bool:
         from matplotlib import pyplot
     except ImportError:
         return False
-    rows = read_metrics(metrics) if metrics.exists() else []
+    rows = read_metrics(metrics) if os.path.lexists(metrics) else []
     if not rows:
         return False
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
@@ -31,6 +34,7 @@ def loss_curve(metrics: Path, picture: Path, title: str) -> bool:
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(picture, dpi=120)
+    with replaced(picture, LaunchError, ".png") as temporary:  # never through a link
+        figure.savefig(temporary, dpi=120)
     pyplot.close(figure)
     return True
