@@ -134,7 +134,7 @@ def block_of(rows_G: Any, rank: int, size: int) -> tuple[Any, Any]:
 
 
 def rows_of_rank(batches: tf.data.Dataset, comm: Comm) -> tf.data.Dataset:
-    """This rank's rows of global batches, perhaps none, as Keras is given them."""
+    """The rows of this rank, perhaps none, of global batches: what Keras is given."""
     return _with_prints(batches, comm, partial(_block, comm=comm)).prefetch(tf.data.AUTOTUNE)
 
 
