@@ -1,8 +1,8 @@
 """Measure a trained model on held-out text: loss, perplexity, accuracy, bits per byte.
 
-    python scripts/evaluate.py                                        # the newest run, its own held-out text
-    mpirun -np 2 python scripts/evaluate.py --run-dir runs/first      # the same numbers, sooner
-    python scripts/evaluate.py --run-dir runs/first --data other.txt  # all of another text
+    python scripts/evaluate.py                    # the newest run, its held-out text
+    mpirun -np 2 python scripts/evaluate.py --run-dir runs/first      # sooner
+    python scripts/evaluate.py --run-dir runs/first --data other.txt  # another text
 
 The last line is JSON. Exit codes: those of scripts/train.py.
 """
@@ -15,6 +15,7 @@ import json
 import sys
 from pathlib import Path
 
+from tf_dist import progress
 from tf_dist.comm import launch, threads
 from tf_dist.flags import Parser
 
@@ -29,14 +30,17 @@ def main(argv: list[str]) -> None:
     comm = launch.join()
     flags = parse(argv)
     threads.set_threads(comm)
-    threads.load_tensorflow()
+    progress.begin(flags.progress, comm.rank == 0)
+    with progress.task("loading TensorFlow"):
+        threads.load_tensorflow()
 
     from tf_dist.training import optimizers
     from tf_dist.training.corpus import shared_corpus
     from tf_dist.training.load import load_run
     from tf_dist.training.trainer import Trainer
 
-    run = load_run(flags.run_dir, print if comm.rank == 0 else lambda line: None, flags.checkpoint)
+    with progress.task("reading the checkpoint"):
+        run = load_run(flags.run_dir, print if comm.rank == 0 else lambda line: None, flags.checkpoint)
     config = run.config
     if flags.data:
         tokenizer = str(Path(flags.run_dir) / "tokenizer.json")
@@ -61,14 +65,18 @@ def main(argv: list[str]) -> None:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The flags."""
-    parser = Parser(__doc__ or "")
-    parser.add_argument("--run-dir", default="runs/latest", help="folder of the run [runs/latest]")
+    parser = Parser(__doc__ or "", "[--run-dir FOLDER] [--data PATH] [options]")
+    parser.add_argument(
+        "--run-dir", default="runs/latest", metavar="FOLDER", help="folder of the run [runs/latest]"
+    )
     parser.add_argument(
         "--checkpoint",
         default="latest",
+        metavar="latest|best|PATH",
         help="latest, best (by validation loss), or a path [latest]",
     )
-    parser.add_argument("--data", nargs="+", help="other text to evaluate on, all of it")
+    parser.add_argument("--data", nargs="+", metavar="SOURCE", help="other text to evaluate on, all of it")
+    parser.add_argument("--progress", choices=progress.KINDS, default="auto", help=progress.HELP)
     return parser.parse_args(argv)
 
 

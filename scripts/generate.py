@@ -1,8 +1,8 @@
 """Let a trained model write on.
 
-    python scripts/generate.py --prompt 'def '                        # the newest run under runs/
-    python scripts/generate.py --run-dir runs/first --prompt 'ROMEO:' --tokens 500 --temperature 0.8
-    python scripts/generate.py --run-dir runs/first --prompt 'import ' --temperature 0   # greedy
+    python scripts/generate.py --prompt 'def '          # the newest run under runs/
+    python scripts/generate.py --run-dir runs/first --prompt 'ROMEO:' --tokens 500
+    python scripts/generate.py --prompt 'import ' --temperature 0       # greedy
 
 Exit codes: 0 done, 64 usage, 65 a character that the model's vocabulary lacks, 77 no usable checkpoint.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from tf_dist import progress
 from tf_dist.comm import threads
 from tf_dist.comm.base import SerialComm
 from tf_dist.errors import TfDistError
@@ -31,13 +32,16 @@ def main(argv: list[str]) -> int:
 def write(flags: argparse.Namespace) -> None:
     """Print the prompt and what the model makes of it, as it comes."""
     threads.set_threads(SerialComm())
-    threads.load_tensorflow()
+    progress.begin(flags.progress)
+    with progress.task("loading TensorFlow"):
+        threads.load_tensorflow()
 
     from tf_dist.training.generate import Sampling, generate
     from tf_dist.training.load import load_run
 
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
-    run = load_run(flags.run_dir, lambda line: print(line, file=sys.stderr), flags.checkpoint)
+    with progress.task("reading the checkpoint"):
+        run = load_run(flags.run_dir, lambda line: print(line, file=sys.stderr), flags.checkpoint)
     prompt = run.tokenizer.encode(flags.prompt)
     ids = [int(i) for i in prompt]
     shown = run.tokenizer.decode(ids)
@@ -54,19 +58,27 @@ def write(flags: argparse.Namespace) -> None:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The flags."""
-    parser = Parser(__doc__ or "")
-    parser.add_argument("--run-dir", default="runs/latest", help="folder of the run [runs/latest]")
+    parser = Parser(__doc__ or "", "[--run-dir FOLDER] [--prompt TEXT] [options]")
+    parser.add_argument(
+        "--run-dir", default="runs/latest", metavar="FOLDER", help="folder of the run [runs/latest]"
+    )
     parser.add_argument(
         "--checkpoint",
         default="latest",
+        metavar="latest|best|PATH",
         help="latest, best (by validation loss), or a path [latest]",
     )
-    parser.add_argument("--prompt", default="\n", help="text to go on from [a new line]")
-    parser.add_argument("--tokens", type=int, default=200, help="how many tokens to write [200]")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy [0.8]")
-    parser.add_argument("--top-k", type=int, default=0, help="choose among the k likeliest; 0: all [0]")
-    parser.add_argument("--top-p", type=float, default=1.0, help="choose within this probability [1.0]")
-    parser.add_argument("--seed", type=int, default=1, help="of the choices [1]")
+    parser.add_argument("--prompt", default="\n", metavar="TEXT", help="text to go on from [a new line]")
+    parser.add_argument("--tokens", type=int, metavar="N", default=200, help="how many tokens to write [200]")
+    parser.add_argument("--temperature", type=float, metavar="X", default=0.8, help="0 is greedy [0.8]")
+    parser.add_argument(
+        "--top-k", type=int, metavar="N", default=0, help="choose among the k likeliest; 0: all [0]"
+    )
+    parser.add_argument(
+        "--top-p", type=float, metavar="X", default=1.0, help="choose within this probability [1.0]"
+    )
+    parser.add_argument("--seed", type=int, metavar="N", default=1, help="of the choices [1]")
+    parser.add_argument("--progress", choices=progress.KINDS, default="auto", help=progress.HELP)
     return parser.parse_args(argv)
 
 

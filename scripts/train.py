@@ -1,13 +1,14 @@
 """Train a Keras language model on every MPI rank.
 
-    python scripts/train.py                                   # one process, the built-in corpus
-    mpirun -np 2 python scripts/train.py                      # two ranks, the same result, sooner
-    mpirun -np 2 python scripts/train.py --data tinyshakespeare --tokenizer char --steps 2000
+    python scripts/train.py                       # one process, built-in corpus
+    mpirun -np 2 python scripts/train.py          # two ranks: the same, sooner
+    mpirun -np 2 python scripts/train.py --data tinyshakespeare --steps 2000
     mpirun -np 4 python scripts/train.py --config run.yaml --update master
-    mpirun -np 2 python scripts/train.py --model mypackage.models:build --data 'corpus/**/*.txt'
+    mpirun -np 2 python scripts/train.py --model mine:build --data 'books/*.txt'
+    mpirun -np 2 python scripts/train.py --run-dir runs/latest   # resume that run
 
 A run's folder holds config.yaml, metrics.jsonl, status.json, tokenizer.json, checkpoints/, logs/ and
-loss.png; the same line with --run-dir FOLDER goes on where it stopped.
+loss.png. With --run-dir of an existing run, options that are not given are those of its config.yaml.
 
 Exit codes: 0 done, 64 usage, 65 bad data, 69 backend missing, 70 a rank failed, 71 out of
 memory, 75 saved on a signal (start me again), 76 not a number, 77 no checkpoint that can be used, 78 launch
@@ -16,6 +17,7 @@ or configuration mistake.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import signal
 import sys
@@ -24,11 +26,12 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from tf_dist import progress
 from tf_dist.comm import launch, threads
-from tf_dist.comm.agree import agree, versions
+from tf_dist.comm.agree import agree, on_root, versions
 from tf_dist.config import Config
 from tf_dist.errors import UsageError
-from tf_dist.flags import from_command_line
+from tf_dist.flags import from_command_line, options_of_run, read_command_line, resolved
 from tf_dist.parallel.mesh import Mesh, data_ranks
 from tf_dist.parallel.parts import part_of
 
@@ -48,7 +51,8 @@ def main(argv: list[str]) -> None:
     if {"-h", "--help", "--print-config"} & set(argv):
         answer(argv)
     comm = launch.join()
-    config, _ = from_command_line(argv, __doc__ or "")
+    config, of_run = options(argv, comm)
+    shown = progress.begin(config.progress, comm.rank == 0)
     agree(comm, {**config.as_dict(), **versions()}, "the run")
     threads.set_threads(comm, config.threads_per_rank)
     comm = launch.use_backend(comm, config.backend)
@@ -59,18 +63,35 @@ def main(argv: list[str]) -> None:
     data_ranks(comm.size, *degrees(config))  # what does not fit is refused before anything is read
     run = RunFolder(choose_folder(config, comm), comm)
     run.open()
-    launch.on_failure(run.failed)
+    launch.on_failure(lambda code, message: failed(run, code, message))
+    if of_run:
+        run.say(f"options that are not given here are those of {run.path / 'config.yaml'}")
     launch.limit_stalls(config.stall_warn, config.stall_abort, run.path / "logs")
     corpus = shared_corpus(config, comm, REGISTRY, run.say)
     config = dataclasses.replace(config, vocab_size=corpus.tokenizer.vocab_size, run_dir=str(run.path))
     if comm.rank == 0:
         point_latest_to(run.path)
-    threads.load_tensorflow()  # only now: a mistake in the flags or the data was said at once
+    with progress.task("loading TensorFlow"):
+        threads.load_tensorflow()  # only now: a mistake in the flags or the data was said at once
     from tf_dist.training.begin_again import in_spite_of_deaths
     from tf_dist.training.neighbours import Neighbours
 
-    begin, together = partial(train, config, corpus, run), prod(degrees(config))
+    begin, together = partial(train, config, corpus, run, shown), prod(degrees(config))
     in_spite_of_deaths(comm, begin, config.min_ranks, together, Neighbours(run.say))
+
+
+def options(argv: list[str], comm: Comm) -> tuple[Config, bool]:
+    """What is asked for, and whether some of it stands in the config.yaml of a run that is gone on with."""
+    line = read_command_line(argv, __doc__ or "")
+    # Read by rank 0: a node with a disk of its own has no such file.
+    of_run = on_root(comm, lambda: options_of_run(line))
+    return resolved(line, of_run), bool(of_run)
+
+
+def failed(run: RunFolder, code: int, message: str) -> None:
+    """Leave the terminal and the run folder so that they tell why."""
+    progress.end()
+    run.failed(code, message)
 
 
 def answer(argv: list[str]) -> NoReturn:
@@ -89,22 +110,25 @@ def degrees(config: Config) -> tuple[int, int, int]:
     return config.pipeline_parallel, config.sequence_parallel, config.tensor_parallel
 
 
-def train(config: Config, corpus: Prepared, run: RunFolder, comm: Comm, deaths: Deaths) -> None:
+def train(config: Config, corpus: Prepared, run: RunFolder, shown: str, comm: Comm, deaths: Deaths) -> None:
     """Build what was asked for, resume, train, and leave text and a picture."""
-    from tf_dist.training import progress, run_callbacks
+    from tf_dist.training import run_callbacks
     from tf_dist.training.banner import banner
     from tf_dist.training.job import Job
+    from tf_dist.training.progress import ShowSteps, display
 
     mesh = Mesh(comm, *degrees(config))
     steps = planned_steps(config, len(corpus.train))
     trainer = trainer_for(config, mesh, steps)
     job = Job(config, comm, corpus, run, trainer, deaths)
     job.resume()
-    trainer.tuning.choose()
+    with progress.task("trying how to compile the model"):
+        trainer.tuning.choose()
     steps_per_epoch = trainer.sampler(trainer.sequences(corpus.train)).steps_per_epoch
     run.say(banner(config, comm, corpus, trainer, steps, steps_per_epoch))
     signal.signal(signal.SIGUSR1, lambda *_: trainer.request_stop())
-    show = progress.display(config.progress, comm, steps, run.say)
+    show = display(shown, steps, run.say)
+    show_steps = ShowSteps(show, lambda: trainer.step)
     job.begin()
 
     def fit() -> None:
@@ -119,12 +143,13 @@ def train(config: Config, corpus: Prepared, run: RunFolder, comm: Comm, deaths: 
                     trainer, run, config.log_every, steps_per_epoch, job.tally, job.heard, show
                 ),
                 run_callbacks.SaveRun(trainer, config.save_every, job.save, job.finish, job.look, job.saved),
+                show_steps,
                 run_callbacks.KeepCopies(trainer, config.replicate * job.keeps_copies, job.keep_copies),
             ],
         )
 
-    job.train(fit)
-    show.close()
+    with contextlib.closing(show_steps):
+        job.train(fit)
     job.end(steps)
 
 

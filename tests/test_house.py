@@ -21,7 +21,10 @@ BOTTOM = {
     "flags",
     "hosts",
     "processes",
+    "progress",
     "restarts",
+    "run_options",
+    "synonyms",
     "version",
 }
 ROOMS = {"bench", "comm", "data", "layers", "models", "parallel", "training"}

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from tf_dist import progress
 from tf_dist.errors import DataError
 from tf_dist.files import BLOCK_BYTES, sha256_of, sync_folder, temporary_name, write_whole
 
@@ -98,13 +99,15 @@ def _store(stream: IO[bytes], path: Path, wanted: Wanted, promised: int | None) 
     temporary = temporary_name(path)
     digest, size = hashlib.sha256(), 0
     try:
-        with open(temporary, "xb") as file:
+        title = f"getting {path.name}"
+        with open(temporary, "xb") as file, progress.task(title, promised or 0, "bytes") as task:
             while block := stream.read(BLOCK_BYTES):
                 size += len(block)
                 if size > limit:
                     raise DataError(f"it is larger than {limit:,} bytes")
                 digest.update(block)
                 file.write(block)
+                task.advance(len(block))
             file.flush()
             os.fsync(file.fileno())
         if promised is not None and size < promised:

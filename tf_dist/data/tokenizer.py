@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tf_dist.config import BPE_DEFAULT_VOCAB
 from tf_dist.errors import DataError, UsageError
 from tf_dist.files import read_capped, write_whole
 
@@ -23,7 +24,6 @@ Ids = npt.NDArray[np.uint32]
 
 FORMAT = "tf_dist tokenizer 1"
 FILE_LIMIT_BYTES = 128 << 20
-BPE_DEFAULT_VOCAB = 2048
 BYTES = 256
 END_OF_TEXT = "<|endoftext|>"
 # What well-known tokenizers call the token after a document, the likeliest first.

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tf_dist import faults
+from tf_dist import faults, progress
 from tf_dist.comm.agree import on_root, versions
 from tf_dist.comm.base import Comm
 from tf_dist.comm.launch import stragglers
@@ -115,7 +115,8 @@ class Job:
         if found is None:
             return
         faults.at("load")
-        state.restore(self.trainer, Path(found["path"]))
+        with progress.task("reading the checkpoint"):
+            state.restore(self.trainer, Path(found["path"]))
         self._be_at(found, found["path"])
 
     def _be_at(self, facts: dict[str, Any], source: str) -> None:
@@ -318,10 +319,8 @@ class Job:
             say(f"exchange     {found}")
         self._say_of_update()
         picture = run.path / "loss.png"
-        if loss_curve(run.metrics, picture, f"{self.config.model}, {self.comm.size} ranks"):
-            say(f"loss curve   {picture}")
-        else:
-            say("no picture of the loss: `pip install matplotlib` draws one")
+        missing = loss_curve(run.metrics, picture, f"{self.config.model}, {self.comm.size} ranks")
+        say(f"no picture of the loss: {missing}" if missing else f"loss curve   {picture}")
         say(f"sample       (after the words before the arrow)\n{sample}")
         say(f"more text    python scripts/generate.py --run-dir {run.path} --prompt 'def '")
 
@@ -346,8 +345,12 @@ class Job:
 
         travel = self.config.update == "zero" and self.config.zero_stage == 3
         count = SAMPLE_TOKENS_OF_TRAVELLERS if travel else SAMPLE_TOKENS
-        made = write_on(logits_at, self.config.seq_len, prompt, count, Sampling())
-        return f"{tokenizer.decode(prompt)} => {tokenizer.decode(list(made))}\n"
+        with progress.task("writing a sample", count, "tokens") as task:
+            made = []
+            for token in write_on(logits_at, self.config.seq_len, prompt, count, Sampling()):
+                made.append(token)
+                task.advance()
+        return f"{tokenizer.decode(prompt)} => {tokenizer.decode(made)}\n"
 
 
 def _summary(last: dict[str, Any]) -> str:

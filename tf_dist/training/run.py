@@ -23,6 +23,7 @@ from tf_dist.comm.base import Comm
 from tf_dist.config import Config
 from tf_dist.errors import LaunchError, TfDistError
 from tf_dist.files import write_whole
+from tf_dist.progress import fitted
 from tf_dist.training.background import Background
 from tf_dist.training.in_use import claim
 
@@ -107,7 +108,7 @@ class RunFolder:
             return
         self.later.drain()
         with contextlib.suppress(OSError):  # a closed pipe (`| head`) must not end the training
-            print(text, flush=True)
+            print(fitted(text), flush=True)
         with contextlib.suppress(OSError), open(self.path / "logs" / "rank-0000.log", "a") as log:
             log.write(text + "\n")
 
