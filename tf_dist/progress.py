@@ -92,7 +92,8 @@ class Task:
         if not self.total:
             amount = f"{_amount(self.done, self.unit)}, " if self.done else ""
             return f"{amount}{_clock(self.elapsed_s)}"
-        text = f"{_amount(self.done, self.unit)} of {_amount(self.total, self.unit)}"
+        done = _amount(self.done, self.unit).split()[0]
+        text = f"{done} of {_amount(self.total, self.unit)}"
         if self.done <= self.first or self.done > self.total:
             return text
         left_s = self.elapsed_s * (self.total - self.done) / (self.done - self.first)

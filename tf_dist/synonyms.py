@@ -179,10 +179,12 @@ def hint(words: Sequence[str], flags: Sequence[str]) -> str:
     for word in dict.fromkeys(words):
         exact = plain(word) in known or any(name in known for name in TABLE.get(plain(word), []))
         if not exact and (said := advice(word)):
-            also.append(f"{word}: {said}")
+            also.append(f"{word}: {said}.")
         elif found := ours(word, known):
             meant.append((word, "--" + found))
     if len(meant) == 1 and len(words) == 1:
         return f". Did you mean {meant[0][1]!r}?"
-    parts = [f"{flag!r} for {word}" for word, flag in meant]
-    return (f". Did you mean {', '.join(parts)}?" if parts else "") + "".join(f". {text}" for text in also)
+    sentences = also
+    if meant:
+        sentences = [f"Did you mean {', '.join(f'{flag!r} for {word}' for word, flag in meant)}?", *also]
+    return ". " + " ".join(sentences) if sentences else ""

@@ -321,7 +321,7 @@ class Job:
         picture = run.path / "loss.png"
         missing = loss_curve(run.metrics, picture, f"{self.config.model}, {self.comm.size} ranks")
         say(f"no picture of the loss: {missing}" if missing else f"loss curve   {picture}")
-        say(f"sample       (after the words before the arrow)\n{sample}")
+        say(f"sample       (after the words before the arrow)\n{sample}", as_it_is=True)
         say(f"more text    python scripts/generate.py --run-dir {run.path} --prompt 'def '")
 
     def _say_of_update(self) -> None:

@@ -102,13 +102,13 @@ class RunFolder:
         self.checkpoints.mkdir()
         self.say(f"the files of an earlier run are now in {aside}")
 
-    def say(self, text: str) -> None:
-        """Print a line, on rank 0, and keep it in its log."""
+    def say(self, text: str, as_it_is: bool = False) -> None:
+        """Print a line, on rank 0, and keep it in its log; broken to fit the terminal, or ``as_it_is``."""
         if self.comm.rank:
             return
         self.later.drain()
         with contextlib.suppress(OSError):  # a closed pipe (`| head`) must not end the training
-            print(fitted(text), flush=True)
+            print(text if as_it_is else fitted(text), flush=True)
         with contextlib.suppress(OSError), open(self.path / "logs" / "rank-0000.log", "a") as log:
             log.write(text + "\n")
 
