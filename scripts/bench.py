@@ -1,10 +1,10 @@
 """Benchmarks: each prints its tables and leaves a JSON file and a picture under runs/bench/.
 
     python scripts/bench.py exact            # one of those below
-    python scripts/bench.py step gpt-0.81M   # of one model: gpt-10.7M, lstm-1.08M
-    python scripts/bench.py faults numbers   # a part of it: NaN and flipped bits
+    python scripts/bench.py step gpt-0.81M   # of one model, or lstm-1.08M
+    python scripts/bench.py faults numbers   # a part of it: NaN, flipped bits
     python scripts/bench.py                  # all of them: hours
-    python scripts/bench.py --report         # the targets, and how far they are met
+    python scripts/bench.py --report         # the targets, and what was reached
 
   exact       does the number of ranks change a bit?
   exact-cost  and what does it cost that it does not?

@@ -1,8 +1,8 @@
 """Measure a trained model on held-out text: loss, perplexity, accuracy, bits per byte.
 
-    python scripts/evaluate.py                    # the newest run, its held-out text
-    mpirun -np 2 python scripts/evaluate.py --run-dir runs/first      # sooner
-    python scripts/evaluate.py --run-dir runs/first --data other.txt  # another text
+    python scripts/evaluate.py               # the newest run, its held-out text
+    mpirun -np 2 python scripts/evaluate.py --run-dir runs/one     # sooner
+    python scripts/evaluate.py --run-dir runs/one --data other.txt
 
 The last line is JSON. Exit codes: those of scripts/train.py.
 """

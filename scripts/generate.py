@@ -1,8 +1,8 @@
 """Let a trained model write on.
 
-    python scripts/generate.py --prompt 'def '          # the newest run under runs/
-    python scripts/generate.py --run-dir runs/first --prompt 'ROMEO:' --tokens 500
-    python scripts/generate.py --prompt 'import ' --temperature 0       # greedy
+    python scripts/generate.py --prompt 'def '       # the newest run
+    python scripts/generate.py --run-dir runs/one --prompt ROMEO: --tokens 500
+    python scripts/generate.py --prompt 'import ' --temperature 0   # greedy
 
 Exit codes: 0 done, 64 usage, 65 a character that the model's vocabulary lacks, 77 no usable checkpoint.
 """

@@ -1,8 +1,8 @@
 """Turn text into tokens on disk, once, before a job that many ranks will start.
 
-    python scripts/prepare.py                         # the standard library's sources
+    python scripts/prepare.py                # the standard library's sources
     python scripts/prepare.py tinyshakespeare --tokenizer char
-    python scripts/prepare.py --data 'corpus/**/*.txt' notes.md.gz --vocab-size 8192
+    python scripts/prepare.py --data 'books/**/*.txt' notes.md.gz
     python scripts/prepare.py --data reviews.csv --text-column body
 
 ``scripts/train.py`` with the same options finds the folder again. Exit codes: 0 done, 64 a flag that

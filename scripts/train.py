@@ -1,11 +1,11 @@
 """Train a Keras language model on every MPI rank.
 
-    python scripts/train.py                       # one process, built-in corpus
-    mpirun -np 2 python scripts/train.py          # two ranks: the same, sooner
+    python scripts/train.py                    # one process, built-in corpus
+    mpirun -np 2 python scripts/train.py       # two ranks: the same, sooner
     mpirun -np 2 python scripts/train.py --data tinyshakespeare --steps 2000
     mpirun -np 4 python scripts/train.py --config run.yaml --update master
-    mpirun -np 2 python scripts/train.py --model mine:build --data 'books/*.txt'
-    mpirun -np 2 python scripts/train.py --run-dir runs/latest   # resume that run
+    mpirun -np 2 python scripts/train.py --model mine:build --data 'books/*'
+    mpirun -np 2 python scripts/train.py --run-dir runs/latest     # resume it
 
 A run's folder holds config.yaml, metrics.jsonl, status.json, tokenizer.json, checkpoints/, logs/ and
 loss.png. With --run-dir of an existing run, options that are not given are those of its config.yaml.

@@ -22,7 +22,7 @@ from tf_dist.training import convert, inspect_checkpoint
 
 RUN = """Start `mpirun -np N python JOB`, and again after a failure, from the newest sound checkpoint.
 
-    python -m tf_dist run -np 4 -- scripts/train.py --run-dir runs/long --steps 100000
+    python -m tf_dist run -np 4 -- scripts/train.py --run-dir runs/long
     python -m tf_dist run -np 8 --hostfile hosts -- scripts/train.py
 
 Options that are not listed here go to mpirun. Of the hosts in --host or --hostfile those that do not answer
@@ -30,9 +30,9 @@ after a failure are left out, with their ranks. SIGTERM, SIGINT and SIGUSR1 are 
 exit code is that of the last job."""
 CHECKPOINT = """Look at what a run has saved, or carry its weights to other programs and back.
 
-    python -m tf_dist checkpoint verify runs/latest     # is everything as it was written?
-    python -m tf_dist checkpoint show runs/latest       # what is in the newest sound one?
-    python -m tf_dist checkpoint convert runs/latest model.keras   # for Keras alone
+    python -m tf_dist checkpoint verify runs/latest     # as it was written?
+    python -m tf_dist checkpoint show runs/latest       # the newest sound one
+    python -m tf_dist checkpoint convert runs/latest model.keras
     python -m tf_dist checkpoint convert model.safetensors runs/new
 
 TARGET of convert ends in .safetensors, .weights.h5 or .keras; or PATH does, and TARGET is the folder of a run
@@ -49,7 +49,7 @@ Exit codes: 0; 70 something could not be looked into, or removed."""
 
 def main(argv: list[str]) -> int:
     """Answer one question; the exit code."""
-    parser = _parser()
+    parser, commands = _parser()
     own, job = _divided(argv)
     try:
         try:
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
             if arguments.topic == "run" and not job:
                 parser.error("run: give the job after --, as in: run -np 4 -- scripts/train.py --steps 1000")
             if others and arguments.topic != "run":
-                parser.error(f"unknown: {' '.join(others)}")
+                commands[arguments.topic].error(f"unknown: {' '.join(others)}")
         except UsageError:
             print(parser.format_usage(), end="", file=sys.stderr)
             raise
@@ -75,7 +75,8 @@ def main(argv: list[str]) -> int:
         return error.exit_code
 
 
-def _parser() -> Parser:
+def _parser() -> tuple[Parser, dict[str, Parser]]:
+    """The parser of the command line, and that of each command."""
     parser = Parser(__doc__ or "", "{run,checkpoint,doctor} ...", "python -m tf_dist")
     topics = parser.add_subparsers(dest="topic", required=True, prog="python -m tf_dist", metavar="COMMAND")
     run = topics.add_parser(
@@ -99,7 +100,7 @@ def _parser() -> Parser:
     run.add_argument("--mpirun", default=own_mpirun(), metavar="PATH", help="the launcher")
     checkpoint = topics.add_parser(
         "checkpoint", help="what a run has saved", description=CHECKPOINT,
-        usage="{verify,show,convert} PATH [TARGET] [options]",
+        usage="{verify,show,convert} PATH [TARGET]",
     )  # fmt: skip
     checkpoint.add_argument("question", choices=("verify", "show", "convert"), help="see above")
     checkpoint.add_argument(
@@ -115,7 +116,7 @@ def _parser() -> Parser:
         "doctor", help="what dead jobs have left on this machine", description=DOCTOR, usage="[--clean]"
     )
     health.add_argument("--clean", action="store_true", help="remove it")
-    return parser
+    return parser, {"run": run, "checkpoint": checkpoint, "doctor": health}
 
 
 def _run(arguments: argparse.Namespace, others: list[str], job: list[str]) -> int:

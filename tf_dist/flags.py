@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from tf_dist.config import Config
+from tf_dist.config import Config, did_you_mean
 from tf_dist.errors import UsageError
 from tf_dist.run_options import still_hold
 from tf_dist.synonyms import hint, ours
@@ -163,7 +163,10 @@ class Parser(argparse.ArgumentParser):
         words = [word.rstrip(":").split("=")[0] for word in message.split()]
         # Not -1, nor what quotes a value.
         unknown = [word for word in words if re.match(r"--?[A-Za-z]", word) and word not in flags]
-        raise UsageError(f"{message}{hint(unknown, flags)} (see --help)")
+        near = hint(unknown, flags)
+        if choice := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            near = did_you_mean(choice[1], re.findall(r"[\w-]+", choice[2]))
+        raise UsageError(f"{message}{near} (see --help)")
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):

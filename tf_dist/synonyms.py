@@ -20,7 +20,7 @@ top-p: topp nucleus nucleus-p
 checkpoint: ckpt ckpt-path step load
 run-dir: output-dir out-dir output out save-dir save log-dir logdir logging-dir checkpoint-dir ckpt-dir
     checkpoints-dir workdir work-dir experiment-dir exp-dir default-root-dir dump-folder job.dump-folder run
-    folder dir model-dir model-path model-name-or-path o
+    folder dir model model-dir model-path model-name-or-path o
 resume: resume-from resume-from-checkpoint load load-checkpoint load-dir restore checkpoint init-from
     load-from ckpt ckpt-path continue continue-from restore-file auto-resume checkpoint.load-path
 data: dataset datasets data-path data-dir train-file train-files train-data train-data-path corpus input
