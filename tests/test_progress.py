@@ -69,9 +69,16 @@ print("done")
 def test_bars_on_a_terminal_fit_it(columns):
     lines = Terminal(columns).run(WORK, "auto", "0")
     assert lines[0] == "shown as bar" and lines[-1] == "done" and "said meanwhile" in lines
-    assert any("1.0 of 3.0 MB" in line or "…" in line for line in lines)
+    assert any("1.0 of 3.0 MB" in line for line in lines) or columns == 50
     assert any(line.startswith(("- tok", "/ tok", "| tok", "\\ tok")) for line in lines)
     assert max(map(len, lines)) < columns
+
+
+def test_a_terminal_without_our_signs():
+    lines = Terminal(80).run(
+        WORK.replace("the text", "caf\u00e9 \u4e2d"), "auto", "0", PYTHONIOENCODING="ascii"
+    )
+    assert lines[0] == "shown as bar" and lines[-1] == "done" and "said meanwhile" in lines
 
 
 @pytest.mark.parametrize("words", [("plain", "0"), ("none", "0"), ("auto", "1"), ("bar", "1")])

@@ -66,6 +66,7 @@ def main(argv: list[str]) -> int:
         progress.begin()
         with progress.task(f"{arguments.topic} {getattr(arguments, 'question', '')}".strip()):
             said, code = (_doctor if arguments.topic == "doctor" else _checkpoint)(arguments)
+        progress.end()
         print(said)
         return code
     except SystemExit:  # --help was answered

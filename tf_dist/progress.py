@@ -29,6 +29,8 @@ EVERY_S = 5.0
 SHARE = 0.02
 NARROW = 80
 BAR_REFRESHES_PER_S = 4
+# Columns of a line for a spinner, gaps, and how far a task has come.
+BESIDE_TITLE = 36
 Item = TypeVar("Item")
 # What launchers make of a rank's output themselves; Slurm's terminals are terminals (srun --pty).
 HONEST = ("slurmstepd", "palsd")
@@ -162,9 +164,14 @@ class Lines:
 
 def _tell(task: Task, over: threading.Event) -> None:
     while not over.wait(max(EVERY_S, SHARE * task.elapsed_s)):
-        with contextlib.suppress(OSError, ValueError):  # nobody listens any more
+        with _whatever_the_terminal_does():
             # Not on stdout, which may be somebody's data.
             print(f"{task.title} ... {task.text}", file=sys.stderr, flush=True)
+
+
+def _whatever_the_terminal_does() -> contextlib.suppress:
+    """It may be gone, or have no sign for a letter: no reason for work to end."""
+    return contextlib.suppress(OSError, ValueError)
 
 
 class Bars:
@@ -186,11 +193,12 @@ class Bars:
             def show_cursor(self, show: bool = True) -> bool:
                 return False
 
-        cut = Column(no_wrap=True, overflow="ellipsis")
+        bar = max(8, min(40, (width - 64) // 2))
+        cut = Column(no_wrap=True, overflow="crop", max_width=max(10, width - bar - BESIDE_TITLE))
         self._live = Progress(
             SpinnerColumn("line"),  # of ASCII, for terminals of any encoding
             TextColumn("{task.description}", markup=False, table_column=cut),
-            BarColumn(bar_width=max(8, min(40, width // 6))),
+            BarColumn(bar_width=bar),
             TextColumn("{task.fields[ours].text}", markup=False, table_column=Column(no_wrap=True)),
             console=Plain(
                 file=sys.stdout if stream == 1 else sys.stderr,
@@ -210,7 +218,8 @@ class Bars:
             self._shown[id(task)] = task, bar
             if len(self._shown) == 1:
                 self._over = threading.Event()
-                self._live.start()
+                with _whatever_the_terminal_does():
+                    self._live.start()
                 threading.Thread(target=self._draw, args=(self._over,), name="progress", daemon=True).start()
 
     def remove(self, task: Task) -> None:
@@ -221,7 +230,8 @@ class Bars:
                 self._live.remove_task(bar)
                 if not self._shown:
                     self._over.set()
-                    self._live.stop()
+                    with _whatever_the_terminal_does():
+                        self._live.stop()
 
     def _draw(self, over: threading.Event) -> None:
         while not over.wait(1 / BAR_REFRESHES_PER_S):
@@ -230,7 +240,7 @@ class Bars:
                     return
                 for task, bar in self._shown.values():
                     self._live.update(bar, completed=task.done, description=task.title)
-                with contextlib.suppress(OSError, ValueError):  # the terminal is gone
+                with _whatever_the_terminal_does():
                     self._live.refresh()
 
 
