@@ -72,7 +72,7 @@ class Lines:
                 f"comm {1e3 * row['comm_s']:.1f} ms", f"wait {1e3 * row['wait_s']:.1f} ms",
                 f"{self._left(step)} left",
             ]  # fmt: skip
-            self._say(step, parts, (2, 4, 1, 5, 6, 7))
+            self._say(step, parts, (2, 4, 1, 5, 6, 3, 7))
         if "val_loss" in row:
             parts = [
                 f"validation loss {row['val_loss']:.4f}", f"perplexity {row['perplexity']:.2f}",
