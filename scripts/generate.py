@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
+from itertools import chain, islice
 
 from tf_dist import progress
 from tf_dist.comm import threads
@@ -45,8 +47,12 @@ def write(flags: argparse.Namespace) -> None:
     prompt = run.tokenizer.encode(flags.prompt)
     ids = [int(i) for i in prompt]
     shown = run.tokenizer.decode(ids)
+    tokens = progressing(
+        generate(run.model, run.config.seq_len, prompt, flags.tokens, sampling), flags.tokens
+    )
+    first = list(islice(tokens, 1))  # takes the longest: the model is compiled
     print(shown, end="", flush=True)
-    for token in generate(run.model, run.config.seq_len, prompt, flags.tokens, sampling):
+    for token in chain(first, tokens):
         ids.append(token)
         # A character may need several tokens: decode all, print what is new and whole.
         text = run.tokenizer.decode(ids)
@@ -54,6 +60,19 @@ def write(flags: argparse.Namespace) -> None:
             print(text[len(shown) :], end="", flush=True)
             shown = text
     print()
+
+
+def progressing(tokens: Iterator[int], count: int) -> Iterator[int]:
+    """The tokens, with progress shown until there is text to be seen on the terminal."""
+    with progress.task("compiling the model"):
+        first = list(islice(tokens, 1))
+    yield from first
+    if progress.terminal_width(1):
+        yield from tokens
+        return
+    with progress.task("generating", count, "tokens") as task:
+        for task.done, token in enumerate(tokens, 2):
+            yield token
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
