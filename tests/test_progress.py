@@ -1,5 +1,6 @@
 """Who is shown what: bars on a terminal, lines elsewhere, nothing on ranks above 0."""
 
+import contextlib
 import io
 import os
 import pty
@@ -182,6 +183,20 @@ def test_long_lines_are_broken_below_their_text():
     assert fitted(line, 60).replace("\n" + " " * 9, "") == line
     assert fitted(line, 0) == line and fitted("short\n", 60) == "short\n"
     assert fitted("a /path/" + "x" * 90, 60).split("\n")[1] == "/path/" + "x" * 90  # to be copied
+
+
+def test_bars_whose_reader_has_gone(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stderr", pipe)
+        assert progress.begin("bar") == "bar"
+        with progress.task("x") as task:
+            task.advance()
+        progress.end()
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            pipe.close()
 
 
 def test_a_reader_that_has_gone_does_not_end_the_work(monkeypatch):

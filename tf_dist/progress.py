@@ -188,10 +188,13 @@ class Bars:
         from rich.table import Column
 
         class Plain(Console):
-            """Leaves the cursor visible: a rank may end without time to bring it back."""
+            """Leaves the cursor visible: a rank may end without time to bring it back. Never exits."""
 
             def show_cursor(self, show: bool = True) -> bool:
                 return False
+
+            def on_broken_pipe(self) -> None:
+                raise BrokenPipeError  # as `print` does, where rich would end the process
 
         bar = max(8, min(40, (width - 64) // 2))
         cut = Column(no_wrap=True, overflow="crop", max_width=max(10, width - bar - BESIDE_TITLE))
