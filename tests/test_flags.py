@@ -59,6 +59,7 @@ def test_the_names_are_frozen():
         "-h",
         "--help",
         "--no-tie-embeddings",
+        "--strategy",
     }
 
 

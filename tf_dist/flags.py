@@ -1,7 +1,7 @@
 """Flags and YAML files -> `Config`.
 
-Order of precedence: defaults < ``--config FILE.yaml`` < flags. Everything is derived from the fields
-of `Config`; nothing here knows one option from another.
+Order of precedence: defaults < the options of the run that ``--run-dir`` names < flags; with ``--config
+FILE.yaml`` that file is in the run's place. Everything is derived from the fields of `Config`.
 """
 
 from __future__ import annotations
@@ -10,21 +10,47 @@ import argparse
 import contextlib
 import dataclasses
 import os
-import shlex
+import re
+import shutil
+import textwrap
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from tf_dist import terminal
 from tf_dist.config import Config, did_you_mean
 from tf_dist.errors import LaunchError, UsageError
+from tf_dist.run_options import check_named, in_its_own_folder, lies_in_a_run, still_hold
+from tf_dist.synonyms import hint, ours
 from tf_dist.untrusted_files import CONFIG_LIMIT_BYTES, parsed_yaml, read_bytes, shown
 
 # What arguments of an optimizer may be, out of a file: no lists in lists.
 PLAIN = (str, bool, int, float, type(None))
-# Who has one of these beside it is a run's file.
-OF_A_RUN = ("checkpoints", "status.json", "metrics.jsonl", "in-use.json", "tokenizer.json")
+# Headings of --help, in their order, and what else is to be known of a group.
+GROUPS = {
+    "data": "",
+    "model": "",
+    "batch and steps": "",
+    "optimizer": "",
+    "strategy": "how ranks train together; the next groups belong to one strategy each",
+    "local SGD and DiLoCo": "of --update local-sgd and diloco (--sync-every also of easgd and gossip)",
+    "Downpour": "of --update downpour (--master-trains also of easgd)",
+    "EASGD and gossip": "of --update easgd; gossip has --sync-every alone",
+    "parallelism": "ranks that share one model; the rest of them is data-parallel",
+    "compression": "of gradients, with --update allreduce",
+    "performance": "",
+    "checkpoints and recovery": "",
+    "checks": "what is compared while it trains, and what happens then",
+    "output": "",
+}
+ALIASES = {"update": ("--strategy",)}
+METAVARS = {
+    "run_dir": "FOLDER", "prepared_dir": "FOLDER", "text_column": "COLUMN", "resume": "auto|never|PATH",
+    "tokenizer": "byte|char|bpe|PATH", "pipeline_cuts": "LAYERS",
+}  # fmt: skip
+# Characters of choices beside a flag; more are told in its text.
+MOST_CHOICES = 48
+KINDS = {int: "N", float: "X", str: "NAME"}
 
 
 def field_types() -> dict[str, Any]:
@@ -51,7 +77,10 @@ def _typed(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name not in wanted:
-            raise UsageError(f"{source}: unknown key {shown(key)}{did_you_mean(name, list(wanted))}")
+            near = ours(name, [one.replace("_", "-") for one in wanted]).replace("-", "_")
+            raise UsageError(
+                f"{source}: unknown key {shown(key)}" + (f". Did you mean {near!r}?" if near else "")
+            )
         checked[name] = _convert(name, value, wanted[name], source)
     return checked
 
@@ -113,29 +142,68 @@ def read_config_file(path: str, *, follow: bool = True) -> dict[str, Any]:
 class Parser(argparse.ArgumentParser):
     """Shows its description as written, takes no abbreviations, and raises instead of exiting.
 
+    Args:
+        description: what it does, with an example.
+        usage: what follows the program's name in the line of usage.
+        prog: the program's name; empty: the file's.
+
     Raises:
         UsageError: from ``parse_args``, so that one rank can speak for all.
     """
 
-    def __init__(self, description: str) -> None:
+    def __init__(self, description: str = "", usage: str = "[options]", prog: str = "", **more: Any) -> None:
         super().__init__(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+            prog=prog or None,
+            usage=f"%(prog)s {usage}",
+            description=description or None,
+            formatter_class=Formatter,
+            allow_abbrev=False,
+            **more,
         )
 
     def error(self, message: str) -> typing.NoReturn:
-        """Raise what `argparse` would print, with a hint where a flag is nearly right."""
+        """Raise what `argparse` would print, with a hint where a flag is nearly right or another tool's."""
         flags = [flag for action in self._actions for flag in action.option_strings]
-        unknown = [word.rstrip(":").split("=")[0] for word in message.split() if word.startswith("--")]
-        hint = did_you_mean(unknown[0], flags) if unknown and unknown[0] not in flags else ""
-        raise UsageError(f"{message}{hint} (see --help)")
+        words = [word.rstrip(":").split("=")[0] for word in message.split()]
+        # Not -1, nor what quotes a value.
+        unknown = [word for word in words if re.match(r"--?[A-Za-z]", word) and word not in flags]
+        near = hint(unknown, flags)
+        if choice := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            near = did_you_mean(choice[1], re.findall(r"[\w-]+", choice[2]))
+        raise UsageError(f"{message}{near} (see --help)")
 
 
-def parser(description: str, names: Sequence[str] = ()) -> argparse.ArgumentParser:
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """As wide as the terminal, at most 100; indented lines of a description, its examples, as they are."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30, width=min(100, shutil.get_terminal_size().columns))
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        filled = []
+        for paragraph in text.strip().split("\n\n"):
+            examples = paragraph.startswith(" ")
+            filled.append(paragraph if examples else textwrap.fill(paragraph, width, break_on_hyphens=False))
+        return textwrap.indent("\n\n".join(filled), indent)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """``--update, --strategy VALUE``, with the value once."""
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        value = self._format_args(action, self._get_default_metavar_for_optional(action))
+        return f"{', '.join(action.option_strings)} {value}"
+
+
+def parser(description: str, names: Sequence[str] = (), usage: str = "[options]") -> argparse.ArgumentParser:
     """Flags for the fields of `Config`: all of them, or those that are named."""
-    made = Parser(description)
+    made = Parser(description, usage)
     fields = [field for field in dataclasses.fields(Config) if not names or field.name in names]
-    groups = dict.fromkeys(field.metadata["group"] for field in fields)
-    headings = {group: made.add_argument_group(group) for group in groups}
+    present = {field.metadata["group"] for field in fields}
+    headings = {
+        group: made.add_argument_group(group, text or None)
+        for group, text in GROUPS.items()
+        if group in present
+    }
     kinds = field_types()
     for field in fields:
         _add_flag(headings[field.metadata["group"]], field, kinds[field.name])
@@ -146,7 +214,10 @@ def _add_flag(heading: Any, field: dataclasses.Field[Any], kind: Any) -> None:
     flag = "--" + field.name.replace("_", "-")
     default = field.default if field.default is not dataclasses.MISSING else ""
     shown = " ".join(default) if isinstance(default, tuple) else default
-    text = field.metadata["text"] + (f" [{shown}]" if shown != "" else "")
+    choices = "|".join(field.metadata["choices"])
+    many = len(choices) > MOST_CHOICES
+    text = choices.replace("|", ", ") + ": " if many else ""
+    text += field.metadata["text"] + (f" [{shown}]" if shown != "" else "")
     settings: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
     if kind is bool:
         settings["action"] = argparse.BooleanOptionalAction
@@ -155,8 +226,9 @@ def _add_flag(heading: Any, field: dataclasses.Field[Any], kind: Any) -> None:
     elif typing.get_origin(kind) is dict:
         settings.update(type=_key_values, metavar="KEY=VALUE,...")
     else:
-        settings.update(type=kind, metavar="|".join(field.metadata["choices"]) or kind.__name__.upper())
-    heading.add_argument(flag, **settings)
+        metavar = METAVARS.get(field.name) or KINDS[kind]
+        settings.update(type=kind, metavar=metavar if many or not choices else choices)
+    heading.add_argument(flag, *ALIASES.get(field.name, ()), dest=field.name, **settings)
 
 
 def _key_values(text: str) -> dict[str, Any]:
@@ -185,29 +257,80 @@ def _yaml_scalar(text: str) -> Any:
         raise argparse.ArgumentTypeError(f"{shown(text)} is not a value: {error}") from error
 
 
-def from_command_line(argv: Sequence[str], description: str) -> tuple[Config, bool]:
-    """The Config that flags and the file they name ask for, and whether only to print it.
+class CommandLine(NamedTuple):
+    """What a command line says, before it is a `Config`.
+
+    given: the options among its flags. file: that of ``--config``, or empty. only_print: ``--print-config``.
+    """
+
+    given: dict[str, Any]
+    file: str
+    only_print: bool
+
+
+def read_command_line(argv: Sequence[str], description: str) -> CommandLine:
+    """The flags of a training.
 
     Raises:
-        UsageError: see `from_mapping`; also an unknown flag.
+        UsageError: an unknown flag, or a value of another type.
         SystemExit: ``--help`` was asked for, and has been answered.
     """
-    flags = parser(description)
+    flags = parser(description, usage="[--data PATH] [--run-dir FOLDER] [options]")
     flags.add_argument("--config", metavar="FILE.yaml", help="read options from a file; flags override it")
     flags.add_argument(
         "--print-config", action="store_true", help="print the resolved options as YAML and stop"
     )
     given = vars(flags.parse_args(list(argv)))
     path, only_print = given.pop("config"), given.pop("print_config")
-    from_file = _typed(read_config_file(path), path) if path else {}
-    if path and lies_in_a_run(Path(path)):
-        check_named(str(from_file.get("model", "")), str(given.get("model", "")), path)
-        from_file = _in_its_own_folder(from_file, Path(os.path.realpath(path)))
-    return Config(**{**from_file, **flag_values(given)}), only_print
+    return CommandLine(flag_values(given), path or "", only_print)
+
+
+def options_of_run(line: CommandLine) -> dict[str, Any]:
+    """The options of the run that ``--run-dir`` names and goes on with; nothing where there is none.
+
+    Raises:
+        UsageError: its config.yaml cannot be read.
+        LaunchError: it names a user's code, and no flag does.
+    """
+    folder = line.given.get("run_dir", "")
+    path = Path(folder) / "config.yaml"
+    if line.file or not folder or line.given.get("resume") == "never" or not os.path.lexists(path):
+        return {}
+    of_run = read_config_file(str(path), follow=False)
+    if "model" not in line.given:
+        check_named(str(of_run.get("model", "")), "", str(path))
+    return still_hold(of_run, line.given)
+
+
+def resolved(line: CommandLine, of_run: Mapping[str, Any]) -> Config:
+    """The Config of a command line; what neither it nor its file says is as in a run (`options_of_run`).
+
+    Raises:
+        UsageError: see `from_mapping`.
+        LaunchError: the file is a run's, and names a user's code that no flag names.
+    """
+    below = _typed(of_run, f"{line.given.get('run_dir', '')}/config.yaml")
+    if line.file:
+        below = _typed(read_config_file(line.file), line.file)
+        if lies_in_a_run(Path(line.file)):
+            check_named(str(below.get("model", "")), str(line.given.get("model", "")), line.file)
+            below = in_its_own_folder(below, Path(os.path.realpath(line.file)))
+    return Config(**{**below, **line.given})
+
+
+def from_command_line(argv: Sequence[str], description: str) -> tuple[Config, bool]:
+    """The Config that a command line asks for, and whether only to print it.
+
+    Raises:
+        UsageError: see `from_mapping`; also an unknown flag.
+        SystemExit: ``--help`` was asked for, and has been answered.
+    """
+    line = read_command_line(argv, description)
+    return resolved(line, options_of_run(line)), line.only_print
 
 
 def options_among(words: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
-    """Some options that a command line, and the file it names, ask for; all other words are passed over.
+    """Some options that a command line, and the file or run it names, ask for; other words are passed over.
 
     Args:
         words: a script, its flags, and what else there may be.
@@ -216,53 +339,18 @@ def options_among(words: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
     Raises:
         UsageError: one has no value, or one of another type.
     """
-    flags = parser("", names)
-    flags.add_argument("--config")
+    flags = parser("", (*names, "run_dir", "resume", "model"))
+    flags.add_argument("--config", default="")
     asked = [word for word in words if word not in ("-h", "--help")]
     given = vars(flags.parse_known_args(asked)[0])
     path = given.pop("config")
+    line = CommandLine(flag_values(given), path, False)
     in_file: dict[str, Any] = {}
-    with contextlib.suppress(UsageError):  # whoever reads all of it says what is wrong
-        in_file = read_config_file(path) if path else {}
+    with contextlib.suppress(UsageError, LaunchError):  # whoever reads all of it says what is wrong
+        in_file = read_config_file(line.file) if line.file else options_of_run(line)
     wanted = {key: value for key, value in in_file.items() if str(key).replace("-", "_") in names}
-    from_file = _typed(wanted, path)
-    return {**from_file, **flag_values(given)}
-
-
-def check_named(model: str, named: str, source: str) -> None:
-    """Let code of a user run only where this command line names it, never because a run's file does.
-
-    Args:
-        model: what the file says.
-        named: by ``--model`` on the command line; empty: nothing.
-        source: the file.
-
-    Raises:
-        LaunchError: the file names code that the command line does not.
-    """
-    if ":" in model and model != named:
-        others = f"not {shown(named)}" if named else "and code runs only where the command line names it"
-        raise LaunchError(
-            f"{source} says that the model is made by {shown(model)}, {others}. If you trust that code, add "
-            f"--model {shlex.quote(terminal.printable(model)[:200])}"
-        )
-
-
-def lies_in_a_run(path: Path) -> bool:
-    """Whether a file lies in a run folder, which may have come from elsewhere: then it is data."""
-    folders = (path.parent, Path(os.path.realpath(path)).parent)
-    return any(os.path.lexists(folder / name) for folder in folders for name in OF_A_RUN)
-
-
-def _in_its_own_folder(values: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The options of a run, meant for the folder that they lie in, wherever that has been since.
-
-    ``resume`` held for the start that wrote them: to do it again would set aside what was done since.
-    """
-    if path.name != "config.yaml" or not os.path.lexists(path.parent / "checkpoints"):
-        return values
-    kept = {name: value for name, value in values.items() if name != "resume"}
-    return {**kept, "run_dir": os.path.relpath(path.parent)} if "run_dir" in kept else kept
+    asked_for = {name: value for name, value in line.given.items() if name in names}
+    return {**_typed(wanted, line.file), **asked_for}
 
 
 def flag_values(given: Mapping[str, Any]) -> dict[str, Any]:

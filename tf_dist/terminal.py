@@ -12,6 +12,7 @@ import codecs
 import contextlib
 import os
 import re
+import select
 import sys
 from collections.abc import Callable
 from typing import TextIO
@@ -56,6 +57,16 @@ def write(text: str, stream: TextIO | None = None, end: str = "\n") -> bool:
 def write_error(text: str) -> bool:
     """`write` to standard error."""
     return write(text, sys.stderr)
+
+
+def is_read(descriptor: int) -> bool:
+    """Whether a little can be written to a stream now: not to a full pipe, nor a terminal held by Ctrl-S."""
+    try:
+        poll = select.poll()
+        poll.register(descriptor, select.POLLOUT)
+        return bool(poll.poll(0))
+    except OSError:
+        return True  # let the write say so
 
 
 def exit_code_of(program: Callable[[], int]) -> int:

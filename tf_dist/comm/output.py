@@ -8,7 +8,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
-import select
 import sys
 import time
 from collections import deque
@@ -49,7 +48,7 @@ class Output:
         """Write what is kept, as far as somebody reads it within ``limit_s`` seconds."""
         deadline = time.monotonic() + limit_s
         while self._kept:
-            if not self._is_read():
+            if not terminal.is_read(self._descriptor):
                 if time.monotonic() >= deadline:
                     return
                 time.sleep(LOOK_EVERY_S)
@@ -59,14 +58,6 @@ class Output:
             except OSError:  # nobody reads any more (`| head`), or there never was anybody (`>&-`)
                 self._kept.clear()
                 self._bytes = 0
-
-    def _is_read(self) -> bool:
-        try:
-            poll = select.poll()
-            poll.register(self._descriptor, select.POLLOUT)
-            return bool(poll.poll(0))
-        except OSError:
-            return True  # let the write say so
 
     def _write_a_piece(self) -> None:
         if self._lost:
@@ -90,10 +81,14 @@ def say(text: str) -> None:
         real = sys.stdout.fileno() == 1
     except (OSError, ValueError, AttributeError):  # pytest's, a notebook's, or none at all
         real = False
-    if not real:
+    # A bar at the bottom of the terminal has a stdout of its own, by which lines come to stand above it.
+    is_drawn = real and sys.stdout is not sys.__stdout__ and terminal.is_read(1)
+    if is_drawn:
+        _stdout.flush()
+    if is_drawn or not real:
         terminal.write(text)
         return
-    if _stdout._is_read():
+    if terminal.is_read(1):
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()  # what others have printed comes first
     _stdout.say(text)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from tf_dist import progress
 from tf_dist.atomic_io import BLOCK_BYTES, read_capped, sha256_of, sync_folder, temporary_name, write_whole
 from tf_dist.errors import DataError
 from tf_dist.untrusted_files import opened
@@ -122,7 +123,8 @@ def _store(stream: IO[bytes], path: Path, wanted: Wanted, promised: int | None) 
     # What has come so far, not whole blocks, for which a slow server could be waited for for ever.
     read = getattr(stream, "read1", stream.read)
     try:
-        with open(temporary, "xb") as file:
+        title = f"getting {path.name}"
+        with open(temporary, "xb") as file, progress.task(title, promised or 0, "bytes") as task:
             while block := read(BLOCK_BYTES):
                 passed_s = time.monotonic() - begun
                 if passed_s > PATIENCE_S and size < SLOWEST_BYTES_PER_S * passed_s:
@@ -132,6 +134,7 @@ def _store(stream: IO[bytes], path: Path, wanted: Wanted, promised: int | None) 
                     raise DataError(f"it is larger than {limit:,} bytes")
                 digest.update(block)
                 file.write(block)
+                task.advance(len(block))
             file.flush()
             os.fsync(file.fileno())
         if promised is not None and size < promised:

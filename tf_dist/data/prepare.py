@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tf_dist import terminal
+from tf_dist import progress, terminal
 from tf_dist.atomic_io import sha256_of, sync_folder, temporary_name, write_whole
 from tf_dist.data.corpus import Corpus
 from tf_dist.data.decoding import Counts
@@ -217,12 +217,14 @@ def _split_name(plan: Plan) -> str:
 def _plan(corpus: Corpus, options: Options, say: Callable[[str], object]) -> Plan:
     """The first pass: sizes only, 8 bytes for each document."""
     counts, sizes, size, characters = Counts(), [], 0, 0
-    for piece in corpus.pieces(counts):
-        size += len(piece.text.encode())
-        characters += len(piece.text)
-        if piece.last:
-            sizes.append(size)
-            size = 0
+    with progress.task("reading the text", _size_on_disk(corpus), "bytes") as task:
+        for piece in corpus.pieces(counts):
+            size += len(piece.text.encode())
+            characters += len(piece.text)
+            if piece.last:
+                sizes.append(size)
+                size = 0
+            task.done = counts.text_bytes
     in_val = choose_validation(np.array(sizes, dtype=np.int64), options.val_fraction, options.seed)
     cut_at = -1
     if len(sizes) == 1 and options.val_fraction:
@@ -261,9 +263,24 @@ def _tokenizer(corpus: Corpus, options: Options, plan: Plan, say: Callable[[str]
         check_vocab_size(options.tokenizer, options.vocab_size, tokenizer.vocab_size)
         return tokenizer
     texts = (part.text for part in _texts(corpus, plan) if options.tokenizer == "char" or part.side == 0)
-    tokenizer = train_tokenizer(options.tokenizer, texts, options.vocab_size)
+    with progress.task("reading text for the tokenizer", plan.counts.text_bytes, "bytes") as task:
+        tokenizer = train_tokenizer(options.tokenizer, _read_by(task, texts), options.vocab_size)
     say(f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens")
     return tokenizer
+
+
+def _read_by(task: progress.Task, texts: Iterator[str]) -> Iterator[str]:
+    """The texts, with progress; how long it takes to learn from them nobody knows beforehand."""
+    for text in texts:
+        yield text
+        task.advance(len(text.encode()))
+    task.title, task.total, task.done = "training the tokenizer", 0, 0
+
+
+def _size_on_disk(corpus: Corpus) -> int:
+    """Bytes of the files, about as many as of their text; 0 where some are compressed."""
+    packed = any(str(file.path).lower().endswith((".gz", ".parquet")) for file in corpus.files)
+    return 0 if packed else sum(file.size_bytes for file in corpus.files)
 
 
 def _texts(corpus: Corpus, plan: Plan) -> Iterator[Text]:
@@ -295,7 +312,7 @@ def _write_tokens(corpus: Corpus, plan: Plan, tokenizer: Tokenizer, folder: Path
     end = np.array([tokenizer.end_of_text], dtype=np.uint32)
     with TokenWriter(folder / "train.bin", dtype) as train, TokenWriter(folder / "val.bin", dtype) as val:
         writers = (train, val)
-        for batch in _batches(_texts(corpus, plan)):
+        for batch in _counted_batches(corpus, plan):
             for part, ids in zip(batch, _encode(tokenizer, batch), strict=True):
                 writers[part.side].append(ids)
                 text_bytes[part.side] += len(part.text.encode())
@@ -309,6 +326,13 @@ def _write_tokens(corpus: Corpus, plan: Plan, tokenizer: Tokenizer, folder: Path
         "tokens": {"train": train.tokens, "val": val.tokens},
         "text_bytes": {"train": text_bytes[0], "val": text_bytes[1]},
     }
+
+
+def _counted_batches(corpus: Corpus, plan: Plan) -> Iterator[list[Text]]:
+    with progress.task("tokenizing", plan.counts.text_bytes, "bytes") as task:
+        for batch in _batches(_texts(corpus, plan)):
+            yield batch
+            task.advance(sum(len(part.text.encode()) for part in batch))
 
 
 def _batches(texts: Iterator[Text]) -> Iterator[list[Text]]:

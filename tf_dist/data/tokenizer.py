@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tf_dist.atomic_io import read_capped, write_whole
+from tf_dist.config import BPE_DEFAULT_VOCAB
 from tf_dist.data import foreign_tokenizer
 from tf_dist.data.signatures import HEAD_BYTES, check_is_no_pointer
 from tf_dist.errors import DataError, UsageError
@@ -27,7 +28,6 @@ Ids = npt.NDArray[np.uint32]
 
 FORMAT = "tf_dist tokenizer 1"
 FILE_LIMIT_BYTES = 128 << 20
-BPE_DEFAULT_VOCAB = 2048
 BYTES = 256
 LONG_RUN = re.compile(r"\S{512}|\s{512}")
 END_OF_TEXT = "<|endoftext|>"

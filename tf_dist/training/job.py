@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tf_dist import faults
+from tf_dist import faults, progress
 from tf_dist.comm.agree import on_root, versions
 from tf_dist.comm.base import Comm
 from tf_dist.comm.launch import stragglers
@@ -151,7 +151,8 @@ class Job:
             return
         faults.at("load")
         path = Path(found["path"])
-        state.restore(self.trainer, path)
+        with progress.task("reading the checkpoint"):
+            state.restore(self.trainer, path)
         if self._goes_another_way:
             self.is_elsewhere = on_root(self.comm, lambda: self._leave_other_way(path))
         self._be_at(found, found["path"])
@@ -366,11 +367,9 @@ class Job:
             say(f"exchange     {found}")
         self._say_of_update()
         picture = run.path / "loss.png"
-        if loss_curve(run.metrics, picture, f"{self.config.model}, {self.comm.size} ranks"):
-            say(f"loss curve   {picture}")
-        else:
-            say("no picture of the loss: `pip install matplotlib` draws one")
-        say(f"sample       (after the words before the arrow)\n{sample}")
+        missing = loss_curve(run.metrics, picture, f"{self.config.model}, {self.comm.size} ranks")
+        say(f"no picture of the loss: {missing}" if missing else f"loss curve   {picture}")
+        say(f"sample       (after the words before the arrow)\n{sample}", as_it_is=True)
         prompt = example_prompt(self.corpus.tokenizer, self.corpus.train)
         given = f" --prompt={shlex.quote(prompt)}" if prompt else ""
         say(f"more text    python scripts/generate.py --run-dir {shlex.quote(str(run.path))}{given}")
@@ -396,8 +395,12 @@ class Job:
 
         travel = self.config.update == "zero" and self.config.zero_stage == 3
         count = SAMPLE_TOKENS_OF_TRAVELLERS if travel else SAMPLE_TOKENS
-        made = write_on(logits_at, self.config.seq_len, prompt, count, Sampling())
-        return f"{tokenizer.decode(prompt)} => {tokenizer.decode(list(made))}\n"
+        with progress.task("writing a sample", count, "tokens") as task:
+            made = []
+            for token in write_on(logits_at, self.config.seq_len, prompt, count, Sampling()):
+                made.append(token)
+                task.advance()
+        return f"{tokenizer.decode(prompt)} => {tokenizer.decode(made)}\n"
 
 
 def _summary(last: dict[str, Any]) -> str:

@@ -14,8 +14,9 @@ from tf_dist.config import Config
 from tf_dist.data.prepared import sha256_of_file
 from tf_dist.data.tokenizer import Tokenizer, load_tokenizer
 from tf_dist.errors import CheckpointError, UsageError
-from tf_dist.flags import check_named, from_mapping, read_config_file
+from tf_dist.flags import from_mapping, read_config_file
 from tf_dist.models.build import build
+from tf_dist.run_options import check_named
 from tf_dist.training import checkpoint, state
 from tf_dist.training.manifest import read_manifest
 from tf_dist.training.status import correct

@@ -26,6 +26,7 @@ from tf_dist.comm.agree import on_root
 from tf_dist.comm.base import Comm
 from tf_dist.config import Config
 from tf_dist.errors import LaunchError
+from tf_dist.progress import fitted
 from tf_dist.restarts import new_folder
 from tf_dist.training import in_use
 from tf_dist.training.background import Background
@@ -191,12 +192,12 @@ class RunFolder:
         self.checkpoints.mkdir()
         self.say(f"the files of an earlier run are now in {aside}")
 
-    def say(self, text: str) -> None:
-        """Print a line, on rank 0, and keep it in its log."""
+    def say(self, text: str, as_it_is: bool = False) -> None:
+        """Print a line, on rank 0, and keep it in its log; broken to fit the terminal, or ``as_it_is``."""
         if self.comm.rank:
             return
         self.later.drain()
-        output.say(text)  # where nobody reads (`| head`) the training goes on all the same
+        output.say(text if as_it_is else fitted(text))  # though nobody reads (`| head`) the training goes on
         if in_use.is_ours(self.path):
             line = (terminal.printable(text) + "\n").encode()
             with contextlib.suppress(OSError):
