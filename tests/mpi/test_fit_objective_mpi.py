@@ -70,7 +70,9 @@ def two_outputs():
 
     x = keras.Input((4,), name="x")
     h = keras.layers.Dense(5, activation="tanh")(x)
-    return keras.Model(x, {"a": keras.layers.Dense(2, name="a")(h), "b": keras.layers.Dense(1, name="b")(h)})
+    return keras.Model(
+        {"x": x}, {"a": keras.layers.Dense(2, name="a")(h), "b": keras.layers.Dense(1, name="b")(h)}
+    )
 
 
 def variational(scale):
