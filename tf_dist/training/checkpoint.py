@@ -23,9 +23,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from tf_dist import terminal
-from tf_dist.atomic_io import BLOCK_BYTES
 from tf_dist.errors import CheckpointError
 from tf_dist.training import shards
+from tf_dist.training.crc import crc32_of_part
 from tf_dist.training.manifest import STEP_FOLDER as STEP_FOLDER
 from tf_dist.training.manifest import file_sizes, read_manifest
 from tf_dist.untrusted_files import opened, read_bytes, shown
@@ -168,14 +168,12 @@ def verify(path: Path) -> dict[str, Any]:
 
 
 def _check_sum(file: BinaryIO, entry: Mapping[str, Any], path: Path) -> None:
-    """Read a tensor, which begins where the last one has ended."""
-    left, crc = entry["bytes"], 0
+    """Read a tensor, a little at a time."""
     try:
-        while left and (block := file.read(min(left, BLOCK_BYTES))):
-            crc, left = zlib.crc32(block, crc), left - len(block)
+        crc, there = crc32_of_part(file.fileno(), entry["offset"], entry["bytes"])
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    if left or crc != entry["crc32"]:
+    if there != entry["bytes"] or crc != entry["crc32"]:
         raise _damaged(entry, path)
 
 
