@@ -35,7 +35,7 @@ for line in "\n".join(wanted).splitlines():
     if line and not line.startswith("#"):
         print(line.replace("tensorflow >=", sys.argv[1] + " >=") if line.startswith("tensorflow >=") else line)
 PY
-echo "installing into $VENV: about 300 MB to download, unless pip has them in its cache ..."
+echo "installing into $VENV: some hundred MB to download, unless pip has them in its cache ..."
 with_progress pip install --requirement "$requirements"
 with_progress pip install --no-deps --editable .
 
