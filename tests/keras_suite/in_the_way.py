@@ -16,6 +16,8 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
+from contextlib import contextmanager
 from functools import wraps
 from importlib import import_module
 from types import ModuleType
@@ -31,7 +33,7 @@ FAILED_WAITS_S = 60
 if RANKS:
     import tf_dist
 
-    comm = tf_dist.connect(stall_warn=20, stall_abort=60)
+    comm = tf_dist.connect(stall_warn=60, stall_abort=240)
     if comm.size > 1:
         from mpi4py import MPI
 
@@ -240,7 +242,15 @@ class _Folder:
         WORLD.Barrier()
 
 
+@contextmanager
+def _warned_on_rank_0(*_, **__):
+    """Callbacks that write are rank 0's, and so are their warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        yield caught
+
+
 SHARED = {
+    "pytest": _Shared(pytest, warns=_warned_on_rank_0 if RANK else pytest.warns),
     "os": _Shared(os, remove=_by_rank_0(os.remove)),
     "shutil": _Shared(shutil, rmtree=_by_rank_0(shutil.rmtree)),
     "tempfile": _Shared(tempfile, mkdtemp=_mkdtemp, TemporaryDirectory=_Folder),
