@@ -4,8 +4,8 @@ With ``KERAS_SUITE_RANKS=1`` tf_dist is in the way: the ranks are connected, and
 compiled, or takes a step, is distributed; `fit` then shares out its rows by itself. Without, tests run as
 they are, with the same seeds. Outcomes go to the file ``KERAS_SUITE_REPORT`` as lines of JSON.
 
-All ranks run every test, each phase of a test has one outcome, and one folder is the temporary one of all:
-only rank 0 writes, so all see what it wrote, and nobody removes what another one still reads.
+All ranks run every test, and each phase of a test has one outcome. Tests of callbacks have one temporary
+folder on all ranks: rank 0 alone writes, all see what it wrote, nobody removes what another one still reads.
 """
 
 import json
@@ -29,6 +29,8 @@ REPORT = os.environ["KERAS_SUITE_REPORT"]
 # Ids of tests that have run already, in an earlier launch.
 DONE = os.environ.get("KERAS_SUITE_DONE")
 FAILED_WAITS_S = 60
+# Whether the test that runs is one of callbacks.
+share_files = False
 
 if RANKS:
     import tf_dist
@@ -116,6 +118,8 @@ def _note(**what):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
+    global share_files
+    share_files = SIZE > 1 and _name(item).startswith("callbacks/")
     _note(test=_name(item), outcome="begun")
     random.seed(1)
     keras.utils.set_random_seed(1)
@@ -213,6 +217,8 @@ class _Shared(ModuleType):
 def _by_rank_0(function):
     @wraps(function)
     def once(*arguments, **words):
+        if not share_files:
+            return function(*arguments, **words)
         WORLD.Barrier()
         try:
             return function(*arguments, **words) if RANK == 0 else None
@@ -223,6 +229,8 @@ def _by_rank_0(function):
 
 
 def _mkdtemp(*arguments, **words):
+    if not share_files:
+        return tempfile.mkdtemp(*arguments, **words)
     return WORLD.bcast(tempfile.mkdtemp(*arguments, **words) if RANK == 0 else None)
 
 
@@ -239,7 +247,8 @@ class _Folder:
         self.cleanup()
 
     def cleanup(self):
-        WORLD.Barrier()
+        if share_files:
+            WORLD.Barrier()
 
 
 @contextmanager
