@@ -24,14 +24,15 @@ BOTTOM = {
     "restarts",
     "version",
 }
-ROOMS = {"bench", "comm", "data", "layers", "models", "parallel", "training"}
+ROOMS = {"bench", "comm", "data", "keras_fit", "layers", "models", "parallel", "training"}
 MAY_IMPORT = {
     "comm": BOTTOM,
     "data": BOTTOM,
     "models": BOTTOM,
     "parallel": BOTTOM | {"comm"},
     "layers": BOTTOM | {"comm", "models", "parallel"},
-    "training": BOTTOM | ROOMS - {"bench"},
+    "training": BOTTOM | ROOMS - {"bench", "keras_fit"},
+    "keras_fit": BOTTOM | {"comm", "data", "parallel", "training"},
     "bench": BOTTOM | ROOMS,
     **dict.fromkeys(BOTTOM, BOTTOM),
 }

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from tf_dist.training.trainer import Trainer as Trainer
 
 __all__ = [
-    "Comm", "Mesh", "Trainer", "__version__", "as_comm", "callbacks", "connect", "distribute", "independent", "shard",
+    "Comm", "Mesh", "Trainer", "__version__", "as_comm", "callbacks", "connect", "distribute",
+    "independent", "shard",
 ]  # fmt: skip
 _HOME = {
     "Trainer": "training.trainer",

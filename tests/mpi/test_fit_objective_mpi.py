@@ -70,7 +70,9 @@ def two_outputs():
 
     x = keras.Input((4,), name="x")
     h = keras.layers.Dense(5, activation="tanh")(x)
-    return keras.Model(x, {"a": keras.layers.Dense(2, name="a")(h), "b": keras.layers.Dense(1, name="b")(h)})
+    return keras.Model(
+        {"x": x}, {"a": keras.layers.Dense(2, name="a")(h), "b": keras.layers.Dense(1, name="b")(h)}
+    )
 
 
 def variational(scale):
@@ -163,7 +165,7 @@ CASES = {
     "two outputs": lambda: (
         two_outputs(),
         {"loss": {"a": "mse", "b": "mae"}, "loss_weights": {"a": 1.0, "b": 0.3}, "metrics": {"a": ["mae"]}},
-        {"x": {"x": X}, "y": {"a": Y, "b": Y[:, :1]}, "sample_weight": {"a": WEIGHTS, "b": WEIGHTS[::-1].copy()}},
+        {"x": {"x": X}, "y": {"a": Y, "b": Y[:, :1]}, "sample_weight": {"a": WEIGHTS, "b": WEIGHTS[::-1]}},
     ),
     "regularizers": lambda: (
         dense(kernel_regularizer="l2", activity_regularizer="l1"), {"loss": "mse"}, {"x": X, "y": Y},
@@ -222,6 +224,9 @@ def test_the_objective_is_that_of_one_process(connected, everyone, case):
     if case not in LOCAL_LOGS:
         for name, values in logs.items():
             np.testing.assert_allclose(found_logs[name], values, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+FORMS = ["arrays", "DataFrame", "dataset", "endless dataset", "PyDataset", "generator", "unknown length"]
 
 
 def forms():
@@ -364,7 +369,7 @@ def test_a_callback_that_changes_weights_on_one_rank_is_noticed(connected, every
     if connected.size == 1:
         model.fit(X, Y, **words)
         return
-    with pytest.raises(LaunchError, match="differ.*kernel"):
+    with pytest.raises(LaunchError, match=r"differ.*kernel"):
         model.fit(X, Y, **words)
 
 
@@ -382,7 +387,7 @@ def test_gradients_of_other_variables_are_not_averaged(connected, everyone):
     if connected.size == 1:
         optimizer.apply(grads, [a, b])
         return
-    with pytest.raises(LaunchError, match="gradients of a.*gradients of b"):
+    with pytest.raises(LaunchError, match=r"gradients of a.*gradients of b"):
         optimizer.apply(grads, [a, b])
 
 

@@ -88,7 +88,7 @@ def test_shard_of_nothing():
 
 def test_shard_of_too_few_rows_for_an_evaluation():
     comm = SerialComm()
-    comm.size, comm.allgather_obj = 3, lambda value: [value] * 3
+    comm.size, comm.allgather_obj = 3, lambda value, **_: [value] * 3
     for rows, batch in ((2, 8), (9, 2)):
         for data in (np.zeros((rows, 1)), tf.data.Dataset.range(rows)):
             with pytest.raises(DataError, match="too few for 3 ranks"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import Any
 
 import keras
@@ -52,9 +53,8 @@ def distribute(optimizer: keras.optimizers.Optimizer, comm: Any) -> keras.optimi
     return made_distributed(optimizer, comm)
 
 
+@wraps(dataset.shard)
 def shard(data: Any, comm: Any, **options: Any) -> tf.data.Dataset:
+    """`dataset.shard`, whose datasets Keras's own methods know from then on."""
     patches.install()
     return dataset.shard(data, comm, **options)
-
-
-shard.__doc__ = dataset.shard.__doc__

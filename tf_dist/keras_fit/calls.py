@@ -56,7 +56,7 @@ def install() -> None:
         return
     for name, wrapped in (("fit", _fit), ("evaluate", _evaluate), ("predict", _predict)):
         method = wrapped(getattr(model, name))
-        method._over_ranks = True
+        method._over_ranks = True  # type: ignore[attr-defined]
         setattr(model, name, method)
     keras_trainer.TFEpochIterator.__init__ = _epoch_iterator(keras_trainer.TFEpochIterator.__init__)
 
@@ -96,12 +96,12 @@ def _ranks_of_fit(model: Any, data: Any) -> Comm | None:
     comms = {id(optimizer.comm): optimizer.comm for optimizer in found}
     if len(comms) > 1:
         raise UsageError("the optimizers of this model are distributed over different ranks")
-    mine = next(iter(comms.values()), None)
+    mine: Comm | None = next(iter(comms.values()), None)
     sharding = inherited_sharding(data)
     if sharding is not None and mine is not None and sharding.comm.size != mine.size:
         raise UsageError(
-            f"the data are shared out among {sharding.comm.size} ranks, and the optimizer is distributed over "
-            f"{mine.size}: give shard() and distribute() the same ranks"
+            f"the data are shared out among {sharding.comm.size} ranks, and the optimizer is distributed "
+            f"over {mine.size}: give shard() and distribute() the same ranks"
         )
     if mine is not None:
         return mine
@@ -242,12 +242,12 @@ def _alike_on_all_ranks(comm: Comm) -> Iterator[None]:
 
 
 def _state_digest() -> int:
-    name, keys, *rest = np.random.get_state()
-    return zlib.crc32(repr((random.getstate(), keys.tolist(), rest)).encode())
+    _, keys, *rest = np.random.get_state()
+    return zlib.crc32(repr((random.getstate(), np.asarray(keys).tolist(), rest)).encode())
 
 
 def check_keras() -> None:
-    """Is Keras what the patches take it for?
+    """Look whether Keras is what the patches take it for.
 
     Raises:
         LaunchError: it makes its iterators elsewhere.

@@ -92,8 +92,8 @@ def shard(
         raise UsageError(f"batch_size {batch_size}: at least 1")
     if sharded:
         return _marked(_own(data, batch_size, drop_remainder), Sharding(comm, None))
-    rows_G, length = batch_size or DEFAULT_BATCH_SIZE, None
-    batches = batches_of_keras(data, batch_size)
+    rows_G = batch_size or DEFAULT_BATCH_SIZE
+    batches, length = batches_of_keras(data, batch_size), None
     if isinstance(batches, tf.data.Dataset):
         if batch_size is not None:
             length = int(batches.cardinality())
@@ -101,16 +101,23 @@ def shard(
         if int(batches.cardinality()) == 0:
             raise DataError("the dataset is empty")
     else:
-        data = tensors_of(data)
-        length, order = _length(data), seed if shuffle and training else None
-        content = digest(tf.nest.flatten(tf.nest.map_structure(_sample, data)))
-        facts = {"examples": length, "batch_size": rows_G, "seed": order, "contents": content}
-        agree(comm, facts, "the data")
-        indices = _order(length, rows_G, order)
-        if drop_remainder and length >= rows_G:
-            indices = indices.take(length // rows_G)
-        batches = indices.map(lambda indices_G: _gather(data, indices_G))
+        order = seed if shuffle and training else None
+        batches, length = _batches_of_arrays(tensors_of(data), comm, rows_G, order, drop_remainder)
     return _marked(*_rows_here(batches, comm, weights, training, length, rows_G))
+
+
+def _batches_of_arrays(
+    data: Any, comm: Comm, rows_G: int, seed: int | None, drop_remainder: bool
+) -> tuple[tf.data.Dataset, int]:
+    """Global batches of arrays that are the same on all ranks, and the number of rows; a collective."""
+    length = _length(data)
+    content = digest(tf.nest.flatten(tf.nest.map_structure(_sample, data)))
+    facts = {"examples": length, "batch_size": rows_G, "seed": seed, "contents": content}
+    agree(comm, facts, "the data")
+    indices = _order(length, rows_G, seed)
+    if drop_remainder and length >= rows_G:
+        indices = indices.take(length // rows_G)
+    return indices.map(lambda indices_G: _gather(data, indices_G)), length
 
 
 def sharding_of(dataset: Any) -> Sharding | None:
@@ -134,7 +141,7 @@ def block_of(rows_G: Any, rank: int, size: int) -> tuple[Any, Any]:
 
 
 def rows_of_rank(batches: tf.data.Dataset, comm: Comm) -> tf.data.Dataset:
-    """This rank's rows of global batches, perhaps none, as Keras is given them."""
+    """The rows of this rank, perhaps none, of global batches: what Keras is given."""
     return _with_prints(batches, comm, partial(_block, comm=comm)).prefetch(tf.data.AUTOTUNE)
 
 

@@ -81,8 +81,8 @@ def _tensor(value: Any, where: str) -> Any:
         return value
     if isinstance(value, tf.SparseTensor):
         raise UsageError(
-            f"{where}: shard() does not share out a SparseTensor: give tf.sparse.to_dense(...), a tf.data.Dataset "
-            "of batches, or model.fit(x, y) itself"
+            f"{where}: shard() does not share out a SparseTensor: give tf.sparse.to_dense(...), a "
+            "tf.data.Dataset of batches, or model.fit(x, y) itself"
         )
     if _module(value) == "pandas":
         value = _of_pandas(value, where)

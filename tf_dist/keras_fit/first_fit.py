@@ -1,4 +1,4 @@
-"""Keras is patched when `fit` is first called while several ranks are connected, also where nobody asked for it.
+"""Keras is patched when `fit` is first called over several ranks, also where nobody asked for it.
 
 This file is imported with ``tf_dist``, before Keras is, and so imports neither Keras nor TensorFlow.
 """
@@ -13,7 +13,7 @@ from tf_dist.comm.communicators import connected
 
 
 def watch_fit(keras: Any) -> None:
-    """Let the first `fit` over several ranks install `tf_dist.keras_fit.patches`; called when Keras is imported."""
+    """Let the first `fit` over ranks install `tf_dist.keras_fit.patches`; called when Keras is imported."""
     original = keras.Model.fit
 
     @wraps(original)

@@ -83,7 +83,7 @@ class FitCallbackList(RankCallbackList):
         super().on_train_end(logs)
 
     def _share_state(self) -> None:
-        """The first epoch is that of rank 0, where `BackupAndRestore` has restored one; `begin` shares the rest."""
+        """Take over the first epoch, where `BackupAndRestore` has restored one; `begin` shares the rest."""
         self.model._initial_epoch = self.comm.broadcast_obj(self.model._initial_epoch)
 
 

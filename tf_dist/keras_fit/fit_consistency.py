@@ -86,9 +86,13 @@ def check_layout(model: Any, comm: Comm) -> None:
         if theirs != everyone[0][1]:
             counts = [[len(one) for one in ours] for ours in (everyone[0][1], theirs)]
             raise LaunchError(
-                f"rank 0 and rank {rank} have optimizers with different variables ({counts[0]} and {counts[1]}): "
-                "make them alike on all ranks"
+                f"rank 0 and rank {rank} have optimizers with different variables ({counts[0]} and "
+                f"{counts[1]}): make them alike on all ranks"
             )
+
+
+def _kind(variable: Any) -> str:
+    return f"{tuple(variable.shape)} {variable.dtype}"
 
 
 def _weights_differ(ours: list[Any], theirs: list[Any]) -> str:
@@ -100,8 +104,8 @@ def _weights_differ(ours: list[Any], theirs: list[Any]) -> str:
         unnumbered = mine[1] == other[1] and _unnumbered(mine[0]) == _unnumbered(other[0])
         if mine != other and (same_names or not unnumbered):
             order = (
-                ". The same names stand in another order: a Python set or a dictionary without an order of its "
-                "own (PYTHONHASHSEED) may have made the layers"
+                ". The same names stand in another order: a Python set, which has another one in each "
+                "process, may have made the layers"
                 if same_names
                 else ""
             )

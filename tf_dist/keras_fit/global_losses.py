@@ -44,7 +44,7 @@ def is_users(loss: Any) -> bool:
 
 
 def _global(here: Any, everyone: Any, factor: Any) -> Any:
-    """The value ``everyone``, with ``factor`` times the gradient of ``here``, also where that is not finite."""
+    """The value ``everyone``, with ``factor`` times the gradient of ``here``, which may be no number."""
 
     @tf.custom_gradient  # type: ignore[untyped-decorator]
     def replaced(_: Any) -> Any:
@@ -123,7 +123,7 @@ def _one_number(loss: Any, y_true: Any, y_pred: Any) -> bool:
             shape = tf.function(loss.call).get_concrete_function(*spec).structured_outputs.shape
         except Exception:  # it does not say before it runs: what it means is found by trying (`objective`)
             return False
-    return shape.rank == 0
+    return bool(shape.rank == 0)
 
 
 def _spec(tensor: Any) -> Any:

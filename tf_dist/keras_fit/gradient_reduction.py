@@ -1,4 +1,4 @@
-"""Numbers out of TensorFlow's graph, over the ranks, and back: the one file in which `model.fit` communicates.
+"""Numbers out of TensorFlow's graph, over the ranks, and back: here `model.fit` communicates.
 
 Every exchange begins with a roll call of a few numbers. A rank that has ended its training, or is in
 another place of the step, is found there; without it the others would wait for ever, or add up numbers

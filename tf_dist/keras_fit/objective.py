@@ -193,10 +193,10 @@ def _refusal(model: Any, closest: float, failures: list[str]) -> str:
     return (
         f"the objective that {type(model).__name__} computes in a training step is not that of one process "
         f"with the global batch, whichever way the ranks add theirs up ({apart}): each rank would divide by "
-        "its own rows, or compare only its own rows with each other. Use a loss that gives one value for each "
-        "row, a keras.losses.Loss with reduction='sum_over_batch_size' or None, or means over rows throughout; "
-        "a loss between rows needs them as its arguments (y_true, y_pred). docs/sharp-bits.md says what is "
-        "refused and why"
+        "its own rows, or compare only its own rows with each other. Use a loss that gives one value for "
+        "each row, a keras.losses.Loss with reduction='sum_over_batch_size' or None, or means over rows "
+        "throughout; a loss between rows needs them as its arguments (y_true, y_pred). docs/sharp-bits.md "
+        "says what is refused and why"
     )
 
 

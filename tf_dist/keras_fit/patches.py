@@ -45,7 +45,7 @@ def install() -> None:
         saving,
         calls,
     ):
-        module.install()  # type: ignore[attr-defined]
+        module.install()
     scaler = keras.optimizers.LossScaleOptimizer
     if not hasattr(scaler.check_finite, "__wrapped__"):
         scaler.check_finite = _on_all_ranks(scaler.check_finite)

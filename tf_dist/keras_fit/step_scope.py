@@ -62,7 +62,7 @@ class StepScope:
 
     @property
     def rank(self) -> int:
-        """This rank."""
+        """The number of this rank."""
         return self.reduction.comm.rank
 
     @property
@@ -71,7 +71,7 @@ class StepScope:
         return self.reduction.comm.size
 
     def share(self) -> tuple[Any, Any]:
-        """This rank's part B / G of the rows, () float32, and whether it is above 0."""
+        """The part B / G of the rows that this rank has, () float32, and whether it is above 0."""
         if self._rows is None:
             rows = tf.cast(rows_of(self.data), tf.float32)
             (everyone,) = self.reduction.sums([rows], "the count of rows")

@@ -1,4 +1,4 @@
-"""Keras's training and evaluation functions over ranks: each step in a `step_scope`, checked before and after.
+"""Keras's training and evaluation functions over ranks: each step in a `step_scope`, and checked.
 
 `Model.make_train_function` and `make_test_function` are wrapped, for models over ranks only. The compiled
 step must not be XLA's, which no message can leave. Before the first step of a `fit`, all ranks build the
@@ -71,7 +71,7 @@ def _over_ranks(make: Callable[..., Any], kind: str) -> Callable[..., Any]:
             object.__delattr__(self, f"{kind}_step")
         function = getattr(self, name)
         function = _checked(self, function, step, session) if kind == "train" else _translated(function)
-        function._over_ranks = True
+        function._over_ranks = True  # type: ignore[attr-defined]
         setattr(self, name, function)
         return made
 
@@ -116,13 +116,9 @@ def _translated(function: Function) -> Function:
         try:
             return function(data)
         except tf.errors.OpError as error:
-            raise _ours(error) from None
+            raise behind(error) from None
 
     return translated
-
-
-def _ours(error: BaseException) -> BaseException:
-    return behind(error)
 
 
 def _checked(model: Any, function: Function, step: Function, session: FitSession) -> Function:
@@ -196,8 +192,8 @@ def _build(model: Any, step: Function, batch: Any, session: FitSession) -> None:
     problems = [one for one in session.comm.allgather_obj(problem) if one]
     if problems:
         raise UsageError(
-            f"{type(model).__name__} cannot be built before its first step, as weights that begin alike on all "
-            f"ranks need: call it on a batch of data before fit. Keras says: {problems[0]}"
+            f"{type(model).__name__} cannot be built before its first step, as weights that begin alike on "
+            f"all ranks need: call it on a batch of data before fit. Keras says: {problems[0]}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Datasets that users make from one of `shard`: Keras gets their rows without the weights that shard added."""
+"""Datasets that users make from one of `shard`, without the weights that `shard` has added."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def without_weights(dataset: tf.data.Dataset, sharding: Sharding) -> tf.data.Dat
         return dataset
     if not isinstance(dataset.element_spec, tuple) or len(dataset.element_spec) != 3:
         raise UsageError(
-            "this dataset was made from one of shard(), whose elements are (x, y, sample_weight), and has other "
-            "elements: call shard() last, on the dataset that has them, or shard(..., weights=False)"
+            "this dataset was made from one of shard(), whose elements are (x, y, sample_weight), and has "
+            "other elements: call shard() last, on the dataset that has them, or shard(..., weights=False)"
         )
     if sharding.weighted == "given":
         raise UsageError(
-            "this dataset was made from one of shard() with sample weights, which shard() has multiplied by its "
-            "own: call shard() last, or shard(..., weights=False)"
+            "this dataset was made from one of shard() with sample weights, which shard() has multiplied by "
+            "its own: call shard() last, or shard(..., weights=False)"
         )
 
     def rows(x: Any, y: Any, weight: Any) -> Any:

@@ -28,9 +28,9 @@ from tf_dist.parallel.mesh import Mesh
 from tf_dist.parallel.parts import part_of
 from tf_dist.training import facts
 from tf_dist.training.gathered import GatheredReplica
-from tf_dist.training.keras_hooks import reduction_of
 from tf_dist.training.moving import WAYS_OUT, refuse_moving
 from tf_dist.training.replica import Replica
+from tf_dist.training.replicated import is_distributed
 
 if TYPE_CHECKING:
     from tf_dist.training.trainer import Trainer
@@ -56,7 +56,7 @@ def refuse_distributed(optimizer: Any) -> None:
     Raises:
         UsageError: it was given to `tf_dist.distribute`.
     """
-    if reduction_of(optimizer) is not None:
+    if is_distributed(optimizer):
         raise UsageError(
             "this optimizer is distributed: in a Trainer gradients would be reduced twice. Give it the Keras "
             "optimizer itself; tf_dist.distribute is for model.fit and loops of your own"

@@ -111,3 +111,10 @@ def deferred_starts() -> Iterator[None]:
 def starts_are_deferred() -> bool:
     """Whether this thread is inside of `deferred_starts`."""
     return bool(getattr(_local, "deferred", False))
+
+
+def is_distributed(optimizer: Any) -> bool:
+    """Whether an optimizer, or one inside of it, reduces gradients over ranks (`tf_dist.distribute`)."""
+    while optimizer is not None and not isinstance(getattr(optimizer, "comm", None), Comm):
+        optimizer = getattr(optimizer, "inner_optimizer", None)
+    return optimizer is not None
