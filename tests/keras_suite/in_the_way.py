@@ -31,6 +31,7 @@ DONE = os.environ.get("KERAS_SUITE_DONE")
 FAILED_WAITS_S = 60
 # Whether the test that runs is one of callbacks.
 share_files = False
+folders = []
 
 if RANKS:
     import tf_dist
@@ -92,6 +93,8 @@ def pytest_unconfigure(config):
     sys.stdout.flush()
     if SIZE > 1:
         WORLD.Barrier()
+    for folder in folders if RANK == 0 else ():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -228,6 +231,14 @@ def _by_rank_0(function):
     return once
 
 
+def _rmtree(path, *arguments, **words):
+    """Later: a rank that has failed comes here alone."""
+    if share_files:
+        folders.append(path)
+    else:
+        shutil.rmtree(path, *arguments, **words)
+
+
 def _mkdtemp(*arguments, **words):
     if not share_files:
         return tempfile.mkdtemp(*arguments, **words)
@@ -247,8 +258,7 @@ class _Folder:
         self.cleanup()
 
     def cleanup(self):
-        if share_files:
-            WORLD.Barrier()
+        _rmtree(self.name)
 
 
 @contextmanager
@@ -261,7 +271,7 @@ def _warned_on_rank_0(*_, **__):
 SHARED = {
     "pytest": _Shared(pytest, warns=_warned_on_rank_0 if RANK else pytest.warns),
     "os": _Shared(os, remove=_by_rank_0(os.remove)),
-    "shutil": _Shared(shutil, rmtree=_by_rank_0(shutil.rmtree)),
+    "shutil": _Shared(shutil, rmtree=_rmtree),
     "tempfile": _Shared(tempfile, mkdtemp=_mkdtemp, TemporaryDirectory=_Folder),
 }
 np.random.seed(1)
