@@ -16,7 +16,7 @@ from pathlib import Path
 
 # How long a rank whose script has failed waits for the others to come out of theirs.
 FAILED_WAITS_S = 60
-STALL_WARN_S, STALL_ABORT_S = 20, 60
+STALL_WARN_S, STALL_ABORT_S = 60, 180
 
 
 def flat(value, name=""):
