@@ -68,7 +68,8 @@ def obtain(
             _download(url, path, wanted, timeout_s)
             return
         except (OSError, ValueError, http.client.HTTPException, DataError) as error:
-            why = " ".join(str(error).split())[:300]
+            why = " ".join(str(error).split())
+            why = why if isinstance(error, DataError) else why[:300]  # of a server's words
             failures.append(f"{url}: {why or type(error).__name__}")
     tried = "; ".join(failures)
     raise DataError(
