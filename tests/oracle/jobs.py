@@ -16,6 +16,8 @@ ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("worker.py")
 # Seconds that one script may take, on a busy machine.
 HANGS_S = 240
+# Refusals that a script may be given: all ranks run one script, in one sound installation.
+OF_THE_SCRIPT = ("UsageError", "DataError")
 # Scripts of one launch: graphs of many models are never quite freed.
 AT_ONCE = 50
 
@@ -164,6 +166,8 @@ class Runs:
         statuses = {one["status"] for one in records}
         if "crashed" in statuses:
             return Verdict(CRASHED, "; ".join(failed))
+        if statuses == {"refused"} and not all(one["message"].startswith(OF_THE_SCRIPT) for one in records):
+            return Verdict(CRASHED, failed[0])
         if statuses == {"refused"}:
             steps = max(one["steps"] for one in records)
             return (
