@@ -28,7 +28,7 @@ SCRIPTS = {
     "named": ("results = {'a' if plain else 'b': 1.0}", DIFFERENT),
     "refused": (f"if not plain:\n    {IMPORT}\n    raise UsageError('no')\nresults = {{}}", REFUSED),
     "blamed": (
-        "if not plain:\n    from tf_dist.errors import LaunchError\n    raise LaunchError('no')\nresults = {}",
+        f"if not plain:\n    {IMPORT}, LaunchError\n    raise LaunchError('no')\nresults = {{}}",
         CRASHED,
     ),
     "refused_by_one": (

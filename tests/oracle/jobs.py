@@ -64,11 +64,10 @@ class Runs:
 
     Args:
         folder: made if missing.
-        dense_embeddings: plain Keras sums the gradients of an id that a batch repeats.
     """
 
-    def __init__(self, folder, dense_embeddings=False):
-        self.folder, self.plain_mode = Path(folder), "dense" if dense_embeddings else "plain"
+    def __init__(self, folder):
+        self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def plain(self, scripts):
@@ -108,7 +107,7 @@ class Runs:
         place = self._place(np_)
         place.mkdir(exist_ok=True)
         launch = [mpirun(), "-np", str(np_)] if np_ else []
-        command = [*launch, sys.executable, str(WORKER), str(place), "ranks" if np_ else self.plain_mode]
+        command = [*launch, sys.executable, str(WORKER), str(place), "ranks" if np_ else "plain"]
         log = self.folder / f"{name}.log"
         with open(log, "wb") as output:
             process = subprocess.Popen(
