@@ -70,7 +70,7 @@ def _fit(fit: Method) -> Method:
     @wraps(fit)
     def over_ranks(self: Any, *arguments: Any, **words: Any) -> Any:
         given = signature.bind(self, *arguments, **words).arguments
-        comm = None if is_independent() else _ranks_of_fit(self, given.get("x"))
+        comm = _ranks_of_fit(self, given.get("x"))
         if comm is None:
             return fit(self, *arguments, **words)
         session = _ready(self, comm)
@@ -93,6 +93,13 @@ def _fit(fit: Method) -> Method:
 def _ranks_of_fit(model: Any, data: Any) -> Comm | None:
     """The ranks that a `fit` is over: those of the optimizer, of the data, or all that are connected."""
     found = distributed_of(model)
+    if is_independent():
+        if found and found[0].comm.size > 1:
+            raise UsageError(
+                "this optimizer is distributed, and tf_dist.independent() is for models that each rank trains by "
+                "itself: give the model an optimizer of its own"
+            )
+        return None
     comms = {id(optimizer.comm): optimizer.comm for optimizer in found}
     if len(comms) > 1:
         raise UsageError("the optimizers of this model are distributed over different ranks")

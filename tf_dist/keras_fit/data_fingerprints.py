@@ -8,6 +8,7 @@ Nothing is read for the comparison: digests are noted when a batch is made for t
 from __future__ import annotations
 
 import zlib
+from array import array
 from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -31,7 +32,9 @@ class Fingerprints:
     """Digests of the global batches of one dataset, by iteration; made on all ranks in one order."""
 
     def __init__(self, comm: Comm) -> None:
-        self.iterations: list[list[int]] = []
+        # By their number since the beginning: one rank may have begun an epoch that another has not.
+        self.iterations: dict[int, array[int]] = {}
+        self._begun = 0
         number = _made[comm] = _made.get(comm, 0) + 1
         _of_comm.setdefault(comm, WeakValueDictionary())[number] = self
 
@@ -42,9 +45,10 @@ class Fingerprints:
 
     def _note(self, index: np.ndarray, *leaves: np.ndarray) -> np.ndarray:
         if index == 0:
-            self.iterations.append([])
-            del self.iterations[:-LATEST]
-        self.iterations[-1].append(digest(leaves))
+            self._begun += 1
+            self.iterations[self._begun] = array("I")
+            self.iterations.pop(self._begun - LATEST, None)
+        self.iterations[self._begun].append(digest(leaves))
         return np.asarray(index)
 
 
@@ -55,9 +59,9 @@ def compare_all(comm: Comm) -> None:
         LaunchError: on all ranks, if a batch differs.
     """
     mine = {
-        f"{number} {made}": one
+        f"{number} {begun}": list(digests)
         for number, prints in list(_of_comm.get(comm, {}).items())
-        for made, one in enumerate(list(map(list, prints.iterations)))
+        for begun, digests in list(prints.iterations.items())
     }
     lengths = comm.allgather_obj({name: len(digests) for name, digests in mine.items()})
     shared = [name for name in lengths[0] if all(name in theirs for theirs in lengths)]
@@ -73,14 +77,14 @@ def digest(leaves: Any) -> int:
     """CRC-32 of arrays: of all bytes up to a size, of rows spread over larger ones."""
     crc = 0
     for leaf in leaves:
-        array = np.asarray(leaf)
-        crc = zlib.crc32(f"{array.dtype}{array.shape}".encode(), crc)
-        if array.nbytes > MOST_BYTES and array.ndim:
-            array = array[:: -(-array.nbytes // MOST_BYTES)]
-        if array.dtype.kind in "OUS":
-            crc = zlib.crc32(repr(array.tolist()).encode(), crc)
+        values = np.asarray(leaf)
+        crc = zlib.crc32(f"{values.dtype}{values.shape}".encode(), crc)
+        if values.nbytes > MOST_BYTES and values.ndim:
+            values = values[:: -(-values.nbytes // MOST_BYTES)]
+        if values.dtype.kind in "OUS":
+            crc = zlib.crc32(repr(values.tolist()).encode(), crc)
         else:
-            crc = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, crc)
+            crc = zlib.crc32(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data, crc)
     return crc
 
 

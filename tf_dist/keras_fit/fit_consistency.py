@@ -23,6 +23,8 @@ from tf_dist.training.compare import splits
 EVERY_STEPS = 100
 # Digits to which hyper-parameters are compared: files keep some of them in float32.
 DIGITS = 6
+# Keys of configurations in which ranks may differ: Keras numbers names, and draws seeds where none is given.
+MEANINGLESS = ("name", "registered_name", "seed")
 
 
 def is_due(step: int) -> bool:
@@ -184,7 +186,7 @@ def _described(value: Any) -> Any:
 def _plain(value: Any) -> Any:
     """As JSON, without names that Keras numbers, without addresses, floats as far as files keep them."""
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items() if k not in ("name", "registered_name")}
+        return {str(k): _plain(v) for k, v in value.items() if k not in MEANINGLESS}
     if isinstance(value, list | tuple):
         return [_plain(one) for one in value]
     if isinstance(value, bool | int | str) or value is None:

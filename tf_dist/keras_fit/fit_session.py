@@ -25,6 +25,7 @@ class FitSession:
         comm: all ranks.
         reduction: over them; that of the model's optimizer, where it has a distributed one.
         law: of the objective; None: not known yet.
+        law_is_given: whether it stays when the model is compiled anew (the self-test's).
         begun: whether all ranks have begun this `fit` from the state of rank 0.
         evaluation_is_shared: whether the ranks evaluate a part of the rows each.
         in_fit: whether `fit` runs, and not `train_on_batch`.
@@ -34,6 +35,7 @@ class FitSession:
     comm: Comm
     reduction: Reduction
     law: Law | None = None
+    law_is_given: bool = False
     begun: bool = False
     evaluation_is_shared: bool = False
     in_fit: bool = False

@@ -26,7 +26,7 @@ from tf_dist.keras_fit.fit_session import FitSession, session_of
 from tf_dist.keras_fit.global_metrics import of_all_rows
 from tf_dist.keras_fit.optimizers_of import distributed_of
 from tf_dist.keras_fit.step_scope import Law, StepScope, entered
-from tf_dist.training.replicated import broadcast, deferred_starts
+from tf_dist.training.replicated import broadcast, deferred_starts, is_distributed
 
 NOT_CALLED = (
     f"Keras {keras.__version__} does not call Optimizer.apply as the versions do that tf_dist was made for: "
@@ -60,6 +60,8 @@ def _over_ranks(make: Callable[..., Any], kind: str) -> Callable[..., Any]:
             return make(self, force)
         assert session is not None
         step, jit_compile = getattr(self, f"{kind}_step"), self.jit_compile
+        if kind == "train" and not session.law_is_given:
+            session.law = None  # the model may have been compiled with another loss
         if jit_compile and kind == "train" and session.comm.rank == 0 and session.comm.size > 1:
             print("jit_compile: training steps are compiled without XLA, which cannot reach the other ranks")
         self.jit_compile = False
@@ -159,7 +161,7 @@ def begin(model: Any, step: Function, data: Any, session: FitSession) -> Any:
     if batch is not None:
         _build(model, step, batch, session)
     with deferred_starts():
-        if model.optimizer is not None and not model.optimizer.built:
+        if is_distributed(model.optimizer) and not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
     check_layout(model, session.comm)
     broadcast(state_of(model), session.comm)

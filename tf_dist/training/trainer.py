@@ -160,12 +160,14 @@ class Trainer:
         refuse_distributed(optimizer)
         self.comm = comm = as_comm(comm)
         self.mesh = mesh or Mesh(comm)
-        agree_on_options(comm, {**given, "mesh": self.mesh.shape, "spikes": vars(spikes or Spikes())})
+        self.spikes = spikes or Spikes()
+        # Where ranks share rows, a rank's model takes a share of them.
+        self.seq_len = seq_len or (_static_seq_len(model) or DEFAULT_SEQ_LEN) * self.mesh.sequence.size
+        more = {"seq_len": self.seq_len, "mesh": self.mesh.shape, "spikes": vars(self.spikes)}
+        agree_on_options(comm, {**given, **more})
         self.rows = _rows(global_batch_size, micro_batch_size)
         self.model, self.optimizer = model, optimizer
         self.global_batch_size, self.clip_norm, self.seed = global_batch_size, clip_norm, seed
-        # Where ranks share rows, a rank's model takes a share of them.
-        self.seq_len = seq_len or (_static_seq_len(model) or DEFAULT_SEQ_LEN) * self.mesh.sequence.size
         self.micro_batches = global_batch_size // self.rows
         groups = zip(GROUPS, (pipeline, local, compression, asynchrony), strict=True)
         ways = [group_of(group, options or {}, update) for group, options in groups]
@@ -180,17 +182,19 @@ class Trainer:
         self.lone_optimizer = update in ("master", "downpour")
         self.sentinel = Sentinel(comm, held_by_several(self), check_every, on_mismatch)
         self.sentinel.ready = lambda: self.remembering is None or self.remembering.together
+        self._count_from_zero()
+        self.verified = Verified(self, on_mismatch == "restore")
+        self.in_place, self.bad = InPlace(self, min_ranks), BadSteps(self, max_bad_steps)
+        model.stop_training = False
+
+    def _count_from_zero(self) -> None:
         self.step, self.tokens, self.elapsed_s, self.input_s = 0, 0, 0.0, 0.0
         self._whole: Whole | None = None
         self._ahead: tuple[Sequences, Sampler, Ahead[list[MicroBatch]]] | None = None
         self.last_step, self.meets_every = 0, set[int]()
         self._tokens_met, self.lost = 0, list[int]()
-        self.verified = Verified(self, on_mismatch == "restore")
-        self.in_place, self.bad = InPlace(self, min_ranks), BadSteps(self, max_bad_steps)
-        self.spikes = spikes or Spikes()
         self.stopped = self._stop_requested = self._begun = False
         self.fitted = 0
-        model.stop_training = False
 
     def _prepare_model(self) -> None:
         """Let all ranks have one model, before the optimizer makes state of its weights; a collective."""
@@ -321,9 +325,8 @@ class Trainer:
     ) -> dict[str, list[float]]:
         """Train for ``steps`` optimizer steps.
 
-        They are counted from where the last `fit` has ended, as in Keras: a second one trains as much again,
-        with the data that comes next. Where training was restored from a checkpoint, or a `fit` was left by
-        an error, they are those in all: what was done before counts.
+        They are counted from where the last `fit` has ended, as in Keras: a second one trains as much again.
+        Where training was restored, or a `fit` was left by an error, what was done before counts as well.
 
         Callbacks follow Keras's protocol with the same values on every rank, writers on rank 0 alone. A Keras
         "epoch" is the stretch from one validation to the next, or a pass over the data when
@@ -340,19 +343,15 @@ class Trainer:
 
         Returns:
             The logs of each epoch of this `fit`, by name, as Keras's ``History.history``. Empty, with a
-            warning, where a run was restored that has taken all of these steps.
+            warning, where a run was restored that has done all of this.
 
         Raises:
             UsageError: fewer than one step; a model that ends in softmax.
             DataError: fewer sequences than one global batch, or a token id that the model does not have.
             NumericError: gradients were not finite, see `max_bad_steps`.
-            LaunchError: the ranks do not talk, were given other data or arguments, or their weights or
-                optimizers differ.
+            LaunchError: the ranks do not talk, or their data, arguments, weights or optimizers differ.
         """
-        if min(1 if steps is None else steps, 1 if epochs is None else epochs) < 1 or eval_every < 0:
-            raise UsageError(
-                f"steps {steps}, epochs {epochs}: at least 1; eval_every {eval_every}: at least 0"
-            )
+        _check_counts(steps, epochs, eval_every)
         sequences = self.sequences(tokens)
         held_out = None if validation is None else self.sequences(validation)
         check_token_ids(self.model, self.mesh, self.comm, sequences, held_out)
@@ -369,12 +368,15 @@ class Trainer:
         )
         options = {"steps": steps, "epochs": epochs, "eval_every": eval_every, "bytes": validation_bytes}
         self._begin(sequences, held_out, options)
-        if fit.steps <= self.step and self.comm.rank == 0:
-            warnings.warn(f"step {self.step} is reached already: nothing is trained", stacklevel=2)
+        self._warn_if_reached(fit.steps)
         logs = fit.run()
         self.replica.optimizer_step.give_back()
         self._stop_requested, self.fitted = False, self.step
         return logs
+
+    def _warn_if_reached(self, steps: int) -> None:
+        if steps <= self.step and self.comm.rank == 0:
+            warnings.warn(f"step {self.step} is reached already: nothing is trained", stacklevel=3)
 
     def _begin(self, sequences: Sequences, held_out: Sequences | None, options: Mapping[str, Any]) -> None:
         """Settle what must hold before the next step (`tf_dist.training.beginning`); a collective."""
@@ -562,6 +564,11 @@ class Trainer:
 def weights_sha256(model: keras.Model) -> str:
     """SHA-256 of all weights in order of creation, of a model that this process has all of."""
     return sha256(np.asarray(variable.value) for variable in model.weights)
+
+
+def _check_counts(steps: int | None, epochs: int | None, eval_every: int) -> None:
+    if min(1 if steps is None else steps, 1 if epochs is None else epochs) < 1 or eval_every < 0:
+        raise UsageError(f"steps {steps}, epochs {epochs}: at least 1; eval_every {eval_every}: at least 0")
 
 
 def _rows(global_batch_size: int, micro_batch_size: int | None) -> int:
