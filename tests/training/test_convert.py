@@ -85,7 +85,7 @@ def run(tmp_path):
 def trained(folder, config):
     prepare(folder)
     (folder / "config.yaml").write_text(config.as_yaml())
-    loaded = model_of_run(str(folder))
+    loaded = model_of_run(str(folder), config.model if ":" in config.model else "")
     for number, variable in enumerate(loaded.model.weights):
         variable.assign(np.random.default_rng(number).normal(size=variable.shape).astype(np.float32))
     state.save(convert._trainer_of(loaded), folder / "checkpoints", 1, convert._facts(loaded))
@@ -98,8 +98,8 @@ def prepare(folder):
     ByteTokenizer().save(folder / "tokenizer.json")
 
 
-def weights(folder):
-    return [np.asarray(variable.value) for variable in load_run(str(folder)).model.weights]
+def weights(folder, code=""):
+    return [np.asarray(variable.value) for variable in load_run(str(folder), model=code).model.weights]
 
 
 @pytest.mark.parametrize("ending", convert.KINDS)
@@ -174,8 +174,8 @@ def users_models(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["subclassed", "without_config"])
 def test_a_model_that_keras_cannot_describe_is_one_error(users_models, tmp_path, name, capsys):
-    folder = trained(tmp_path / "run", users_models(name))
-    assert main(["checkpoint", "convert", str(folder), str(tmp_path / "model.keras")]) == 64
+    folder, code = trained(tmp_path / "run", users_models(name)), f"users_models:{name}"
+    assert main(["checkpoint", "convert", str(folder), str(tmp_path / "model.keras"), "--model", code]) == 64
     said = capsys.readouterr().err
     assert said.count("error:") == 1 and ".safetensors" in said and "get_config" in said
     assert not (tmp_path / "model.keras").exists()
@@ -183,18 +183,18 @@ def test_a_model_that_keras_cannot_describe_is_one_error(users_models, tmp_path,
     (tmp_path / "other" / "config.yaml").write_text(users_models(name).as_yaml())
     for file in ("model.weights.h5", "model.safetensors"):  # the ways out that were named
         keras.utils.clear_session()  # names of layers are counted anew, as in another process
-        convert.convert(folder, tmp_path / file)
+        convert.convert(folder, tmp_path / file, model=code)
         keras.utils.clear_session()
-        convert.read(tmp_path / file, model_of_run(str(tmp_path / "other")).model)
+        convert.read(tmp_path / file, model_of_run(str(tmp_path / "other"), code).model)
 
 
 def test_classes_that_a_file_needs_are_named(users_models, tmp_path):
-    folder = trained(tmp_path / "run", users_models("with_own_layer"))
-    said = convert.convert(folder, tmp_path / "model.keras")
+    folder, code = trained(tmp_path / "run", users_models("with_own_layer")), "users_models:with_own_layer"
+    said = convert.convert(folder, tmp_path / "model.keras", model=code)
     assert "custom_objects has users_models.Doubled" in said and "LSTM" not in said
-    read = model_of_run(str(folder)).model
+    read = model_of_run(str(folder), code).model
     convert.read(tmp_path / "model.keras", read)
-    for ours, theirs in zip(weights(folder), read.weights, strict=True):
+    for ours, theirs in zip(weights(folder, code), read.weights, strict=True):
         np.testing.assert_array_equal(ours, np.asarray(theirs.value))
 
 

@@ -139,7 +139,7 @@ def test_what_is_replaced_is_no_link_any_more(tmp_path, name):
     folder.status(step=1)
     folder.write("config.yaml", "a: 1\n")
     folder.log_metrics({"step": 1, "loss": 1.0})
-    assert loss_curve(folder.metrics, folder.path / "loss.png", "title")
+    assert not loss_curve(folder.metrics, folder.path / "loss.png", "title")
     point_to(folder.checkpoints / "step-00000001", "latest")
     folder.failed(70, "boom")
     assert (tmp_path / "precious").read_text() == "do not lose"
