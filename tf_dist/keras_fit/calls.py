@@ -29,6 +29,7 @@ from tensorflow.python.eager import context as tf_context
 from tf_dist import terminal
 from tf_dist.comm.base import Comm
 from tf_dist.comm.communicators import connected
+from tf_dist.comm.words import named
 from tf_dist.errors import LaunchError, UsageError
 from tf_dist.keras_fit import self_test
 from tf_dist.keras_fit.data_fingerprints import compare_all
@@ -45,6 +46,7 @@ from tf_dist.keras_fit.fit_session import (
     under_way,
 )
 from tf_dist.keras_fit.optimizers_of import distributed_of, optimizers_of
+from tf_dist.keras_fit.rendezvous import PATIENCE_S, missing_ranks
 from tf_dist.keras_fit.unweighted import without_weights
 
 Method = Callable[..., Any]
@@ -116,6 +118,13 @@ def _ranks_of_fit(model: Any, data: Any) -> Comm | None:
     comm = sharding.comm if sharding is not None else connected()
     if comm is None or comm.size == 1:
         return None
+    if missing := missing_ranks(comm):
+        raise UsageError(
+            f"model.fit on rank {comm.rank} of {comm.size}: its optimizer is not distributed, and {named(missing)} "
+            f"did not come to fit within {PATIENCE_S:.0f} s. For all ranks to train one model, call fit on all of "
+            "them: model.compile(tf_dist.distribute(optimizer, comm), ...). For a model that this rank trains by "
+            "itself: with tf_dist.independent(): model.fit(...)"
+        )
     self_test.run()
     for optimizer in optimizers_of(model):
         made_distributed(optimizer, comm)

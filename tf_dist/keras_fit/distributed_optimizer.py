@@ -21,7 +21,7 @@ from tensorflow.python.ops import control_flow_util
 from tf_dist.comm.agree import agree
 from tf_dist.comm.base import Comm
 from tf_dist.errors import UsageError
-from tf_dist.keras_fit.gradient_reduction import Reduction
+from tf_dist.keras_fit.gradient_reduction import Reduction, order_after
 from tf_dist.keras_fit.step_scope import StepScope, active
 from tf_dist.training.replicated import broadcast, starts_are_deferred
 
@@ -112,7 +112,9 @@ class Distributed:
             grads = self.reduction.mean(grads, names, sparse=_needs_slices(self))
         elif any(getattr(variable, "overwrite_with_gradient", False) for variable in variables):
             grads = self._mean_of_overwriting(grads, variables)
-        return super().apply(grads, trainable_variables)  # type: ignore[misc]
+        super().apply(grads, trainable_variables)  # type: ignore[misc]
+        order_after(self.iterations.value)  # accumulated gradients cross in a branch
+        return None
 
     def _mean_of_overwriting(self: Any, grads: list[Any], variables: list[Any]) -> list[Any]:
         """Reduce what Keras stores in place of a variable in each step, before it accumulates the rest."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from typing import Any, NoReturn
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import tensorflow as tf
@@ -32,8 +33,8 @@ HALF_BITS = 16
 class Reduction:
     """Sums over all ranks, as operations of a TensorFlow graph or called eagerly.
 
-    All of them are stateful, so TensorFlow keeps them in the order in which they were written: the same on
-    every rank, for the ranks trace the same function.
+    In a graph they run in the order in which they were written, the same on every rank: each hands a token to
+    the next. (TensorFlow orders what touches one variable, and nothing else.)
 
     Args:
         comm: all ranks.
@@ -249,8 +250,45 @@ class Reduction:
         raise LaunchError(message)
 
 
+# The newest operation of each graph, as a tensor that the next one takes.
+_tokens: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+
+def order_after(tensor: Any) -> None:
+    """Let the next exchange of the graph that is being traced wait for a tensor.
+
+    Exchanges inside of a branch (`tf.cond`) hand no token out of it. What reads a variable that the branch
+    writes comes after it.
+    """
+    if not tf.executing_eagerly():
+        _tokens[tf.compat.v1.get_default_graph()] = tf.cast(tensor, tf.int64)
+
+
+def _token() -> Any:
+    graph = tf.compat.v1.get_default_graph()
+    while graph is not None:
+        if graph in _tokens:
+            return _tokens[graph]  # of an outer graph: it is captured, and the branch waits for it
+        graph = getattr(graph, "outer_graph", None)
+    return tf.constant(0, tf.int64)
+
+
 def _call(function: Any, inputs: list[Any], dtypes: Any) -> Any:
-    return tf.numpy_function(called_by_a_graph(function), inputs, dtypes, stateful=True)
+    """Operations that call ``function`` with arrays, in their order; of one dtype, or of a list of them."""
+    if tf.executing_eagerly():
+        return tf.numpy_function(called_by_a_graph(function), inputs, dtypes, stateful=True)
+    several = isinstance(dtypes, list)
+
+    def in_order(token: np.ndarray, *arrays: np.ndarray) -> Any:
+        results = function(*arrays)
+        return (*results, token) if several else (results, token)
+
+    dtypes = [*(dtypes if several else [dtypes]), tf.int64]
+    *results, token = tf.numpy_function(
+        called_by_a_graph(in_order), [_token(), *inputs], dtypes, stateful=True
+    )
+    _tokens[tf.compat.v1.get_default_graph()] = tf.ensure_shape(token, ())
+    return results if several else results[0]
 
 
 def _size(tensor: Any) -> Any:

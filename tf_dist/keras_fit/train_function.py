@@ -25,6 +25,7 @@ from tf_dist.keras_fit.data_fingerprints import compare_all
 from tf_dist.keras_fit.fit_consistency import check_layout, check_state, is_due, state_of
 from tf_dist.keras_fit.fit_session import FitSession, session_of
 from tf_dist.keras_fit.global_metrics import of_all_rows
+from tf_dist.keras_fit.gradient_reduction import order_after
 from tf_dist.keras_fit.optimizers_of import distributed_of
 from tf_dist.keras_fit.step_scope import Law, StepScope, entered
 from tf_dist.training.replicated import broadcast, deferred_starts, is_distributed
@@ -68,13 +69,14 @@ def _over_ranks(make: Callable[..., Any], kind: str) -> Callable[..., Any]:
                 "jit_compile: training steps are compiled without XLA, which cannot reach the other ranks"
             )
         self.jit_compile = False
-        object.__setattr__(self, f"{kind}_step", _scoped(step, session, kind == "train"))
+        object.__setattr__(self, f"{kind}_step", _scoped(self, step, session, kind == "train"))
         try:
             made = make(self, force)
         finally:
             self.jit_compile = jit_compile
             object.__delattr__(self, f"{kind}_step")
         function = getattr(self, name)
+        function = _step_by_step(self, function)
         function = _checked(self, function, step, session) if kind == "train" else _translated(function)
         function._over_ranks = True  # type: ignore[attr-defined]
         setattr(self, name, function)
@@ -83,7 +85,7 @@ def _over_ranks(make: Callable[..., Any], kind: str) -> Callable[..., Any]:
     return make_function
 
 
-def _scoped(step: Function, session: FitSession, training: bool) -> Function:
+def _scoped(model: Any, step: Function, session: FitSession, training: bool) -> Function:
     """A step that knows the other ranks. With one rank Keras's own arithmetic is the right one."""
     own = not str(getattr(step, "__module__", "")).startswith("keras.src.")
 
@@ -94,9 +96,16 @@ def _scoped(step: Function, session: FitSession, training: bool) -> Function:
         leaves = [leaf for leaf in tf.nest.flatten(data, expand_composites=True) if tf.is_tensor(leaf)]
         # Nothing of a step may run where its batch is not there: at the end of a dataset of unknown length.
         with tf.control_dependencies(leaves), rank_randomness.global_seed_of(session.comm.rank):
-            with entered(scope if session.comm.size > 1 else None):
+            if session.comm.size == 1:
+                return step(data)
+            with entered(scope):
+                if not own:
+                    return step(data)
+                scope.share()  # now: whatever asks for it later may do so inside of a branch
                 logs = step(data)
-                return of_all_rows(logs, scope) if own and session.comm.size > 1 else logs
+                for optimizer in distributed_of(model):
+                    order_after(optimizer.iterations.value)
+                return of_all_rows(logs, scope)
 
     return scoped
 
@@ -109,6 +118,26 @@ def _law(session: FitSession, training: bool, own: bool, data: Any) -> Law:
     return replace(
         law, global_losses=True, gradients=law.gradients if own and law.gradients == "sum" else "global"
     )
+
+
+def _step_by_step(model: Any, function: Function) -> Function:
+    """A function of several steps per call that makes them one after the other, in Python.
+
+    TensorFlow may begin a round of its loop before the last one has ended, and the ranks would exchange what
+    belongs to different steps.
+    """
+
+    @wraps(function)
+    def one_by_one(data: Any) -> Any:
+        steps = int(getattr(model, "steps_per_execution", 1))
+        if steps == 1 or not isinstance(data, tf.data.Iterator):
+            return function(data)
+        batches = list(islice(_walked(data), steps))
+        if not batches:
+            raise StopIteration
+        return function(iter(batches))
+
+    return one_by_one
 
 
 def _has_weights(data: Any) -> bool:
