@@ -13,7 +13,7 @@ EXCEPTIONS = {
         "all",
         "asks for equal bits of fit's validation and evaluate: fit's is taken from sums in float64",
     ),
-    r"swap_ema_weights_test.py::.*_with_tf_distribute": (
+    r"_with_tf_distribute|test_distributed_datasets_from_function_model_integration": (
         "all",
         "trains under tf.distribute, which shares out a batch as the ranks do: not both at once",
     ),
