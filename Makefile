@@ -28,7 +28,7 @@ help: ## this list
 
 install: $(VENV)/.installed ## build .venv with everything, MPI included
 
-$(VENV)/.installed: setup.cfg setup.py scripts/install.sh scripts/mpi_environment.sh
+$(VENV)/.installed: setup.cfg setup.py scripts/install.sh scripts/with_progress.sh scripts/mpi_environment.sh
 	PYTHON="$(PYTHON)" VENV="$(VENV)" bash scripts/install.sh
 	touch $@
 

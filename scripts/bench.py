@@ -1,21 +1,24 @@
 """Benchmarks: each prints its tables and leaves a JSON file and a picture under runs/bench/.
 
-    python scripts/bench.py exact            # does the number of ranks change a bit?
-    python scripts/bench.py exact-cost       # and what does it cost that it does not?
-    python scripts/bench.py comm             # sums over ranks: ours, MPI's, Horovod's, and the memory limit
-    python scripts/bench.py optimizer        # a step of the optimizer: by variables, flat, in blocks
-    python scripts/bench.py step             # tokens/s of training: ours, and what else there is
-    python scripts/bench.py step gpt-0.81M   # of one model: gpt-10.7M, gpt-0.81M, lstm-1.08M
-    python scripts/bench.py scaling          # weak and strong scaling, against the compute-only ceiling
-    python scripts/bench.py memory           # memory of a rank, against a formula
-    python scripts/bench.py nanogpt          # time to a validation loss, against PyTorch
-    python scripts/bench.py network          # two emulated hosts: sums and steps, ours with overlap, Horovod
-    python scripts/bench.py parallel         # every grid of 2 and 4 ranks: tokens/s, bytes, memory, bubbles
-    python scripts/bench.py strategies       # updates and compressions: loss over steps, time and bytes
-    python scripts/bench.py faults           # ranks are killed: the same weights, and how long it takes
-    python scripts/bench.py faults numbers   # a part of it: NaN and flipped bits
-    python scripts/bench.py fault-cost       # what it costs to be ready for them while nothing fails
-    python scripts/bench.py --report         # the targets, and what the newest JSON files say of them
+    python scripts/bench.py exact            # one of those below
+    python scripts/bench.py step gpt-0.81M   # of one model, or lstm-1.08M
+    python scripts/bench.py faults numbers   # a part of it: NaN, flipped bits
+    python scripts/bench.py                  # all of them: hours
+    python scripts/bench.py --report         # the targets, and what was reached
+
+  exact       does the number of ranks change a bit?
+  exact-cost  and what does it cost that it does not?
+  comm        sums over ranks: ours, MPI's, Horovod's, and the memory limit
+  optimizer   a step of the optimizer: by variables, flat, in blocks
+  step        tokens/s of training: ours, and what else there is
+  scaling     weak and strong scaling, against the compute-only ceiling
+  memory      memory of a rank, against a formula
+  nanogpt     time to a validation loss, against PyTorch
+  network     two emulated hosts: sums and steps, ours with overlap, Horovod
+  parallel    every grid of 2 and 4 ranks: tokens/s, bytes, memory, bubbles
+  strategies  updates and compressions: loss over steps, time and bytes
+  faults      ranks are killed: the same weights, and how long it takes
+  fault-cost  what it costs to be ready for them while nothing fails
 
 `make bench` runs all of them, `make bench-NAME` one (with ARGS=gpt-0.81M of one model). They start their own
 ranks.
@@ -23,11 +26,12 @@ ranks.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
 
 from tf_dist.bench import running
+from tf_dist.errors import UsageError
+from tf_dist.flags import Parser
 
 NAMES = (
     "exact", "exact-cost", "comm", "optimizer", "step", "scaling", "memory", "nanogpt", "network", "parallel",
@@ -41,13 +45,27 @@ WITH_WORDS = ("step", "scaling", "memory", "nanogpt", "parallel", "strategies", 
 
 def main(argv: list[str]) -> int:
     """Run the benchmarks that are named, or all; the exit code is 1 where one shows what must not be."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    try:
+        return run(argv)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def run(argv: list[str]) -> int:
+    """As `main`.
+
+    Raises:
+        UsageError: there is no such benchmark or flag.
+    """
+    parser = Parser(__doc__ or "", "[NAME ...] [options]")
     parser.add_argument("names", nargs="*", metavar="NAME", help="which; none: all")
     parser.add_argument("--report", action="store_true", help="print the targets as a table for Markdown")
     parser.add_argument(
-        "--rounds", type=int, help="how often step, scaling, nanogpt and parallel go through their jobs"
+        "--rounds",
+        type=int,
+        metavar="N",
+        help="how often step, scaling, nanogpt and parallel go through their jobs",
     )
     arguments = parser.parse_args(argv)
     if arguments.rounds:

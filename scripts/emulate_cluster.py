@@ -80,7 +80,7 @@ class Host:
 
 def flags() -> Parser:
     """The flags; the command follows them after ``--``."""
-    parser = Parser(__doc__ or "")
+    parser = Parser(__doc__ or "", "[options] -- COMMAND ...")
     parser.usage = "%(prog)s [options] -- COMMAND ..."
     parser.add_argument("--hosts", type=int, default=2, help="number of hosts (2)")
     parser.add_argument("--slots", type=int, default=1, help="ranks that fit on a host (1)")

@@ -13,6 +13,8 @@ command -v "$PYTHON" >/dev/null || fail "no $PYTHON: apt-get install python3 pyt
 
 pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$@"; }
 
+. "$(dirname "$0")/with_progress.sh"
+
 # Without a GPU, tensorflow-cpu is the same library at a third of the size. pip does not know that it
 # satisfies `tensorflow`, and installing both would overwrite one with the other: so the requirements of
 # setup.cfg are installed with that one name replaced, and tf_dist itself without looking at them again.
@@ -33,9 +35,9 @@ for line in "\n".join(wanted).splitlines():
     if line and not line.startswith("#"):
         print(line.replace("tensorflow >=", sys.argv[1] + " >=") if line.startswith("tensorflow >=") else line)
 PY
-echo "installing into $VENV ..."
-pip install --quiet --requirement "$requirements"
-pip install --quiet --no-deps --editable .
+echo "installing into $VENV: some hundred MB to download, unless pip has them in its cache ..."
+with_progress pip install --requirement "$requirements"
+with_progress pip install --no-deps --editable .
 
 # Plain `mpirun` lines should work after `. .venv/bin/activate`.
 if ! grep -q mpi_environment.sh "$VENV/bin/activate"; then

@@ -14,6 +14,7 @@ fail() { printf 'error: %s\n' "$1" >&2; exit 69; }
 
 [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV" || fail "python3 -m venv failed: apt-get install python3-venv"
 pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$@"; }
+. "$(dirname "$0")/with_progress.sh"
 
 if [ -z "${TORCH:-}" ]; then
     version="$(pip index versions torch 2>/dev/null | tr -d ' ' | sed -n 's/^Availableversions://p' |
@@ -22,7 +23,7 @@ if [ -z "${TORCH:-}" ]; then
     [ -n "$version" ] || echo "note: no wheel for CPUs is offered; on Linux x86-64 PyPI's takes some gigabytes of disk"
 fi
 echo "installing $TORCH into $VENV ..."
-pip install --quiet "$TORCH" numpy || fail "pip could not install $TORCH. TORCH=... chooses another version, PIP_INDEX_URL another index"
+with_progress pip install "$TORCH" numpy || fail "pip could not install $TORCH. TORCH=... chooses another version, PIP_INDEX_URL another index"
 "$VENV/bin/python" -c '
 import torch, torch.distributed
 assert torch.distributed.is_gloo_available(), "this torch has no gloo"

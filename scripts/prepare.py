@@ -1,9 +1,9 @@
 """Turn text into tokens on disk, once, before a job that many ranks will start.
 
-    python scripts/prepare.py                                    # the standard library's sources
+    python scripts/prepare.py                # the standard library's sources
     python scripts/prepare.py tinyshakespeare --tokenizer char
-    python scripts/prepare.py --data 'corpus/**/*.txt' notes.md.gz --tokenizer bpe --vocab-size 8192
-    python scripts/prepare.py --data reviews.csv --text-column body --val-fraction 0.05
+    python scripts/prepare.py --data 'books/**/*.txt' notes.md.gz
+    python scripts/prepare.py --data reviews.csv --text-column body
 
 ``scripts/train.py`` with the same options finds the folder again. Exit codes: 0 done, 64 a flag that
 cannot be right, 65 bad data.
@@ -14,22 +14,22 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from tf_dist import progress, terminal
 from tf_dist.config import Config
 from tf_dist.data.prepared import Prepared
-from tf_dist.errors import TfDistError
 from tf_dist.flags import flag_values, parser
 from tf_dist.training.corpus import prepared
 
 REGISTRY = Path(__file__).resolve().parent.parent / "data" / "datasets.yaml"
 OPTIONS = (
     "data", "text_column", "tokenizer", "vocab_size", "val_fraction", "errors", "max_bytes", "prepared_dir",
-    "seed",
+    "seed", "progress",
 )  # fmt: skip
 
 
 def parse(arguments: list[str]) -> Config:
     """The flags, which are those of ``scripts/train.py`` about data, as a configuration."""
-    flags = parser(__doc__ or "", OPTIONS)
+    flags = parser(__doc__ or "", OPTIONS, "[NAME ...] [--data PATH] [options]")
     flags.add_argument("names", nargs="*", metavar="NAME", help="more values for --data")
     given = vars(flags.parse_args(arguments))
     names = given.pop("names")
@@ -53,11 +53,15 @@ def report(corpus: Prepared) -> str:
 
 def main(arguments: list[str]) -> int:
     """Prepare, report, and give the exit code."""
-    try:
-        print(report(prepared(parse(arguments), REGISTRY, print)))
-    except TfDistError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    return terminal.exit_code_of(lambda: _prepare(arguments))
+
+
+def _prepare(arguments: list[str]) -> int:
+    config = parse(arguments)
+    progress.begin(config.progress)
+    corpus = prepared(config, REGISTRY, terminal.write)
+    progress.end()
+    terminal.write(report(corpus))
     return 0
 
 

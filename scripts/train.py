@@ -1,13 +1,14 @@
 """Train a Keras language model on every MPI rank.
 
-    python scripts/train.py                                   # one process, the built-in corpus
-    mpirun -np 2 python scripts/train.py                      # two ranks, the same result, sooner
-    mpirun -np 2 python scripts/train.py --data tinyshakespeare --tokenizer char --steps 2000
+    python scripts/train.py                    # one process, built-in corpus
+    mpirun -np 2 python scripts/train.py       # two ranks: the same, sooner
+    mpirun -np 2 python scripts/train.py --data tinyshakespeare --steps 2000
     mpirun -np 4 python scripts/train.py --config run.yaml --update master
-    mpirun -np 2 python scripts/train.py --model mypackage.models:build --data 'corpus/**/*.txt'
+    mpirun -np 2 python scripts/train.py --model mine:build --data 'books/*'
+    mpirun -np 2 python scripts/train.py --run-dir runs/latest     # resume it
 
 A run's folder holds config.yaml, metrics.jsonl, status.json, tokenizer.json, checkpoints/, logs/ and
-loss.png; the same line with --run-dir FOLDER goes on where it stopped.
+loss.png. With --run-dir of an existing run, options that are not given are those of its config.yaml.
 
 Exit codes: 0 done, 64 usage, 65 bad data, 69 backend missing, 70 a rank failed, 71 out of
 memory, 75 saved on a signal (start me again), 76 not a number, 77 no checkpoint that can be used, 78 launch
@@ -16,6 +17,7 @@ or configuration mistake.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from functools import partial
@@ -23,12 +25,12 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from tf_dist import progress, terminal
 from tf_dist.comm import launch, threads
 from tf_dist.comm.agree import agree, on_root, versions
 from tf_dist.comm.settings import settings
 from tf_dist.config import Config
-from tf_dist.errors import UsageError
-from tf_dist.flags import from_command_line
+from tf_dist.flags import from_command_line, options_of_run, read_command_line, resolved
 from tf_dist.parallel.mesh import Mesh, data_ranks
 
 if TYPE_CHECKING:
@@ -45,11 +47,14 @@ REGISTRY = Path(__file__).resolve().parent.parent / "data" / "datasets.yaml"
 
 def main(argv: list[str]) -> None:
     """Flags -> ranks -> data -> model -> training -> text."""
+    terminal.tolerate_any_text()
     if {"-h", "--help", "--print-config"} & set(argv):
         answer(argv)
     signals = launch.end_on_signals()
     comm = launch.join()
-    config, _ = from_command_line(argv, __doc__ or "")
+    config, of_run = options(argv, comm)
+    shown = progress.begin(config.progress, comm.rank == 0)
+    launch.on_failure(lambda code, message: progress.end())
     agree(comm, {**config.as_dict(), **versions(), **settings()}, "the run")
     threads.set_threads(comm, config.threads_per_rank)
     comm = launch.use_backend(comm, config.backend)
@@ -61,15 +66,18 @@ def main(argv: list[str]) -> None:
     on_root(comm, lambda: check_folder(config))
     launch.limit_stalls(config.stall_warn, config.stall_abort)
     foreword = Foreword(comm)
+    if of_run:
+        foreword.say(f"options that are not given here are those of {config.run_dir}/config.yaml")
     corpus = shared_corpus(
         config, comm, REGISTRY, foreword.say, Path(config.run_dir) if config.run_dir else None
     )
     config = dataclasses.replace(config, vocab_size=corpus.tokenizer.vocab_size)
-    threads.load_tensorflow()  # only now: a mistake in the flags or the data was said at once
+    with progress.task("loading TensorFlow"):
+        threads.load_tensorflow()  # only now: a mistake in the flags or the data was said at once
     from tf_dist.training.begin_again import in_spite_of_deaths
     from tf_dist.training.neighbours import Neighbours
 
-    begin, together = partial(train, config, corpus, foreword, signals), prod(degrees(config))
+    begin, together = partial(train, config, corpus, foreword, signals, shown), prod(degrees(config))
     in_spite_of_deaths(comm, begin, config.min_ranks, together, Neighbours(foreword.say))
 
 
@@ -81,20 +89,34 @@ def run_of(config: Config, foreword: Foreword, comm: Comm) -> RunFolder:
         return foreword.run
     run = RunFolder(choose_folder(config, comm), comm)
     run.open(foreword)
-    launch.on_failure(run.failed)
+    launch.on_failure(lambda code, message: failed(run, code, message))
     launch.limit_stalls(config.stall_warn, config.stall_abort, run.path / "logs")
     return run
+
+
+def options(argv: list[str], comm: Comm) -> tuple[Config, bool]:
+    """What is asked for, and whether some of it stands in the config.yaml of a run that is gone on with."""
+    line = read_command_line(argv, __doc__ or "")
+    # Read by rank 0: a node with a disk of its own has no such file.
+    of_run = on_root(comm, lambda: options_of_run(line))
+    return resolved(line, of_run), bool(of_run)
+
+
+def failed(run: RunFolder, code: int, message: str) -> None:
+    """Leave the terminal and the run folder so that they tell why."""
+    progress.end()
+    run.failed(code, message)
 
 
 def answer(argv: list[str]) -> NoReturn:
     """Answer --help and --print-config, once, without MPI and TensorFlow."""
     launch.only_the_first_answers()
-    try:
-        print(from_command_line(argv, __doc__ or "")[0].as_yaml(), end="")
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(error.exit_code) from None
-    raise SystemExit(0)
+    raise SystemExit(terminal.exit_code_of(lambda: _shown(argv)))
+
+
+def _shown(argv: list[str]) -> int:
+    config = from_command_line(argv, __doc__ or "")[0].as_yaml()
+    return 0 if terminal.write(config, end="") else terminal.CLOSED_PIPE
 
 
 def degrees(config: Config) -> tuple[int, int, int]:
@@ -103,12 +125,19 @@ def degrees(config: Config) -> tuple[int, int, int]:
 
 
 def train(
-    config: Config, corpus: Prepared, foreword: Foreword, signals: Signals, comm: Comm, deaths: Deaths
+    config: Config,
+    corpus: Prepared,
+    foreword: Foreword,
+    signals: Signals,
+    shown: str,
+    comm: Comm,
+    deaths: Deaths,
 ) -> None:
     """Build what was asked for, resume, train, and leave text and a picture."""
-    from tf_dist.training import progress, run_callbacks, stopping
+    from tf_dist.training import run_callbacks, stopping
     from tf_dist.training.banner import banner
     from tf_dist.training.job import Job
+    from tf_dist.training.progress import ShowSteps, display
 
     mesh = Mesh(comm, *degrees(config))
     steps = planned_steps(config, len(corpus.train))
@@ -117,11 +146,13 @@ def train(
     config = dataclasses.replace(config, run_dir=str(run.path))
     job = Job(config, comm, corpus, run, trainer, deaths)
     job.resume()
-    trainer.tuning.choose()
+    with progress.task("trying how to compile the model"):
+        trainer.tuning.choose()
     steps_per_epoch = trainer.sampler(trainer.sequences(corpus.train)).steps_per_epoch
     run.say(banner(config, comm, corpus, trainer, steps, steps_per_epoch))
-    show = progress.display(config.progress, comm, steps, run.say)
     signals.finish(stopping.finish(trainer, run))
+    show = display(shown, steps, run.say)
+    show_steps = ShowSteps(show, lambda: trainer.step)
     job.begin()
 
     def fit() -> None:
@@ -135,13 +166,16 @@ def train(
                 run_callbacks.LogRun(
                     trainer, run, config.log_every, steps_per_epoch, job.tally, job.heard, show
                 ),
-                run_callbacks.SaveRun(trainer, config.save_every, job.save, job.finish, job.look, job.saved),
+                run_callbacks.SaveRun(
+                    trainer, config.save_every, job.save, job.finish, job.look, job.saved, job.is_elsewhere
+                ),
+                show_steps,
                 run_callbacks.KeepCopies(trainer, config.replicate * job.keeps_copies, job.keep_copies),
             ],
         )
 
-    job.train(fit)
-    show.close()
+    with contextlib.closing(show_steps):
+        job.train(fit)
     job.end(steps)
 
 

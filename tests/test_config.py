@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from tf_dist.config import Config, default_micro_batch, did_you_mean
 from tf_dist.errors import UsageError
+from tf_dist.flags import GROUPS
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 WITH_LEAST = {name: f.metadata["least"] for name, f in FIELDS.items() if f.metadata["least"] is not None}
@@ -35,7 +36,7 @@ def test_it_is_frozen_and_defaults_are_not_shared():
 
 def test_every_option_has_a_heading_and_a_meaning():
     for field in FIELDS.values():
-        assert field.metadata["group"] in ("data", "model", "batch", "optimizer", "grid", "ranks", "run")
+        assert field.metadata["group"] in GROUPS
         assert field.metadata["text"]
 
 

@@ -152,7 +152,7 @@ import os, sys
 from pathlib import Path
 from tf_dist import faults
 from tf_dist.errors import CheckpointError, LaunchError
-from tf_dist.files import write_whole
+from tf_dist.atomic_io import write_whole
 from tf_dist.training import checkpoint
 import numpy as np
 

@@ -1,5 +1,6 @@
 """Which hosts a job can be started on again, with an agent of our own instead of ssh."""
 
+import os
 import socket
 
 import pytest
@@ -93,3 +94,47 @@ def test_the_next_start_is_without_those_who_are_gone(agent):
     assert said[0] == "no answer from c: starting 2 ranks"
     with pytest.raises(LaunchError, match="no answer from c: 2 ranks could be started, 3 are wanted"):
         launch._replace(least=3).command(again=True)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "-oProxyCommand=touch${IFS}x",
+        "-l",
+        "--help",
+        "a;b",
+        "a$(b)",
+        "a`b`",
+        "a|b",
+        "a'b",
+        "a\x1b[2J",
+        "hôst",
+        "u@-x",
+    ],
+)
+def test_a_name_that_is_more_than_a_name(tmp_path, name):
+    """ssh takes what begins with a dash for an option, some of which run commands."""
+    (tmp_path / "hosts").write_text(f"localhost slots=1\n{name} slots=1\n")
+    for flags in (["--hostfile", str(tmp_path / "hosts")], ["--host", f"localhost,{name}:2"], [f"-H={name}"]):
+        with pytest.raises(LaunchError, match=r"is no name of a host|is no host") as caught:
+            named_in(flags)
+        assert caught.value.exit_code == 78 and "\x1b" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["node-01", "node_1.cluster.org", "10.0.0.7", "user@node", "+n1", "7"])
+def test_names_of_hosts(name):
+    assert named_in(["--host", f"{name}:2"])[0] == [Host(name, 2)]
+
+
+def test_a_file_of_hosts_that_is_none(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(LaunchError, match="it is a named pipe"):
+        named_in(["--hostfile", str(tmp_path / "pipe")])
+    (tmp_path / "hosts").write_bytes(b"\xef\xbb\xbfa slots=99999999999999999999999\r\n")
+    assert named_in(["--hostfile", str(tmp_path / "hosts")])[0] == [Host("a", 1_000_000)]
+
+
+def test_options_of_a_file_count_as_flags_do(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("pipeline-parallel: 2\ntensor_parallel: 3\n")
+    assert ranks_of_a_model(["train.py", "--config", str(path)]) == 6

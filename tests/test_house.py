@@ -17,11 +17,17 @@ BOTTOM = {
     "doctor",
     "errors",
     "faults",
-    "files",
+    "atomic_io",
     "flags",
     "hosts",
+    "import_path",
     "processes",
+    "progress",
     "restarts",
+    "run_options",
+    "synonyms",
+    "terminal",
+    "untrusted_files",
     "version",
 }
 ROOMS = {"bench", "comm", "data", "keras_fit", "layers", "models", "parallel", "training"}

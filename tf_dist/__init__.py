@@ -7,6 +7,9 @@ trainer.fit(tokens, steps=1000)
 
 from __future__ import annotations
 
+from tf_dist import import_path as import_path  # before all others
+
+# isort: split
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

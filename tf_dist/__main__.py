@@ -1,17 +1,10 @@
 """Jobs that are started again, and questions about what they leave behind; without MPI and TensorFlow.
 
-    python -m tf_dist run -np 4 -- scripts/train.py --run-dir runs/long --steps 100000
-    python -m tf_dist checkpoint verify runs/latest     # is everything as it was written?
-    python -m tf_dist checkpoint show runs/latest       # what is in the newest sound one?
-    python -m tf_dist checkpoint convert runs/latest model.safetensors     # and back, into a new run's folder
-    python -m tf_dist doctor                            # what have dead jobs left in memory? (--clean)
+    python -m tf_dist run -np 4 -- scripts/train.py --run-dir runs/long
+    python -m tf_dist checkpoint verify runs/latest
+    python -m tf_dist doctor
 
-`run` starts `mpirun -np N python ...`, and again after a failure, from the newest sound checkpoint; flags
-that it does not know go to mpirun. Of the hosts in --host or --hostfile those that do not answer after a
-failure are left out, with their ranks. SIGTERM, SIGINT and SIGUSR1 are passed on, and end it. Its exit code
-is that of the last job. A path of `checkpoint` is a run folder, its ``checkpoints`` folder, or a checkpoint.
-Exit codes of `checkpoint`: 0; 77 one is damaged (verify), or there is none that can be used. Of `doctor`: 0;
-70 something could not be looked into, or removed. 64 is for usage.
+`python -m tf_dist COMMAND --help` says more of each.
 """
 
 from __future__ import annotations
@@ -20,66 +13,141 @@ import argparse
 import sys
 from pathlib import Path
 
-from tf_dist import doctor
+from tf_dist import doctor, progress, terminal
 from tf_dist.errors import CheckpointError, TfDistError, UsageError
+from tf_dist.flags import Parser
 from tf_dist.hosts import Launch
 from tf_dist.restarts import USUAL, Patience, Restarts, own_mpirun, with_run_dir
 from tf_dist.training import convert, inspect_checkpoint
 from tf_dist.training.status import correct
 
+RUN = """Start `mpirun -np N python JOB`, and again after a failure, from the newest sound checkpoint.
+
+    python -m tf_dist run -np 4 -- scripts/train.py --run-dir runs/long
+    python -m tf_dist run -np 8 --hostfile hosts -- scripts/train.py
+
+Options that are not listed here go to mpirun. Of the hosts in --host or --hostfile those that do not answer
+after a failure are left out, with their ranks. SIGTERM, SIGINT and SIGUSR1 are passed on, and end it. Its
+exit code is that of the last job."""
+CHECKPOINT = """Look at what a run has saved, or carry its weights to other programs and back.
+
+    python -m tf_dist checkpoint verify runs/latest     # as it was written?
+    python -m tf_dist checkpoint show runs/latest       # the newest sound one
+    python -m tf_dist checkpoint convert runs/latest model.keras
+    python -m tf_dist checkpoint convert model.safetensors runs/new
+
+TARGET of convert ends in .safetensors, .weights.h5 or .keras; or PATH does, and TARGET is the folder of a run
+that has a config.yaml and no checkpoints.
+
+Exit codes: 0; 64 usage; 77 a checkpoint is damaged (verify), or there is none that can be used."""
+DOCTOR = """Say what dead jobs have left in this machine's shared memory and temporary folders.
+
+    python -m tf_dist doctor
+    python -m tf_dist doctor --clean
+
+Exit codes: 0; 70 something could not be looked into, or removed."""
+
 
 def main(argv: list[str]) -> int:
     """Answer one question; the exit code."""
-    parser = argparse.ArgumentParser(
-        "python -m tf_dist", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    topics = parser.add_subparsers(dest="topic", required=True)
-    checkpoint = topics.add_parser("checkpoint", help="what a run has saved")
-    checkpoint.add_argument("question", choices=("verify", "show", "convert"))
-    checkpoint.add_argument("path", type=Path, help="a run folder, its checkpoints folder, or a checkpoint")
-    checkpoint.add_argument("target", type=Path, nargs="?", help="convert: where to; a file or a run folder")
-    checkpoint.add_argument("--checkpoint", default="latest", help="convert: latest, best, or a path")
-    run = topics.add_parser("run", help="a job that is started again after failures")
-    run.add_argument("-np", type=int, default=2, help="ranks")
-    run.add_argument("--min-ranks", type=int, default=1, help="where hosts are gone: no fewer than this")
-    run.add_argument("--tries", type=int, default=USUAL.tries, help="starts without a new checkpoint")
-    run.add_argument("--mpirun", default=own_mpirun(), help="the launcher")
-    health = topics.add_parser("doctor", help="what dead jobs have left on this machine")
-    health.add_argument("--clean", action="store_true", help="remove it")
+    return terminal.exit_code_of(lambda: _answer(argv))
+
+
+def _answer(argv: list[str]) -> int:
+    parser, commands = _parser()
     own, job = _divided(argv)
     try:
         arguments, others = parser.parse_known_args(own)
         if arguments.topic == "run" and not job:
             parser.error("run: give the job after --, as in: run -np 4 -- scripts/train.py --steps 1000")
         if others and arguments.topic != "run":
-            parser.error(f"unknown: {' '.join(others)}")
-    except SystemExit as error:  # argparse's own code is 2
-        return 64 if error.code else 0
-    try:
-        if arguments.topic == "run":
-            words, run_dir = with_run_dir(job)
-            launch = Launch(words, arguments.np, arguments.min_ranks, arguments.mpirun, others, _say)
-            code = Restarts(launch.command, run_dir, Patience(max(1, arguments.tries)), _say).run()
-            correct(run_dir)
-            return code
-        if arguments.topic == "doctor":
-            lines, well = doctor.report(doctor.folders(), arguments.clean)
-            print("\n".join(lines))
-            return 0 if well else TfDistError.exit_code
-        if arguments.question == "convert":
-            if arguments.target is None:
-                raise UsageError("convert takes two paths, as in: convert runs/latest model.safetensors")
-            print(convert.convert(arguments.path, arguments.target, arguments.checkpoint))
-            return 0
-        if arguments.question == "show":
-            print(inspect_checkpoint.shown(arguments.path))
-            return 0
-        said, sound = inspect_checkpoint.verified(arguments.path)
-        print("\n".join(said))
-        return 0 if sound else CheckpointError.exit_code
-    except TfDistError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+            commands[arguments.topic].error(f"unknown: {' '.join(others)}")
+    except UsageError:
+        terminal.write_error(parser.format_usage().rstrip("\n"))
+        raise
+    except SystemExit:  # --help was answered
+        return 0
+    if arguments.topic == "run":  # the job shows its own
+        return _run(arguments, others, job)
+    progress.begin()
+    with progress.task(f"{arguments.topic} {getattr(arguments, 'question', '')}".strip()):
+        said, code = (_doctor if arguments.topic == "doctor" else _checkpoint)(arguments)
+    progress.end()
+    terminal.write(said)
+    return code
+
+
+def _parser() -> tuple[Parser, dict[str, Parser]]:
+    """The parser of the command line, and that of each command."""
+    parser = Parser(__doc__ or "", "{run,checkpoint,doctor} ...", "python -m tf_dist")
+    topics = parser.add_subparsers(dest="topic", required=True, prog="python -m tf_dist", metavar="COMMAND")
+    run = topics.add_parser(
+        "run",
+        help="a job that is started again after failures",
+        description=RUN,
+        usage="[options] -- JOB ...",
+    )
+    run.add_argument("-np", type=int, default=2, metavar="N", help="ranks [2]")
+    run.add_argument(
+        "--min-ranks",
+        type=int,
+        default=1,
+        metavar="N",
+        help="where hosts are gone: no fewer ranks than this [1]",
+    )
+    run.add_argument(
+        "--tries", type=int, default=USUAL.tries, metavar="N",
+        help=f"starts without a new checkpoint [{USUAL.tries}]",
+    )  # fmt: skip
+    run.add_argument("--mpirun", default=own_mpirun(), metavar="PATH", help="the launcher")
+    checkpoint = topics.add_parser(
+        "checkpoint", help="what a run has saved", description=CHECKPOINT,
+        usage="{verify,show,convert} PATH [TARGET]",
+    )  # fmt: skip
+    checkpoint.add_argument("question", choices=("verify", "show", "convert"), help="see above")
+    checkpoint.add_argument(
+        "path", type=Path, metavar="PATH", help="a run folder, its checkpoints folder, or a checkpoint"
+    )
+    checkpoint.add_argument(
+        "target", type=Path, nargs="?", metavar="TARGET", help="convert: where to; a file or a run folder"
+    )
+    checkpoint.add_argument(
+        "--checkpoint", default="latest", metavar="latest|best|PATH", help="convert: which one [latest]"
+    )
+    checkpoint.add_argument(
+        "--model", default="", metavar="PACKAGE.MODULE:FUNCTION",
+        help="convert: what makes the run's model, where that is code of yours",
+    )  # fmt: skip
+    health = topics.add_parser(
+        "doctor", help="what dead jobs have left on this machine", description=DOCTOR, usage="[--clean]"
+    )
+    health.add_argument("--clean", action="store_true", help="remove it")
+    return parser, {"run": run, "checkpoint": checkpoint, "doctor": health}
+
+
+def _run(arguments: argparse.Namespace, others: list[str], job: list[str]) -> int:
+    words, run_dir = with_run_dir(job)
+    launch = Launch(words, arguments.np, arguments.min_ranks, arguments.mpirun, others, _say)
+    code = Restarts(launch.command, run_dir, Patience(max(1, arguments.tries)), _say).run()
+    correct(run_dir)
+    return code
+
+
+def _doctor(arguments: argparse.Namespace) -> tuple[str, int]:
+    lines, well = doctor.report(doctor.folders(), arguments.clean)
+    return "\n".join(lines), 0 if well else TfDistError.exit_code
+
+
+def _checkpoint(arguments: argparse.Namespace) -> tuple[str, int]:
+    """What there is to say, and the exit code."""
+    if arguments.question == "convert":
+        if arguments.target is None:
+            raise UsageError("convert takes two paths, as in: convert runs/latest model.safetensors")
+        return convert.convert(arguments.path, arguments.target, arguments.checkpoint, arguments.model), 0
+    if arguments.question == "show":
+        return inspect_checkpoint.shown(arguments.path), 0
+    said, sound = inspect_checkpoint.verified(arguments.path)
+    return "\n".join(said), 0 if sound else CheckpointError.exit_code
 
 
 def _divided(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -89,7 +157,7 @@ def _divided(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _say(line: str) -> None:
-    print(f"tf_dist run: {line}", file=sys.stderr, flush=True)
+    terminal.write_error(f"tf_dist run: {line}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Flags and YAML files -> `Config`.
 
-Order of precedence: defaults < ``--config FILE.yaml`` < flags. Everything is derived from the fields
-of `Config`; nothing here knows one option from another.
+Order of precedence: defaults < the options of the run that ``--run-dir`` names < flags; with ``--config
+FILE.yaml`` that file is in the run's place. Everything is derived from the fields of `Config`.
 """
 
 from __future__ import annotations
@@ -9,17 +9,48 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import os
+import re
+import shutil
+import textwrap
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import Any, NamedTuple
 
 from tf_dist.config import Config, did_you_mean
-from tf_dist.errors import UsageError
+from tf_dist.errors import LaunchError, UsageError
+from tf_dist.run_options import check_named, in_its_own_folder, lies_in_a_run, still_hold
+from tf_dist.synonyms import hint, ours
+from tf_dist.untrusted_files import CONFIG_LIMIT_BYTES, parsed_yaml, read_bytes, shown
 
-CONFIG_BYTES_LIMIT = 1 << 20
+# What arguments of an optimizer may be, out of a file: no lists in lists.
+PLAIN = (str, bool, int, float, type(None))
+# Headings of --help, in their order, and what else is to be known of a group.
+GROUPS = {
+    "data": "",
+    "model": "",
+    "batch and steps": "",
+    "optimizer": "",
+    "strategy": "how ranks train together; the next groups belong to one strategy each",
+    "local SGD and DiLoCo": "of --update local-sgd and diloco (--sync-every also of easgd and gossip)",
+    "Downpour": "of --update downpour (--master-trains also of easgd)",
+    "EASGD and gossip": "of --update easgd; gossip has --sync-every alone",
+    "parallelism": "ranks that share one model; the rest of them is data-parallel",
+    "compression": "of gradients, with --update allreduce",
+    "performance": "",
+    "checkpoints and recovery": "",
+    "checks": "what is compared while it trains, and what happens then",
+    "output": "",
+}
+ALIASES = {"update": ("--strategy",)}
+METAVARS = {
+    "run_dir": "FOLDER", "prepared_dir": "FOLDER", "text_column": "COLUMN", "resume": "auto|never|PATH",
+    "tokenizer": "byte|char|bpe|PATH", "pipeline_cuts": "LAYERS",
+}  # fmt: skip
+# Characters of choices beside a flag; more are told in its text.
+MOST_CHOICES = 48
+KINDS = {int: "N", float: "X", str: "NAME"}
 
 
 def field_types() -> dict[str, Any]:
@@ -46,7 +77,10 @@ def _typed(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name not in wanted:
-            raise UsageError(f"{source}: unknown key {key!r}{did_you_mean(name, list(wanted))}")
+            near = ours(name, [one.replace("_", "-") for one in wanted]).replace("-", "_")
+            raise UsageError(
+                f"{source}: unknown key {shown(key)}" + (f". Did you mean {near!r}?" if near else "")
+            )
         checked[name] = _convert(name, value, wanted[name], source)
     return checked
 
@@ -58,7 +92,7 @@ def _convert(name: str, value: Any, kind: Any, source: str) -> Any:
         if isinstance(parts, list | tuple) and parts and all(isinstance(part, str) for part in parts):
             return tuple(parts)
     elif typing.get_origin(kind) is dict:
-        if isinstance(value, dict):
+        if isinstance(value, dict) and all(isinstance(one, PLAIN) for one in (*value, *value.values())):
             return {str(key): item for key, item in value.items()}
     elif kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         # YAML reads 1e-3 (without a dot) as a string.
@@ -70,7 +104,7 @@ def _convert(name: str, value: Any, kind: Any, source: str) -> Any:
         return "on" if value else "off"  # as YAML 1.1 reads these words without quotes
     elif type(value) is kind:
         return value
-    raise UsageError(f"{source}: {name} is {value!r}, which is not of type {_type_name(kind)}")
+    raise UsageError(f"{source}: {name} is {shown(value)}, which is not of type {_type_name(kind)}")
 
 
 def _choices_of(name: str) -> tuple[str, ...]:
@@ -82,21 +116,21 @@ def _type_name(kind: Any) -> str:
     return str(kind) if typing.get_origin(kind) else str(kind.__name__)
 
 
-def read_config_file(path: str) -> dict[str, Any]:
+def read_config_file(path: str, *, follow: bool = True) -> dict[str, Any]:
     """The mapping in a YAML file.
+
+    Args:
+        path: of the file.
+        follow: whether it may be a link; not where it lies in a run folder.
 
     Raises:
         UsageError: there is no such file, it is too large, or it is not a YAML mapping.
     """
     try:
-        with Path(path).open("rb") as file:
-            raw = file.read(CONFIG_BYTES_LIMIT + 1)
-        if len(raw) > CONFIG_BYTES_LIMIT:
-            raise UsageError(f"{path} is larger than {CONFIG_BYTES_LIMIT} bytes: is it a configuration file?")
-        values = yaml.safe_load(raw)
+        values = parsed_yaml(read_bytes(path, CONFIG_LIMIT_BYTES, follow=follow))
     except OSError as error:
         raise UsageError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # impossible dates, endless brackets
+    except ValueError as error:  # also impossible dates, endless brackets
         raise UsageError(f"{path} is not YAML: {error}") from error
     if values is None:
         return {}
@@ -108,29 +142,68 @@ def read_config_file(path: str) -> dict[str, Any]:
 class Parser(argparse.ArgumentParser):
     """Shows its description as written, takes no abbreviations, and raises instead of exiting.
 
+    Args:
+        description: what it does, with an example.
+        usage: what follows the program's name in the line of usage.
+        prog: the program's name; empty: the file's.
+
     Raises:
         UsageError: from ``parse_args``, so that one rank can speak for all.
     """
 
-    def __init__(self, description: str) -> None:
+    def __init__(self, description: str = "", usage: str = "[options]", prog: str = "", **more: Any) -> None:
         super().__init__(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+            prog=prog or None,
+            usage=f"%(prog)s {usage}",
+            description=description or None,
+            formatter_class=Formatter,
+            allow_abbrev=False,
+            **more,
         )
 
     def error(self, message: str) -> typing.NoReturn:
-        """Raise what `argparse` would print, with a hint where a flag is nearly right."""
+        """Raise what `argparse` would print, with a hint where a flag is nearly right or another tool's."""
         flags = [flag for action in self._actions for flag in action.option_strings]
-        unknown = [word.rstrip(":").split("=")[0] for word in message.split() if word.startswith("--")]
-        hint = did_you_mean(unknown[0], flags) if unknown and unknown[0] not in flags else ""
-        raise UsageError(f"{message}{hint} (see --help)")
+        words = [word.rstrip(":").split("=")[0] for word in message.split()]
+        # Not -1, nor what quotes a value.
+        unknown = [word for word in words if re.match(r"--?[A-Za-z]", word) and word not in flags]
+        near = hint(unknown, flags)
+        if choice := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            near = did_you_mean(choice[1], re.findall(r"[\w-]+", choice[2]))
+        raise UsageError(f"{message}{near} (see --help)")
 
 
-def parser(description: str, names: Sequence[str] = ()) -> argparse.ArgumentParser:
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """As wide as the terminal, at most 100; indented lines of a description, its examples, as they are."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30, width=min(100, shutil.get_terminal_size().columns))
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        filled = []
+        for paragraph in text.strip().split("\n\n"):
+            examples = paragraph.startswith(" ")
+            filled.append(paragraph if examples else textwrap.fill(paragraph, width, break_on_hyphens=False))
+        return textwrap.indent("\n\n".join(filled), indent)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """``--update, --strategy VALUE``, with the value once."""
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        value = self._format_args(action, self._get_default_metavar_for_optional(action))
+        return f"{', '.join(action.option_strings)} {value}"
+
+
+def parser(description: str, names: Sequence[str] = (), usage: str = "[options]") -> argparse.ArgumentParser:
     """Flags for the fields of `Config`: all of them, or those that are named."""
-    made = Parser(description)
+    made = Parser(description, usage)
     fields = [field for field in dataclasses.fields(Config) if not names or field.name in names]
-    groups = dict.fromkeys(field.metadata["group"] for field in fields)
-    headings = {group: made.add_argument_group(group) for group in groups}
+    present = {field.metadata["group"] for field in fields}
+    headings = {
+        group: made.add_argument_group(group, text or None)
+        for group, text in GROUPS.items()
+        if group in present
+    }
     kinds = field_types()
     for field in fields:
         _add_flag(headings[field.metadata["group"]], field, kinds[field.name])
@@ -141,7 +214,10 @@ def _add_flag(heading: Any, field: dataclasses.Field[Any], kind: Any) -> None:
     flag = "--" + field.name.replace("_", "-")
     default = field.default if field.default is not dataclasses.MISSING else ""
     shown = " ".join(default) if isinstance(default, tuple) else default
-    text = field.metadata["text"] + (f" [{shown}]" if shown != "" else "")
+    choices = "|".join(field.metadata["choices"])
+    many = len(choices) > MOST_CHOICES
+    text = choices.replace("|", ", ") + ": " if many else ""
+    text += field.metadata["text"] + (f" [{shown}]" if shown != "" else "")
     settings: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
     if kind is bool:
         settings["action"] = argparse.BooleanOptionalAction
@@ -150,8 +226,9 @@ def _add_flag(heading: Any, field: dataclasses.Field[Any], kind: Any) -> None:
     elif typing.get_origin(kind) is dict:
         settings.update(type=_key_values, metavar="KEY=VALUE,...")
     else:
-        settings.update(type=kind, metavar="|".join(field.metadata["choices"]) or kind.__name__.upper())
-    heading.add_argument(flag, **settings)
+        metavar = METAVARS.get(field.name) or KINDS[kind]
+        settings.update(type=kind, metavar=metavar if many or not choices else choices)
+    heading.add_argument(flag, *ALIASES.get(field.name, ()), dest=field.name, **settings)
 
 
 def _key_values(text: str) -> dict[str, Any]:
@@ -168,33 +245,92 @@ def _key_values(text: str) -> dict[str, Any]:
 def _scalar(text: str) -> Any:
     """A YAML scalar, except that 1e-8 is a number, as it is everywhere but in YAML 1.1."""
     try:
-        return float(text) if "e" in text.lower() else yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a value: {error}") from error
+        return float(text) if "e" in text.lower() else _yaml_scalar(text)
     except ValueError:
-        return yaml.safe_load(text)
+        return _yaml_scalar(text)
 
 
-def from_command_line(argv: Sequence[str], description: str) -> tuple[Config, bool]:
-    """The Config that flags and the file they name ask for, and whether only to print it.
+def _yaml_scalar(text: str) -> Any:
+    try:
+        return parsed_yaml(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a value: {error}") from error
+
+
+class CommandLine(NamedTuple):
+    """What a command line says, before it is a `Config`.
+
+    given: the options among its flags. file: that of ``--config``, or empty. only_print: ``--print-config``.
+    """
+
+    given: dict[str, Any]
+    file: str
+    only_print: bool
+
+
+def read_command_line(argv: Sequence[str], description: str) -> CommandLine:
+    """The flags of a training.
 
     Raises:
-        UsageError: see `from_mapping`; also an unknown flag.
+        UsageError: an unknown flag, or a value of another type.
         SystemExit: ``--help`` was asked for, and has been answered.
     """
-    flags = parser(description)
+    flags = parser(description, usage="[--data PATH] [--run-dir FOLDER] [options]")
     flags.add_argument("--config", metavar="FILE.yaml", help="read options from a file; flags override it")
     flags.add_argument(
         "--print-config", action="store_true", help="print the resolved options as YAML and stop"
     )
     given = vars(flags.parse_args(list(argv)))
     path, only_print = given.pop("config"), given.pop("print_config")
-    from_file = _typed(read_config_file(path), path) if path else {}
-    return Config(**{**from_file, **flag_values(given)}), only_print
+    return CommandLine(flag_values(given), path or "", only_print)
+
+
+def options_of_run(line: CommandLine) -> dict[str, Any]:
+    """The options of the run that ``--run-dir`` names and goes on with; nothing where there is none.
+
+    Raises:
+        UsageError: its config.yaml cannot be read.
+        LaunchError: it names a user's code, and no flag does.
+    """
+    folder = line.given.get("run_dir", "")
+    path = Path(folder) / "config.yaml"
+    if line.file or not folder or line.given.get("resume") == "never" or not os.path.lexists(path):
+        return {}
+    of_run = read_config_file(str(path), follow=False)
+    if "model" not in line.given:
+        check_named(str(of_run.get("model", "")), "", str(path))
+    return still_hold(of_run, line.given)
+
+
+def resolved(line: CommandLine, of_run: Mapping[str, Any]) -> Config:
+    """The Config of a command line; what neither it nor its file says is as in a run (`options_of_run`).
+
+    Raises:
+        UsageError: see `from_mapping`.
+        LaunchError: the file is a run's, and names a user's code that no flag names.
+    """
+    below = _typed(of_run, f"{line.given.get('run_dir', '')}/config.yaml")
+    if line.file:
+        below = _typed(read_config_file(line.file), line.file)
+        if lies_in_a_run(Path(line.file)):
+            check_named(str(below.get("model", "")), str(line.given.get("model", "")), line.file)
+            below = in_its_own_folder(below, Path(os.path.realpath(line.file)))
+    return Config(**{**below, **line.given})
+
+
+def from_command_line(argv: Sequence[str], description: str) -> tuple[Config, bool]:
+    """The Config that a command line asks for, and whether only to print it.
+
+    Raises:
+        UsageError: see `from_mapping`; also an unknown flag.
+        SystemExit: ``--help`` was asked for, and has been answered.
+    """
+    line = read_command_line(argv, description)
+    return resolved(line, options_of_run(line)), line.only_print
 
 
 def options_among(words: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
-    """Some options that a command line, and the file it names, ask for; all other words are passed over.
+    """Some options that a command line, and the file or run it names, ask for; other words are passed over.
 
     Args:
         words: a script, its flags, and what else there may be.
@@ -203,17 +339,18 @@ def options_among(words: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
     Raises:
         UsageError: one has no value, or one of another type.
     """
-    flags = parser("", names)
-    flags.add_argument("--config")
+    flags = parser("", (*names, "run_dir", "resume", "model"))
+    flags.add_argument("--config", default="")
     asked = [word for word in words if word not in ("-h", "--help")]
     given = vars(flags.parse_known_args(asked)[0])
     path = given.pop("config")
+    line = CommandLine(flag_values(given), path, False)
     in_file: dict[str, Any] = {}
-    with contextlib.suppress(UsageError):  # whoever reads all of it says what is wrong
-        in_file = read_config_file(path) if path else {}
+    with contextlib.suppress(UsageError, LaunchError):  # whoever reads all of it says what is wrong
+        in_file = read_config_file(line.file) if line.file else options_of_run(line)
     wanted = {key: value for key, value in in_file.items() if str(key).replace("-", "_") in names}
-    from_file = _typed(wanted, path)
-    return {**from_file, **flag_values(given)}
+    asked_for = {name: value for name, value in line.given.items() if name in names}
+    return {**_typed(wanted, line.file), **asked_for}
 
 
 def flag_values(given: Mapping[str, Any]) -> dict[str, Any]:

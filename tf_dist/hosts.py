@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from tf_dist.errors import LaunchError, UsageError
 from tf_dist.flags import options_among
+from tf_dist.untrusted_files import read_bytes, shown
 
 LISTS = ("--host", "-host", "-H", "--hosts", "-hosts")
 FILES = ("--hostfile", "-hostfile", "--machinefile", "-machinefile", "-f")
@@ -28,6 +29,10 @@ SLOTS = r"(?<![\w-])(?:slots|count|cpus?|ppn|np)"
 # Options by which ranks share a model.
 DEGREES = ("pipeline_parallel", "sequence_parallel", "tensor_parallel")
 SSH = "ssh -o BatchMode=yes -o ConnectTimeout=10"
+# A name or an address, perhaps after a user's name; nothing that a program or a shell takes for more.
+NAME = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9_+][A-Za-z0-9_.-]*", re.ASCII)
+HOSTFILE_LIMIT_BYTES = 1 << 20
+MOST_SLOTS = 1_000_000
 # How long a host may take to answer.
 ANSWER_S = 20.0
 
@@ -61,17 +66,22 @@ def named_in(flags: Sequence[str]) -> tuple[list[Host], list[str]]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        text = path.read_text()
+        text = read_bytes(path, HOSTFILE_LIMIT_BYTES, follow=True).decode("utf-8-sig", "surrogateescape")
     except OSError as error:
         raise LaunchError(f"cannot read the hosts in {path}: {error.strerror}") from error
     return [line for line in (line.partition("#")[0].strip() for line in text.splitlines()) if line]
 
 
 def _host(text: str) -> Host:
-    found = re.fullmatch(rf"([^\s:]+)(?::(\d+))?(?:.*{SLOTS}\s*=\s*(\d+))?.*", text.strip())
+    found = re.fullmatch(rf"([^\s:]+)(?::(\d+))?(?:.*{SLOTS}\s*=\s*(\d+))?.*", text.strip(), re.ASCII)
     if found is None:
-        raise LaunchError(f"{text!r} is no host: write NAME:RANKS, or in a file NAME slots=RANKS")
-    return Host(found[1], int(found[2] or found[3] or 0))
+        raise LaunchError(f"{shown(text)} is no host: write NAME:RANKS, or in a file NAME slots=RANKS")
+    if not NAME.fullmatch(found[1]):
+        raise LaunchError(
+            f"{shown(found[1])} is no name of a host: letters, digits, dots, dashes and underscores are, and "
+            "the first one is no dash, or ssh would take it for an option"
+        )
+    return Host(found[1], min(int((found[2] or found[3] or "0")[:7]), MOST_SLOTS))
 
 
 def agent_of(flags: Sequence[str]) -> list[str]:

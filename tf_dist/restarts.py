@@ -8,7 +8,6 @@ gradient that is not finite, no checkpoint that can be used.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import signal
@@ -29,6 +28,7 @@ from tf_dist.errors import (
     SavedAndStopped,
     UsageError,
 )
+from tf_dist.untrusted_files import STATUS_LIMIT_BYTES, read_json
 
 # Exit codes of jobs that would end in the same way again.
 HOPELESS = {
@@ -174,16 +174,16 @@ def _failure(run_dir: Path) -> int:
     """When, in ns, the job in a run folder has said that it has failed; 0: it has not."""
     path = run_dir / "status.json"
     try:
-        failed = json.loads(path.read_text())["state"] == "failed"
+        failed = read_json(path, STATUS_LIMIT_BYTES)["state"] == "failed"
         return path.stat().st_mtime_ns if failed else 0
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError):
         return 0
 
 
 def saved_step(run_dir: Path) -> int:
     """The step of the newest checkpoint in a run folder, sound or not; 0 where there is none."""
     names = [path.name.removeprefix("step-") for path in run_dir.glob("checkpoints/step-*")]
-    return max((int(name) for name in names if name.isdigit()), default=0)
+    return max((int(name) for name in names if name.isascii() and name.isdigit()), default=0)
 
 
 def launcher_environment(environment: Mapping[str, str]) -> dict[str, str]:
@@ -212,5 +212,27 @@ def with_run_dir(words: Sequence[str]) -> tuple[list[str], Path]:
             return list(words), Path(word.partition("=")[2])
         if word == RUN_DIR and number + 1 < len(words):
             return list(words), Path(words[number + 1])
-    made = Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-restarts"
+    made = new_folder(f"{time.strftime('%Y%m%d-%H%M%S')}-restarts")
     return [*words, RUN_DIR, str(made)], made
+
+
+def new_folder(name: str) -> Path:
+    """A new folder under ``runs/``, with a number behind its name where that is taken.
+
+    Raises:
+        LaunchError: it cannot be made.
+    """
+    path, number = Path("runs") / name, 1
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                path.mkdir()
+                return path
+            except FileExistsError:
+                number += 1
+                path = Path("runs") / f"{name}-{number}"
+    except OSError as error:
+        raise LaunchError(
+            f"cannot make a run folder {path}: {error.strerror}. Choose another with --run-dir"
+        ) from error

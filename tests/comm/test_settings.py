@@ -37,7 +37,7 @@ class Three(SerialComm):
         super().__init__()
         self.others = others
 
-    def allgather_obj(self, value):
+    def allgather_obj(self, value, what=""):
         asked = "threads per rank" in value
         theirs = {name: there for name, there in self.others.items() if (name == "threads per rank") is asked}
         return [value, value, value | theirs]

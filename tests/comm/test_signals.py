@@ -21,7 +21,8 @@ print("ready", flush=True)
 {end}
 """
 FINISHES = "signals.finish(finish)"
-IN_C = "import ctypes; ctypes.PyDLL(None); ctypes.CDLL(None).sleep(100)"  # the main thread is not in Python
+# The main thread is not in Python; a signal ends the first sleep.
+IN_C = "import ctypes; sleep = ctypes.CDLL(None).sleep; sleep(100), sleep(100)"
 SAVES = "stop.wait(60); raise SystemExit(75)"
 STUCK = "time.sleep(100)"
 

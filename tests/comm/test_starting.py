@@ -96,7 +96,7 @@ def test_one_voice_says_who_never_came(proc, clock, monkeypatch):
     proc.process(10, rank=0, mpi=True)
     proc.process(12, rank=2, mpi=True)
     with pytest.raises(TfDistError, match="rank 1 ended before") as caught:
-        wait_for_those_here(environment(0, 3), proc.path)
+        wait_for_those_here(environment(0, 3), 1, proc.path)
     assert caught.value.exit_code == 70 and clock[0] > starting.STARTED_S
 
     def end(code):
@@ -104,12 +104,20 @@ def test_one_voice_says_who_never_came(proc, clock, monkeypatch):
 
     monkeypatch.setattr(os, "_exit", end)
     with pytest.raises(SystemExit, match="70"):
-        wait_for_those_here(environment(2, 3), proc.path)
+        wait_for_those_here(environment(2, 3), 1, proc.path)
+
+
+def test_a_rank_that_may_not_be_looked_at_is_not_missed(proc, clock):
+    """Another user's: its environment cannot be read, but the launcher has as many children as ranks."""
+    proc.process(10, rank=0, mpi=True)
+    proc.process(11)
+    wait_for_those_here(environment(0), 1, proc.path)
+    assert clock[0] > starting.STARTED_S
 
 
 @pytest.mark.parametrize("variables", [{}, environment(0, 1), environment(0) | {"PMIX_NAMESPACE": ""}])
 def test_where_nothing_is_known_nobody_waits(proc, variables):
-    wait_for_those_here(variables, proc.path)
+    wait_for_those_here(variables, 1, proc.path)
 
 
 def test_a_home_is_found(monkeypatch, tmp_path):

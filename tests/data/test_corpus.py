@@ -287,10 +287,10 @@ def test_not_a_regular_file(tmp_path):
 def test_unreadable(monkeypatch, tmp_path):
     path = write(tmp_path / "a.txt", b"x")
 
-    def refuse(*_args):
+    def refuse(*_args, **_words):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(decoding, "open", refuse, raising=False)  # root may read everything
+    monkeypatch.setattr(decoding, "opened_regular", refuse)  # root may read everything
     assert f"cannot read {path}: Permission denied" in refused(path)
     monkeypatch.setattr(sources.os, "listdir", refuse)
     assert f"cannot list {tmp_path}: Permission denied" in refused(tmp_path)

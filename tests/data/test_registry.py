@@ -37,6 +37,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.server.released.wait(20)
             return
         data = self.server.pages.get(name)
+        if isinstance(data, str):
+            self.send_response(302)
+            self.send_header("Location", data)
+            self.end_headers()
+            return
         if data is None:
             self.send_error(404)
             return
@@ -122,6 +127,31 @@ def test_wrong_downloads(get, tmp_path, page, fields, message):
     assert f"/{page}" in said
     assert f"put it at {tmp_path / 'downloads' / 'small' / 'train.txt'}, or use --data FILE" in said
     assert caught.value.exit_code == 65
+    assert left_over(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["file:///etc/passwd", "ftp://127.0.0.1:1/x", "data:text/plain,hello", "gopher://127.0.0.1/x", "/to"],
+)
+def test_redirections_lead_to_no_other_kind_of_address(server, get, tmp_path, target):
+    server.pages["to"] = target
+    with pytest.raises(DataError, match="could not download"):
+        get("to")
+    assert left_over(tmp_path) == []
+
+
+def test_redirections_are_followed(server, get):
+    server.pages["to"] = "/text"
+    assert get("to").read_bytes() == TEXT
+
+
+def test_a_server_that_sends_next_to_nothing(get, tmp_path, monkeypatch):
+    """Each byte in time, and yet never done."""
+    monkeypatch.setattr(download, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(download, "SLOWEST_BYTES_PER_S", 1e12)
+    with pytest.raises(DataError, match="which is too slow"):
+        get("text")
     assert left_over(tmp_path) == []
 
 
@@ -236,6 +266,10 @@ def test_no_registry(tmp_path):
         "a: {files: {train: {urls: ['http://x/y'], unknown: 1}}}",
         "../a: {files: {train: {urls: ['http://x/y']}}}",
         "a: {files: {train: {urls: ['http://x/y']}, ../b: {urls: ['http://x/y']}}}",
+        "a: {files: {train: {urls: ['http://x/y'], size_bytes: true}}}",
+        "a: {files: {train: {urls: ['http://x/y'], text_size_bytes: -1}}}",
+        "a: {files: {train: {urls: [['http://x/y']]}}}",
+        'a: {files: {train: {urls: ["http://x/\\r\\nX: y"]}}}',
         "!!python/object/apply:os.system ['true']",
     ],
 )

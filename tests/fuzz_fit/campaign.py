@@ -17,9 +17,9 @@ from plan import plan_of
 from script import script_of
 
 
-def run(seeds, counts, folder, dense_embeddings=False):
+def run(seeds, counts, folder):
     """Verdicts by number of ranks and seed; ``counts``: of ranks."""
-    runs = Runs(folder, dense_embeddings)
+    runs = Runs(folder)
     scripts = [runs.folder / f"seed-{seed}.py" for seed in seeds]
     for seed, script in zip(seeds, scripts, strict=True):
         text = script_of(seed)
@@ -63,16 +63,11 @@ def main():
     parser.add_argument("--seed", type=int, default=1, help="of the first script; the others follow")
     parser.add_argument("--np", type=int, nargs="+", default=[2, 3], help="ranks")
     parser.add_argument("--folder", help="for scripts and results; a new temporary one by default")
-    parser.add_argument(
-        "--dense-embeddings",
-        action="store_true",
-        help="plain Keras sums the gradients of ids that a batch repeats",
-    )
     arguments = parser.parse_args()
     folder = arguments.folder or tempfile.mkdtemp(prefix="fuzz-fit-")
     begun = time.monotonic()
     seeds = range(arguments.seed, arguments.seed + arguments.number)
-    found = run(seeds, arguments.np, folder, arguments.dense_embeddings)
+    found = run(seeds, arguments.np, folder)
     print(table(found, folder))
     bad = sum(not verdict.good for verdicts in found.values() for verdict in verdicts.values())
     print(f"{arguments.number} scripts, {bad} bad verdicts, {time.monotonic() - begun:.0f} s, in {folder}")

@@ -56,7 +56,9 @@ def test_a_start_that_fails_leaves_no_run(run_job, small, one_error, tmp_path):
     """The optimizer's name is Keras's, so it is found late: `latest` still names the run before."""
     (tmp_path / "runs" / "before").mkdir(parents=True)
     (tmp_path / "runs" / "latest").symlink_to("before")
-    one_error(run_job(0, "train.py", *small, "--steps", "2", "--optimizer", "adma"), 64, "'adma'", "'adam'?")
+    one_error(
+        run_job(0, "train.py", *small, "--steps", "2", "--optimizer", "adma"), 64, "'adma'", "Did you mean"
+    )
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["before", "latest"]
     assert (tmp_path / "runs" / "latest").readlink().name == "before"
 

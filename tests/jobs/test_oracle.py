@@ -27,6 +27,10 @@ SCRIPTS = {
     "apart": ("results = {'a': float(comm.rank) * 1e-6}", DIFFERENT),
     "named": ("results = {'a' if plain else 'b': 1.0}", DIFFERENT),
     "refused": (f"if not plain:\n    {IMPORT}\n    raise UsageError('no')\nresults = {{}}", REFUSED),
+    "blamed": (
+        f"if not plain:\n    {IMPORT}, LaunchError\n    raise LaunchError('no')\nresults = {{}}",
+        CRASHED,
+    ),
     "refused_by_one": (
         f"if not plain:\n    {IMPORT}\n    if comm.rank: raise UsageError('no')\nresults = {{}}",
         DIFFERENT,

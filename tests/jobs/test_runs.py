@@ -185,7 +185,7 @@ def test_a_run_that_is_done_and_one_that_begins_anew(copy_of_first, first_run, l
 
 def test_generate(first_run, launcher, tmp_path):
     """Greedy text is always the same; drawn text depends on the seed alone."""
-    common = ["--run-dir", first_run.path, "--prompt", "the fox", "--tokens", "40"]
+    common = ["--run-dir", first_run.path, "--prompt", "the fox", "--tokens", "40", "--progress", "none"]
     asked = [
         [*common, "--temperature", "0", "--seed", "1"],
         [*common, "--temperature", "0", "--seed", "2"],

@@ -4,8 +4,8 @@ With ``KERAS_SUITE_RANKS=1`` tf_dist is in the way: the ranks are connected, and
 compiled, or takes a step, is distributed; `fit` then shares out its rows by itself. Without, tests run as
 they are, with the same seeds. Outcomes go to the file ``KERAS_SUITE_REPORT`` as lines of JSON.
 
-All ranks run every test, each phase of a test has one outcome, and one folder is the temporary one of all:
-only rank 0 writes, so all see what it wrote, and nobody removes what another one still reads.
+All ranks run every test, and each phase of a test has one outcome. Tests of callbacks have one temporary
+folder on all ranks: rank 0 alone writes, all see what it wrote, nobody removes what another one still reads.
 """
 
 import json
@@ -16,6 +16,8 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
+from contextlib import contextmanager
 from functools import wraps
 from importlib import import_module
 from types import ModuleType
@@ -27,11 +29,14 @@ REPORT = os.environ["KERAS_SUITE_REPORT"]
 # Ids of tests that have run already, in an earlier launch.
 DONE = os.environ.get("KERAS_SUITE_DONE")
 FAILED_WAITS_S = 60
+# Whether the test that runs is one of callbacks.
+share_files = False
+folders = []
 
 if RANKS:
     import tf_dist
 
-    comm = tf_dist.connect(stall_warn=20, stall_abort=60)
+    comm = tf_dist.connect(stall_warn=60, stall_abort=240)
     if comm.size > 1:
         from mpi4py import MPI
 
@@ -88,6 +93,8 @@ def pytest_unconfigure(config):
     sys.stdout.flush()
     if SIZE > 1:
         WORLD.Barrier()
+    for folder in folders if RANK == 0 else ():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -114,6 +121,8 @@ def _note(**what):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
+    global share_files
+    share_files = SIZE > 1 and _name(item).startswith("callbacks/")
     _note(test=_name(item), outcome="begun")
     random.seed(1)
     keras.utils.set_random_seed(1)
@@ -211,6 +220,8 @@ class _Shared(ModuleType):
 def _by_rank_0(function):
     @wraps(function)
     def once(*arguments, **words):
+        if not share_files:
+            return function(*arguments, **words)
         WORLD.Barrier()
         try:
             return function(*arguments, **words) if RANK == 0 else None
@@ -220,7 +231,17 @@ def _by_rank_0(function):
     return once
 
 
+def _rmtree(path, *arguments, **words):
+    """Later: a rank that has failed comes here alone."""
+    if share_files:
+        folders.append(path)
+    else:
+        shutil.rmtree(path, *arguments, **words)
+
+
 def _mkdtemp(*arguments, **words):
+    if not share_files:
+        return tempfile.mkdtemp(*arguments, **words)
     return WORLD.bcast(tempfile.mkdtemp(*arguments, **words) if RANK == 0 else None)
 
 
@@ -237,12 +258,20 @@ class _Folder:
         self.cleanup()
 
     def cleanup(self):
-        WORLD.Barrier()
+        _rmtree(self.name)
+
+
+@contextmanager
+def _warned_on_rank_0(*_, **__):
+    """Callbacks that write are rank 0's, and so are their warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        yield caught
 
 
 SHARED = {
+    "pytest": _Shared(pytest, warns=_warned_on_rank_0 if RANK else pytest.warns),
     "os": _Shared(os, remove=_by_rank_0(os.remove)),
-    "shutil": _Shared(shutil, rmtree=_by_rank_0(shutil.rmtree)),
+    "shutil": _Shared(shutil, rmtree=_rmtree),
     "tempfile": _Shared(tempfile, mkdtemp=_mkdtemp, TemporaryDirectory=_Folder),
 }
 np.random.seed(1)

@@ -2,8 +2,28 @@
 
 import re
 
-# Patterns of tests' names, and what ranks they are for ("all": also for one).
-EXCEPTIONS = {}
+# Patterns of tests' names, and what ranks they are for: "all", or "several", where a test would end the job,
+# because rank 1 fails while rank 0 goes on, and is left out.
+EXCEPTIONS = {
+    r"backup_and_restore_test.py::.*::test_(best_case|backup_corrupted|model_deleted)": (
+        "several",
+        "asks the callback what it has counted: rank 0's alone runs, the others stay as they were made",
+    ),
+    r"swap_ema_weights_test.py::.*::test_swap_ema_weights(_with_loss_scale_optimizer)?$": (
+        "all",
+        "asks for equal bits of fit's validation and evaluate: fit's is taken from sums in float64",
+    ),
+    r"_with_tf_distribute|test_distributed_datasets_from_function_model_integration": (
+        "all",
+        "trains under tf.distribute, which shares out a batch as the ranks do: not both at once",
+    ),
+}
+
+
+def is_left_out(test, np_):
+    """Whether a test is not even run on ``np_`` ranks."""
+    several = [pattern for pattern, (ranks, _) in EXCEPTIONS.items() if ranks == "several"]
+    return np_ > 1 and any(re.search(pattern, test) for pattern in several)
 
 
 def reason_for(test, np_):

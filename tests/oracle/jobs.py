@@ -16,6 +16,8 @@ ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("worker.py")
 # Seconds that one script may take, on a busy machine.
 HANGS_S = 240
+# Refusals that a script may be given: all ranks run one script, in one sound installation.
+OF_THE_SCRIPT = ("UsageError", "DataError")
 # Scripts of one launch: graphs of many models are never quite freed.
 AT_ONCE = 50
 
@@ -62,11 +64,10 @@ class Runs:
 
     Args:
         folder: made if missing.
-        dense_embeddings: plain Keras sums the gradients of an id that a batch repeats.
     """
 
-    def __init__(self, folder, dense_embeddings=False):
-        self.folder, self.plain_mode = Path(folder), "dense" if dense_embeddings else "plain"
+    def __init__(self, folder):
+        self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def plain(self, scripts):
@@ -106,7 +107,7 @@ class Runs:
         place = self._place(np_)
         place.mkdir(exist_ok=True)
         launch = [mpirun(), "-np", str(np_)] if np_ else []
-        command = [*launch, sys.executable, str(WORKER), str(place), "ranks" if np_ else self.plain_mode]
+        command = [*launch, sys.executable, str(WORKER), str(place), "ranks" if np_ else "plain"]
         log = self.folder / f"{name}.log"
         with open(log, "wb") as output:
             process = subprocess.Popen(
@@ -164,6 +165,8 @@ class Runs:
         statuses = {one["status"] for one in records}
         if "crashed" in statuses:
             return Verdict(CRASHED, "; ".join(failed))
+        if statuses == {"refused"} and not all(one["message"].startswith(OF_THE_SCRIPT) for one in records):
+            return Verdict(CRASHED, failed[0])
         if statuses == {"refused"}:
             steps = max(one["steps"] for one in records)
             return (

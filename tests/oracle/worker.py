@@ -1,9 +1,8 @@
-"""Runs user scripts one after another in one process: ``worker.py FOLDER ranks|plain|dense SCRIPT...``.
+"""Runs user scripts one after another in one process: ``worker.py FOLDER ranks|plain SCRIPT...``.
 
 A launch and an import of TensorFlow cost more than a small training, so many scripts share them. Each
 is executed as ``__main__`` would be, in a folder of its own, and leaves what it has put into ``results``.
-With ``ranks`` all ranks run all scripts, and meet after each one. ``dense`` is plain Keras, but for ids
-that an embedding meets several times in a batch: their gradients are summed.
+With ``ranks`` all ranks run all scripts, and meet after each one.
 """
 
 import gc
@@ -16,7 +15,7 @@ from pathlib import Path
 
 # How long a rank whose script has failed waits for the others to come out of theirs.
 FAILED_WAITS_S = 60
-STALL_WARN_S, STALL_ABORT_S = 20, 60
+STALL_WARN_S, STALL_ABORT_S = 60, 180
 
 
 def flat(value, name=""):
@@ -76,20 +75,6 @@ def failure(error):
     return {"status": "refused" if ours else "crashed", "message": f"{type(error).__name__}: {error}"[:2000]}
 
 
-def sum_repeated_ids():
-    """Give Keras the sum of the gradients of an id: by itself Adam squares them one by one."""
-    import tensorflow as tf
-    from keras.src.optimizers.base_optimizer import BaseOptimizer
-
-    original = BaseOptimizer.apply
-
-    def apply(self, grads, trainable_variables=None):
-        dense = [tf.convert_to_tensor(one) if isinstance(one, tf.IndexedSlices) else one for one in grads]
-        return original(self, dense, trainable_variables)
-
-    BaseOptimizer.apply = apply
-
-
 def save(path, record, results):
     import numpy as np
 
@@ -122,8 +107,6 @@ def main():
         import plain_tf_dist
 
         sys.modules["tf_dist"] = plain_tf_dist
-        if mode == "dense":
-            sum_repeated_ids()
     for script in scripts:
         if rank == 0:
             print(f"--- {script.stem}", flush=True)

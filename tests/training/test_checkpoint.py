@@ -325,7 +325,7 @@ def test_what_is_no_plain_file_is_not_read(tmp_path):
     refused(path)
     shard.unlink()
     os.mkfifo(shard)  # which would be waited for
-    assert "is no plain file" in refused(path)
+    assert "it is a named pipe, not a regular file" in refused(path)
 
 
 # Shards -------------------------------------------------------------------------------------------

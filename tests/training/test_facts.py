@@ -6,11 +6,11 @@ import keras
 import numpy as np
 import pytest
 from keras import layers
-from tf_dist.training.distribute import distribute
 
 from tf_dist.comm.base import SerialComm
 from tf_dist.config import Config, default
 from tf_dist.errors import UsageError
+from tf_dist.keras_fit.api import distribute
 from tf_dist.training import facts
 from tf_dist.training.arrange import GROUPS, group_of
 from tf_dist.training.trainer import Trainer

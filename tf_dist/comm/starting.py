@@ -84,7 +84,9 @@ def begin_mpi(mpi: Any) -> None:
     Raises:
         TfDistError: a rank of this node has died before it came here; on the first of the others.
     """
-    wait_for_those_here(os.environ)
+    launcher = processes.launcher_above(os.getpid())
+    if launcher is not None:  # else ranks may be in containers, and see nobody
+        wait_for_those_here(os.environ, launcher.pid)
     # A rank of another node may still have died. So these end after a while, and show where they are: here.
     # To the descriptor: sys.stderr may be that of pytest or a notebook, which has none.
     faulthandler.dump_traceback_later(START_LIMIT_S, exit=True, file=2)
@@ -106,8 +108,13 @@ def _told_to_end_later() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def wait_for_those_here(environment: Mapping[str, str], proc: Path = processes.PROC) -> None:
+def wait_for_those_here(environment: Mapping[str, str], launcher: int, proc: Path = processes.PROC) -> None:
     """Wait until all ranks of this node have loaded MPI.
+
+    Args:
+        environment: of this rank.
+        launcher: the process that starts the ranks of this node.
+        proc: where to look.
 
     Raises:
         TfDistError: some have died; on the lowest of the others. These end the process, silently.
@@ -119,12 +126,19 @@ def wait_for_those_here(environment: Mapping[str, str], proc: Path = processes.P
     while not ranks.all_here(int(count)):
         waited_s, alive = time.monotonic() - begun, ranks.alive()
         gone, too_few = ranks.gone(), waited_s > STARTED_S and len(alive) < int(count)
+        if too_few and _children(launcher, proc) >= int(count):
+            return  # somebody is there whom this user may not look at
         if gone or too_few:
             _refuse(gone or _never_seen(alive, environment), int(environment[RANK]) == min(alive))
         if waited_s > START_LIMIT_S:  # MPI may know of other ways
             return
         time.sleep(pause_s)
         pause_s = min(LONGEST_PAUSE_S, 1.2 * pause_s)
+
+
+def _children(pid: int, proc: Path) -> int:
+    found = (processes.find(other, proc) for other in processes.all_pids(proc))
+    return sum(process is not None and process.parent == pid and process.state != "Z" for process in found)
 
 
 def _never_seen(alive: Collection[int], environment: Mapping[str, str]) -> list[int]:

@@ -18,6 +18,7 @@ from typing import Any
 
 from threadpoolctl import threadpool_limits
 
+from tf_dist import terminal
 from tf_dist.comm import cores, starting
 from tf_dist.comm.base import Comm
 from tf_dist.errors import LaunchError
@@ -107,18 +108,17 @@ def set_threads(comm: Comm, threads_per_rank: int = 0) -> Place:
         os.environ |= {name: str(threads) for name in THREAD_VARIABLES}
         os.environ["TF_NUM_INTEROP_THREADS"] = str(at_once)
     elif comm.rank == 0:
-        print(
+        terminal.write_error(
             "warning: TensorFlow has computed something before tf_dist.connect(), so its threads can no "
             f"longer be set: this rank keeps all that it took, not its share ({threads}). Ranks that share "
-            "cores are slower for it. Call connect() first",
-            file=sys.stderr,
+            "cores are slower for it. Call connect() first"
         )
     # NumPy has been here before, and its BLAS took all cores: with four ranks on two cores a PowerSGD step of
     # an LSTM took five times as long.
     threadpool_limits(threads, user_api="blas")
     others = cores.warning(os.environ.get(starting.JOB, ""), place.cores) if not place.local_rank else ""
     if others:
-        print(others, file=sys.stderr)
+        terminal.write_error(others)
     # TensorFlow's INFO and WARNING lines, once per rank, would bury ours. Errors still show.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     return Place(place.host, place.local_rank, place.local_size, place.cores, threads)

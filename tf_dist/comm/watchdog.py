@@ -24,6 +24,8 @@ from tf_dist.comm.record import Pace
 from tf_dist.comm.slots import GONE, Board, Pulse, private_board, shared_board
 from tf_dist.comm.stalls import Condition, Limits, Seen, Stall, judged, told, who
 from tf_dist.comm.stragglers import Straggler, Stragglers
+from tf_dist.terminal import printable
+from tf_dist.untrusted_files import append, opened_to_append
 
 if TYPE_CHECKING:
     from tf_dist.comm.ending import Ending
@@ -242,7 +244,8 @@ class Watchdog:
                     self._shown_step = record.step
                     faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
                 return
-            with open(self.folder / f"stacks-rank-{self._rank:04d}.txt", "a") as file:
+            path = self.folder / f"stacks-rank-{self._rank:04d}.txt"
+            with os.fdopen(opened_to_append(path), "a") as file:
                 file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')}, pid {os.getpid()}\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
@@ -303,8 +306,7 @@ def _lives(process: processes.Process) -> bool:
 
 def _append(path: Path, text: str) -> None:
     try:
-        with open(path, "a") as file:
-            file.write(text)
+        append(path, printable(text).encode())
     except OSError:
         pass
 

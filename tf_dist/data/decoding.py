@@ -28,6 +28,7 @@ from tf_dist.data.signatures import (
     check_is_written,
 )
 from tf_dist.errors import DataError
+from tf_dist.untrusted_files import opened as opened_regular
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 READ_BYTES = 1 << 18
@@ -73,7 +74,7 @@ def opened(path: Path, size_bytes: int | None = None) -> Iterator[BinaryIO]:
             the file that was meant.
     """
     try:
-        with open(path, "rb") as raw, _decompressed(path, raw) as stream:
+        with opened_regular(path, follow=True) as raw, _decompressed(path, raw) as stream:
             check_is_no_pointer(stream.peek(HEAD_BYTES)[:HEAD_BYTES], str(path))
             yield (
                 stream if stream is not raw or size_bytes is None else cast(BinaryIO, _Head(raw, size_bytes))

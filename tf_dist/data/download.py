@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 import os
+import time
 import urllib.request
 import zipfile
 import zlib
@@ -13,11 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from tf_dist import progress
+from tf_dist.atomic_io import BLOCK_BYTES, read_capped, sha256_of, sync_folder, temporary_name, write_whole
 from tf_dist.errors import DataError
-from tf_dist.files import BLOCK_BYTES, sha256_of, sync_folder, temporary_name, write_whole
+from tf_dist.untrusted_files import opened
 
 # Where no size is known, this much is more than any text we name.
 LIMIT_BYTES = 4 << 30
+NOTE_LIMIT_BYTES = 1 << 12
+# A server that sends less than this, after a while, is given up.
+PATIENCE_S, SLOWEST_BYTES_PER_S = 20.0, 1000
 # Some hosts refuse Python's own name.
 AGENT = "tf_dist (a language model trainer)"
 
@@ -36,7 +42,7 @@ def obtain(
     wanted: Wanted,
     instead: Path,
     timeout_s: float,
-    say: Callable[[str], None],
+    say: Callable[[str], object],
 ) -> None:
     """Make ``path`` the file of the first address that gives the right one, unless it is already.
 
@@ -61,8 +67,10 @@ def obtain(
         try:
             _download(url, path, wanted, timeout_s)
             return
-        except (OSError, http.client.HTTPException, DataError) as error:
-            failures.append(f"{url}: {error or type(error).__name__}")
+        except (OSError, ValueError, http.client.HTTPException, DataError) as error:
+            why = " ".join(str(error).split())
+            why = why if isinstance(error, DataError) else why[:300]  # of a server's words
+            failures.append(f"{url}: {why or type(error).__name__}")
     tried = "; ".join(failures)
     raise DataError(
         f"could not download {tried}. "
@@ -70,7 +78,7 @@ def obtain(
     )
 
 
-def is_intact(path: Path, wanted: Wanted, say: Callable[[str], None]) -> bool:
+def is_intact(path: Path, wanted: Wanted, say: Callable[[str], object]) -> bool:
     """Whether the file is there and right. A file put there by hand, of which nothing is known, is."""
     if not path.is_file():
         return False
@@ -87,24 +95,47 @@ def is_intact(path: Path, wanted: Wanted, say: Callable[[str], None]) -> bool:
 def _download(url: str, path: Path, wanted: Wanted, timeout_s: float) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     request = urllib.request.Request(url, headers={"User-Agent": AGENT})  # noqa: S310 - http(s), checked
-    with urllib.request.urlopen(request, timeout=timeout_s) as response:  # noqa: S310
+    with _opener().open(request, timeout=timeout_s) as response:
         promised = response.headers.get("Content-Length", "")
         _store(response, path, wanted, int(promised) if promised.isdigit() else None)
+
+
+def _opener() -> urllib.request.OpenerDirector:
+    """Follows redirections, to http and https alone: an ftp server or a file is none of what was named."""
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler,
+        urllib.request.HTTPHandler,
+        urllib.request.HTTPSHandler,
+        urllib.request.HTTPDefaultErrorHandler,
+        urllib.request.HTTPRedirectHandler,
+        urllib.request.HTTPErrorProcessor,
+        urllib.request.UnknownHandler,
+    ):
+        opener.add_handler(handler())
+    return opener
 
 
 def _store(stream: IO[bytes], path: Path, wanted: Wanted, promised: int | None) -> None:
     """Copy a stream to a temporary name, verify it, and give it its name."""
     limit = LIMIT_BYTES if wanted.size_bytes is None else wanted.size_bytes
     temporary = temporary_name(path)
-    digest, size = hashlib.sha256(), 0
+    digest, size, begun = hashlib.sha256(), 0, time.monotonic()
+    # What has come so far, not whole blocks, for which a slow server could be waited for for ever.
+    read = getattr(stream, "read1", stream.read)
     try:
-        with open(temporary, "xb") as file:
-            while block := stream.read(BLOCK_BYTES):
+        title = f"getting {path.name}"
+        with open(temporary, "xb") as file, progress.task(title, promised or 0, "bytes") as task:
+            while block := read(BLOCK_BYTES):
+                passed_s = time.monotonic() - begun
+                if passed_s > PATIENCE_S and size < SLOWEST_BYTES_PER_S * passed_s:
+                    raise DataError(f"{size:,} bytes have come in {passed_s:.0f} s, which is too slow")
                 size += len(block)
                 if size > limit:
                     raise DataError(f"it is larger than {limit:,} bytes")
                 digest.update(block)
                 file.write(block)
+                task.advance(len(block))
             file.flush()
             os.fsync(file.fileno())
         if promised is not None and size < promised:
@@ -123,7 +154,7 @@ def _verify(path: Path, size: int, sha256: str, wanted: Wanted) -> None:
     note = path.with_name(path.name + ".sha256")
     known = wanted.sha256
     if known is None and note.is_file():
-        known = note.read_text(encoding="ascii", errors="replace").strip()
+        known = read_capped(note, NOTE_LIMIT_BYTES).decode("ascii", "replace").strip()
     if known is None:
         write_whole(note, f"{sha256}\n".encode())
     elif sha256 != known:
@@ -131,7 +162,7 @@ def _verify(path: Path, size: int, sha256: str, wanted: Wanted) -> None:
         raise DataError(f"its SHA-256 is {sha256}, and should be {known}{source}")
 
 
-def unzip(archive: Path, member: str, path: Path, wanted: Wanted, say: Callable[[str], None]) -> None:
+def unzip(archive: Path, member: str, path: Path, wanted: Wanted, say: Callable[[str], object]) -> None:
     """Unpack one member of a zip to ``path``, and nothing else; no name in the archive becomes a path.
 
     Raises:
@@ -139,7 +170,11 @@ def unzip(archive: Path, member: str, path: Path, wanted: Wanted, say: Callable[
     """
     say(f"unpacking {member} from {archive}")
     try:
-        with zipfile.ZipFile(archive) as zipped, zipped.open(member) as stream:
+        with (
+            opened(archive, follow=True) as raw,
+            zipfile.ZipFile(raw) as zipped,
+            zipped.open(member) as stream,
+        ):
             _store(stream, path, wanted, None)
     except KeyError as error:
         raise DataError(f"{archive} has no member {member}. Delete it, and try again.") from error

@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tf_dist import progress, terminal
+from tf_dist.atomic_io import sha256_of, sync_folder, temporary_name, write_whole
 from tf_dist.data.corpus import Corpus
 from tf_dist.data.decoding import Counts
 from tf_dist.data.prepared import FORMAT, SIDES, VERSION, Prepared, open_prepared, publish
@@ -35,7 +37,6 @@ from tf_dist.data.tokenizer import (
 )
 from tf_dist.data.tokens import TokenWriter, content_sha256, map_tokens, sample_sha256, token_dtype
 from tf_dist.errors import DataError
-from tf_dist.files import sha256_of, sync_folder, temporary_name, write_whole
 
 KINDS = ("byte", "char", "bpe")
 BATCH_CHARACTERS = 1 << 20
@@ -95,7 +96,7 @@ def prepare(
     errors: str = "strict",
     max_bytes: int = 0,
     folder: Path | str = "data/prepared",
-    say: Callable[[str], None] = print,
+    say: Callable[[str], object] = terminal.write,
 ) -> Prepared:
     """The corpus as tokens: made now, or the folder that was made before from the same files.
 
@@ -155,7 +156,7 @@ def _file_sha256(tokenizer: str) -> str:
         raise DataError(f"cannot read {tokenizer}: {error.strerror}. Check its permissions.") from error
 
 
-def _make(corpus: Corpus, options: Options, key: str, target: Path, say: Callable[[str], None]) -> Prepared:
+def _make(corpus: Corpus, options: Options, key: str, target: Path, say: Callable[[str], object]) -> Prepared:
     temporary = temporary_name(target)
     try:
         temporary.mkdir(parents=True)
@@ -171,7 +172,7 @@ def _make(corpus: Corpus, options: Options, key: str, target: Path, say: Callabl
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write(corpus: Corpus, options: Options, key: str, folder: Path, say: Callable[[str], None]) -> None:
+def _write(corpus: Corpus, options: Options, key: str, folder: Path, say: Callable[[str], object]) -> None:
     plan = _plan(corpus, options, say)
     tokenizer = _tokenizer(corpus, options, plan, say)
     tokenizer.save(folder / "tokenizer.json")
@@ -213,15 +214,17 @@ def _split_name(plan: Plan) -> str:
     return "document" if plan.in_val.any() else "none"
 
 
-def _plan(corpus: Corpus, options: Options, say: Callable[[str], None]) -> Plan:
+def _plan(corpus: Corpus, options: Options, say: Callable[[str], object]) -> Plan:
     """The first pass: sizes only, 8 bytes for each document."""
     counts, sizes, size, characters = Counts(), [], 0, 0
-    for piece in corpus.pieces(counts):
-        size += len(piece.text.encode())
-        characters += len(piece.text)
-        if piece.last:
-            sizes.append(size)
-            size = 0
+    with progress.task("reading the text", _size_on_disk(corpus), "bytes") as task:
+        for piece in corpus.pieces(counts):
+            size += len(piece.text.encode())
+            characters += len(piece.text)
+            if piece.last:
+                sizes.append(size)
+                size = 0
+            task.done = counts.text_bytes
     in_val = choose_validation(np.array(sizes, dtype=np.int64), options.val_fraction, options.seed)
     cut_at = -1
     if len(sizes) == 1 and options.val_fraction:
@@ -254,15 +257,30 @@ def _left_out(corpus: Corpus, counts: Counts) -> Iterator[str]:
         yield f"bytes that are not UTF-8, now U+FFFD: in {counts.replaced:,} places"
 
 
-def _tokenizer(corpus: Corpus, options: Options, plan: Plan, say: Callable[[str], None]) -> Tokenizer:
+def _tokenizer(corpus: Corpus, options: Options, plan: Plan, say: Callable[[str], object]) -> Tokenizer:
     if options.tokenizer not in KINDS:
         tokenizer = load_tokenizer(options.tokenizer)
         check_vocab_size(options.tokenizer, options.vocab_size, tokenizer.vocab_size)
         return tokenizer
     texts = (part.text for part in _texts(corpus, plan) if options.tokenizer == "char" or part.side == 0)
-    tokenizer = train_tokenizer(options.tokenizer, texts, options.vocab_size)
+    with progress.task("reading text for the tokenizer", plan.counts.text_bytes, "bytes") as task:
+        tokenizer = train_tokenizer(options.tokenizer, _read_by(task, texts), options.vocab_size)
     say(f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens")
     return tokenizer
+
+
+def _read_by(task: progress.Task, texts: Iterator[str]) -> Iterator[str]:
+    """The texts, with progress; how long it takes to learn from them nobody knows beforehand."""
+    for text in texts:
+        yield text
+        task.advance(len(text.encode()))
+    task.title, task.total, task.done = "training the tokenizer", 0, 0
+
+
+def _size_on_disk(corpus: Corpus) -> int:
+    """Bytes of the files, about as many as of their text; 0 where some are compressed."""
+    packed = any(str(file.path).lower().endswith((".gz", ".parquet")) for file in corpus.files)
+    return 0 if packed else sum(file.size_bytes for file in corpus.files)
 
 
 def _texts(corpus: Corpus, plan: Plan) -> Iterator[Text]:
@@ -294,7 +312,7 @@ def _write_tokens(corpus: Corpus, plan: Plan, tokenizer: Tokenizer, folder: Path
     end = np.array([tokenizer.end_of_text], dtype=np.uint32)
     with TokenWriter(folder / "train.bin", dtype) as train, TokenWriter(folder / "val.bin", dtype) as val:
         writers = (train, val)
-        for batch in _batches(_texts(corpus, plan)):
+        for batch in _counted_batches(corpus, plan):
             for part, ids in zip(batch, _encode(tokenizer, batch), strict=True):
                 writers[part.side].append(ids)
                 text_bytes[part.side] += len(part.text.encode())
@@ -308,6 +326,13 @@ def _write_tokens(corpus: Corpus, plan: Plan, tokenizer: Tokenizer, folder: Path
         "tokens": {"train": train.tokens, "val": val.tokens},
         "text_bytes": {"train": text_bytes[0], "val": text_bytes[1]},
     }
+
+
+def _counted_batches(corpus: Corpus, plan: Plan) -> Iterator[list[Text]]:
+    with progress.task("tokenizing", plan.counts.text_bytes, "bytes") as task:
+        for batch in _batches(_texts(corpus, plan)):
+            yield batch
+            task.advance(sum(len(part.text.encode()) for part in batch))
 
 
 def _batches(texts: Iterator[Text]) -> Iterator[list[Text]]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import re
 import shutil
@@ -16,7 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tf_dist.atomic_io import read_capped, sha256_of, sync_folder, temporary_name
 from tf_dist.data.sources import cap, files_sha256, find_files
+from tf_dist.data.tokenizer import FILE_LIMIT_BYTES as TOKENIZER_LIMIT_BYTES
 from tf_dist.data.tokenizer import Tokenizer, load_tokenizer
 from tf_dist.data.tokens import (
     DTYPES,
@@ -27,7 +28,7 @@ from tf_dist.data.tokens import (
     sample_sha256,
 )
 from tf_dist.errors import DataError
-from tf_dist.files import read_capped, sha256_of, sync_folder, temporary_name
+from tf_dist.untrusted_files import opened_to_lock, parsed_json
 
 FORMAT = "tf_dist tokens"
 # 2: digests of a sample of the tokens, and of the files they were made from; tables are read strictly.
@@ -52,6 +53,11 @@ class Prepared:
     train: TokenArray
     val: TokenArray
     stamps: dict[str, Stamp] = field(default_factory=dict)
+
+    def tokenizer_json(self) -> str:
+        """The file of the tokenizer, as it is. Raises `DataError` where it cannot be read any more."""
+        path = self.path / "tokenizer.json"
+        return read_capped(path, TOKENIZER_LIMIT_BYTES).decode("utf-8", "surrogateescape")
 
     def check_unchanged(self) -> None:
         """See whether the mapped files were written to since they were opened; a look at their times, mostly.
@@ -161,7 +167,7 @@ def publish(temporary: Path, target: Path) -> Prepared:
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Only one process at a time looks, removes and renames; the lock goes with the process."""
-    with open(folder / ".lock", "ab") as lock:
+    with os.fdopen(opened_to_lock(folder / ".lock"), "rb") as lock:
         with contextlib.suppress(OSError):  # a file system without locks: the rename alone must do
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -196,10 +202,10 @@ def _stamp(path: Path) -> Stamp:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def sha256_of_file(path: Path) -> str:
+def sha256_of_file(path: Path, *, follow: bool = True) -> str:
     """`sha256_of`, with a `DataError` when the file cannot be read."""
     try:
-        return sha256_of(path)
+        return sha256_of(path, follow=follow)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}. Prepare the data again.") from error
 
@@ -212,8 +218,8 @@ def read_meta(folder: Path) -> dict[str, Any]:
     """
     path = folder / "meta.json"
     try:
-        meta = json.loads(read_capped(path, META_LIMIT_BYTES))
-    except (ValueError, RecursionError) as error:
+        meta = parsed_json(read_capped(path, META_LIMIT_BYTES))
+    except ValueError as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path} is damaged: {error}. Delete {folder} and prepare again.") from error

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from tf_dist import terminal
+from tf_dist.atomic_io import read_capped
 from tf_dist.data.sources import STDLIB
 from tf_dist.errors import DataError
-from tf_dist.files import read_capped
+from tf_dist.untrusted_files import parsed_yaml, shown
 
 REGISTRY_LIMIT_BYTES = 1 << 20
 READ_TIMEOUT_S = 30.0
@@ -54,8 +54,10 @@ def read_registry(path: Path | str) -> dict[str, Dataset]:
     """
     path = Path(path)
     try:
-        entries = yaml.safe_load(read_capped(path, REGISTRY_LIMIT_BYTES))
-    except yaml.YAMLError as error:
+        entries = parsed_yaml(read_capped(path, REGISTRY_LIMIT_BYTES))
+    except DataError:
+        raise
+    except ValueError as error:
         raise DataError(f"{path} is not YAML: {error}") from error
     if not isinstance(entries, dict):
         raise DataError(f"{path} is not a registry: want a mapping from names to corpora.")
@@ -65,11 +67,13 @@ def read_registry(path: Path | str) -> dict[str, Dataset]:
 def _dataset(name: str, entry: Any, path: Path) -> Dataset:
     files = entry.get("files") if isinstance(entry, dict) else None
     if not NAME.fullmatch(name) or not isinstance(files, dict) or "train" not in files:
-        raise DataError(f"{path}: {name!r} needs a plain name, and `files` with at least `train`.")
+        raise DataError(f"{path}: {shown(name)} needs a plain name, and `files` with at least `train`.")
     checked = {}
     for split, fields in files.items():
         if not NAME.fullmatch(str(split)) or not _is_file_entry(fields):
-            raise DataError(f"{path}: {name}, {split}: wrong fields. Known: {' '.join(sorted(FILE_KEYS))}.")
+            raise DataError(
+                f"{path}: {name}, {shown(split)}: wrong fields. Known: {' '.join(sorted(FILE_KEYS))}."
+            )
         values = {key: fields.get(key) for key in FILE_KEYS}
         checked[str(split)] = RemoteFile(**{**values, "urls": tuple(fields["urls"])})
     return Dataset(name, str(entry.get("licence", "")), checked)
@@ -82,11 +86,15 @@ def _is_file_entry(fields: Any) -> bool:
     return (
         isinstance(urls, list)
         and bool(urls)
-        and all(re.fullmatch(r"https?://\S+", str(url)) for url in urls)
-        and all(isinstance(fields.get(key), int | None) for key in ("size_bytes", "text_size_bytes"))
+        and all(isinstance(url, str) and re.fullmatch(r"https?://[!-~]+", url) for url in urls)
+        and all(_is_size(fields.get(key)) for key in ("size_bytes", "text_size_bytes"))
         and all(_is_sha256(fields.get(key)) for key in ("sha256", "text_sha256"))
         and isinstance(fields.get("member"), str | None)
     )
+
+
+def _is_size(value: Any) -> bool:
+    return value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0)
 
 
 def _is_sha256(value: Any) -> bool:
@@ -97,7 +105,7 @@ def fetch(
     name: str,
     registry_path: Path | str,
     folder: Path | str,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], object] = terminal.write,
     *,
     timeout_s: float = READ_TIMEOUT_S,
 ) -> Path:
@@ -147,7 +155,7 @@ def resolve_sources(
     values: Sequence[str],
     registry_path: Path | str,
     downloads_dir: Path | str,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], object] = terminal.write,
 ) -> tuple[str, ...]:
     """``--data`` values with every name of the registry replaced by the path of its file.
 
@@ -159,7 +167,7 @@ def resolve_sources(
     return tuple(_resolve(value, Path(registry_path), downloads_dir, say) for value in values)
 
 
-def _resolve(value: str, registry: Path, downloads: Path | str, say: Callable[[str], None]) -> str:
+def _resolve(value: str, registry: Path, downloads: Path | str, say: Callable[[str], object]) -> str:
     is_pattern = any(sign in value for sign in "*?[")
     if value == STDLIB or is_pattern or Path(value).exists() or Path(value).is_symlink():
         return value

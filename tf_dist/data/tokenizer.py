@@ -17,15 +17,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tf_dist.atomic_io import read_capped, write_whole
+from tf_dist.config import BPE_DEFAULT_VOCAB
+from tf_dist.data import foreign_tokenizer
 from tf_dist.data.signatures import HEAD_BYTES, check_is_no_pointer
 from tf_dist.errors import DataError, UsageError
-from tf_dist.files import read_capped, write_whole
+from tf_dist.untrusted_files import parsed_json, shown
 
 Ids = npt.NDArray[np.uint32]
 
 FORMAT = "tf_dist tokenizer 1"
 FILE_LIMIT_BYTES = 128 << 20
-BPE_DEFAULT_VOCAB = 2048
 BYTES = 256
 LONG_RUN = re.compile(r"\S{512}|\s{512}")
 END_OF_TEXT = "<|endoftext|>"
@@ -200,29 +202,35 @@ class HuggingFaceTokenizer(Tokenizer):
         """See `Tokenizer.encode_batch`."""
         # The fast one leaves out where in the text each token lies; older releases lack it.
         encode = getattr(self._inner, "encode_batch_fast", self._inner.encode_batch)
-        encoded = encode(list(texts), add_special_tokens=False)
+        with foreign_tokenizer.no_panic("this tokenizer cannot encode the text"):
+            encoded = encode(list(texts), add_special_tokens=False)
         return [np.array(one.ids, dtype=np.uint32) for one in encoded]
 
     def _decode(self, ids: Ids) -> str:
-        return str(self._inner.decode(ids.tolist(), skip_special_tokens=True))
+        with foreign_tokenizer.no_panic("this tokenizer cannot decode tokens"):
+            return str(self._inner.decode(ids.tolist(), skip_special_tokens=True))
 
     def _json(self) -> str:
         return str(self._inner.to_str())
 
 
-def load_tokenizer(path: Path | str) -> Tokenizer:
+def load_tokenizer(path: Path | str, *, follow: bool = True) -> Tokenizer:
     """The tokenizer saved at ``path``: ours, or any Hugging Face ``tokenizer.json``.
+
+    Args:
+        path: of the file.
+        follow: whether it may be a link; not where it lies in a run folder.
 
     Raises:
         DataError: no such file, or not a tokenizer.
         UsageError: a tokenizer without an end-of-text token.
     """
     path = Path(path)
-    data = read_capped(path, FILE_LIMIT_BYTES)
+    data = read_capped(path, FILE_LIMIT_BYTES, follow=follow)
     check_is_no_pointer(data[:HEAD_BYTES], str(path))
     try:
-        fields = json.loads(data)
-    except (ValueError, RecursionError) as error:
+        fields = parsed_json(data)
+    except ValueError as error:
         raise DataError(f"{path} is not a tokenizer: it is not JSON ({error}).") from error
     if not isinstance(fields, dict):
         raise DataError(f"{path} is not a tokenizer: it is JSON, but not an object.")
@@ -230,20 +238,19 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
         return _ours(fields, path)
     from tokenizers import Tokenizer as Inner
 
-    try:
+    foreign_tokenizer.check(fields, path)
+    with foreign_tokenizer.no_panic(f"{path} is not a tokenizer"):
         inner = Inner.from_str(data.decode())
-    except Exception as error:  # the library raises plain Exception for a file it cannot read
-        raise DataError(f"{path} is not a tokenizer: {error}. Use a tokenizer.json.") from error
-    return HuggingFaceTokenizer(inner, str(path))
+        return HuggingFaceTokenizer(inner, str(path))
 
 
 def _ours(fields: dict[str, Any], path: Path) -> Tokenizer:
     if fields["format"] != FORMAT:
-        raise DataError(f"{path} has the format {fields['format']!r}; this version reads {FORMAT!r}.")
+        raise DataError(f"{path} has the format {shown(fields['format'])}; this version reads {FORMAT!r}.")
     if fields.get("kind") == "byte":
         return ByteTokenizer()
     characters = fields.get("characters")
-    if fields.get("kind") == "char" and isinstance(characters, str) and characters:
+    if fields.get("kind") == "char" and isinstance(characters, str) and foreign_tokenizer.is_text(characters):
         return CharTokenizer(characters)
     raise DataError(f"{path} is damaged: it is no byte tokenizer, and no char tokenizer with characters.")
 

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tf_dist.atomic_io import BLOCK_BYTES
 from tf_dist.errors import DataError, UsageError
-from tf_dist.files import BLOCK_BYTES
+from tf_dist.untrusted_files import opened
 
 TokenArray = npt.NDArray[np.unsignedinteger[Any]]
 Batch = npt.NDArray[np.int32]
@@ -71,12 +72,13 @@ def map_tokens(path: Path, dtype: str) -> TokenArray:
     """
     kind = np.dtype(dtype).newbyteorder("<")
     try:
-        size = path.stat().st_size
-        if size % kind.itemsize:
-            raise DataError(f"{path} is damaged: {size} bytes are no whole number of {dtype} tokens.")
-        if not size:
-            return np.empty(0, dtype=kind)  # an empty file cannot be mapped
-        return np.memmap(path, dtype=kind, mode="r")
+        with opened(path, follow=True) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size % kind.itemsize:
+                raise DataError(f"{path} is damaged: {size} bytes are no whole number of {dtype} tokens.")
+            if not size:
+                return np.empty(0, dtype=kind)  # an empty file cannot be mapped
+            return np.memmap(file, dtype=kind, mode="r")
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}. Prepare the data again.") from error
 
@@ -85,8 +87,8 @@ def content_sha256(*paths: Path) -> str:
     """The SHA-256 over the bytes of several files, one after the other, each preceded by its size."""
     digest = hashlib.sha256()
     for path in paths:
-        digest.update(path.stat().st_size.to_bytes(8, "little"))
-        with open(path, "rb") as file:
+        with opened(path, follow=True) as file:
+            digest.update(os.fstat(file.fileno()).st_size.to_bytes(8, "little"))
             while block := file.read(BLOCK_BYTES):
                 digest.update(block)
     return digest.hexdigest()

@@ -6,6 +6,7 @@ Only where that was asked for, the functions that open files and write to them a
 from __future__ import annotations
 
 import builtins
+import errno
 import io
 import os
 import signal
@@ -21,7 +22,7 @@ class Writes:
 
     def __init__(self) -> None:
         self._folder, self._full, self._left = "", False, 0
-        self._open, self._os_open, self._write, self._pwrite = builtins.open, os.open, os.write, os.pwrite
+        self._open, self._write, self._pwrite = builtins.open, os.write, os.pwrite
 
     def below(self, folder: Path) -> None:
         """The folder whose files are meant."""
@@ -39,12 +40,12 @@ class Writes:
 
     def _install(self) -> None:
         builtins.open = io.open = self._opened
-        os.open, os.write, os.pwrite = self._os_opened, self._written, self._pwritten
+        os.write, os.pwrite = self._written, self._pwritten
 
     def give_back(self) -> None:
         """Let files be written as ever."""
         builtins.open = io.open = self._open
-        os.open, os.write, os.pwrite = self._os_open, self._write, self._pwrite
+        os.write, os.pwrite = self._write, self._pwrite
 
     def _is_below(self, path: object) -> bool:
         if not self._folder or not isinstance(path, str | bytes | os.PathLike):
@@ -57,7 +58,7 @@ class Writes:
         if not set(mode) & set("wax+") or not self._is_below(file):
             return self._open(file, mode, *arguments, **words)
         if self._full:
-            words["opener"] = lambda *_: self._os_open(FULL, os.O_RDWR)
+            words["opener"] = lambda *_: os.open(FULL, os.O_RDWR)
             return self._open(file, mode, *arguments, **words)
         raw = _CutFile(file, mode.replace("b", "").replace("t", ""), self._counted)
         binary = io.BufferedRandom(raw) if "+" in mode else io.BufferedWriter(raw)
@@ -65,16 +66,17 @@ class Writes:
             return binary
         return io.TextIOWrapper(binary, words.get("encoding"), words.get("errors"), words.get("newline"))
 
-    def _os_opened(self, path: Any, flags: int, *arguments: Any, **words: Any) -> int:
-        if self._full and flags & (os.O_WRONLY | os.O_RDWR) and self._is_below(path):
-            return self._os_open(FULL, os.O_RDWR)
-        return self._os_open(path, flags, *arguments, **words)
-
     def _written(self, fd: int, data: Any) -> int:
+        self._check_full(fd)
         return self._counted(lambda part: self._write(fd, part), data, self._is_file(fd))
 
     def _pwritten(self, fd: int, data: Any, offset: int) -> int:
+        self._check_full(fd)
         return self._counted(lambda part: self._pwrite(fd, part, offset), data, self._is_file(fd))
+
+    def _check_full(self, fd: int) -> None:
+        if self._full and self._is_below(f"/proc/self/fd/{fd}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _is_file(self, fd: int) -> bool:
         return self._left > 0 and self._is_below(f"/proc/self/fd/{fd}")

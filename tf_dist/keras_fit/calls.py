@@ -26,6 +26,7 @@ import tensorflow as tf
 from keras.src.backend.tensorflow import trainer as keras_trainer
 from tensorflow.python.eager import context as tf_context
 
+from tf_dist import terminal
 from tf_dist.comm.base import Comm
 from tf_dist.comm.communicators import connected
 from tf_dist.comm.words import named
@@ -128,10 +129,9 @@ def _ranks_of_fit(model: Any, data: Any) -> Comm | None:
     for optimizer in optimizers_of(model):
         made_distributed(optimizer, comm)
     if comm.rank == 0:
-        print(
+        terminal.write(
             f"model.fit: the optimizer was not distributed; it is now, over {comm.size} ranks. "
-            "(Ranks that train models of their own: with tf_dist.independent(): ...)",
-            flush=True,
+            "(Ranks that train models of their own: with tf_dist.independent(): ...)"
         )
     return comm
 

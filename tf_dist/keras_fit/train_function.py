@@ -18,6 +18,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tf_dist import terminal
 from tf_dist.errors import LaunchError, UsageError, behind
 from tf_dist.keras_fit import objective, rank_randomness
 from tf_dist.keras_fit.data_fingerprints import compare_all
@@ -64,7 +65,9 @@ def _over_ranks(make: Callable[..., Any], kind: str) -> Callable[..., Any]:
         if kind == "train" and not session.law_is_given:
             session.law = None  # the model may have been compiled with another loss
         if jit_compile and kind == "train" and session.comm.rank == 0 and session.comm.size > 1:
-            print("jit_compile: training steps are compiled without XLA, which cannot reach the other ranks")
+            terminal.write(
+                "jit_compile: training steps are compiled without XLA, which cannot reach the other ranks"
+            )
         self.jit_compile = False
         object.__setattr__(self, f"{kind}_step", _scoped(self, step, session, kind == "train"))
         try:

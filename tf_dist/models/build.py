@@ -107,9 +107,10 @@ def check(model: object, name: str, vocab_size: int, seq_len: int) -> None:
 
 def _users_function(name: str):  # type: ignore[no-untyped-def]
     module_name, _, function_name = name.partition(":")
-    # `python scripts/train.py` puts scripts/ on the path, not the folder the user stands in.
+    # `python scripts/train.py` puts scripts/ on the path, not the folder the user stands in. It is the last:
+    # a file in that folder, which may be a stranger's, is not taken for an installed package.
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+        sys.path.append(os.getcwd())
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError, ValueError, TypeError) as error:

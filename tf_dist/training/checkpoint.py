@@ -14,21 +14,22 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import shutil
-import stat
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
+from tf_dist import terminal
 from tf_dist.errors import CheckpointError
 from tf_dist.training import shards
+from tf_dist.training.crc import crc32_of_part
+from tf_dist.training.manifest import STEP_FOLDER as STEP_FOLDER
 from tf_dist.training.manifest import file_sizes, read_manifest
+from tf_dist.untrusted_files import opened, read_bytes, shown
 
-STEP_FOLDER = re.compile(r"step-(\d{8,})", re.ASCII)
 BEST = "best"
 
 
@@ -100,18 +101,19 @@ def read_tensors(
     """
     sizes = file_sizes(manifest["tensors"])
     for name, size in sizes.items():
-        os.close(_opened(path / name, size))
+        _opened(path / name, size).close()
     for entry in manifest["tensors"]:
         if not entry["name"].startswith(prefix):
             continue
         file_path = path / entry["file"]
+        _check_has_room(entry, file_path)
         try:
             # Not one file kept open for each: a large job has written more of them than may be open.
-            with open(_opened(file_path, sizes[entry["file"]]), "rb") as file:
+            with _opened(file_path, sizes[entry["file"]]) as file:
                 file.seek(entry["offset"])
                 raw = file.read(entry["bytes"])
             if len(raw) != entry["bytes"] or zlib.crc32(raw) != entry["crc32"]:
-                raise CheckpointError(f"{file_path}: tensor {entry['name']!r} is damaged (CRC-32)")
+                raise _damaged(entry, file_path)
             dtype = np.dtype(entry["dtype"]).newbyteorder("<")
             yield entry["name"], np.frombuffer(raw, dtype).reshape(entry["shape"])
         except OSError as error:
@@ -120,37 +122,62 @@ def read_tensors(
             raise CheckpointError(f"{file_path}: {error}") from error
 
 
-def _opened(path: Path, size: int) -> int:
+def _opened(path: Path, size: int) -> BinaryIO:
     """A file of a checkpoint, opened: a plain file of this folder, of so many bytes.
 
     Raises:
         CheckpointError: it is not.
     """
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe would be waited for
+        file = opened(path, follow=False)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    found = os.fstat(handle)
-    if stat.S_ISREG(found.st_mode) and found.st_size == size:
-        return handle
-    os.close(handle)
-    what = f"has {found.st_size} bytes, not {size}" if stat.S_ISREG(found.st_mode) else "is no plain file"
-    raise CheckpointError(f"{path} {what}")
+    found = os.fstat(file.fileno()).st_size
+    if found != size:
+        file.close()
+        raise CheckpointError(f"{path} has {found} bytes, not {size}")
+    return file
+
+
+def _check_has_room(entry: Mapping[str, Any], path: Path) -> None:
+    """Refuse a tensor that no machine like this one can have saved: a file with holes may be of any size."""
+    if entry["bytes"] > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        size = f"{entry['bytes'] / 1e9:,.0f} GB"
+        raise CheckpointError(
+            f"{path}: tensor {shown(entry['name'])} has {size}, more than the memory of this machine"
+        )
+
+
+def _damaged(entry: Mapping[str, Any], path: Path) -> CheckpointError:
+    return CheckpointError(f"{path}: tensor {shown(entry['name'])} is damaged (CRC-32)")
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """Read all of a checkpoint, keeping one tensor at a time; its manifest.
+    """Read all of a checkpoint, keeping a little of it at a time; its manifest.
 
     Raises:
         CheckpointError: anything about it is not as it was written.
     """
     manifest = read_manifest(path)
-    for _ in read_tensors(path, manifest):
-        pass
+    for name, size in file_sizes(manifest["tensors"]).items():
+        with _opened(path / name, size) as file:
+            for entry in (one for one in manifest["tensors"] if one["file"] == name):
+                _check_has_room(entry, path / name)
+                _check_sum(file, entry, path / name)
     return manifest
 
 
-def newest(folder: Path, say: Callable[[str], None] = print, after: int = -1) -> Path | None:
+def _check_sum(file: BinaryIO, entry: Mapping[str, Any], path: Path) -> None:
+    """Read a tensor, a little at a time."""
+    try:
+        crc, there = crc32_of_part(file.fileno(), entry["offset"], entry["bytes"])
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    if there != entry["bytes"] or crc != entry["crc32"]:
+        raise _damaged(entry, path)
+
+
+def newest(folder: Path, say: Callable[[str], object] = terminal.write, after: int = -1) -> Path | None:
     """The newest sound checkpoint in ``folder``; None if there has never been one.
 
     Args:
@@ -202,8 +229,7 @@ def prune(folder: Path, keep: int, step: int) -> None:
 def best(folder: Path) -> Path | None:
     """The checkpoint that the file ``best`` names, sound or not; None where there is none."""
     try:
-        with open(folder / BEST, "rb") as file:
-            name = file.read(64).decode("ascii", "replace").strip()
+        name = read_bytes(folder / BEST, 64, follow=False).decode("ascii", "replace").strip()
     except OSError:
         return None
     path = folder / name

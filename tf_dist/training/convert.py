@@ -2,19 +2,22 @@
 
 Out of a foreign file come arrays, never a model: the model is built by our own code from a run's
 ``config.yaml``, and each array has to fit the weight that it is for. Of a ``.keras`` archive only the weights
-are read; its description of a model, which could name any code, is not looked at.
+are read; its description of a model, which could name any code, is not looked at. What Keras writes is of
+stock layers (`tf_dist.models.stock`), so that Keras opens it alone.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tf_dist.atomic_io import replaced
 from tf_dist.errors import BackendMissing, CheckpointError, UsageError
-from tf_dist.files import replaced
+from tf_dist.untrusted_files import opened
 
 if TYPE_CHECKING:
     import keras
@@ -24,6 +27,10 @@ if TYPE_CHECKING:
 SAFETENSORS, WEIGHTS_H5, KERAS = ".safetensors", ".weights.h5", ".keras"
 # What ends so is a file of weights; anything else a run.
 KINDS = (SAFETENSORS, WEIGHTS_H5, KERAS)
+# A file may hold the state of an optimizer as well; what is larger than this is none of this model.
+MOST_TIMES, SLACK_BYTES = 4, 64 << 20
+# Logits of a rebuilt model differ by rounding: relative to the largest of them, or to 1.
+SAME = 1e-5
 
 
 def is_file_of_weights(path: Path) -> bool:
@@ -31,13 +38,14 @@ def is_file_of_weights(path: Path) -> bool:
     return path.name.endswith(KINDS)
 
 
-def convert(source: Path, target: Path, which: str = "latest") -> str:
+def convert(source: Path, target: Path, which: str = "latest", model: str = "") -> str:
     """Write the weights of a run to a file, or those of a file into a new run; what was done.
 
     Args:
         source: a run's folder, or a file of weights.
         target: a file of weights, or the folder of a run which has a config.yaml and no checkpoints.
         which: checkpoint of a run: ``latest``, ``best`` or a path.
+        model: ``package.module:function`` that makes the model of the run, where that is a user's.
 
     Raises:
         UsageError: neither or both are files of weights.
@@ -49,32 +57,83 @@ def convert(source: Path, target: Path, which: str = "latest") -> str:
             f"convert {source} {target}: one of them must be a run's folder, the other a file that ends in "
             f"{', '.join(KINDS)}"
         )
-    return _to_run(source, target) if is_file_of_weights(source) else _to_file(source, target, which)
+    if is_file_of_weights(source):
+        return _to_run(source, target, model)
+    return _to_file(source, target, which, model)
 
 
-def _to_file(run_dir: Path, path: Path, which: str) -> str:
+def _to_file(run_dir: Path, path: Path, which: str, model: str) -> str:
     from tf_dist.training.load import load_run
 
-    run = load_run(str(run_dir), which=which)
+    run = load_run(str(run_dir), which=which, model=model)
     ending = next(kind for kind in KINDS if path.name.endswith(kind))
+    note = ""
     with replaced(path, CheckpointError, ending) as temporary:
         if path.name.endswith(SAFETENSORS):
             _safetensors().save_file(named(run.model), temporary, {"format": "np", "step": str(run.step)})
-        elif path.name.endswith(WEIGHTS_H5):
-            run.model.save_weights(temporary)
         else:
-            run.model.save(temporary)
-        with open(temporary, "rb") as file:
+            note = _save_by_keras(run, temporary, ending)
+        with opened(temporary, follow=False) as file:
             os.fsync(file.fileno())
-    return f"{len(run.model.weights)} weights of step {run.step} are in {path}"
+    return f"{len(run.model.weights)} weights of step {run.step} are in {path}{note}"
 
 
-def _to_run(path: Path, run_dir: Path) -> str:
+def _save_by_keras(run: LoadedRun, path: Path, ending: str) -> str:
+    """Write a file of stock layers, which Keras opens without tf_dist; a note for the reader.
+
+    Raises:
+        UsageError: Keras cannot describe a user's model.
+        CheckpointError: what was rebuilt does not compute what the run's model does.
+    """
+    import keras
+
+    from tf_dist.models.stock import not_stock
+
+    stock = _rebuilt(run.model)
+    model = run.model if stock is None else stock
+    if ending == WEIGHTS_H5:
+        model.save_weights(path)
+        return "" if stock is None else ", under the names of stock Keras layers"
+    try:
+        foreign = not_stock(model)
+        if foreign:  # without get_config they would be saved, and never read again
+            with keras.saving.custom_object_scope({one.__name__: one for one in foreign}):
+                type(model).from_config(model.get_config())
+        model.save(path)
+    except Exception as error:  # whatever a user's get_config, or Keras, raises
+        raise UsageError(
+            f"Keras cannot describe model {run.config.model} in a {KERAS} file ({_first_line(error)}). Its "
+            f"weights can be saved: convert to a file that ends in {WEIGHTS_H5} or {SAFETENSORS}, and load "
+            "them into the model that your code builds. Or give its classes get_config and from_config "
+            "(https://keras.io/guides/serialization_and_saving)"
+        ) from error
+    if not foreign:
+        return "; keras.models.load_model opens it, without tf_dist"
+    names = ", ".join(f"{one.__module__}.{one.__name__}" for one in foreign)
+    return f"; keras.models.load_model opens it where custom_objects has {names}"
+
+
+def _rebuilt(model: keras.Model) -> keras.Model | None:
+    """The model in stock layers, or None where Keras has no graph of it."""
+    from tf_dist.models.stock import difference
+
+    stock = _stock(model)
+    if stock is None or model.compute_dtype != "float32":  # in fewer bits two orders of sums differ visibly
+        return stock
+    if (found := difference(model, stock)) > SAME:
+        raise CheckpointError(
+            f"the model in stock Keras layers computes other logits than the run's (by {found:.1e}): nothing "
+            f"is written. Convert to {SAFETENSORS}, and report this"
+        )
+    return stock
+
+
+def _to_run(path: Path, run_dir: Path, model: str) -> str:
     """Save a checkpoint of step 0, with a fresh optimizer."""
     from tf_dist.training import state
     from tf_dist.training.load import model_of_run
 
-    run = model_of_run(str(run_dir))
+    run = model_of_run(str(run_dir), model)
     checkpoints = run_dir / "checkpoints"
     if checkpoints.exists() and any(checkpoints.iterdir()):
         raise CheckpointError(
@@ -93,15 +152,61 @@ def read(path: Path, model: keras.Model) -> None:
         CheckpointError: it cannot be read, or does not hold the weights of this model.
     """
     try:
+        opened(path, follow=True).close()  # libraries would wait for a named pipe
         if path.name.endswith(SAFETENSORS):
             _read_safetensors(path, model)
         else:
-            model.load_weights(path)  # of a .keras archive as well, and nothing else of it
-    except BackendMissing:
+            _read_by_keras(path, model)
+    except (BackendMissing, MemoryError):
         raise
     except Exception as error:  # whatever the readers of these formats raise
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path} does not hold the weights of this model: {first}") from error
+        raise CheckpointError(
+            f"{path} does not hold the weights of this model: {_first_line(error)}"
+        ) from error
+
+
+def _read_by_keras(path: Path, model: keras.Model) -> None:
+    """Read a file of stock layers; or, as older versions wrote it, of the layers of this model.
+
+    Of a .keras archive only the weights are read, and of HDF5 what a file of weights needs.
+    """
+    from tf_dist.training import hdf5_weights
+
+    bytes_of_model = sum(math.prod(variable.shape) * 8 for variable in model.variables)
+    with hdf5_weights.checked(path, MOST_TIMES * bytes_of_model + SLACK_BYTES) as sound:
+        _load_weights(sound, model)
+
+
+def _load_weights(path: Path, model: keras.Model) -> None:
+    from tf_dist.models.stock import take
+
+    stock = _stock(model)
+    if stock is None:
+        model.load_weights(path)
+        return
+    try:
+        stock.load_weights(path)
+    except Exception as error:
+        try:
+            model.load_weights(path)
+        except Exception:  # the error that counts is that of the form that is written today
+            raise error from None
+        return
+    take(model, stock)
+
+
+def _stock(model: keras.Model) -> keras.Model | None:
+    """`stock_model`; None also where a user's layers cannot be made from their configuration."""
+    from tf_dist.models.stock import stock_model
+
+    try:
+        return stock_model(model)
+    except Exception:  # whatever a user's get_config raises; a .keras file is then refused, by its reason
+        return None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
 
 
 def named(model: keras.Model) -> dict[str, np.ndarray]:

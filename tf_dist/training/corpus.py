@@ -32,7 +32,7 @@ from tf_dist.training.manifest import read_manifest
 DOWNLOADS = Path("data/downloads")
 # Options that decide which tokens a run has, besides its files and the size of the vocabulary.
 OF_DATA = ("data", "text_column", "tokenizer", "val_fraction", "seed", "errors", "max_bytes")
-Say = Callable[[str], None]
+Say = Callable[[str], object]
 
 
 def prepared(config: Config, registry: Path, say: Say) -> Prepared:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tf_dist.errors import CheckpointError
+from tf_dist.errors import CheckpointError, LaunchError
 from tf_dist.training import checkpoint, shards
 from tf_dist.training.manifest import read_manifest
 from tf_dist.training.whole import sha256
@@ -41,6 +42,7 @@ class Flight:
     Args:
         plan: the same on every rank.
         rank: this one.
+        may_write: called on rank 0 before other checkpoints are touched; raises where they must not be.
 
     Attributes:
         step: of the checkpoint.
@@ -48,8 +50,8 @@ class Flight:
         outcome: on rank 0, once it is on the disk: its step, weights_sha256 and val_loss.
     """
 
-    def __init__(self, plan: Plan, rank: int) -> None:
-        self._plan, self._rank = plan, rank
+    def __init__(self, plan: Plan, rank: int, may_write: Callable[[], None] = lambda: None) -> None:
+        self._plan, self._rank, self._may_write = plan, rank, may_write
         self.step = int(plan.final.name.removeprefix("step-"))
         self.error: str | None = None
         self.outcome: dict[str, Any] | None = None
@@ -112,7 +114,7 @@ class Flight:
             self._written.set()
             if self._rank == 0 and not self.error and self._all_recorded():
                 self._commit()
-        except CheckpointError as error:
+        except (CheckpointError, LaunchError) as error:
             self.error = str(error)
         except BaseException as error:  # whatever it is, the other thread is to hear of it
             self.error = f"the checkpoint {self._plan.final} failed: {type(error).__name__}: {error}"
@@ -141,6 +143,7 @@ class Flight:
 
     def _commit(self) -> None:
         plan = self._plan
+        self._may_write()
         with shards.told_apart(plan.final):
             shards.commit(plan.temporary, plan.final, plan.facts, plan.writers)
         if plan.facts.get("val_loss_step") == self.step:  # else it is of an earlier step
@@ -152,5 +155,9 @@ class Flight:
 
 
 def _bytes_in(folder: Path) -> int:
+    size = 0
     with os.scandir(folder) as found:
-        return sum(one.stat().st_size for one in found)
+        for one in found:
+            with contextlib.suppress(FileNotFoundError):  # a record that gets its name at this moment
+                size += one.stat(follow_symlinks=False).st_size
+    return size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tf_dist import faults
+from tf_dist import faults, progress
 from tf_dist.comm.agree import on_root, versions
 from tf_dist.comm.base import Comm
 from tf_dist.comm.launch import stragglers
@@ -21,15 +22,16 @@ from tf_dist.data.prompt import example_prompt
 from tf_dist.errors import CheckpointError, SavedAndStopped
 from tf_dist.parallel.buckets import spent
 from tf_dist.parallel.compressed import Compressed
-from tf_dist.training import checkpoint, state
+from tf_dist.training import checkpoint, shards, state
 from tf_dist.training.begin_again import Deaths
+from tf_dist.training.checked_facts import check_facts
 from tf_dist.training.downpour import Downpour
 from tf_dist.training.environment import bits_of_all, changes
 from tf_dist.training.generate import Sampling, write_on
 from tf_dist.training.manifest import read_manifest
 from tf_dist.training.neighbours import Neighbours
 from tf_dist.training.plots import loss_curve
-from tf_dist.training.rolling_back import kept, roll_back
+from tf_dist.training.rolling_back import kept, roll_back, set_aside_after
 from tf_dist.training.run import RunFolder, point_latest_to
 from tf_dist.training.run_callbacks import Tally
 from tf_dist.training.saving import Saver
@@ -49,6 +51,7 @@ class Job:
         last: the newest value of each metric.
         tally: of the row of the metrics that is under way.
         neighbours: keep copies of what ranks have, in memory.
+        is_elsewhere: what the run goes on from is no checkpoint that ``--resume auto`` would find.
     """
 
     def __init__(
@@ -69,7 +72,10 @@ class Job:
         trainer.lost, trainer.in_place.recoveries = self._deaths.lost, self._deaths.recoveries
         trainer.sentinel.say = trainer.bad.say = run.say
         self._validated: int | None = None  # the step of the last validation of this job
-        self.saver = Saver(trainer, run.checkpoints, config.keep, config.async_save == "on", run.say)
+        self.saver = Saver(
+            trainer, run.checkpoints, config.keep, config.async_save == "on", run.say, run.check_ours
+        )
+        self.is_elsewhere = False
         self._deaths.when_lost[:] = [self.saver.abandon]
         self.neighbours = self._deaths.neighbours or Neighbours(run.say)
         trainer.in_place.when_first.append(run.take_over)
@@ -88,9 +94,35 @@ class Job:
             on_root(self.comm, self.run.set_aside)
             return
         found = on_root(self.comm, self._find)
-        if found is not None:
-            on_root(self.comm, self.corpus.verify)
+        if found is None:
+            on_root(self.comm, lambda: self.run.drop_metrics_after(-1, set_aside=True))
+            return
+        on_root(self.comm, self.corpus.verify)
         self._go_on_from(found)
+
+    @property
+    def _goes_another_way(self) -> bool:
+        """Whether a checkpoint was named to go on from, and this is not done a second time after deaths."""
+        return self.config.resume not in ("auto", "never") and not self._deaths.trainings
+
+    def _leave_other_way(self, source: Path) -> bool:
+        """Set aside what the run folder has of steps that are taken anew; on rank 0.
+
+        So ``--resume auto`` goes on with this way, and not with the one that was left. Returns whether it
+        would not find ``source``.
+        """
+        folder, step = self.run.checkpoints, self.trainer.step
+        if source.resolve().parent != folder.resolve():
+            self.run.set_aside()
+            return True
+        own = folder / source.name
+        count = set_aside_after(folder, step, own)
+        if count:
+            self.run.say(f"{count} checkpoints of steps that are taken anew are now left-step-* in {folder}")
+        elsewhere = own != checkpoint.path_of(folder, step)
+        if not elsewhere:
+            shards.point_to(own, "latest")
+        return elsewhere
 
     def _begin_again(self) -> None:
         """Go on from what this job has saved, or from where it began."""
@@ -111,14 +143,18 @@ class Job:
         if found is None and self.config.resume not in ("auto", "never"):
             found = on_root(self.comm, self._find)
         if found is None:
-            self.run.drop_metrics_after(0)
+            on_root(self.comm, lambda: self.run.drop_metrics_after(-1))
         self._go_on_from(found)
 
     def _go_on_from(self, found: dict[str, Any] | None) -> None:
         if found is None:
             return
         faults.at("load")
-        state.restore(self.trainer, Path(found["path"]))
+        path = Path(found["path"])
+        with progress.task("reading the checkpoint"):
+            state.restore(self.trainer, path)
+        if self._goes_another_way:
+            self.is_elsewhere = on_root(self.comm, lambda: self._leave_other_way(path))
         self._be_at(found, found["path"])
 
     def _be_at(self, facts: dict[str, Any], source: str) -> None:
@@ -126,7 +162,8 @@ class Job:
         self.last["val_loss"] = facts["val_loss"]
         self.trainer.bad.counters, self.trainer.spikes.facts = facts["bad_steps"], facts["spikes"]
         self.tally.go_on_from(facts["row"], facts["last_row"])
-        self.run.drop_metrics_after(self.trainer.step)
+        step, aside = self.trainer.step, self._goes_another_way
+        on_root(self.comm, lambda: self.run.drop_metrics_after(step, aside))
         self.run.say(f"resumed at step {self.trainer.step} from {source}")
 
     def _find(self) -> dict[str, Any] | None:
@@ -134,7 +171,7 @@ class Job:
         wanted = Path(self.config.resume)
         if self.config.resume == "auto":
             path = self._newest()
-        elif (wanted / "manifest.json").exists():
+        elif os.path.lexists(wanted / "manifest.json"):
             path = wanted
         else:
             path = checkpoint.newest(wanted / "checkpoints", self.run.say)
@@ -150,11 +187,14 @@ class Job:
         if path is None:
             return None
         facts = read_manifest(path)["facts"]
+        check_facts(facts, path)
         content = self.corpus.meta["content_sha256"]
         state.check_same_run(facts, self.config, content, self.run.say)
         changed = changes(facts.get("bits_depend_on", {}), self._bits_depend_on)
         if changed:
-            self.run.say("resuming where last bits may differ, for these have changed: " + "; ".join(changed))
+            self.run.say(
+                "resuming where last bits may differ, for these have changed: " + "; ".join(changed)[:2000]
+            )
         return {"path": str(path), **kept(facts)}
 
     def begin(self) -> None:
@@ -169,8 +209,7 @@ class Job:
                 why = "who is left can finish a step"
             self.run.say(f"copies    none are kept in memory: {why}")
         self.run.write("config.yaml", self.config.as_yaml())
-        tokenizer = (self.corpus.path / "tokenizer.json").read_text(encoding="utf-8")
-        self.run.write("tokenizer.json", tokenizer)
+        self.run.write("tokenizer.json", self.corpus.tokenizer_json())
         self.run.status(step=self.trainer.step, val_loss=self.last.get("val_loss"))
         if self.comm.rank == 0:
             point_latest_to(self.run.path)
@@ -257,9 +296,13 @@ class Job:
             self._say_saved(made)
 
     def _compare(self) -> None:
-        on_root(self.comm, self.corpus.check_unchanged)
+        on_root(self.comm, self._check_files)
         self.trainer.put_together()
         self.trainer.sentinel.compare(self.trainer.step)
+
+    def _check_files(self) -> None:
+        self.run.check_ours()
+        self.corpus.check_unchanged()
 
     def _facts(self) -> dict[str, Any]:
         return {
@@ -324,11 +367,9 @@ class Job:
             say(f"exchange     {found}")
         self._say_of_update()
         picture = run.path / "loss.png"
-        if loss_curve(run.metrics, picture, f"{self.config.model}, {self.comm.size} ranks"):
-            say(f"loss curve   {picture}")
-        else:
-            say("no picture of the loss: `pip install matplotlib` draws one")
-        say(f"sample       (after the words before the arrow)\n{sample}")
+        missing = loss_curve(run.metrics, picture, f"{self.config.model}, {self.comm.size} ranks")
+        say(f"no picture of the loss: {missing}" if missing else f"loss curve   {picture}")
+        say(f"sample       (after the words before the arrow)\n{sample}", as_it_is=True)
         prompt = example_prompt(self.corpus.tokenizer, self.corpus.train)
         given = f" --prompt={shlex.quote(prompt)}" if prompt else ""
         say(f"more text    python scripts/generate.py --run-dir {shlex.quote(str(run.path))}{given}")
@@ -354,8 +395,12 @@ class Job:
 
         travel = self.config.update == "zero" and self.config.zero_stage == 3
         count = SAMPLE_TOKENS_OF_TRAVELLERS if travel else SAMPLE_TOKENS
-        made = write_on(logits_at, self.config.seq_len, prompt, count, Sampling())
-        return f"{tokenizer.decode(prompt)} => {tokenizer.decode(list(made))}\n"
+        with progress.task("writing a sample", count, "tokens") as task:
+            made = []
+            for token in write_on(logits_at, self.config.seq_len, prompt, count, Sampling()):
+                made.append(token)
+                task.advance()
+        return f"{tokenizer.decode(prompt)} => {tokenizer.decode(made)}\n"
 
 
 def _summary(last: dict[str, Any]) -> str:

@@ -16,7 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from tf_dist import untrusted_files
 from tf_dist.errors import CheckpointError
+from tf_dist.untrusted_files import shown
 
 FORMAT = "tf_dist checkpoint"
 VERSION, READABLE = 2, (1, 2)
@@ -25,6 +27,7 @@ LIMIT_BYTES = 16 << 20
 DTYPES = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool")  # noqa: E501  # fmt: skip
 # NumPy's own limits; anything beyond is not an array we wrote.
 MOST_DIMENSIONS, LONGEST = 32, 1 << 48
+STEP_FOLDER = re.compile(r"step-(\d{8,})", re.ASCII)
 ONLY_FILE = "tensors.bin"
 # No other name is opened, so no manifest leads out of its folder.
 SHARD_FILE = re.compile(r"shard-[0-9]{4,6}\.bin")
@@ -59,14 +62,17 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file_path} is not the manifest of a checkpoint")
     if not _is_count(manifest.get("version")) or manifest["version"] not in READABLE:
         raise CheckpointError(
-            f"{path} has format version {manifest.get('version')}; this release reads "
+            f"{path} has format version {shown(manifest.get('version'))}; this release reads "
             f"{' and '.join(map(str, READABLE))}"
         )
     if manifest.pop("crc32", None) != crc32_of(manifest):
         raise CheckpointError(f"{file_path} is damaged (CRC-32)")
-    entries, facts, step = (manifest.get(key) for key in ("tensors", "facts", "step"))
+    entries, facts = manifest.get("tensors"), manifest.get("facts")
+    step: Any = manifest.get("step")
     if not isinstance(entries, list) or not isinstance(facts, dict) or not _is_count(step):
         raise CheckpointError(f"{file_path} lacks tensors, facts or step")
+    if step > LONGEST or (STEP_FOLDER.fullmatch(path.name) and path.name != f"step-{step:08d}"):
+        raise CheckpointError(f"{file_path} is of step {shown(step)}, which is not that of its folder")
     for entry in entries:
         _check_entry(entry, file_path)
     if len({entry["name"] for entry in entries}) != len(entries):
@@ -84,12 +90,10 @@ def read_json(path: Path) -> Any:
         CheckpointError: it is missing, too large, or not JSON.
     """
     try:
-        with open(path, "rb") as file:
-            raw = file.read(LIMIT_BYTES + 1)
-        return json.loads(raw) if len(raw) <= LIMIT_BYTES else None
+        return untrusted_files.read_json(path, LIMIT_BYTES)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
 
 
@@ -120,12 +124,16 @@ def _check_entry(entry: Any, path: Path) -> None:
     dtype, size = entry.get("dtype"), entry.get("bytes")
     sound = isinstance(shape, list) and all(map(_is_count, shape)) and dtype in DTYPES and _is_count(size)
     if not sound or not _is_count(entry.get("crc32")):
-        raise CheckpointError(f"{path}: tensor {entry['name']!r} has a shape, dtype or size that cannot be")
+        raise CheckpointError(
+            f"{path}: tensor {shown(entry['name'])} has a shape, dtype or size that cannot be"
+        )
     if len(shape) > MOST_DIMENSIONS or any(length > LONGEST for length in shape):
-        raise CheckpointError(f"{path}: tensor {entry['name']!r} has a shape that cannot be")
+        raise CheckpointError(f"{path}: tensor {shown(entry['name'])} has a shape that cannot be")
     elements = math.prod(shape)
     if elements * np.dtype(dtype).itemsize != size:
-        raise CheckpointError(f"{path}: tensor {entry['name']!r} of {shape} {dtype} cannot have {size} bytes")
+        raise CheckpointError(
+            f"{path}: tensor {shown(entry['name'])} of {shown(shape)} {dtype} cannot have {size} bytes"
+        )
 
 
 def _check_places(entries: list[dict[str, Any]], path: Path) -> None:
@@ -134,9 +142,13 @@ def _check_places(entries: list[dict[str, Any]], path: Path) -> None:
     for entry in entries:
         file, offset = entry.get("file"), entry.get("offset")
         if file != ONLY_FILE and not (isinstance(file, str) and SHARD_FILE.fullmatch(file)):
-            raise CheckpointError(f"{path}: tensor {entry['name']!r} is in {file!r}, which is no shard")
+            raise CheckpointError(
+                f"{path}: tensor {shown(entry['name'])} is in {shown(file)}, which is no shard"
+            )
         if not _is_count(offset) or offset != ends.get(file, 0):
-            raise CheckpointError(f"{path}: tensor {entry['name']!r} cannot begin at {offset!r} of {file}")
+            raise CheckpointError(
+                f"{path}: tensor {shown(entry['name'])} cannot begin at {shown(offset)} of {file}"
+            )
         ends[file] = offset + entry["bytes"]
 
 

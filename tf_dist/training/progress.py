@@ -1,15 +1,18 @@
-"""How rows of metrics are shown while training: plain lines, a bar, or nothing."""
+"""How a training is shown to people: rows of its metrics as plain lines, a bar, or nothing."""
 
 from __future__ import annotations
 
-import os
-import sys
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from tf_dist.comm.base import Comm
-from tf_dist.comm.launch import was_launched
+import keras
+
+from tf_dist import progress
+
+# Seconds without a line after which one is said of a training whose rows are far apart.
+SILENCE_S = 20.0
 
 
 class Show(Protocol):
@@ -18,22 +21,24 @@ class Show(Protocol):
     def __call__(self, row: dict[str, Any]) -> None:
         """Show one row."""
 
+    def step(self, step: int) -> None:
+        """A step has been taken."""
+
     def close(self) -> None:
         """Leave the terminal as it was found."""
 
 
-def display(progress: str, comm: Comm, steps: int, say: Callable[[str], None]) -> Show:
-    """What ``--progress`` asks for; on ranks above 0 nothing that is seen.
+def display(kind: str, steps: int, say: Callable[[str], None]) -> Show:
+    """A display of a training.
 
-    ``auto`` is a bar where one process has a terminal. Under mpirun `isatty` tells nothing: Open MPI gives
-    every rank a terminal of its own.
+    Args:
+        kind: none; bar, on a rank whose output is seen; or plain.
+        steps: of the whole run.
+        say: prints a line, on rank 0; should that die, on the one that takes its place.
     """
-    if progress == "none":
+    if kind == "none":
         return Nothing()
-    if comm.rank:
-        return Lines(steps, say)  # which says nothing, unless rank 0 dies and this one takes its place
-    alone = comm.size == 1 and not was_launched(os.environ) and sys.stdout.isatty()
-    return Bar(steps) if progress == "bar" or (progress == "auto" and alone) else Lines(steps, say)
+    return Bar(steps) if kind == "bar" else Lines(steps, say)
 
 
 class Nothing:
@@ -42,32 +47,56 @@ class Nothing:
     def __call__(self, row: dict[str, Any]) -> None:
         """Show nothing."""
 
+    def step(self, step: int) -> None:
+        """Show nothing."""
+
     def close(self) -> None:
         """Nothing is left open."""
 
 
 class Lines:
-    """Rows as plain lines: they survive ``mpirun``, pipes and log files."""
+    """Rows as plain lines: they survive ``mpirun``, pipes and log files. They fit a narrow terminal."""
 
     def __init__(self, steps: int, say: Callable[[str], None]) -> None:
         self.steps, self.say = steps, say
         self._begun, self._first_step = time.monotonic(), -1
+        self._said = self._begun
 
     def __call__(self, row: dict[str, Any]) -> None:
         """Say one row."""
+        step, self._said = row["step"], time.monotonic()
         if "loss" in row:
-            self.say(
-                f"step {row['step']:>6}/{self.steps}  loss {row['loss']:.4f}  lr {row['learning_rate']:.2e}  "
-                f"grad {row['grad_norm']:.2f}  {row['tokens_per_s']:>9,.0f} tokens/s  "
-                f"step {1e3 * row['step_s']:.0f} ms  comm {1e3 * row['comm_s']:.1f} ms  "
-                f"wait {1e3 * row['wait_s']:.1f} ms  {self._left(row['step'])} left"
-            )
+            parts = [
+                f"loss {row['loss']:.4f}", f"lr {row['learning_rate']:.2e}", f"grad {row['grad_norm']:.2f}",
+                f"{row['tokens_per_s']:>9,.0f} tokens/s", f"step {1e3 * row['step_s']:.0f} ms",
+                f"comm {1e3 * row['comm_s']:.1f} ms", f"wait {1e3 * row['wait_s']:.1f} ms",
+                f"{self._left(step)} left",
+            ]  # fmt: skip
+            self._say(step, parts, (2, 4, 1, 5, 6, 3, 7))
         if "val_loss" in row:
-            bits = f"  bits/byte {row['bits_per_byte']:.3f}" if "bits_per_byte" in row else ""
-            self.say(
-                f"step {row['step']:>6}/{self.steps}  validation loss {row['val_loss']:.4f}  "
-                f"perplexity {row['perplexity']:.2f}  accuracy {row['val_accuracy']:.3f}{bits}"
-            )
+            parts = [
+                f"validation loss {row['val_loss']:.4f}", f"perplexity {row['perplexity']:.2f}",
+                f"accuracy {row['val_accuracy']:.3f}",
+            ]  # fmt: skip
+            if "bits_per_byte" in row:
+                parts.append(f"bits/byte {row['bits_per_byte']:.3f}")
+            self._say(step, parts, (3, 2, 1))
+
+    def _say(self, step: int, parts: Sequence[str], dispensable: Sequence[int]) -> None:
+        """Say a row, on a narrow terminal without what can be spared; metrics.jsonl has all of it."""
+        left = list(range(len(parts)))
+        for number in dispensable:
+            line = f"step {step:>6}/{self.steps}  " + "  ".join(parts[one] for one in left)
+            if progress.fits(line):
+                break
+            left.remove(number)
+        self.say(f"step {step:>6}/{self.steps}  " + "  ".join(parts[one] for one in left))
+
+    def step(self, step: int) -> None:
+        """Say how far it is, where rows are far apart."""
+        if time.monotonic() - self._said > SILENCE_S:
+            self._said = time.monotonic()
+            self.say(f"step {step:>6}/{self.steps}  {self._left(step)} left")
 
     def close(self) -> None:
         """Nothing is left open."""
@@ -82,25 +111,62 @@ class Lines:
 
 
 class Bar:
-    """Rows as a bar on a terminal, with `rich`."""
+    """Rows beside a bar on a terminal."""
 
     def __init__(self, steps: int) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-        self._progress = Progress(*columns)
-        self._task = self._progress.add_task("", total=steps)
-        self._parts: dict[str, str] = {}
-        self._progress.start()
+        self._steps, self._parts = steps, {"loss": "training"}
+        self._stack = contextlib.ExitStack()
+        self._task: progress.Task | None = None
 
     def __call__(self, row: dict[str, Any]) -> None:
         """Show one row."""
         if "loss" in row:
-            self._parts["loss"] = f"loss {row['loss']:.3f}  {row['tokens_per_s']:,.0f} tokens/s"
+            self._parts["loss"] = f"loss {row['loss']:.3f}"
+            self._parts["speed"] = f"{row['tokens_per_s']:,.0f} tokens/s"
         if "val_loss" in row:
-            self._parts["val"] = f"validation {row['val_loss']:.3f}"
-        self._progress.update(self._task, completed=row["step"], description="  ".join(self._parts.values()))
+            self._parts["val"] = f"val {row['val_loss']:.3f}"
+
+    def step(self, step: int) -> None:
+        """Show how far it is."""
+        if self._task is None:
+            self._task = self._stack.enter_context(progress.task("training", self._steps, "steps"))
+            self._task.first = step
+        self._task.title = "  ".join(self._parts.values())
+        self._task.done = step
 
     def close(self) -> None:
         """Leave the terminal as it was found."""
-        self._progress.stop()
+        self._stack.close()
+        self._task = None
+
+
+class ShowSteps(keras.callbacks.Callback):
+    """Tells a display of each step, and shows that the first one is being compiled.
+
+    Args:
+        show: the display.
+        step: gives the number of steps that have been taken.
+    """
+
+    def __init__(self, show: Show, step: Callable[[], int]) -> None:
+        super().__init__()
+        self._show, self._step = show, step
+        self._compiling = contextlib.ExitStack()
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Show that something is done, though no step is over."""
+        self._compiling.enter_context(progress.task("compiling the first step"))
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Count a step."""
+        self._compiling.close()
+        self._show.step(self._step())
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        """There may have been no step to take."""
+        self._compiling.close()
+
+    def close(self) -> None:
+        """Leave the terminal as it was found, however the training has ended."""
+        self._compiling.close()
+        self._show.close()

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tf_dist.atomic_io import sync_folder
 from tf_dist.comm.agree import on_root
 from tf_dist.errors import CheckpointError
-from tf_dist.files import sync_folder
 from tf_dist.training import checkpoint, state
 from tf_dist.training.spikes import BEFORE, Spike
 
@@ -44,7 +44,7 @@ def roll_back(job: Job, spike: Spike) -> bool:
     job.last["val_loss"], trainer.bad.counters = found["val_loss"], found["bad_steps"]
     job.tally.go_on_from(found["row"])
     count = trainer.spikes.go_back(spike.step, step, found["spikes"])
-    on_root(job.comm, lambda: _set_aside_after(run.checkpoints, step))
+    on_root(job.comm, lambda: set_aside_after(run.checkpoints, step))
     run.drop_metrics_after(step)
     run.say(f"{spike}; back to step {step}, and {count} batches from there on are passed over")
     return True
@@ -60,11 +60,20 @@ def _before(folder: Path, step: int, say: Callable[[str], None]) -> dict[str, An
     return None
 
 
-def _set_aside_after(folder: Path, step: int) -> None:
-    """Rename checkpoints of the way that was left, so that nobody goes on from them."""
-    for path in [path for path in checkpoint.listing(folder) if _step_of(path) > step]:
+def set_aside_after(folder: Path, step: int, source: Path | None = None) -> int:
+    """Rename checkpoints of the way that was left, so that nobody goes on from them; how many.
+
+    Args:
+        folder: that holds them.
+        step: of later steps all are renamed.
+        source: what is gone on from: another checkpoint of that very step is renamed as well. None: it stays.
+    """
+    found = [path for path in checkpoint.listing(folder) if _step_of(path) >= step]
+    left = [path for path in found if _step_of(path) > step or (source is not None and path != source)]
+    for path in left:
         os.rename(path, path.with_name(f"left-{path.name}-{secrets.token_hex(4)}"))
     sync_folder(folder)
+    return len(left)
 
 
 def _step_of(path: Path) -> int:

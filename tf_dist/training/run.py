@@ -9,33 +9,35 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
+import secrets
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from tf_dist import faults
+from tf_dist import faults, terminal, untrusted_files
+from tf_dist.atomic_io import temporary_name, write_whole
 from tf_dist.comm import output
 from tf_dist.comm.agree import on_root
 from tf_dist.comm.base import Comm
 from tf_dist.config import Config
-from tf_dist.errors import LaunchError, TfDistError
-from tf_dist.files import write_whole
+from tf_dist.errors import LaunchError
+from tf_dist.progress import fitted
+from tf_dist.restarts import new_folder
+from tf_dist.training import in_use
 from tf_dist.training.background import Background
-from tf_dist.training.in_use import claim
+from tf_dist.training.metrics_file import METRICS as METRICS
+from tf_dist.training.metrics_file import is_no_number, keep_rows
+from tf_dist.training.metrics_file import read_metrics as read_metrics
 from tf_dist.training.status import correct
+from tf_dist.untrusted_files import STATUS_LIMIT_BYTES
 
 # How much of what a rank prints before there is a folder is kept for its log.
 FOREWORD_BYTES = 1 << 20
-METRICS = (
-    "step", "epoch", "loss", "val_loss", "perplexity", "bits_per_byte", "learning_rate", "grad_norm",
-    "tokens", "tokens_per_s", "step_s", "comm_s", "wait_s", "elapsed_s", "bad_steps",
-)  # fmt: skip
 
 
 class Foreword:
@@ -110,46 +112,78 @@ class RunFolder:
             foreword: what was said and printed before, which belongs there as well.
 
         Raises:
-            LaunchError: the folder cannot be written, or another job is at work in it.
+            LaunchError: on every rank, if one cannot write the folder, or another job is at work in it.
         """
-        logs = self.path / "logs"
-        try:
-            logs.mkdir(parents=True, exist_ok=True)
-            self.checkpoints.mkdir(exist_ok=True)
-            probe = self.path / f".writable-{self.comm.rank}"
-            probe.touch()
-            probe.unlink()
-            on_root(self.comm, lambda: claim(self.path))
-            if self.comm.rank == 0:
-                correct(self.path, ours=True)
-            with open(logs / f"rank-{self.comm.rank:04d}.log", "a") as log:
-                if foreword is not None:
-                    log.write(foreword.end(self))
-                    log.flush()
-                self._redirect_to(log.fileno())
-            faults.writes_below(self.path)
-        except OSError as error:
-            raise LaunchError(
-                f"cannot write the run folder {self.path}: {error.strerror}. Choose another with --run-dir"
-            ) from error
+        self._all_can(self._make)
+        on_root(self.comm, self._claim)
+        self._all_can(lambda: in_use.share(self.path))
+        self._all_can(lambda: self._redirect(foreword))
+        faults.writes_below(self.path)
 
-    def _redirect_to(self, log: int) -> None:
+    def _claim(self) -> None:
+        in_use.claim(self.path)
+        correct(self.path, ours=True)
+
+    def _all_can(self, do: Callable[[], None]) -> None:
+        """Do it on every rank, and say once what went wrong on the first one that could not."""
+        problem = ""
+        try:
+            do()
+        except OSError as error:
+            where = f" ({error.filename})" if error.filename else ""
+            problem = (
+                f"cannot write the run folder {self.path}: {error.strerror}{where}. Choose another with "
+                "--run-dir"
+            )
+        except LaunchError as error:
+            problem = str(error)
+        said = next(filter(None, self.comm.allgather_obj(problem)), None)
+        if said:
+            raise LaunchError(said)
+
+    def _make(self) -> None:
+        """The folder, and folders in it; what it has already must not lead elsewhere. Raises `OSError`."""
+        for folder in (self.path / "logs", self.checkpoints):
+            untrusted_files.check_folder(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+        if os.path.lexists(self.metrics):
+            untrusted_files.opened(self.metrics, follow=False).close()
+        probe = temporary_name(self.path / "writable")
+        os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+        probe.unlink()
+
+    def _redirect(self, foreword: Foreword | None) -> None:
         """Let ranks above 0 print to their log: the file descriptors, so that C++ is heard there as well."""
+        path = self.path / "logs" / f"rank-{self.comm.rank:04d}.log"
+        log = untrusted_files.opened_to_append(path)
+        if foreword is not None:
+            untrusted_files.append(path, terminal.printable(foreword.end(self)).encode())
         if self.comm.rank:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            for stream in filter(None, (sys.stdout, sys.stderr)):
+                stream.flush()
             self._console = {stream: os.dup(stream) for stream in (1, 2)}
             os.dup2(log, 1)
             os.dup2(log, 2)
+        os.close(log)
+
+    def check_ours(self) -> None:
+        """See that the folder is there, and that no other job has it; on rank 0, before anything is written.
+
+        Raises:
+            LaunchError: it is not so: the job has to end.
+        """
+        if self.comm.rank == 0:
+            in_use.check(self.path)
 
     def set_aside(self) -> None:
         """Move an earlier run's files to ``earlier-N/``, for nothing may be lost; on rank 0."""
         names = ("checkpoints", "metrics.jsonl", "status.json", "config.yaml", "tokenizer.json")
-        old = [self.path / name for name in names if (self.path / name).exists()]
+        old = [self.path / name for name in names if os.path.lexists(self.path / name)]
         if not any(self.checkpoints.iterdir()):
+            self.keep_whole_rows(-1, set_aside=True)
             return
         number = 1
-        while (self.path / f"earlier-{number}").exists():
+        while os.path.lexists(self.path / f"earlier-{number}"):
             number += 1
         aside = self.path / f"earlier-{number}"
         aside.mkdir()
@@ -158,14 +192,16 @@ class RunFolder:
         self.checkpoints.mkdir()
         self.say(f"the files of an earlier run are now in {aside}")
 
-    def say(self, text: str) -> None:
-        """Print a line, on rank 0, and keep it in its log."""
+    def say(self, text: str, as_it_is: bool = False) -> None:
+        """Print a line, on rank 0, and keep it in its log; broken to fit the terminal, or ``as_it_is``."""
         if self.comm.rank:
             return
         self.later.drain()
-        output.say(text)
-        with contextlib.suppress(OSError), open(self.path / "logs" / "rank-0000.log", "a") as log:
-            log.write(text + "\n")
+        output.say(text if as_it_is else fitted(text))  # though nobody reads (`| head`) the training goes on
+        if in_use.is_ours(self.path):
+            line = (terminal.printable(text) + "\n").encode()
+            with contextlib.suppress(OSError):
+                untrusted_files.append(self.path / "logs" / "rank-0000.log", line)
 
     def write(self, name: str, text: str) -> None:
         """Write a file of the run, whole; on rank 0.
@@ -175,7 +211,8 @@ class RunFolder:
         """
         if self.comm.rank == 0:
             self.later.drain()
-            write_whole(self.path / name, text.encode(), LaunchError)
+            self.check_ours()
+            write_whole(self.path / name, text.encode(errors="backslashreplace"), LaunchError)
 
     def status(self, **changes: Any) -> None:
         """Change what ``status.json`` says."""
@@ -189,21 +226,31 @@ class RunFolder:
             if self._status["state"] == "running":
                 self._status.update(state="stopping", exit_code=code)
                 text = json.dumps(self._status, indent=1) + "\n"
+                in_use.check(self.path)
                 write_whole(self.path / "status.json", text.encode(), LaunchError)
 
     def failed(self, code: int, message: str) -> None:
         """Note in ``status.json`` that the job ends badly; may be called on any rank, by its last breath."""
-        path = self.path / "status.json"
         with contextlib.suppress(Exception):  # it has its own failure to tell of
             self.later.drain()
-        with contextlib.suppress(OSError, ValueError, TfDistError):
-            status = json.loads(path.read_text()) if path.exists() else dict(self._status)
-            last_line = message.strip().splitlines()[-1][:500] if message.strip() else ""
-            status["failures"].append(
-                {"rank": self.comm.rank, "message": last_line, "unix_time": time.time()}
-            )
-            status.update(state="failed", exit_code=code)
-            write_whole(path, (json.dumps(status, indent=1) + "\n").encode(), LaunchError)
+        with contextlib.suppress(Exception):
+            if in_use.is_ours(self.path):
+                status = self._status_there()
+                last_line = message.strip().splitlines()[-1][:500] if message.strip() else ""
+                status["failures"].append(
+                    {"rank": self.comm.rank, "message": last_line, "unix_time": time.time()}
+                )
+                status.update(state="failed", exit_code=code)
+                path = self.path / "status.json"
+                write_whole(path, (json.dumps(status, indent=1) + "\n").encode(), LaunchError)
+
+    def _status_there(self) -> dict[str, Any]:
+        """What ``status.json`` says, if that is of ours; else what we would say."""
+        with contextlib.suppress(OSError, ValueError):
+            found = untrusted_files.read_json(self.path / "status.json", STATUS_LIMIT_BYTES)
+            if isinstance(found, dict) and isinstance(found.get("failures"), list):
+                return found
+        return {**self._status, "failures": list(self._status["failures"])}
 
     def log_metrics(self, row: Mapping[str, Any]) -> None:
         """Append a line to ``metrics.jsonl``, with every key of the contract; on rank 0.
@@ -212,30 +259,42 @@ class RunFolder:
             LaunchError: it cannot be written.
         """
         if self.comm.rank == 0:
-            finite = {key: None if _is_no_number(value) else value for key, value in row.items()}
+            self.check_ours()
+            finite = {key: None if is_no_number(value) else value for key, value in row.items()}
             line = {**dict.fromkeys(METRICS), **finite}
             try:
-                with open(self.metrics, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
+                untrusted_files.append(self.metrics, (json.dumps(line) + "\n").encode())
             except OSError as error:
                 raise LaunchError(
                     f"cannot write {self.metrics}: {error.strerror}. Checkpoints are untouched. "
                     "Make room, and start the same command again: it goes on from the newest one"
                 ) from error
 
-    def drop_metrics_after(self, step: int) -> None:
-        """Forget lines of steps that a resumed run will take again; on rank 0."""
+    def drop_metrics_after(self, step: int, set_aside: bool = False) -> None:
+        """Forget lines of steps that a resumed run will take again; on rank 0. See `keep_whole_rows`."""
         if self.comm.rank == 0:
-            self.keep_whole_rows(step)
+            self.keep_whole_rows(step, set_aside)
 
-    def keep_whole_rows(self, step: int) -> bool:
-        """Drop what is half written, or of a later step; whether a row of this step is there. On rank 0."""
+    def keep_whole_rows(self, step: int, set_aside: bool = False) -> bool:
+        """Let ``metrics.jsonl`` have whole rows up to a step, each step once; on rank 0.
+
+        Args:
+            step: the last one.
+            set_aside: keep other lines in a file ``left-metrics-*.jsonl``, for they may be of another way.
+
+        Returns:
+            Whether a row of this very step is there.
+
+        Raises:
+            LaunchError: it cannot be read or written.
+        """
         self.later.drain()
-        if not self.metrics.exists():
-            return False
-        kept = [row for row in read_metrics(self.metrics) if row["step"] <= step]
-        self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
-        return bool(kept) and kept[-1]["step"] == step
+        self.check_ours()
+        left = self.path / f"left-metrics-{secrets.token_hex(4)}.jsonl" if set_aside else None
+        there, count = keep_rows(self.metrics, step, left)
+        if left is not None and count:
+            self.say(f"{count} lines of metrics.jsonl are now in {left.name}: this run takes other steps")
+        return there
 
     def be_first(self, comm: Comm) -> None:
         """Go on with those who live; whoever is the first of them is the one that others read."""
@@ -247,24 +306,10 @@ class RunFolder:
     def take_over(self) -> None:
         """Be the rank that others read: what it prints is for the terminal from now on."""
         self._is_first = True
-        with contextlib.suppress(LaunchError):  # the one that died may still be going
-            claim(self.path)
+        in_use.check(self.path)
+        in_use.claim(self.path)  # it is the job's: this only says who speaks for it now
         for ours, console in self._console.items():
             os.dup2(console, ours)
-
-
-def _is_no_number(value: Any) -> bool:
-    """Whether JSON has no word for it: a loss or a norm of steps that were skipped."""
-    return isinstance(value, float) and not math.isfinite(value)
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ``metrics.jsonl``; a half-written last line is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return rows
 
 
 def check_folder(config: Config) -> None:
@@ -280,26 +325,41 @@ def check_folder(config: Config) -> None:
         why = why if there.is_dir() else f"{there} is no folder"
         raise LaunchError(f"cannot write the run folder {wanted}: {why}. Choose another with --run-dir")
     if (wanted / "checkpoints").is_dir() and config.run_dir:
-        claim(wanted)
+        in_use.claim(wanted)
 
 
 def choose_folder(config: Config, comm: Comm) -> Path:
-    """The run folder that was asked for, or a new one under ``runs/``, the same on every rank."""
-    name = config.run_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}-{config.model.replace(':', '.')}"
-    name = str(comm.broadcast_obj(name))
-    path, number = Path(name), 1
-    while not config.run_dir and comm.rank == 0 and path.exists():
-        number += 1
-        path = Path(f"{name}-{number}")
-    return Path(comm.broadcast_obj(str(path)))
+    """The run folder that was asked for, or a new one under ``runs/``, the same on every rank; a collective.
+
+    A new one is made at once, so that of jobs which begin in one second each has its own.
+
+    Raises:
+        LaunchError: it cannot be made.
+    """
+    return Path(on_root(comm, lambda: str(_named(config.run_dir) if config.run_dir else _new(config.model))))
+
+
+def _named(run_dir: str) -> Path:
+    """The folder itself where a link was named: ``runs/latest`` may be another one a moment later."""
+    path = Path(run_dir)
+    with contextlib.suppress(OSError, RuntimeError):
+        while path.is_symlink():
+            path = Path(os.path.normpath(path.parent / path.readlink()))
+    return path
+
+
+def _new(model: str) -> Path:
+    return new_folder(f"{time.strftime('%Y%m%d-%H%M%S')}-{model.replace(':', '.')}")
 
 
 def point_latest_to(path: Path) -> None:
     """Let ``runs/latest`` name this run, where it lies under ``runs/``."""
-    if path.parent.name != "runs":
+    if path.parent.name != "runs" or path.name == "latest":
         return
-    link = path.parent / "latest"
-    temporary = path.parent / f".latest-{os.getpid()}"
+    temporary = temporary_name(path.parent / "latest")
     with contextlib.suppress(OSError):
         temporary.symlink_to(path.name)
-        os.replace(temporary, link)
+        try:
+            os.replace(temporary, path.parent / "latest")
+        finally:
+            temporary.unlink(missing_ok=True)

@@ -219,6 +219,7 @@ class SaveRun(keras.callbacks.Callback):
         finish: saves, and returns when that is on the disk; a collective as well. None: as ``save``.
         look: called on every rank before each step.
         saved: called on every rank with what ``finish`` returned.
+        at_once: save before the first step, for where this training goes on from is kept elsewhere.
     """
 
     def __init__(
@@ -229,11 +230,13 @@ class SaveRun(keras.callbacks.Callback):
         finish: Callable[[], Any] | None = None,
         look: Callable[[], None] | None = None,
         saved: Callable[[Any], None] | None = None,
+        at_once: bool = False,
     ) -> None:
         super().__init__()
         self.trainer, self.every, self.save = trainer, every, save
         self.finish, self.look, self.saved = finish or save, look, saved
-        self._saved_step = trainer.step
+        self._saved_step = -1 if at_once else trainer.step
+        self._at_once = at_once
         if every:
             trainer.meets_every.add(every)
 
@@ -241,7 +244,8 @@ class SaveRun(keras.callbacks.Callback):
         """Save the step before this one when it is time."""
         if self.look is not None:
             self.look()
-        if self.every and self.trainer.step % self.every == 0:
+        if self._at_once or (self.every and self.trainer.step % self.every == 0):
+            self._at_once = False
             self._save(self.save)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:

@@ -8,6 +8,7 @@ the last one. After a death what is not finished is given up; the next save is a
 
 from __future__ import annotations
 
+import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -48,6 +49,7 @@ class Saver:
         keep: newest ones kept.
         background: write while training goes on; else a save ends when it is on the disk.
         say: told, on rank 0, what a user might wonder about.
+        may_write: called on rank 0 before anything is written; raises where it must not be.
     """
 
     def __init__(
@@ -57,9 +59,10 @@ class Saver:
         keep: int,
         background: bool = True,
         say: Callable[[str], None] = _unsaid,
+        may_write: Callable[[], None] = lambda: None,
     ) -> None:
         self._trainer, self._folder, self._keep = trainer, folder, keep
-        self._background, self._say = background, say
+        self._background, self._say, self._may_write = background, say, may_write
         self._flight: Flight | None = None
         self._room = np.empty(0, np.uint8)  # for what is being written; from save to save the same
         self._writers: tuple[int, list[int]] = (0, [])  # for so many ranks
@@ -88,7 +91,7 @@ class Saver:
         sizes = [entry.size_bytes for entry in whole.entries]
         writer_of = shards.dealt(sizes, writers)
         mine = whole.shard(writer_of)
-        flight = Flight(plan, trainer.comm.rank)
+        flight = Flight(plan, trainer.comm.rank, self._may_write)
         # Who writes for others would need room for all that they hold.
         near = len(writers) == trainer.comm.size or trainer.mesh.plain
         size = shards.bytes_of(sizes, writer_of, trainer.comm.rank)
@@ -209,7 +212,7 @@ class Saver:
         path = self._folder / f".probe-{secrets.token_hex(8)}"
         with shards.told_apart(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
-            path.touch()
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
         return str(path)
 
 

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from tf_dist.atomic_io import sync_folder, temporary_name, write_synced, write_whole
 from tf_dist.errors import CheckpointError
-from tf_dist.files import sync_folder, temporary_name, write_synced, write_whole
 from tf_dist.training.manifest import DTYPES, NAME, crc32_of, encoded, read_json, shard_file
 
 # A tensor's place in the manifest, its name, and itself.

@@ -16,12 +16,16 @@ from tf_dist.comm.agree import on_root
 from tf_dist.config import Config
 from tf_dist.errors import CheckpointError
 from tf_dist.training import checkpoint
+from tf_dist.training.checked_facts import check_position
 from tf_dist.training.manifest import read_manifest
 from tf_dist.training.meeting import REMEMBERED
 from tf_dist.training.saving import Saver
 from tf_dist.training.trainer import Trainer
 from tf_dist.training.whole import Entry
 
+WEIGHTS = "weights/"
+# Of an option in a message: it may be anybody's.
+LONGEST_SHOWN = 300
 # A checkpoint of another value for one of these is of another run. The rest may change on resume.
 FIXED = (
     "model", "layers", "width", "heads", "seq_len", "tie_embeddings", "vocab_size", "global_batch_size",
@@ -77,8 +81,10 @@ def restore(trainer: Trainer, path: Path) -> None:
     whole = trainer.whole()
 
     def check() -> list[Any]:
-        manifest = checkpoint.verify(path)
-        matching(manifest["tensors"], whole.entries, str(path))
+        manifest = read_manifest(path)
+        check_position(manifest["facts"], path)
+        matching(manifest["tensors"], whole.entries, str(path))  # before anything of foreign size is read
+        checkpoint.verify(path)
         return [manifest["step"], manifest["facts"]]
 
     go_on_at(trainer, *on_root(trainer.comm, check))
@@ -143,18 +149,21 @@ def _check_fits(saved: list[dict[str, Any]], entries: list[Entry], where: str) -
         )
 
 
-def load_weights(model: Any, tensors: Mapping[str, np.ndarray], path: Path) -> None:
-    """Give a model the weights of a checkpoint, without an optimizer.
+def load_weights(model: Any, path: Path) -> int:
+    """Give a model the weights of a checkpoint, without an optimizer; the step it is of.
 
     Raises:
-        CheckpointError: the checkpoint is of another model.
+        CheckpointError: the checkpoint is damaged, or of another model.
     """
-    saved = [tensor for name, tensor in tensors.items() if name.startswith("weights/")]
+    manifest = read_manifest(path)
     shapes = [tuple(variable.shape) for variable in model.weights]
-    if [tensor.shape for tensor in saved] != shapes:
+    saved = [one for one in manifest["tensors"] if one["name"].startswith(WEIGHTS)]
+    if [tuple(one["shape"]) for one in saved] != shapes:  # before anything of foreign size is read
         raise CheckpointError(f"{path} does not hold the weights of this model")
-    for variable, tensor in zip(model.weights, saved, strict=True):
+    tensors = checkpoint.read_tensors(path, manifest, WEIGHTS)
+    for variable, (_, tensor) in zip(model.weights, tensors, strict=True):
         variable.assign(tensor)
+    return int(manifest["step"])
 
 
 def check_same_run(
@@ -179,7 +188,7 @@ def check_same_run(
         content_sha256,
     )
     changed = [key for key in now if before.get(key) != now[key] and key not in FREE]
-    lines = {key: f"{key}: {before.get(key)} -> {now[key]}" for key in changed}
+    lines = {key: f"{key}: {str(before.get(key))[:LONGEST_SHOWN]} -> {now[key]}" for key in changed}
     fatal = [lines[key] for key in changed if key in FIXED or key == "data's SHA-256"]
     if fatal:
         raise CheckpointError(

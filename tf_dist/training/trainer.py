@@ -355,8 +355,7 @@ class Trainer:
         sequences = self.sequences(tokens)
         held_out = None if validation is None else self.sequences(validation)
         check_token_ids(self.model, self.mesh, self.comm, sequences, held_out)
-        whole = self.sampler(sequences).steps_per_epoch
-        self.stopped = False
+        self.stopped, whole = False, self.sampler(sequences).steps_per_epoch
         fit = Fit(
             self,
             sequences,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tf_dist import faults
+from tf_dist import faults, progress
 from tf_dist.data.sampler import share
 from tf_dist.data.tokens import Sequences
 from tf_dist.errors import DataError
@@ -32,7 +32,8 @@ def validated(trainer: Trainer, sequences: Sequences, text_bytes: int) -> dict[s
     indices[indices >= len(sequences)] = -1
     mine = share(totals.micro_batches, mesh.at[DATA], mesh.shape[DATA])
     batches = [trainer.micro_batch(sequences, number, indices[number * rows :]) for number in mine]
-    trainer.passes.evaluate(batches, totals)
+    with progress.task("validating", len(batches), "micro-batches") as task:
+        trainer.passes.evaluate(progress.Counted(batches, task), totals)
     sums = totals.reduce(trainer.comm)
     if not sums[TOKENS]:
         raise DataError("there is no validation text: raise --val-fraction, or set --eval-every 0")

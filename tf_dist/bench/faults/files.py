@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from tf_dist import files
+from tf_dist import atomic_io
 from tf_dist.bench import running
 from tf_dist.errors import CheckpointError
 from tf_dist.training import checkpoint, shards
@@ -160,7 +160,7 @@ def _count_calls(last: int) -> None:
 
     for name in ("fsync", "rename", "replace", "mkdir", "rmdir", "unlink"):
         setattr(os, name, _after(called, getattr(os, name)))
-    for module in (shards, files):
+    for module in (shards, atomic_io):
         setattr(module, "open", partial(_Cut, called))  # noqa: B010 - a module has no such name of its own
 
 

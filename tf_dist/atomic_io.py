@@ -1,38 +1,45 @@
-"""Files that are written whole or not at all, and read with a limit."""
+"""Files that are written whole or not at all, under a name of our own until they are.
+
+A temporary name is random and must not be there yet (O_EXCL), and takes the place of the file by a rename: so
+nothing is written through a link that somebody has put in a folder. Reading is `tf_dist.untrusted_files`'s.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from tf_dist.errors import DataError, TfDistError
+from tf_dist.untrusted_files import opened, read_bytes
 
 BLOCK_BYTES = 1 << 20
 
 
-def read_capped(path: Path, limit_bytes: int) -> bytes:
-    """The bytes of a file that we expect to be small.
+def read_capped(path: Path, limit_bytes: int, *, follow: bool = True) -> bytes:
+    """The bytes of a regular file that we expect to be small.
+
+    Args:
+        path: of the file.
+        limit_bytes: it may have.
+        follow: whether it may be a link; not where it lies in a run folder.
 
     Raises:
-        DataError: not there, not readable, or larger than ``limit_bytes``.
+        DataError: not there, not readable, no regular file, or larger than ``limit_bytes``.
     """
     try:
-        with open(path, "rb") as file:
-            data = file.read(limit_bytes + 1)
+        return read_bytes(path, limit_bytes, follow=follow)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}. Check the path.") from error
-    if len(data) > limit_bytes:
-        raise DataError(f"{path} is larger than {limit_bytes:,} bytes, so it is not what we expected.")
-    return data
 
 
 def temporary_name(path: Path) -> Path:
     """A name beside ``path`` that nobody else uses; what lies there after a crash may be deleted."""
-    return path.with_name(f".tmp-{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
+    return path.with_name(f".tmp-{path.name}-{os.getpid()}-{secrets.token_hex(8)}")
 
 
 def write_whole(path: Path, data: bytes, failure: type[TfDistError] = DataError) -> None:
@@ -43,6 +50,16 @@ def write_whole(path: Path, data: bytes, failure: type[TfDistError] = DataError)
     """
     with replaced(path, failure) as temporary:
         write_synced(temporary, data)
+
+
+def write_in_place_of(
+    path: Path, write: Callable[[BinaryIO], object], failure: type[TfDistError] = DataError
+) -> None:
+    """`write_whole` for what is too large to be held: ``write`` is given a new file to write to."""
+    with replaced(path, failure) as temporary, open(temporary, "xb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextmanager
@@ -81,17 +98,17 @@ def write_synced(path: Path, data: bytes) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
 
 
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal. Raises `OSError`."""
+def sha256_of(path: Path, *, follow: bool = True) -> str:
+    """The SHA-256 of a regular file, in hexadecimal; ``follow`` as of `read_capped`. Raises `OSError`."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with opened(path, follow=follow) as file:
         while block := file.read(BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()

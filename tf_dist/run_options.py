@@ -1,0 +1,83 @@
+"""Options of an existing run, where a command line goes on with it: what it does not say is as it was.
+
+A run folder may have come from elsewhere: its file gives values, and gets no code run.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tf_dist import terminal
+from tf_dist.choices import BELONGS_TO
+from tf_dist.config import BPE_DEFAULT_VOCAB
+from tf_dist.errors import LaunchError
+from tf_dist.untrusted_files import shown
+
+# Of a start, not of a run: --resume never must not be repeated by a start that only names the folder.
+OF_A_START = ("run_dir", "resume", "progress")
+# Of two options that say the same, the one that is given puts the other out of force.
+INSTEAD = {"steps": "epochs", "epochs": "steps"}
+# Who has one of these beside it is a run's file.
+OF_A_RUN = ("checkpoints", "status.json", "metrics.jsonl", "in-use.json", "tokenizer.json")
+
+
+def still_hold(of_run: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a run that hold for a command line.
+
+    Args:
+        of_run: its config.yaml, as read.
+        given: the options among the flags.
+    """
+    held = {name: value for name, value in of_run.items() if name not in OF_A_START}
+    for name, other in INSTEAD.items():
+        if given.get(name):
+            held.pop(other, None)
+    for name, (chooser, wanted) in BELONGS_TO.items():
+        if chooser in given and given[chooser] not in wanted:
+            held.pop(name, None)
+    if given.get("pipeline_parallel", held.get("pipeline_parallel")) != held.get("pipeline_parallel"):
+        held.pop("pipeline_cuts", None)
+    # config.yaml has the size that came of it, and tokens were prepared by what was asked for.
+    if held.get("tokenizer") != "bpe" or held.get("vocab_size") == BPE_DEFAULT_VOCAB:
+        held.pop("vocab_size", None)
+    return held
+
+
+def check_named(model: str, named: str, source: str) -> None:
+    """Let code of a user run only where this command line names it, never because a run's file does.
+
+    Args:
+        model: what the file says.
+        named: by ``--model`` on the command line; empty: nothing.
+        source: the file.
+
+    Raises:
+        LaunchError: the file names code that the command line does not.
+    """
+    if ":" in model and model != named:
+        others = f"not {shown(named)}" if named else "and code runs only where the command line names it"
+        raise LaunchError(
+            f"{source} says that the model is made by {shown(model)}, {others}. If you trust that code, add "
+            f"--model {shlex.quote(terminal.printable(model)[:200])}"
+        )
+
+
+def lies_in_a_run(path: Path) -> bool:
+    """Whether a file lies in a run folder, which may have come from elsewhere: then it is data."""
+    folders = (path.parent, Path(os.path.realpath(path)).parent)
+    return any(os.path.lexists(folder / name) for folder in folders for name in OF_A_RUN)
+
+
+def in_its_own_folder(values: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The options of a run, meant for the folder that they lie in, wherever that has been since.
+
+    ``resume`` held for the start that wrote them: to do it again would set aside what was done since.
+    """
+    if path.name != "config.yaml" or not os.path.lexists(path.parent / "checkpoints"):
+        return values
+    kept = {name: value for name, value in values.items() if name != "resume"}
+    return {**kept, "run_dir": os.path.relpath(path.parent)} if "run_dir" in kept else kept
