@@ -99,8 +99,8 @@ def _ranks_of_fit(model: Any, data: Any) -> Comm | None:
     if is_independent():
         if found and found[0].comm.size > 1:
             raise UsageError(
-                "this optimizer is distributed, and tf_dist.independent() is for models that each rank trains "
-                "by itself: give the model an optimizer of its own"
+                "this optimizer is distributed, and tf_dist.independent() is for models that each rank "
+                "trains by itself: give the model an optimizer of its own"
             )
         return None
     comms = {id(optimizer.comm): optimizer.comm for optimizer in found}
