@@ -61,10 +61,20 @@ def fit_keras(comm, callbacks, epochs=EPOCHS, verbose=0, **more):
     model = distributed(comm, **more)
     x = rows_of(comm.rank)
     model.fit(
-        x, target(x), batch_size=2 + comm.rank, epochs=epochs, verbose=verbose, shuffle=False,
-        validation_data=(x + 1, target(x)), validation_batch_size=99, callbacks=callbacks,
+        of_this_rank(comm, x, target(x)), epochs=epochs, verbose=verbose,
+        validation_data=of_this_rank(comm, x + 1, target(x), 99), callbacks=callbacks,
     )  # fmt: skip
     return model
+
+
+def of_this_rank(comm, x, y, batch_size=None):
+    """Rows that this rank brings by itself, in batches of another size than those of the others."""
+    import tensorflow as tf
+
+    import tf_dist
+
+    batches = tf.data.Dataset.from_tensor_slices((x, y)).batch(batch_size or 2 + comm.rank)
+    return tf_dist.shard(batches, comm, sharded=True)
 
 
 def fit_ours(comm, callbacks, epochs=EPOCHS, rate=0.1, update="allreduce", **more):
@@ -292,10 +302,8 @@ def test_terminate_on_nan(connected, everyone):
     if connected.rank == connected.size - 1:
         y[:] = np.nan
     count = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: batches.append(batch))
-    model.fit(
-        x, y, batch_size=2 + connected.rank, epochs=4, verbose=0,
-        callbacks=[keras.callbacks.TerminateOnNaN(), count],
-    )  # fmt: skip
+    callbacks = [keras.callbacks.TerminateOnNaN(), count]
+    model.fit(of_this_rank(connected, x, y), epochs=4, verbose=0, callbacks=callbacks)
     assert everyone(batches) == [[0]] * connected.size
     with pytest.raises(NumericError):
         fit_ours(connected, [keras.callbacks.TerminateOnNaN()], rate=float("inf"))
@@ -360,7 +368,7 @@ def test_a_wish_between_hooks_waits_for_the_end_of_the_epoch(connected, everyone
 
     model.train_step = wishing
     count = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: None)
-    history = model.fit(x, target(x), batch_size=2 + connected.rank, epochs=5, verbose=0, callbacks=[count])
+    history = model.fit(of_this_rank(connected, x, target(x)), epochs=5, verbose=0, callbacks=[count])
     assert everyone(len(history.epoch)) == [1] * connected.size
     assert everyone(int(model.optimizer.iterations)) == [BATCHES] * connected.size
 
@@ -379,18 +387,21 @@ def test_logs_are_those_of_all_samples(connected, everyone):
     expected = trained | {f"val_{name}": value for name, value in held_out.items()}
     assert found == pytest.approx(expected, rel=1e-5)
     mine = rows_of(connected.rank)
-    together = model.evaluate(mine, target(mine), verbose=0, return_dict=True)
+    data = of_this_rank(connected, mine, target(mine))
+    together = model.evaluate(data, verbose=0, return_dict=True)
     assert together == pytest.approx(trained, rel=1e-5)
 
 
 def test_average_metrics_by_hand(connected, everyone):
     """Without `distribute`, and the callback in the list."""
+    import tf_dist
     from tf_dist import callbacks
 
     model = compiled(rate=0.0)
     x = rows_of(connected.rank)
     data = {"batch_size": 2 + connected.rank, "verbose": 0, "validation_data": (x + 1, target(x))}
-    history = model.fit(x, target(x), callbacks=[callbacks.AverageMetrics(connected)], **data).history
+    with tf_dist.independent():
+        history = model.fit(x, target(x), callbacks=[callbacks.AverageMetrics(connected)], **data).history
     assert same(everyone, history)
     reference = fit_keras(connected, [], epochs=1, rate=0.0).history.history
     assert history == {name: pytest.approx(values, rel=1e-6) for name, values in reference.items()}

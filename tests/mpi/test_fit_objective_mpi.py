@@ -19,6 +19,7 @@ IDS = RNG.integers(1, V, (N, T))
 IDS[np.arange(T)[None] >= np.where(np.arange(N) % 8 < 4, 1, T)[:, None]] = 0
 NEXT = (3 * IDS) % V
 WEIGHTS = RNG.uniform(0.1, 3, N).astype(np.float32)
+up_to_two = pytest.mark.skipif(MPI.COMM_WORLD.size > 2, reason="one and two ranks show it")
 
 
 def dense(**more):
@@ -209,7 +210,11 @@ def trained(case, optimizer, seed):
     return [np.asarray(one.value) for one in model.weights], history.history
 
 
-@pytest.mark.parametrize("case", CASES)
+# With more ranks the last batch leaves some without a row: these tell.
+WITH_EMPTY_RANKS = ["mask_zero", "none", "a masked mean", "add_loss mean", "a step's mean", "batch norm"]
+
+
+@pytest.mark.parametrize("case", CASES if MPI.COMM_WORLD.size <= 2 else WITH_EMPTY_RANKS)
 def test_the_objective_is_that_of_one_process(connected, everyone, case):
     import keras
 
@@ -339,7 +344,7 @@ EXPECTED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", EXPECTED)
+@pytest.mark.parametrize("kind", EXPECTED if MPI.COMM_WORLD.size <= 2 else ["beta", "last row"])
 def test_ranks_that_differ_are_refused(connected, everyone, kind):
     import tf_dist
 

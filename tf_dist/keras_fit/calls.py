@@ -121,9 +121,9 @@ def _ranks_of_fit(model: Any, data: Any) -> Comm | None:
     if missing := missing_ranks(comm):
         raise UsageError(
             f"model.fit on rank {comm.rank} of {comm.size}: its optimizer is not distributed, and "
-            f"{named(missing)} did not come to fit within {PATIENCE_S:.0f} s. For all ranks to train one model, "
-            "call fit on all of them: model.compile(tf_dist.distribute(optimizer, comm), ...). For a model that "
-            "this rank trains by itself: with tf_dist.independent(): model.fit(...)"
+            f"{named(missing)} did not come to fit within {PATIENCE_S:.0f} s. For all ranks to train one "
+            "model, call fit on all of them: model.compile(tf_dist.distribute(optimizer, comm), ...). For a "
+            "model that this rank trains by itself: with tf_dist.independent(): model.fit(...)"
         )
     self_test.run()
     for optimizer in optimizers_of(model):

@@ -113,7 +113,7 @@ class Distributed:
         elif any(getattr(variable, "overwrite_with_gradient", False) for variable in variables):
             grads = self._mean_of_overwriting(grads, variables)
         super().apply(grads, trainable_variables)  # type: ignore[misc]
-        order_after(self.iterations.value)  # accumulated gradients cross in a branch
+        order_after(self._iterations.value)  # accumulated gradients cross in a branch
         return None
 
     def _mean_of_overwriting(self: Any, grads: list[Any], variables: list[Any]) -> list[Any]:

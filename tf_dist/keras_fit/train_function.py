@@ -9,6 +9,7 @@ weights from time to time (`fit_consistency`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import wraps
 from itertools import chain, islice
@@ -69,12 +70,12 @@ def _over_ranks(make: Callable[..., Any], kind: str) -> Callable[..., Any]:
                 "jit_compile: training steps are compiled without XLA, which cannot reach the other ranks"
             )
         self.jit_compile = False
-        object.__setattr__(self, f"{kind}_step", _scoped(self, step, session, kind == "train"))
+        scoped = _scoped(self, step, session, kind == "train")
         try:
-            made = make(self, force)
+            with _attribute(self, f"{kind}_step", scoped):
+                made = make(self, force)
         finally:
             self.jit_compile = jit_compile
-            object.__delattr__(self, f"{kind}_step")
         function = getattr(self, name)
         function = _step_by_step(self, function)
         function = _checked(self, function, step, session) if kind == "train" else _translated(function)
@@ -83,6 +84,20 @@ def _over_ranks(make: Callable[..., Any], kind: str) -> Callable[..., Any]:
         return made
 
     return make_function
+
+
+@contextmanager
+def _attribute(model: Any, name: str, value: Any) -> Iterator[None]:
+    """Let a model have an attribute for a while; past Keras, which would track it."""
+    missing = object()
+    before = vars(model).get(name, missing)
+    object.__setattr__(model, name, value)
+    try:
+        yield
+    finally:
+        object.__delattr__(model, name)
+        if before is not missing:
+            object.__setattr__(model, name, before)
 
 
 def _scoped(model: Any, step: Function, session: FitSession, training: bool) -> Function:
@@ -104,7 +119,7 @@ def _scoped(model: Any, step: Function, session: FitSession, training: bool) -> 
                 scope.share()  # now: whatever asks for it later may do so inside of a branch
                 logs = step(data)
                 for optimizer in distributed_of(model):
-                    order_after(optimizer.iterations.value)
+                    order_after(optimizer._iterations.value)
                 return of_all_rows(logs, scope)
 
     return scoped
