@@ -388,8 +388,9 @@ class Trainer:
             find_moving(self)
         self.tuning.choose()
         if not self._begun:
-            refuse_probabilities(self, sequences)
-            compare_gradients(self, sequences, self.sampler(sequences))
+            with ids_of_this_model():
+                refuse_probabilities(self, sequences)
+                compare_gradients(self, sequences, self.sampler(sequences))
             warn_of_foreign_loss(self.model, self.comm)
         self._warn_of_foreign_draws()
         self._say_if_variables_step_alone()
