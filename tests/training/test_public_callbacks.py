@@ -260,7 +260,7 @@ def test_average_metrics_of_what_cannot_be_summed():
 
 
 def test_average_metrics_of_ranks_with_other_metrics():
-    comm = Pair(lambda value: value[:-1] + [value[-1] + 1] if isinstance(value, list) else value)
+    comm = Pair(lambda kinds_and_size: [*kinds_and_size[:-1], kinds_and_size[-1] + 1])
     model = model_of()
     x = np.ones((4, 2), np.float32)
     logs = dict(model.evaluate(x, x[:, :1], verbose=0, return_dict=True))
