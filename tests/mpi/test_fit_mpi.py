@@ -218,7 +218,12 @@ def test_the_ranks_talk_once_for_an_accumulated_gradient(connected):
         before = connected.calls
         parallel(functional, optimizer, connected)
         calls.append(connected.calls - before)
-    assert calls[0] - calls[1] == 2 * (steps - steps // 3)  # a roll call and a gradient
+    gradients = (steps, steps // 3)
+    compared = [
+        count.bit_length() for count in gradients
+    ]  # data, after the first, second, fourth ... of them
+    # A roll call and a gradient; lengths and digests of what was read.
+    assert calls[0] - calls[1] == 2 * (gradients[0] - gradients[1]) + 2 * (compared[0] - compared[1])
 
 
 @pytest.mark.parametrize("graph", [True, False])

@@ -48,6 +48,7 @@ from tf_dist.keras_fit.fit_session import (
 from tf_dist.keras_fit.optimizers_of import distributed_of, optimizers_of
 from tf_dist.keras_fit.rendezvous import PATIENCE_S, missing_ranks
 from tf_dist.keras_fit.unweighted import without_weights
+from tf_dist.training.replicated import deferred_starts
 
 Method = Callable[..., Any]
 
@@ -79,7 +80,8 @@ def _fit(fit: Method) -> Method:
         session = _ready(self, comm)
         session.in_fit = True
         try:
-            with under_way(Call(comm, training=True)):
+            # Whoever builds an optimizer on one rank only (`BackupAndRestore`): `begin` shares all state.
+            with under_way(Call(comm, training=True)), deferred_starts():
                 check_meaning(self, comm, _facts(given))
                 history = fit(self, *arguments, **words)
         finally:
