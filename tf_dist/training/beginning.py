@@ -213,8 +213,13 @@ def refuse_probabilities(trainer: Trainer, sequences: Sequences) -> None:
     model = trainer.model
     if head_of(model) is not None:  # ours, which end in a product with the table of the embedding
         return
+    last = (getattr(model, "layers", None) or [None])[-1]
+    if not _has_own_call(model) and getattr(last, "activation", None) is keras.activations.linear:
+        return  # nothing is to be computed
     x_1xT, _ = sequences.rows(np.zeros(1, np.int64))
-    logits_TxV = np.asarray(trainer.passes.logits(x_1xT))
+    whole = trainer.mesh.plain and not isinstance(trainer.replica, GatheredReplica)
+    # Eagerly, where this rank has all weights: a trace takes as long as that of a training step.
+    logits_TxV = np.asarray(model(x_1xT, training=False)[0] if whole else trainer.passes.logits(x_1xT))
     if logits_TxV.shape[-1] < 2 or logits_TxV.min() < 0:
         return
     if np.allclose(logits_TxV.sum(axis=-1), 1.0, atol=1e-2):
@@ -224,6 +229,11 @@ def refuse_probabilities(trainer: Trainer, sequences: Sequences) -> None:
             "learnt. Leave out the last softmax, as in Dense(vocabulary) without activation='softmax'; "
             "keras.ops.softmax(model(tokens)) gives the probabilities"
         )
+
+
+def _has_own_call(model: keras.Model) -> bool:
+    """Whether a model is something else than Keras's Functional or Sequential: its layers tell nothing."""
+    return not type(model).call.__module__.startswith("keras.src.")
 
 
 def warn_of_foreign_loss(model: keras.Model, comm: Comm) -> None:
