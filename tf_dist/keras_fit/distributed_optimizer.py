@@ -22,6 +22,7 @@ from tf_dist.comm.agree import agree
 from tf_dist.comm.base import Comm
 from tf_dist.errors import UsageError
 from tf_dist.keras_fit.gradient_reduction import Reduction, order_after
+from tf_dist.keras_fit.names import name_of
 from tf_dist.keras_fit.step_scope import StepScope, active
 from tf_dist.training.replicated import broadcast, starts_are_deferred
 
@@ -167,11 +168,6 @@ def by_law(grads: Sequence[Any], scope: StepScope) -> list[Any]:
         return tf.where(any_rows, tf.cast(factor, grad.dtype) * grad, tf.zeros_like(grad))
 
     return [None if grad is None else scaled(grad) for grad in grads]
-
-
-def name_of(variable: Any) -> str:
-    """The path of a Keras variable, or the name of one of TensorFlow's."""
-    return str(getattr(variable, "path", None) or variable.name)
 
 
 def _needs_slices(optimizer: Any) -> bool:

@@ -8,7 +8,6 @@ optimizer, bit for bit, after steps 1, 2, 4 ... 64, after every 100 from then on
 from __future__ import annotations
 
 import json
-import re
 from typing import Any
 
 import keras
@@ -17,6 +16,7 @@ import numpy as np
 from tf_dist.comm.agree import agree
 from tf_dist.comm.base import Comm
 from tf_dist.errors import LaunchError
+from tf_dist.keras_fit.names import unnumbered
 from tf_dist.keras_fit.optimizers_of import optimizers_of
 from tf_dist.training.compare import splits
 
@@ -103,7 +103,7 @@ def _weights_differ(ours: list[Any], theirs: list[Any]) -> str:
     names, others = [one[0] for one in ours], [one[0] for one in theirs]
     same_names = sorted(names) == sorted(others)
     for place, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
-        unnumbered = mine[1] == other[1] and _unnumbered(mine[0]) == _unnumbered(other[0])
+        unnumbered = mine[1] == other[1] and unnumbered(mine[0]) == unnumbered(other[0])
         if mine != other and (same_names or not unnumbered):
             order = (
                 ". The same names stand in another order: a Python set, which has another one in each "
@@ -113,11 +113,6 @@ def _weights_differ(ours: list[Any], theirs: list[Any]) -> str:
             )
             return f"weight {place} is {mine[0]} {mine[1]} on one, {other[0]} {other[1]} on the other{order}"
     return ""
-
-
-def _unnumbered(path: str) -> str:
-    """A path without the numbers that Keras adds to names: how many layers were made before may differ."""
-    return "/".join(re.sub(r"_\d+$", "", part) for part in path.split("/"))
 
 
 def check_meaning(model: Any, comm: Comm, more: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from tf_dist.keras_fit.names import unnumbered
 from tf_dist.keras_fit.step_scope import active
 
 
@@ -37,12 +38,12 @@ def _global_moments(original: Callable[..., Any]) -> Callable[..., Any]:
             weight = tf.broadcast_to(tf.cast(mask, inputs.dtype)[..., None], tf.shape(inputs))
             epsilon = keras.config.epsilon()  # as Keras has it with a mask
         count, total = tf.reduce_sum(weight, axes), tf.reduce_sum(inputs * weight, axes)
-        sums = scope.reduction.sum(tf.stack([count, total]), f"the mean of {self.path}")
+        sums = scope.reduction.sum(tf.stack([count, total]), f"the mean of {unnumbered(self.path)}")
         count, mean = sums[0] + epsilon, tf.math.divide_no_nan(sums[1], sums[0] + epsilon)
         shape = [1] * len(inputs.shape)
         shape[self.axis] = -1
         squares = tf.reduce_sum(tf.square(inputs - tf.reshape(mean, shape)) * weight, axes)
-        squares = scope.reduction.sum(squares, f"the variance of {self.path}")
+        squares = scope.reduction.sum(squares, f"the variance of {unnumbered(self.path)}")
         return mean, tf.math.divide_no_nan(squares, count)
 
     return moments

@@ -22,10 +22,11 @@ import tensorflow as tf
 from tf_dist.comm.base import SerialComm
 from tf_dist.errors import LaunchError, UsageError, behind
 from tf_dist.keras_fit import rank_randomness
-from tf_dist.keras_fit.distributed_optimizer import by_law, name_of
+from tf_dist.keras_fit.distributed_optimizer import by_law
 from tf_dist.keras_fit.fit_session import FitSession
 from tf_dist.keras_fit.global_losses import is_users
 from tf_dist.keras_fit.gradient_reduction import Reduction
+from tf_dist.keras_fit.names import name_of
 from tf_dist.keras_fit.optimizers_of import optimizers_of
 from tf_dist.keras_fit.row_exchange import first_rows, rows_of_all
 from tf_dist.keras_fit.step_scope import Law, StepScope, entered
