@@ -103,8 +103,8 @@ def _weights_differ(ours: list[Any], theirs: list[Any]) -> str:
     names, others = [one[0] for one in ours], [one[0] for one in theirs]
     same_names = sorted(names) == sorted(others)
     for place, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
-        unnumbered = mine[1] == other[1] and unnumbered(mine[0]) == unnumbered(other[0])
-        if mine != other and (same_names or not unnumbered):
+        alike = mine[1] == other[1] and unnumbered(mine[0]) == unnumbered(other[0])
+        if mine != other and (same_names or not alike):
             order = (
                 ". The same names stand in another order: a Python set, which has another one in each "
                 "process, may have made the layers"
