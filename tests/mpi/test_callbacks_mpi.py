@@ -195,6 +195,8 @@ def test_tensorboard(connected, everyone, folder, fit):
     """One file of events for each kind, by rank 0, and in them the logs of all ranks."""
     import keras
 
+    keras.backend.clear_session()  # names in the files are rank 0's: let all ranks count layers alike
+
     board = keras.callbacks.TensorBoard(folder, histogram_freq=1, update_freq=1, write_steps_per_second=True)
     model = fit(connected, [board])
     found = files(folder)
