@@ -13,7 +13,7 @@ PY := $(VENV)/bin/python
 MPIRUN ?= $(VENV)/bin/mpirun
 MPIFLAGS ?=
 # Seconds after which a test launch counts as hanging.
-TEST_TIMEOUT ?= 900
+TEST_TIMEOUT ?= 1500
 
 # Open MPI refuses root, and more ranks than cores, unless told otherwise. `make install` writes the same
 # into .venv/bin/activate (scripts/mpi_environment.sh), so that plain mpirun lines work as well.
