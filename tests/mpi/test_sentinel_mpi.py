@@ -159,13 +159,16 @@ class Corpus:
 @pytest.mark.parametrize("on_mismatch", ["stop", "restore"])
 def test_no_checkpoint_holds_what_ranks_do_not_share(ranks, everyone, tmp_path, on_mismatch):
     """A weight changes between two checks: the ranks are compared before a byte is written."""
-    from tf_dist.training import checkpoint
+    from tf_dist.training import checkpoint, in_use
     from tf_dist.training.job import Job
     from tf_dist.training.run import RunFolder
 
     trained = trainer(ranks, on_mismatch=on_mismatch)
     assert train(trained) is None
     run = RunFolder(Path(everyone(str(tmp_path))[0]), ranks)
+    if ranks.rank == 0:
+        run.checkpoints.mkdir()
+        in_use.claim(run.path)
     job = Job(Config(), ranks, Corpus(), run, trained)
     right = state(trained)
     if ranks.rank == 0:  # the one that writes

@@ -131,6 +131,8 @@ def _configuration(one: Any) -> Mapping[str, Any]:
         found["function"] = one.function
     for key in ("layers", "seed"):
         found.pop(key, None)
+    if type(one).__module__.startswith("tf_dist."):
+        found.pop("rank", None)  # which part of a row this rank has (`tf_dist.layers.sequence`)
     return found
 
 
