@@ -27,7 +27,7 @@ def runs(launcher, tmp_path_factory):
     return made
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [2, 4])  # one rank is Keras by itself
 def test_ranks_train_what_one_process_trains(runs, ranks):
     runs.ranks(SCRIPTS, ranks)
     wrong = {}
