@@ -80,6 +80,10 @@ def cpu_quota() -> float:
         return 1e9
 
 
+# How many TensorFlow was told to take, by this process.
+_told: list[int] = []
+
+
 def set_threads(comm: Comm, threads_per_rank: int = 0) -> Place:
     """Give this rank its threads, by environment variables that TensorFlow reads when it first computes.
 
@@ -107,7 +111,8 @@ def set_threads(comm: Comm, threads_per_rank: int = 0) -> Place:
     if _can_be_told(threads, at_once):
         os.environ |= {name: str(threads) for name in THREAD_VARIABLES}
         os.environ["TF_NUM_INTEROP_THREADS"] = str(at_once)
-    elif comm.rank == 0:
+        _told.append(threads)
+    elif comm.rank == 0 and threads not in _told[-1:]:  # by us, and it has computed with them since
         terminal.write_error(
             "warning: TensorFlow has computed something before tf_dist.connect(), so its threads can no "
             f"longer be set: this rank keeps all that it took, not its share ({threads}). Ranks that share "
