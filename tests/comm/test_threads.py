@@ -115,10 +115,15 @@ def test_tensorflow_came_first(environment, monkeypatch, capsys, computed):
     threading = Threading(computed)
     tensorflow = SimpleNamespace(config=SimpleNamespace(threading=threading))
     monkeypatch.setitem(sys.modules, "tensorflow", tensorflow)
+    monkeypatch.setattr(threads, "_told", [])
     threads.set_threads(SerialComm(), 3)
     assert threading.told == ([] if computed else [3, 2])
     assert ("TF_NUM_INTRAOP_THREADS" in environment) is not computed
     assert ("before tf_dist.connect()" in capsys.readouterr().err) is computed
+    threading.computed = True
+    monkeypatch.setattr(threads, "_told", [3])  # by us, as the same number is wanted again
+    threads.set_threads(SerialComm(), 3)
+    assert "before tf_dist.connect()" not in capsys.readouterr().err
 
 
 def test_another_keras(environment):
