@@ -18,7 +18,7 @@ from tf_dist.comm.base import Comm
 from tf_dist.errors import LaunchError
 from tf_dist.keras_fit.names import unnumbered
 from tf_dist.keras_fit.optimizers_of import optimizers_of
-from tf_dist.training.compare import splits
+from tf_dist.training.replicated import first_difference
 
 EVERY_STEPS = 100
 # Digits to which hyper-parameters are compared: files keep some of them in float32.
@@ -48,14 +48,12 @@ def check_state(model: Any, comm: Comm, when: str) -> None:
     """
     local = _accumulators(model)
     variables = [variable for variable in state_of(model) if id(variable) not in local]
-    found = splits(variables, comm)
-    if not found:
-        return
-    name = comm.broadcast_obj(variables[found[0].place].path)
-    raise LaunchError(
-        f"{when} of model.fit {found[0].who} in variable {name!r}: they have stopped training one model. "
-        "Does a callback or train_step change weights on some ranks only? Are all nodes of one kind?"
-    )
+    difference = first_difference(variables, comm)
+    if difference:
+        raise LaunchError(
+            f"{when} of model.fit {difference}: they have stopped training one model. "
+            "Does a callback or train_step change weights on some ranks only? Are all nodes of one kind?"
+        )
 
 
 def _accumulators(model: Any) -> set[int]:

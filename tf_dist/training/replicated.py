@@ -78,15 +78,21 @@ def check_same(model: keras.Model, comm: Comm, when: str, with_optimizer: bool =
     Raises:
         LaunchError: on every rank, with the same message: who differs, and in which variable first.
     """
-    variables = state_variables(model, with_optimizer)
+    difference = first_difference(state_variables(model, with_optimizer), comm)
+    if difference:
+        raise LaunchError(
+            f"{when} {difference}: they stopped training one model. "
+            "Are the gradients reduced on every step, and are all nodes of one kind?"
+        )
+
+
+def first_difference(variables: Sequence[Any], comm: Comm) -> str:
+    """Who differs, and in which variable first; or nothing. A collective, with one order on all ranks."""
     found = splits(variables, comm)
     if not found:
-        return
+        return ""
     name = comm.broadcast_obj(variables[found[0].place].path)
-    raise LaunchError(
-        f"{when} {found[0].who} in variable {name!r}: they stopped training one model. "
-        "Are the gradients reduced on every step, and are all nodes of one kind?"
-    )
+    return f"{found[0].who} in variable {name!r}"
 
 
 def adjustable(model: keras.Model) -> list[Any]:
