@@ -372,7 +372,9 @@ def test_a_wish_between_hooks_waits_for_the_end_of_the_epoch(connected, everyone
     count = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: None)
     history = model.fit(of_this_rank(connected, x, target(x)), epochs=5, verbose=0, callbacks=[count])
     assert everyone(len(history.epoch)) == [1] * connected.size
-    assert everyone(int(model.optimizer.iterations)) == [BATCHES] * connected.size
+    # One rank has nobody to wait for: it stops where plain Keras does.
+    taken = BATCHES if connected.size > 1 else 1
+    assert everyone(int(model.optimizer.iterations)) == [taken] * connected.size
 
 
 def test_logs_are_those_of_all_samples(connected, everyone):

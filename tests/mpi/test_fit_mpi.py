@@ -311,7 +311,8 @@ def test_mixed_float16_and_an_overflow_on_one_rank(connected, everyone, outer):
 def test_jit_compile(connected, everyone, capsys):
     found = weights(parallel(functional, scheduled(), connected, jit_compile=True))
     check(found, serial(functional, scheduled()), everyone, 1e-6)
-    assert ("without XLA" in capsys.readouterr().out) == (connected.rank == 0)
+    # One rank exchanges nothing, so XLA may compile its whole step.
+    assert ("without XLA" in capsys.readouterr().out) == (connected.rank == 0 and connected.size > 1)
 
 
 def test_a_file_knows_nothing_of_us(connected, everyone, tmp_path):

@@ -31,7 +31,8 @@ def test_ranks_part_and_meet(connected, everyone, update):
 
 
 def test_it_learns(connected, everyone):
-    trained = trainer(connected, "diloco", local={"sync_every": 4})
+    # DiLoCo's outer Nesterov momentum makes steps several times larger: on one rank 1e-2 diverges.
+    trained = trainer(connected, "diloco", rate=3e-3, local={"sync_every": 4})
     before = trained.validate(HELD_OUT)["val_loss"]
     history = trained.fit(TOKENS[:200] % 5, steps=60, validation=TOKENS[200:260] % 5, eval_every=30)
     assert history["val_loss"][-1] < before - 0.5
