@@ -7,13 +7,13 @@ unsynchronised without an error (``scripts/check_peers.py`` shows it).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from tf_dist.comm.base import Comm
 from tf_dist.comm.sums import Order, Sum
-from tf_dist.comm.threads import load_tensorflow
 from tf_dist.errors import BackendMissing
 
 HOW_TO_GET_IT = (
@@ -25,13 +25,16 @@ HOW_TO_GET_IT = (
 class HorovodComm(Comm):
     """All ranks of the job, as Horovod sees them.
 
+    Args:
+        load_tensorflow: imports TensorFlow as this rank wants it, before Horovod does.
+
     Raises:
         BackendMissing: Horovod is not installed, or not built for this TensorFlow.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, load_tensorflow: Callable[[], None]) -> None:
         super().__init__()
-        self._hvd = _import_horovod()
+        self._hvd = _import_horovod(load_tensorflow)
         self._hvd.init()
         self.rank = self._hvd.rank()
         self.size = self._hvd.size()
@@ -95,7 +98,7 @@ def _tensor(array: np.ndarray) -> Any:
     return tf.convert_to_tensor(array)
 
 
-def _import_horovod() -> Any:
+def _import_horovod(load_tensorflow: Callable[[], None]) -> Any:
     try:
         import horovod  # noqa: F401 - its absence is found before TensorFlow is loaded
 

@@ -153,7 +153,7 @@ def use_backend(comm: Comm, backend: str) -> Comm:
         raise UsageError(f"unknown backend {backend!r}: mpi or horovod")
     from tf_dist.comm.horovod import HorovodComm
 
-    carried = HorovodComm()
+    carried = HorovodComm(load_tensorflow)
     if (carried.rank, carried.size) != (comm.rank, comm.size):
         raise LaunchError(
             f"Horovod sees rank {carried.rank} of {carried.size}, MPI sees rank {comm.rank} of {comm.size}: "

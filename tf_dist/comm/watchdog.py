@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from tf_dist import processes
 from tf_dist.comm.base import Comm
@@ -28,7 +28,6 @@ from tf_dist.terminal import printable
 from tf_dist.untrusted_files import append, opened_to_append
 
 if TYPE_CHECKING:
-    from tf_dist.comm.ending import Ending
     from tf_dist.comm.post import Post
 
 BEAT_S = 0.25
@@ -43,6 +42,19 @@ LONGER = 2.0
 # Between two lines about the same straggler.
 STRAGGLER_EVERY_S = 300.0
 PR_SET_PDEATHSIG = 1
+
+
+class JobEnd(Protocol):
+    """Ends the job, and speaks for it."""
+
+    def members(self) -> set[int]:
+        """The ranks that this one may wait for, by their numbers in the job; empty: all of them."""
+
+    def speak(self, text: str) -> None:
+        """Print on the terminal."""
+
+    def end(self, message: str) -> NoReturn:
+        """End the job, with this message."""
 
 
 class Watchdog:
@@ -65,7 +77,7 @@ class Watchdog:
     """
 
     def __init__(
-        self, board: Board, rank: int, here: list[int], ending: Ending, post: Post | None = None
+        self, board: Board, rank: int, here: list[int], ending: JobEnd, post: Post | None = None
     ) -> None:
         self._board, self._rank, self._here, self._ending, self._post = board, rank, set(here), ending, post
         self.comm: Comm | None = None
@@ -273,7 +285,7 @@ class Watchdog:
                 )
 
 
-def made(mpi: Any, size: int, ending: Ending) -> Watchdog:
+def made(mpi: Any, size: int, ending: JobEnd) -> Watchdog:
     """One for this rank; a collective.
 
     Args:
