@@ -128,6 +128,32 @@ def root_of_mean(y, p):
     return keras_loss(y, p) ** 0.5
 
 
+def convolution():
+    """Kernels that fail on no rows, with states of metrics that a row too many would change."""
+    import keras
+
+    layers = keras.layers
+    inputs = [keras.Input((4,)), layers.Reshape((4, 1)), layers.Conv1D(3, 2), layers.LeakyReLU()]
+    return keras.Sequential([*inputs, layers.BatchNormalization(), layers.Flatten(), layers.Dense(2)])
+
+
+def positions():
+    """Slices of rows (tokens) and of no row (positions), which Adam squares one by one."""
+    import keras
+
+    class Positions(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.table = keras.layers.Embedding(T, 4)
+
+        def call(self, x):
+            return x + self.table(keras.ops.arange(keras.ops.shape(x)[1]))
+
+    tokens = keras.Input((T,), dtype="int32")
+    x = Positions()(keras.layers.Embedding(V, 4)(tokens))
+    return keras.Model(tokens, keras.layers.Dense(V)(x))
+
+
 def normalized():
     import keras
 
@@ -177,6 +203,10 @@ CASES = {
     "a step's loss": lambda: (stepping(keras_loss), {}, {"x": X, "y": Y}),
     "a step's root": lambda: (stepping(root_of_mean), {}, {"x": X, "y": Y}),
     "batch norm": lambda: (normalized(), {"loss": "mse", "steps_per_execution": 2}, {"x": X, "y": Y}),
+    "convolution": lambda: (
+        convolution(), {"loss": "mse", "metrics": ["mae", f1()]}, {"x": X, "y": (Y > 0).astype("float32")},
+    ),
+    "positions": lambda: (positions(), {"loss": cross_entropy()}, {"x": IDS, "y": NEXT}),
     "F1": lambda: (dense(), {"loss": "mse", "metrics": [f1()]}, {"x": X, "y": (Y > 0).astype("float32")}),
 }  # fmt: skip
 RNG_WEIGHTS_NT = RNG.uniform(0, 2, (N, T)).astype(np.float32)
@@ -211,7 +241,9 @@ def trained(case, optimizer, seed):
 
 # Two ranks show every objective. With more, the last batch leaves some without a row: these tell. One rank
 # is Keras by itself.
-WITH_EMPTY_RANKS = ["mask_zero", "none", "a masked mean", "add_loss mean", "a step's mean", "batch norm"]
+WITH_EMPTY_RANKS = [
+    "mask_zero", "none", "a masked mean", "add_loss mean", "a step's mean", "batch norm", "convolution", "F1",
+]  # fmt: skip
 SHOWN = {1: ["mask_zero", "a step's mean"], 2: list(CASES)}.get(MPI.COMM_WORLD.size, WITH_EMPTY_RANKS)
 
 
@@ -232,8 +264,12 @@ def test_the_objective_is_that_of_one_process(connected, everyone, case):
 
     import tf_dist
 
-    expected, logs = of_one_process(lambda: trained(case, keras.optimizers.SGD(0.1), 1))
-    found, found_logs = trained(case, tf_dist.distribute(keras.optimizers.SGD(0.1), connected), 1)
+    def optimizer():
+        adam = keras.optimizers.Adam(0.01, epsilon=1e-3)
+        return adam if case == "positions" else keras.optimizers.SGD(0.1)
+
+    expected, logs = of_one_process(lambda: trained(case, optimizer(), 1))
+    found, found_logs = trained(case, tf_dist.distribute(optimizer(), connected), 1)
     for one, other in zip(expected, found, strict=True):
         np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-5)
     assert len(set(everyone(b"".join(one.tobytes() for one in found)))) == 1
@@ -429,6 +465,40 @@ def test_an_objective_that_no_law_explains_is_refused(connected):
     before[0] = np.ascontiguousarray(before[0]).reshape(-1)
     connected.broadcast(before[0])
     assert (np.asarray(model.weights[0].value).reshape(-1) == before[0]).all()
+
+
+def test_a_dry_run_that_fails_on_one_rank_alone_holds_up_nobody(connected, everyone):
+    """By the first law, losses of all rows meet weights of this rank's: one row fits any number of them."""
+    import keras
+    import tensorflow as tf
+
+    import tf_dist
+
+    class Weighted(keras.Model):
+        def train_step(self, data):
+            x, y, weight = data
+            with tf.GradientTape() as tape:
+                losses = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction=None)(
+                    y, self(x, training=True)
+                )
+                loss = tf.reduce_sum(losses * weight)
+            self.optimizer.apply(tape.gradient(loss, self.trainable_variables), self.trainable_variables)
+            return {"loss": loss}
+
+    def run(optimizer):
+        keras.utils.set_random_seed(1)
+        tokens = keras.Input((T,), dtype="int32")
+        model = Weighted(tokens, keras.layers.Dense(V)(keras.layers.Embedding(V, 4)(tokens)))
+        model.compile(optimizer)
+        weights = np.linspace(0.5, 1.5, N * T, dtype=np.float32).reshape(N, T)
+        for _ in range(3):  # steps 1, 2, 4 ... compare data: all ranks must count alike
+            model.fit(IDS, NEXT, sample_weight=weights, batch_size=G, verbose=0, shuffle=False)
+        return [np.asarray(one.value) for one in model.weights]
+
+    expected = of_one_process(lambda: run(keras.optimizers.SGD(0.01)))
+    found = run(tf_dist.distribute(keras.optimizers.SGD(0.01), connected))
+    for one, other in zip(expected, found, strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-5)
 
 
 def test_dropout_is_another_on_each_rank(connected, everyone):

@@ -2,8 +2,9 @@
 
 The number of ranks changes neither the batches nor the number of steps: each rank walks through the same
 global batches and takes a contiguous block of the rows of each. Keras's ``fit`` and ``evaluate`` take the
-rows as they are, perhaps none, and divide by the rows of all ranks. A loop of one's own gets sample weights
-that make the mean over ranks the mean over rows; a rank without a row then takes one of weight zero.
+rows as they are, and divide by the rows of all ranks. A loop of one's own gets sample weights that make the
+mean over ranks the mean over rows. A rank without a row takes the first one, which counts for nothing: many
+kernels (convolutions, CTC) fail on no rows.
 
 Legend: G rows of a global batch, B rows of it on this rank, R ranks.
 """
@@ -27,6 +28,8 @@ from tf_dist.errors import DataError, UsageError
 from tf_dist.keras_fit.data_fingerprints import Fingerprints, digest
 from tf_dist.keras_fit.examples import batches_of_keras, tensors_of
 
+# A batch for Keras and how many of its rows count, in an element of `rows_of_rank`.
+BATCH, ROWS = "tf_dist_batch", "tf_dist_rows"
 # What Keras's fit(x, y) takes.
 DEFAULT_BATCH_SIZE = 32
 
@@ -141,8 +144,15 @@ def block_of(rows_G: Any, rank: int, size: int) -> tuple[Any, Any]:
 
 
 def rows_of_rank(batches: tf.data.Dataset, comm: Comm) -> tf.data.Dataset:
-    """The rows of this rank, perhaps none, of global batches: what Keras is given."""
-    return _with_prints(batches, comm, partial(_block, comm=comm)).prefetch(tf.data.AUTOTUNE)
+    """The rows of this rank of global batches, and how many of them count (`counted`), for Keras."""
+    return _with_prints(batches, comm, partial(_counted_block, comm=comm)).prefetch(tf.data.AUTOTUNE)
+
+
+def counted(element: Any) -> tuple[Any, Any]:
+    """A batch, and how many of its rows count, () int32: all or none of them; None: all."""
+    if isinstance(element, dict) and element.keys() == {BATCH, ROWS}:
+        return element[BATCH], element[ROWS]
+    return element, None
 
 
 def _own(data: Any, batch_size: int | None, drop_remainder: bool) -> tf.data.Dataset:
@@ -253,6 +263,11 @@ def _share(batch: Any, comm: Comm, weighted: bool) -> Any:
 def _block(batch: Any, comm: Comm) -> Any:
     """The rows of this rank, perhaps none, as they are."""
     return _sliced(batch, *block_of(_rows(batch), comm.rank, comm.size))
+
+
+def _counted_block(batch: Any, comm: Comm) -> Any:
+    start, rows = block_of(_rows(batch), comm.rank, comm.size)
+    return {BATCH: _sliced(batch, tf.where(rows > 0, start, 0), tf.maximum(rows, 1)), ROWS: rows}
 
 
 def _without_empty(mine: Any, length: int | None, rows_G: int, comm: Comm) -> Any:

@@ -110,7 +110,8 @@ class Distributed:
             grads = by_law(grads, scope)
         names = [name_of(variable) for variable in variables]
         if not self.gradient_accumulation_steps:
-            grads = self.reduction.mean(grads, names, sparse=_needs_slices(self))
+            data = None if scope is None else scope.data
+            grads = self.reduction.mean(grads, names, sparse=_needs_slices(self), data=data)
         elif any(getattr(variable, "overwrite_with_gradient", False) for variable in variables):
             grads = self._mean_of_overwriting(grads, variables)
         super().apply(grads, trainable_variables)  # type: ignore[misc]
@@ -157,7 +158,7 @@ def by_law(grads: Sequence[Any], scope: StepScope) -> list[Any]:
     """Gradients whose mean over the ranks is that of the global batch, by what the user's objective is."""
     if scope.law.gradients == "global":
         return list(grads)
-    factor, any_rows = tf.constant(float(scope.size)), tf.constant(True)
+    factor, any_rows = tf.constant(float(scope.size)), scope.any_rows
     if scope.law.gradients == "mean":
         share, any_rows = scope.share()
         factor = factor * share

@@ -37,6 +37,7 @@ def _global_moments(original: Callable[..., Any]) -> Callable[..., Any]:
         if mask is not None:
             weight = tf.broadcast_to(tf.cast(mask, inputs.dtype)[..., None], tf.shape(inputs))
             epsilon = keras.config.epsilon()  # as Keras has it with a mask
+        weight = scope.if_any(weight)
         count, total = tf.reduce_sum(weight, axes), tf.reduce_sum(inputs * weight, axes)
         sums = scope.reduction.sum(tf.stack([count, total]), f"the mean of {unnumbered(self.path)}")
         count, mean = sums[0] + epsilon, tf.math.divide_no_nan(sums[1], sums[0] + epsilon)

@@ -65,8 +65,8 @@ def _reduce_values(original: Callable[..., Any]) -> Callable[..., Any]:
         if scope is None or len(values.shape) == 0:
             return original(values, sample_weight, reduction)
         if reduction in (None, "none"):
-            return scope.reduction.gather_rows(values, "the losses of rows")
-        total = tf.reduce_sum(values)
+            return scope.reduction.gather_rows(scope.that_count(values), "the losses of rows")
+        total = scope.if_any(tf.reduce_sum(values))
         if reduction == "sum":
             (everyone,) = scope.reduction.sums([total], "a sum of losses")
             return _global(total, everyone, scope.size)
@@ -74,6 +74,7 @@ def _reduce_values(original: Callable[..., Any]) -> Callable[..., Any]:
             count = tf.cast(tf.reduce_sum(sample_weight), total.dtype)
         else:
             count = tf.cast(tf.size(values), total.dtype)
+        count = scope.if_any(count)
         sums = scope.reduction.sums([total, count], "a mean of losses")
         factor = tf.math.divide_no_nan(tf.cast(scope.size, total.dtype), sums[1])
         return _global(total, tf.math.divide_no_nan(sums[0], sums[1]), factor)
@@ -90,6 +91,7 @@ def _apply_mask(original: Callable[..., Any]) -> Callable[..., Any]:
         # Keras: weight total / valid for each valid entry, so that the mean is that of the valid ones.
         weights = original(sample_weight, mask, dtype, "sum")
         total, valid = tf.cast(tf.size(mask), dtype), tf.reduce_sum(tf.cast(mask, dtype))
+        total, valid = scope.if_any(total), scope.if_any(valid)
         total, valid = scope.reduction.sums([total, valid], "the count of a mask")
         return weights * tf.cast(tf.math.divide_no_nan(total, valid), weights.dtype)
 
@@ -145,10 +147,11 @@ def _of_all_rows(
 
 
 def _gathered(scope: StepScope, tensor: Any, what: str) -> Any:
-    everyone = scope.reduction.gather_rows(tensor, what)
+    everyone = scope.reduction.gather_rows(scope.that_count(tensor), what)
     mask = keras.src.backend.get_keras_mask(tensor)
     if mask is not None:
-        keras.src.backend.set_keras_mask(everyone, scope.reduction.gather_rows(mask, f"the mask of {what}"))
+        masks = scope.reduction.gather_rows(scope.that_count(mask), f"the mask of {what}")
+        keras.src.backend.set_keras_mask(everyone, masks)
     return everyone
 
 
@@ -166,6 +169,7 @@ def _added(scope: StepScope, loss: Any) -> Any:
     if not loss.dtype.is_floating:
         loss = tf.cast(loss, keras.config.floatx())
     if scope.law.added == "sum":
+        loss = scope.if_any(loss)
         (everyone,) = scope.reduction.sums([loss], "a sum of add_loss")
         return _global(loss, everyone, scope.size)
     share, any_rows = scope.share()

@@ -3,7 +3,7 @@
 Sums over rows need nothing: the states of all ranks are added up (`tf_dist.training.metric_sums`). A tracker
 (`keras.metrics.Mean`) that is given one number for a step, such as the loss of a ``train_step``, counts it by
 this rank's part of the rows, so that the states of all ranks add up to one number for each step; and a number
-computed of no rows counts nothing.
+computed of no rows counts nothing. On a rank none of whose rows counts, no state of a metric changes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tf_dist.keras_fit.step_scope import StepScope, active, rows_of
+from tf_dist.keras_fit.step_scope import StepScope, active
 
 
 def install() -> None:
@@ -23,6 +23,7 @@ def install() -> None:
     mean = keras.metrics.Mean
     if not hasattr(mean.update_state, "__wrapped__"):
         mean.update_state = _by_rows(mean.update_state)
+        keras.Variable._direct_assign = _if_any_rows(keras.Variable._direct_assign)
 
 
 def _by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -35,14 +36,31 @@ def _by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
         if len(values.shape):
             return original(self, values, sample_weight)
         if sample_weight is not None:
-            any_rows = rows_of(scope.data) > 0
-            return original(self, tf.where(any_rows, values, tf.zeros_like(values)), sample_weight)
+            return original(self, tf.where(scope.any_rows, values, tf.zeros_like(values)), sample_weight)
         if scope.law.gradients == "sum":
             return original(self, scope.size * values, tf.constant(1 / scope.size, values.dtype))
         share, any_rows = scope.share()
         return original(self, tf.where(any_rows, values, tf.zeros_like(values)), share)
 
     return update_state
+
+
+def _if_any_rows(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def direct_assign(self: Any, value: Any) -> Any:
+        scope = active()
+        if scope is None or scope.rows is None or not _is_of_a_metric(self, scope.model):
+            return original(self, value)
+        value = tf.cast(value, self.dtype)
+        return original(self, tf.where(scope.any_rows, value, tf.convert_to_tensor(self._value)))
+
+    return direct_assign
+
+
+def _is_of_a_metric(variable: Any, model: Any) -> bool:
+    """Whether it is a state of a metric of the model; asked when it is written, for many are made late."""
+    metrics = [*model.metrics, *getattr(model, "_metrics", [])]
+    return any(variable is one for metric in metrics for one in metric.variables)
 
 
 def of_all_rows(logs: Any, scope: StepScope) -> Any:

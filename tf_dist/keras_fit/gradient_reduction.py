@@ -20,6 +20,7 @@ import tensorflow as tf
 from tf_dist.comm.base import Comm
 from tf_dist.errors import LaunchError, called_by_a_graph
 from tf_dist.keras_fit.data_fingerprints import compare_all
+from tf_dist.keras_fit.graph_inputs import depends_on
 from tf_dist.parallel.flat import aligned_empty
 
 # What a roll call sums over the ranks: flags, then a digest of where the rank is (its two halves, and
@@ -45,7 +46,9 @@ class Reduction:
 
     # In a graph ----------------------------------------------------------------------------------
 
-    def mean(self, gradients: Sequence[Any], names: Sequence[str] = (), sparse: bool = False) -> list[Any]:
+    def mean(
+        self, gradients: Sequence[Any], names: Sequence[str] = (), sparse: bool = False, data: Any = None
+    ) -> list[Any]:
         """Gradients averaged over the ranks, each of its own dtype; None stays None.
 
         Dense ones cross as one flat array, of float32 (float64 where a gradient is that).
@@ -53,11 +56,13 @@ class Reduction:
         Args:
             gradients: of this rank.
             names: of their variables: the ranks must bring gradients of the same ones.
-            sparse: whether gradients of embeddings stay `tf.IndexedSlices`, of the slices of all ranks in
-                their order, as one process has them. Else they become dense.
+            sparse: whether gradients of embeddings stay `tf.IndexedSlices`, as one process has them: of the
+                slices of all ranks in their order, where they are those of rows; those of positions, which
+                all rows have in common, are averaged one by one. Else they become dense.
+            data: of the step, which tells rows from positions.
         """
         slices = {
-            place: self._mean_slices(gradient, str(names[place : place + 1]))
+            place: self._mean_slices(gradient, str(names[place : place + 1]), data)
             for place, gradient in enumerate(gradients)
             if sparse and isinstance(gradient, tf.IndexedSlices)
         }
@@ -66,11 +71,24 @@ class Reduction:
         means = self._mean_dense(rest, f"the gradients of {', '.join(brought) or 'no variable'}")
         return [slices.get(place, mean) for place, mean in enumerate(means)]
 
-    def _mean_slices(self, slices: tf.IndexedSlices, name: str) -> tf.IndexedSlices:
+    def _mean_slices(self, slices: tf.IndexedSlices, name: str, data: Any) -> tf.IndexedSlices:
+        if not self._are_of_rows(slices.indices, name, data):
+            (values,) = self._mean_dense([slices.values], f"the gradient of {name}, by positions")
+            return tf.IndexedSlices(values, slices.indices, slices.dense_shape)
         values = self.gather_rows(slices.values, f"the gradient of {name}")
         indices = self.gather_rows(slices.indices, f"the indices of the gradient of {name}")
         values = values / tf.cast(self.comm.size, values.dtype)
         return tf.IndexedSlices(values, indices, slices.dense_shape)
+
+    def _are_of_rows(self, indices: Any, name: str, data: Any) -> bool:
+        """Whether indices come from the batch; eagerly nothing tells but that ranks have other ones."""
+        if not tf.executing_eagerly():
+            return depends_on(indices, data)
+        everyone = self.gather_rows(indices, f"the indices of the gradient of {name}")
+        alike = len(everyone) == self.comm.size * len(indices)
+        alike = alike and bool(tf.reduce_all(tf.reshape(everyone, (self.comm.size, -1)) == indices))
+        (ranks,) = self.sums([tf.constant(float(alike))], f"whether {name} has positions")
+        return bool(ranks < self.comm.size)
 
     def _mean_dense(self, gradients: Sequence[Any], what: str) -> list[Any]:
         dense = [tf.convert_to_tensor(gradient) for gradient in gradients if gradient is not None]
@@ -174,8 +192,8 @@ class Reduction:
 
     def _mean(self, flat_P: np.ndarray, what: str) -> np.ndarray:
         self.comm.record.next_step()
-        self._steps += 1
         self._meet(f"{what} ({flat_P.size} numbers)")
+        self._steps += 1  # now that all ranks are here: in a dry run some fail on their way
         if self._steps & (self._steps - 1) == 0:  # steps 1, 2, 4 ...: a loop of the user has no other place
             compare_all(self.comm)
         # A new buffer each time: TensorFlow keeps what is returned, and variables may move into it.

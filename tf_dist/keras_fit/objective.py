@@ -28,7 +28,7 @@ from tf_dist.keras_fit.global_losses import is_users
 from tf_dist.keras_fit.gradient_reduction import Reduction
 from tf_dist.keras_fit.names import name_of
 from tf_dist.keras_fit.optimizers_of import optimizers_of
-from tf_dist.keras_fit.row_exchange import first_rows, rows_of_all
+from tf_dist.keras_fit.row_exchange import first_rows, rows_again, rows_of_all
 from tf_dist.keras_fit.step_scope import Law, StepScope, entered
 from tf_dist.training.replicated import deferred_starts
 
@@ -71,14 +71,14 @@ def decided(model: Any, step: Step, data: Any, session: FitSession) -> Law:
     Args:
         model: built, with the weights of rank 0.
         step: the user's ``train_step``.
-        data: a batch of this rank's rows.
+        data: a batch of rows, at least one.
         session: of the model.
 
     Raises:
         UsageError: on all ranks: by no law the step is that of one process.
     """
     comm = session.comm
-    mine = first_rows(data, _rows_to_try(model, comm.size) + (comm.rank == 0))
+    mine = rows_again(data, _rows_to_try(model, comm.size) + (comm.rank == 0))
     everyones = rows_of_all(mine, comm)
     alone = Reduction(SerialComm())
     expected, error = _alone(model, step, everyones, alone)
@@ -159,7 +159,8 @@ def _tried(model: Any, step: Step, scope: StepScope) -> Gradients:
     with _put_back(model), _eagerly(), rank_randomness.none(), deferred_starts(), entered(scope):
         step(scope.data)
         for optimizer, variables, grads in scope.captured or []:
-            means = scope.reduction.mean(by_law(grads, scope), [name_of(variable) for variable in variables])
+            names = [name_of(variable) for variable in variables]
+            means = scope.reduction.mean(by_law(grads, scope), names)
             name = type(optimizer).__name__
             for variable, mean in zip(variables, means, strict=True):
                 value = None if mean is None else np.asarray(tf.convert_to_tensor(mean))

@@ -25,6 +25,20 @@ def first_rows(batch: Any, count: int) -> Any:
     return keras.tree.map_structure(first, batch)
 
 
+def rows_again(batch: Any, count: int) -> Any:
+    """So many rows of each tensor of a batch: the first ones, and those again where it has fewer."""
+
+    def taken(leaf: Any) -> Any:
+        if isinstance(leaf, tf.SparseTensor):
+            return tf.sparse.from_dense(taken(tf.sparse.to_dense(leaf)))
+        if not (tf.is_tensor(leaf) or isinstance(leaf, np.ndarray)) or not len(leaf.shape):
+            return leaf
+        rows = int(leaf.nrows() if isinstance(leaf, tf.RaggedTensor) else leaf.shape[0])
+        return tf.gather(leaf, np.arange(count) % rows)
+
+    return keras.tree.map_structure(taken, batch)
+
+
 def rows_of_all(batch: Any, comm: Comm) -> Any:
     """The rows of all ranks, in their order; a collective."""
     leaves = keras.tree.flatten(batch)

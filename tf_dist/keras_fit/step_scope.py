@@ -50,6 +50,8 @@ class StepScope:
         law: of the objective.
         training: whether it is a training step; else one of an evaluation.
         data: this rank's rows.
+        rows: how many of them count, () int32: all, or none where this rank has no row; None: all.
+        model: whose step it is.
         captured: not None: optimizers add (their number, variables, gradients) here instead of stepping.
     """
 
@@ -57,6 +59,8 @@ class StepScope:
     law: Law
     training: bool
     data: Any
+    rows: Any = None
+    model: Any = None
     captured: list[Any] | None = None
     _rows: tuple[Any, Any] | None = field(default=None, repr=False)
 
@@ -73,10 +77,23 @@ class StepScope:
     def share(self) -> tuple[Any, Any]:
         """The part B / G of the rows that this rank has, () float32, and whether it is above 0."""
         if self._rows is None:
-            rows = tf.cast(rows_of(self.data), tf.float32)
+            rows = tf.cast(rows_of(self.data) if self.rows is None else self.rows, tf.float32)
             (everyone,) = self.reduction.sums([rows], "the count of rows")
             self._rows = tf.math.divide_no_nan(rows, everyone), rows > 0
         return self._rows
+
+    @property
+    def any_rows(self) -> Any:
+        """Whether rows of this rank count, () bool."""
+        return (rows_of(self.data) if self.rows is None else self.rows) > 0
+
+    def that_count(self, tensor: Any) -> Any:
+        """The rows of a tensor (B, ...) that count: all or none."""
+        return tensor if self.rows is None else tensor[: tf.where(self.rows > 0, tf.shape(tensor)[0], 0)]
+
+    def if_any(self, tensor: Any) -> Any:
+        """A tensor that was computed of this rank's rows; zeros where none of them counts."""
+        return tensor if self.rows is None else tf.where(self.rows > 0, tensor, tf.zeros_like(tensor))
 
 
 _local = threading.local()

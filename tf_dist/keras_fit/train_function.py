@@ -23,6 +23,7 @@ from tf_dist import terminal
 from tf_dist.errors import LaunchError, UsageError, behind
 from tf_dist.keras_fit import objective, rank_randomness
 from tf_dist.keras_fit.data_fingerprints import compare_all
+from tf_dist.keras_fit.dataset import counted
 from tf_dist.keras_fit.fit_consistency import check_layout, check_state, is_due, state_of
 from tf_dist.keras_fit.fit_session import FitSession, session_of
 from tf_dist.keras_fit.global_metrics import of_all_rows
@@ -106,8 +107,9 @@ def _scoped(model: Any, step: Function, session: FitSession, training: bool) -> 
 
     @wraps(step)
     def scoped(data: Any) -> Any:
+        data, rows = counted(data)
         law = _law(session, training, own, data)
-        scope = StepScope(session.reduction, law, training, data)
+        scope = StepScope(session.reduction, law, training, data, rows, model)
         leaves = [leaf for leaf in tf.nest.flatten(data, expand_composites=True) if tf.is_tensor(leaf)]
         # Nothing of a step may run where its batch is not there: at the end of a dataset of unknown length.
         with tf.control_dependencies(leaves), rank_randomness.global_seed_of(session.comm.rank):
@@ -204,6 +206,7 @@ def begin(model: Any, step: Function, data: Any, session: FitSession) -> Any:
         UsageError: the model cannot be built, or its objective over ranks is not that of one process.
     """
     batch, data = _first_batch(data, getattr(model, "steps_per_execution", 1))
+    batch, _ = counted(batch)
     compare_all(session.comm)
     if batch is not None:
         _build(model, step, batch, session)

@@ -7,11 +7,11 @@ from typing import Any
 import tensorflow as tf
 
 from tf_dist.errors import UsageError
-from tf_dist.keras_fit.dataset import Sharding
+from tf_dist.keras_fit.dataset import BATCH, ROWS, Sharding
 
 
 def without_weights(dataset: tf.data.Dataset, sharding: Sharding) -> tf.data.Dataset:
-    """The same rows; those of weight zero, which `shard` gave to a rank without rows, are left out.
+    """The same rows (`tf_dist.keras_fit.dataset.counted`), without those to which `shard` gave no weight.
 
     Raises:
         UsageError: the elements are not ``(x, y, sample_weight)`` any more.
@@ -31,14 +31,14 @@ def without_weights(dataset: tf.data.Dataset, sharding: Sharding) -> tf.data.Dat
 
     def rows(x: Any, y: Any, weight: Any) -> Any:
         there = tf.reshape(weight, (tf.shape(weight)[0], -1))[:, 0] > 0
+        # Where none is left, all stay, and none counts: many kernels fail on no rows.
+        kept = there | ~tf.reduce_any(there)
 
-        def kept(leaf: Any) -> Any:
-            return (
-                tf.ragged.boolean_mask(leaf, there)
-                if isinstance(leaf, tf.RaggedTensor)
-                else tf.boolean_mask(leaf, there)
-            )
+        def taken(leaf: Any) -> Any:
+            ragged = isinstance(leaf, tf.RaggedTensor)
+            return tf.ragged.boolean_mask(leaf, kept) if ragged else tf.boolean_mask(leaf, kept)
 
-        return tf.nest.map_structure(kept, (x, y))
+        count = tf.reduce_sum(tf.cast(there, tf.int32))
+        return {BATCH: tf.nest.map_structure(taken, (x, y)), ROWS: count}
 
     return dataset.map(rows)
