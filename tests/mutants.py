@@ -110,7 +110,7 @@ def try_out(mutant: Mutant) -> tuple[Mutant, str, str, float]:
             if outcome != "passed":
                 caught = "no verdict" if outcome == "no verdict" else "caught"
                 where = re.sub(r"^np (\d+): .*", r"np \1: ", tests) if "np " in tests else ""
-                return mutant, caught, where + by, time.monotonic() - begun
+                return mutant, caught, where + by.rpartition("/")[2], time.monotonic() - begun
     return mutant, "missed", "", time.monotonic() - begun
 
 

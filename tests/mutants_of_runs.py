@@ -16,6 +16,7 @@ OF_RUNS = (
         "sums-not-compared", f"{TRAINING}/checkpoint.py",
         'if there != entry["bytes"] or crc != entry["crc32"]:', 'if there != entry["bytes"]:',
         "a damaged checkpoint is taken for a sound one", (CHECKPOINT,),
+        caught_by="test_checkpoint.py::test_newest_walks_back_to_the_last_sound_one",
     ),
     Mutant(
         "overlaps-in-shards", f"{TRAINING}/manifest.py",
@@ -31,11 +32,13 @@ OF_RUNS = (
         "one-too-few-kept", f"{TRAINING}/checkpoint.py",
         "if _step_of(path) <= step][:-keep]:", "if _step_of(path) <= step][: 1 - keep or None]:",
         "one checkpoint too many is removed", (CHECKPOINT,),
+        caught_by="test_checkpoint.py::test_prune_keeps_the_newest_and_removes_what_is_half_written",
     ),
     Mutant(
         "copies-overlap", f"{TRAINING}/saving.py",
         "            offset += tensor.nbytes\n", "            offset += 0\n",
         "copies of what is saved lie in one place", (SAVING,),
+        caught_by="test_saving.py::test_what_is_saved_is_of_its_moment",
     ),
     Mutant(
         "tokens-forgotten", f"{TRAINING}/state.py",
@@ -49,37 +52,50 @@ OF_RUNS = (
         "a resumed shard takes the beginning of a tensor for its own part",
         ("np 2: tests/mpi/test_zero_mpi.py",),
     ),
+    Mutant(
+        "parts-that-nobody-waits-for", f"{TRAINING}/whole.py",
+        "entry.given = all_of_it or entry.given", "entry.given = entry.given or all_of_it",
+        "saving a tied weight's divided state sends parts that nobody takes",
+        ("tests/training/test_whole.py",),
+        caught_by="test_whole.py::test_a_tensor_that_one_rank_has_and_others_have_in_parts",
+    ),
     # Recovery -------------------------------------------------------------------------------------------
     Mutant(
         "behind-without-state", f"{TRAINING}/in_place.py",
         "        if min(steps) < max(steps):", "        if min(steps) > max(steps):",
         "after a death a rank that is a step behind keeps its old weights", (IN_PLACE,),
+        caught_by="test_in_place.py::test_who_is_behind_takes_over_all_that_a_step_has_changed",
     ),
     Mutant(
         "nothing-shared-anew", f"{TRAINING}/in_place.py",
         "        trainer.share_anew()\n", "",
         "nobody takes over the micro-batches of a rank that has died", (IN_PLACE,),
+        caught_by="test_in_place.py::test_a_phase_is_begun_again_together",
     ),
     Mutant(
         "too-few-go-on", f"{TRAINING}/begin_again.py",
         "        if comm.size < min_ranks:", "        if comm.size < min_ranks - 1:",
         "a run goes on with fewer ranks than --min-ranks", (AGAIN, IN_PLACE),
+        caught_by="test_begin_again.py::test_too_few_are_left",
     ),
     Mutant(
         "half-a-copy", f"{TRAINING}/neighbours.py",
         "whole = [when for when in found if owners[when] <= set(found[when].holder_of)]",
         "whole = list(found)",
         "copies in memory of which a part is lost are gone on from", ("tests/training/test_neighbours.py",),
+        caught_by="test_neighbours.py::test_a_rank_and_who_has_its_copy",
     ),
     Mutant(
         "bad-steps-add-up", f"{TRAINING}/trainer.py",
         "            self.bad.in_a_row = 0\n", "            self.bad.in_a_row += 0\n",
         "skipped steps with good ones between them end a run", (TRAINER,),
+        caught_by="test_trainer.py::test_a_bad_step_uses_up_its_batch_and_changes_nothing",
     ),
     Mutant(
         "spike-taken-again", f"{TRAINING}/spikes.py",
         "first = self.batch_of(spike - 1) + 1 + self.skip", "first = self.batch_of(spike - 1) + self.skip",
         "after a roll-back one batch too few is passed over", ("tests/training/test_spikes.py",),
+        caught_by="test_spikes.py::test_batches_that_are_passed_over",
     ),
     Mutant(
         "restored-from-whoever-differs", f"{TRAINING}/sentinel.py",
@@ -109,27 +125,32 @@ OF_RUNS = (
         "epoch-not-weighed", f"{TRAINING}/fit.py",
         'sums[name] += logs[name] * logs["tokens"]', "sums[name] += logs[name]",
         "the loss of an epoch is not the mean over its tokens", (TRAINER,),
+        caught_by="test_trainer.py::test_the_loss_of_an_epoch_is_weighed_by_tokens",
     ),
     # The order of data ----------------------------------------------------------------------------------
     Mutant(
         "one-beyond-the-data", "tf_dist/data/sampler.py",
         "while (outside := values >= self.n).any():", "while (outside := values > self.n).any():",
         "a sequence that is not there is drawn", (SAMPLER,),
+        caught_by="test_sampler.py::test_golden_order",
     ),
     Mutant(
         "block-of-the-last-epoch", "tf_dist/data/sampler.py",
         "if last is None or last[0] != (epoch, block):", "if last is None or last[0][1] != block:",
         "every epoch has the order of the first one", (SAMPLER,),
+        caught_by="test_sampler.py::test_golden_batches_over_the_end_of_an_epoch",
     ),
     Mutant(
         "shares-overlap", "tf_dist/degrees.py",
         "start = rank * each + min(rank, more)", "start = rank * each",
         "ranks train on some rows twice, and on others never", (SAMPLER,),
+        caught_by="test_sampler.py::test_shares_are_balanced_and_cover_everything_in_order",
     ),
     Mutant(
         "target-beyond-the-end", "tf_dist/data/tokens.py",
         "(at[:, 1:] < len(self.tokens))", "(at[:, 1:] <= len(self.tokens))",
         "the last token is a target twice", ("tests/data/test_tokens.py",),
+        caught_by="test_tokens.py::test_every_token_but_the_first_is_a_target_once",
     ),
     # model.fit ------------------------------------------------------------------------------------------
     Mutant(
@@ -169,6 +190,7 @@ OF_RUNS = (
         "compared-too-seldom", f"{FIT}/fit_consistency.py",
         "(step < EVERY_STEPS and step & (step - 1) == 0)", "(step < EVERY_STEPS and step & (step + 1) == 0)",
         "ranks of model.fit are compared after other steps than is said", ("tests/training/test_laws.py",),
+        caught_by="test_laws.py::test_when_the_state_is_compared",
     ),
     Mutant(
         "an-overflow-of-one-rank", f"{FIT}/gradient_reduction.py",
