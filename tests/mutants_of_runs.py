@@ -22,11 +22,13 @@ OF_RUNS = (
         "overlaps-in-shards", f"{TRAINING}/manifest.py",
         "offset != ends.get(file, 0)", "offset > ends.get(file, 0)",
         "a manifest may name bytes of a shard twice, and others never", (CHECKPOINT,),
+        caught_by="test_checkpoint.py::test_hostile_manifests",
     ),
     Mutant(
         "manifest-unsorted", f"{TRAINING}/shards.py",
         "for _, entry in sorted(numbered, key=lambda one: int(one[0]))]", "for _, entry in numbered]",
         "tensors stand in the order of those who wrote them", (CHECKPOINT,),
+        caught_by="test_checkpoint.py::test_it_does_not_matter_how_many_have_written",
     ),
     Mutant(
         "one-too-few-kept", f"{TRAINING}/checkpoint.py",
