@@ -15,6 +15,7 @@ TRANSFORMER, LSTM = ("--model", "transformer"), ("--model", "lstm")
 BFLOAT16 = ("--precision", "bfloat16")
 DEEP = ("--layers", "2")
 PIPELINE, TENSOR = ("--pipeline-parallel", "2"), ("--tensor-parallel", "2")
+ZERO_BUBBLE = (*PIPELINE, "--pipeline-schedule", "zero-bubble")
 GPIPE = (*PIPELINE, "--pipeline-schedule", "gpipe", "--recompute", "on")
 SEQUENCE = ("--sequence-parallel", "2", "--dropout", "0")
 MESSAGES = ("--allreduce", "messages")
@@ -94,7 +95,7 @@ CASES = (
     # Grids.
     Case("transformer pipeline", 2, (*DEEP, *PIPELINE), "transformer pipeline"),
     Case("transformer gpipe", 2, (*DEEP, *GPIPE), "transformer pipeline"),
-    Case("lstm zero-bubble", 2, (*LSTM, *DEEP, *PIPELINE, "--pipeline-schedule", "zero-bubble")),
+    Case("lstm zero-bubble", 2, (*LSTM, *DEEP, *ZERO_BUBBLE), "lstm pipeline"),
     Case("lstm interleaved", 2, (*LSTM, "--layers", "4", *PIPELINE, "--pipeline-schedule", "interleaved")),
     Case("transformer tensor", 2, (*DEEP, *TENSOR)),
     Case("lstm tensor zero 1", 2, (*LSTM, *DEEP, *TENSOR, *zero(1))),
@@ -103,7 +104,7 @@ CASES = (
     Case("transformer 2x1x2 zero 1", 4, (*DEEP, *TENSOR, *zero(1))),
     Case("transformer 1x2x2", 4, (*DEEP, *PIPELINE, *TENSOR)),
     Case("lstm 1x2x2 bfloat16", 4, (*LSTM, *DEEP, *PIPELINE, *TENSOR, *BFLOAT16)),
-    Case("lstm 2x2x1 zero 1", 4, (*LSTM, *DEEP, *PIPELINE, *zero(1))),
+    Case("lstm 2x2x1 zero 1", 4, (*LSTM, *DEEP, *PIPELINE, *zero(1)), "lstm pipeline"),
     Case("transformer data x sequence zero 1", 4, (*SEQUENCE, *zero(1))),
     # Updates that talk less: other bits on each number of ranks, and always the same ones.
     Case("transformer local-sgd", 2, update("local-sgd", "--sync-every", "2")),
@@ -114,7 +115,7 @@ CASES = (
     Case("transformer diloco tensor", 4, (*TENSOR, *update("diloco", "--sync-every", "2"))),
     Case("transformer diloco", 1, update("diloco", "--sync-every", "2")),
     Case("transformer easgd", 2, update("easgd", "--sync-every", "2")),
-    Case("lstm gossip", 1, (*LSTM, *update("gossip"))),
+    Case("lstm gossip", 1, (*LSTM, *update("gossip")), "lstm"),
     # Compression.
     Case("transformer bf16", 2, compressed("bf16")),
     Case("transformer topk", 2, TOPK),
