@@ -183,9 +183,8 @@ class Launcher:
         return SCRIPTS / word if isinstance(word, str) and (SCRIPTS / word).is_file() else word
 
 
-@pytest.fixture(scope="session")
-def launcher():
-    """The launcher of all jobs; under mpirun, where these tests cannot start their own ranks, a skip."""
+def launcher_here():
+    """A `Launcher` of this checkout with a user's environment; skips where jobs cannot start."""
     if any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")):
         pytest.skip("started under mpirun; this test launches its own ranks")
     if not Path("/proc/self/stat").exists():
@@ -201,7 +200,13 @@ def launcher():
     # As in an activated .venv: `python` and `mpirun` are the ones of this Python.
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     environment["PYTHONPATH"] = str(ROOT)  # this checkout, also where another one is installed
-    made = Launcher(mpirun, environment)
+    return Launcher(mpirun, environment)
+
+
+@pytest.fixture(scope="session")
+def launcher():
+    """The launcher of all jobs; under mpirun, where these tests cannot start their own ranks, a skip."""
+    made = launcher_here()
     yield made
     made.end_all()
 

@@ -1,6 +1,7 @@
 """What `LogRun` writes, whatever the numbers of steps between rows, validations and the end."""
 
 import json
+import math
 
 import keras
 import numpy as np
@@ -10,7 +11,7 @@ from keras import layers
 from tf_dist.comm.base import SerialComm
 from tf_dist.training.replica import Replica
 from tf_dist.training.run import RunFolder, read_metrics
-from tf_dist.training.run_callbacks import LogRun
+from tf_dist.training.run_callbacks import LogRun, Tally
 from tf_dist.training.schedules import schedule
 from tf_dist.training.trainer import Trainer
 
@@ -43,6 +44,13 @@ def test_a_run_that_ends_between_two_rows(rows):
     assert last["loss"] < first["loss"]
     assert (first["tokens"], last["tokens"]) == (5 * G * T, 7 * G * T)
     assert last["learning_rate"] == pytest.approx(2 / 3)  # of step 7: 4 to rise, then 6 to fall
+
+
+def test_a_loss_counts_by_its_tokens():
+    tally = Tally()
+    for loss, tokens in [(2.0, 30.0), (math.nan, 20.0), (4.0, 10.0)]:
+        tally.add(loss, tokens)
+    assert tally.facts == [2.0 * 30 + 4.0 * 10, 40.0, 60.0, 3]
 
 
 def test_a_short_run_with_a_validation_is_one_row(rows):

@@ -100,6 +100,9 @@ class Whole:
                     known[place] = Given([], part, start, stop)
                     self.entries[number].given.append(known[place])
                 known[place].ranks.append(rank)
+        for entry in self.entries:  # stages that share a weight may cut its optimizer state at other places
+            all_of_it = [one for one in entry.given if one.stop - one.start == prod(entry.shape)]
+            entry.given = all_of_it or entry.given  # whoever has all of it sends no parts as well
 
     def tensors(self, entries: Sequence[Entry] | None = None) -> Iterator[tuple[str, np.ndarray]]:
         """Every tensor by name, put together on rank 0; elsewhere arrays of which only some elements are set.

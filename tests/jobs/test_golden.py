@@ -1,0 +1,65 @@
+"""Trainings of every kind against those of earlier releases: the same weights, bit for bit.
+
+``python tests/golden/record.py`` writes the hashes anew.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
+
+from cases import CASES, RANKS
+from runs import environment, hashes, recorded
+
+GROUPS = {one.alike: [case.key for case in CASES if case.alike == one.alike] for one in CASES if one.alike}
+# Four ranks with 15 models on one core.
+LONG_S = 900
+
+
+@pytest.fixture(scope="module")
+def found(launcher, tmp_path_factory):
+    """The SHA-256 of the weights of each run, by key; one launch for each number of ranks."""
+
+    def start(ranks, flags, cwd):
+        return launcher.several(ranks, "train.py", flags, cwd=cwd).wait(LONG_S)
+
+    return hashes(start, tmp_path_factory.mktemp("golden"))
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_runs_that_are_one_training_have_the_same_bits(found, group):
+    """On any machine: the number of ranks, who takes the step and a resume change nothing."""
+    of_group = {key: found[key] for key in GROUPS[group]}
+    assert len(of_group) > 1
+    assert len(set(of_group.values())) == 1, of_group
+
+
+def test_groups_differ_from_each_other(found):
+    """Else runs would not have done what their flags say."""
+    of_each = {group: found[keys[0]] for group, keys in GROUPS.items()}
+    assert len(set(of_each.values())) == len(of_each), of_each
+
+
+def test_weights_are_those_that_were_recorded(found):
+    before, here = recorded()["environment"], environment()
+    if differ := [name for name in {**before, **here} if before.get(name) != here.get(name)]:
+        pytest.skip(f"recorded with another {', '.join(differ)}: runs were compared with each other alone")
+    weights = recorded()["weights"]
+    changed = [key for key in found if weights.get(key) != found[key]]
+    assert not changed, f"{len(changed)} of {len(found)} runs have other weights than were recorded"
+
+
+def test_every_run_is_recorded():
+    keys = [case.key for case in CASES]
+    assert len(set(keys)) == len(keys)
+    assert sorted(keys) == list(recorded()["weights"])
+    assert {case.ranks for case in CASES} == set(RANKS)
+    before = [case.resumes for case in CASES if case.resumes]
+    assert set(before) <= set(keys)
+
+
+def test_no_run_is_resumed_before_it_was_made():
+    launch = {case.key: RANKS.index(case.ranks) for case in CASES}
+    assert all(launch[case.resumes] < launch[case.key] for case in CASES if case.resumes)

@@ -1,0 +1,201 @@
+"""Faults in what ranks do together: transport, updates, ZeRO, pipelines and tensor parallelism."""
+
+from mutant import Mutant
+
+COMM, PARALLEL, TRAINING = "tf_dist/comm", "tf_dist/parallel", "tf_dist/training"
+CONTRACT, NODE = "np 2: tests/mpi/test_comm_contract.py", "np 2: tests/mpi/test_node_mpi.py"
+ZERO, PIPELINE = "np 2: tests/mpi/test_zero_mpi.py", "np 2: tests/mpi/test_pipeline_mpi.py"
+TREE, LOCAL, COMPRESS = (f"tests/parallel/test_{name}.py" for name in ("tree", "local", "compress"))
+UPDATES, ALONE, SCHEDULE = (f"tests/parallel/test_{name}.py" for name in ("updates", "alone", "schedule"))
+
+# fmt: off
+OF_RANKS = (
+    # Transport ------------------------------------------------------------------------------------------
+    Mutant(
+        "additions-backwards", f"{COMM}/sums.py",
+        "        for i, j in additions:", "        for i, j in reversed(additions):",
+        "sums of several ranks are not those of the tree", (TREE,),
+        caught_by="test_tree.py::test_any_ranks_make_the_additions_of_one",
+    ),
+    Mutant(
+        "slice-not-copied", f"{COMM}/exchange.py",
+        "if total.ctypes.data != target.ctypes.data:", "if total.ctypes.data == target.ctypes.data:",
+        "the slice that a rank has added is not the one it sends", (CONTRACT,),
+        caught_by="np 2: test_comm_contract.py::test_terms_are_added_in_the_order_of_one_rank",
+    ),
+    Mutant(
+        "window-never-turns", f"{COMM}/node.py",
+        "        self._turn = 1 - self._turn", "        self._turn = self._turn",
+        "a fast rank writes the terms of the next step over a sum that others still read", (NODE,),
+        caught_by="np 2: test_node_mpi.py::test_the_bits_of_one_rank",
+    ),
+    Mutant(
+        "squares-of-other-blocks", f"{COMM}/node.py",
+        "part, at = parts[self._result], first + start // SQUARES_BLOCK",
+        "part, at = parts[self._result], start // SQUARES_BLOCK",
+        "all ranks of a node write their sums of squares to the first one's place", (NODE,),
+        caught_by="np 2: test_node_mpi.py::test_the_bits_of_one_rank",
+    ),
+    Mutant(
+        "reduced-to-rank-0", f"{COMM}/mpi.py",
+        "parts = [whole if r == root else nothing for r in range(self.size)]",
+        "parts = [whole if r == 0 else nothing for r in range(self.size)]",
+        "a reduction goes to rank 0, whoever is its root", (CONTRACT,),
+    ),
+    Mutant(
+        "broadcast-from-0", f"{COMM}/mpi.py",
+        "self._mpi.Bcast(part, root=root)", "self._mpi.Bcast(part, root=0)",
+        "a broadcast comes from rank 0, whoever is its root", (CONTRACT,),
+    ),
+    Mutant(
+        "order-of-two-not-compared", f"{COMM}/debug.py",
+        "if len(set(everyone)) > 1:", "if len(set(everyone)) > 2:",
+        "TF_DIST_DEBUG lets two ranks be in different collectives", ("np 2: tests/mpi/test_sentinel_mpi.py",),
+    ),
+    Mutant(
+        "calls-not-counted", f"{COMM}/base.py",
+        "        self.calls += 1\n", "        self.calls += 0\n",
+        "a collective that one rank leaves out is not found", (CONTRACT,),
+    ),
+    # Updates --------------------------------------------------------------------------------------------
+    Mutant(
+        "tree-in-halves", f"{PARALLEL}/tree.py",
+        "middle = node.start + (1 << ((len(node) - 1).bit_length() - 1))",
+        "middle = node.start + (len(node) + 1) // 2",
+        "ranks add in another order than one rank does", (TREE,),
+        caught_by="test_tree.py::test_any_ranks_make_the_additions_of_one",
+    ),
+    Mutant(
+        "no-clipping", f"{PARALLEL}/updates.py",
+        "return clipping(norm, clip_norm) / max(float(counts[TOKENS]), 1.0)",
+        "return 1.0 / max(float(counts[TOKENS]), 1.0)",
+        "gradients are not clipped", (UPDATES,),
+        caught_by="test_updates.py::test_the_mean_gradient_is_clipped_after_the_sum",
+    ),
+    Mutant(
+        "mean-of-two-terms", f"{PARALLEL}/updates.py",
+        "    for term in terms[1:]:", "    for term in terms[2:]:",
+        "a rank with several terms loses one of them", (LOCAL, COMPRESS),
+        caught_by="test_local.py::test_a_meeting_after_every_step_is_synchronous_sgd",
+    ),
+    Mutant(
+        "master-keeps-weights", f"{PARALLEL}/updates.py",
+        "    if mesh.replicas.rank != 0:", "    if mesh.replicas.rank == 0:",
+        "ranks do not take over the weights of the master", (UPDATES,),
+        caught_by="test_updates.py::test_tokens_are_what_is_weighed_and_not_ranks",
+    ),
+    Mutant(
+        "outer-momentum-is-not-damped", f"{PARALLEL}/local.py",
+        "momentum *= np.float32(plan.outer_momentum)\n", "momentum *= np.float32(1.0)\n",
+        "DiLoCo's outer momentum never fades", (LOCAL,),
+        caught_by="test_local.py::test_all_that_replicas_do_between_meetings_and_at_them",
+    ),
+    Mutant(
+        "fragments-meet-at-once", f"{PARALLEL}/local.py",
+        "offset = fragment * self.sync_every // self.outer_fragments", "offset = 0 * fragment",
+        "all fragments meet in one step", (LOCAL,),
+        caught_by="test_local.py::test_each_fragment_meets_once_in_every_stretch",
+    ),
+    Mutant(
+        "steps-lost-under-way", f"{PARALLEL}/local.py",
+        "weights[one.part] += self._stepped(one, total) - left",
+        "weights[one.part] = self._stepped(one, total)",
+        "what replicas did while their change travelled is lost", (LOCAL,),
+        caught_by="test_local.py::test_all_that_replicas_do_between_meetings_and_at_them",
+    ),
+    Mutant(
+        "changes-not-averaged", f"{PARALLEL}/local.py",
+        "change *= np.float32(one.mine / max(one.all, 1.0))",
+        "change *= np.float32(one.mine / max(one.mine, 1.0))",
+        "changes of replicas are summed, not averaged by their tokens", (LOCAL,),
+        caught_by="test_local.py::test_a_meeting_after_every_step_is_synchronous_sgd",
+    ),
+    Mutant(
+        "sent-and-kept", f"{PARALLEL}/compress.py",
+        "        self.residual[places] = 0.0\n", "        self.residual[places] *= 1.0\n",
+        "top-k sends an element, and sends it again", (COMPRESS,),
+        caught_by="test_compress.py::test_what_is_not_sent_stays",
+    ),
+    Mutant(
+        "no-error-feedback", f"{PARALLEL}/compress.py",
+        "        gradient += self.residual\n", "        gradient += 0.0 * self.residual\n",
+        "what was not sent is lost", (COMPRESS,),
+        caught_by="test_compress.py::test_what_is_not_sent_stays",
+    ),
+    Mutant(
+        "centre-runs-away", f"{PARALLEL}/elastic.py",
+        "        self._centre += moved", "        self._centre -= moved",
+        "EASGD's centre moves away from its workers", (ALONE,),
+        caught_by="test_alone.py::test_a_worker_and_the_centre_move_towards_each_other",
+    ),
+    Mutant(
+        "gossip-changes-the-mean", f"{PARALLEL}/gossip.py",
+        "weights *= np.float32(share / self.share)", "weights *= np.float32(share)",
+        "a rank mixes in too little of what it was sent", (ALONE,),
+        caught_by="test_alone.py::test_gossip_changes_no_mean",
+    ),
+    Mutant(
+        "staler-by-one", f"{PARALLEL}/dealing.py",
+        "unit.step - self.done > self.staleness", "unit.step - self.done > self.staleness + 1",
+        "Downpour's workers may be a batch further ahead than was said", ("tests/parallel/test_dealing.py",),
+        caught_by="test_dealing.py::test_every_unit_once_and_nobody_too_far_ahead",
+    ),
+    # ZeRO -----------------------------------------------------------------------------------------------
+    Mutant(
+        "shards-not-gathered", f"{PARALLEL}/zero.py",
+        "    if comm.size > 1:", "    if comm.size > 2:",
+        "two ranks never take over each other's shards", (ZERO,),
+    ),
+    Mutant(
+        "shards-all-from-rank-0", f"{TRAINING}/sharded.py",
+        "comm.broadcast(room[start - first : stop - first], owner)",
+        "comm.broadcast(room[start - first : stop - first], 0)",
+        "weights of another owner's shard are spread by rank 0", (ZERO,),
+    ),
+    Mutant(
+        "decay-inverted", f"{TRAINING}/shard_step.py",
+        "if not decays[one.number]]", "if decays[one.number]]",
+        "a sharded optimizer decays biases and spares matrices", ("tests/training/test_shard_step.py",),
+        caught_by="test_shard_step.py::test_shards_have_the_bits_of_whole_variables",
+    ),
+    Mutant(
+        "parts-not-restored", f"{TRAINING}/sharded.py",
+        "        self.optimizer_step.take_parts()  #", "        #",
+        "after a resume a shard's ends are those of the first weights", (ZERO,),
+    ),
+    Mutant(
+        "blocks-of-a-run-shifted", f"{PARALLEL}/norms.py",
+        "skip = start + first * SQUARES_BLOCK - whole", "skip = start",
+        "the norm of divided gradients takes other blocks than one rank", ("tests/parallel/test_norms.py",),
+        caught_by="test_norms.py::test_what_is_not_finite_stays_so",
+    ),
+    # Pipelines and tensor parallelism -------------------------------------------------------------------
+    Mutant(
+        "weights-put-off-too-long", f"{PARALLEL}/schedule.py",
+        "late = min(rank, limit - ahead)", "late = rank",
+        "zero-bubble keeps more micro-batches than it may", (SCHEDULE,),
+        caught_by="test_schedule.py::test_every_grid_runs_to_its_end",
+    ),
+    Mutant(
+        "tags-meet", f"{PARALLEL}/schedule.py",
+        "return 2 * self.chunk + (self.kind == B)", "return self.chunk + (self.kind == B)",
+        "messages of two boundaries have one tag", (SCHEDULE,),
+        caught_by="test_schedule.py::test_every_grid_runs_to_its_end",
+    ),
+    Mutant(
+        "tied-gradient-of-one-rank", f"{TRAINING}/pipeline.py",
+        "            for rank in ranks[1:]:", "            for rank in ranks[2:]:",
+        "a tied table gets the gradient of the first stage alone", (PIPELINE,),
+    ),
+    Mutant(
+        "dropout-by-place", f"{TRAINING}/pipeline.py",
+        "self.replica.random_states((self._step, batch.number))",
+        "self.replica.random_states((self._step, i))",
+        "pipelines beside each other draw one mask", ("np 4: tests/mpi/test_pipeline_mpi.py",),
+    ),
+    Mutant(
+        "losses-count-twice", f"{PARALLEL}/mesh.py",
+        " and self.at[TENSOR] == 0", "",
+        "each tensor-parallel rank counts the loss", ("np 2: tests/mpi/test_tensor_mpi.py",),
+    ),
+)
