@@ -3,7 +3,7 @@
     python scripts/train.py                    # one process, built-in corpus
     mpirun -np 2 python scripts/train.py       # two ranks: the same, sooner
     mpirun -np 2 python scripts/train.py --data tinyshakespeare --steps 2000
-    mpirun -np 4 python scripts/train.py --config run.yaml --update master
+    mpirun -np 4 python scripts/train.py --config run.yaml --strategy master
     mpirun -np 2 python scripts/train.py --model mine:build --data 'books/*'
     mpirun -np 2 python scripts/train.py --run-dir runs/latest     # resume it
 
@@ -182,9 +182,9 @@ def train(
 def trainer_for(config: Config, mesh: Mesh, steps: int) -> Trainer:
     """The model of a run, on its grid of ranks, and what trains it."""
     from tf_dist.training import optimizers
-    from tf_dist.training.arrange import options_of
     from tf_dist.training.beginning import agree_on_weights
     from tf_dist.training.model import model_for
+    from tf_dist.training.pipeline import options_of
     from tf_dist.training.spikes import Spikes
     from tf_dist.training.state_room import check_room
     from tf_dist.training.trainer import Trainer
@@ -196,7 +196,7 @@ def trainer_for(config: Config, mesh: Mesh, steps: int) -> Trainer:
         model,
         optimizers.build(config, model, steps),
         mesh.all,
-        config.update,
+        config.chosen_strategy(),
         global_batch_size=config.global_batch_size,
         micro_batch_size=config.micro_batch_rows,
         seq_len=config.seq_len,
@@ -210,11 +210,10 @@ def trainer_for(config: Config, mesh: Mesh, steps: int) -> Trainer:
         overlap=config.overlap,
         chunk_bytes=config.chunk_bytes,
         mesh=mesh,
-        zero_stage=config.zero_stage,
         min_ranks=config.min_ranks,
         max_bad_steps=config.max_bad_steps,
         spikes=Spikes(config.on_spike, config.spike_factor, config.spike_skip),
-        **options_of(config),
+        pipeline=options_of(config),
     )
 
 

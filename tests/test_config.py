@@ -6,9 +6,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tf_dist.config import Config, default_micro_batch, did_you_mean
+from tf_dist.config import Config, default_micro_batch
 from tf_dist.errors import UsageError
 from tf_dist.flags import GROUPS
+from tf_dist.spelling import did_you_mean
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 WITH_LEAST = {name: f.metadata["least"] for name, f in FIELDS.items() if f.metadata["least"] is not None}
@@ -112,21 +113,21 @@ def test_values_that_cannot_hold_together(values, text):
             {"pipeline_parallel": 2, "pipeline_schedule": "interleaved", "virtual_stages": 5},
             "Use another pipeline_schedule, or layers 10 or more",
         ),
-        ({"zero_stage": 4}, "zero_stage is 4: there are stages 1, 2 and 3"),
+        ({"zero_stage": 4}, "zero_stage is 4: it must be at most 3"),
         (
-            {"update": "zero", "zero_stage": 2, "tensor_parallel": 2, "pipeline_parallel": 2},
+            {"strategy": "zero", "zero_stage": 2, "tensor_parallel": 2, "pipeline_parallel": 2},
             "zero_stage 2 with tensor_parallel 2 and pipeline_parallel 2",
         ),
-        ({"update": "zero", "zero_stage": 3, "pipeline_parallel": 2}, "Use zero_stage 1"),
+        ({"strategy": "zero", "zero_stage": 3, "pipeline_parallel": 2}, "Use zero_stage 1"),
         (
-            {"update": "zero", "zero_stage": 2, "sequence_parallel": 2},
+            {"strategy": "zero", "zero_stage": 2, "sequence_parallel": 2},
             "zero_stage 2 with sequence_parallel 2",
         ),
         ({"sequence_parallel": 2, "pipeline_parallel": 4}, "sequence_parallel 2 with pipeline_parallel 4: "),
         ({"backend": "horovod", "tensor_parallel": 2}, "backend horovod cannot carry tensor_parallel 2: use"),
         (
-            {"backend": "horovod", "sequence_parallel": 2, "update": "zero"},
-            "cannot carry sequence_parallel 2 and update zero",
+            {"backend": "horovod", "sequence_parallel": 2, "strategy": "zero"},
+            "cannot carry sequence_parallel 2 and strategy zero",
         ),
     ],
 )
@@ -143,8 +144,8 @@ def test_degrees_that_do_not_fit(values, text):
         {"virtual_stages": 8},  # nothing is interleaved
         {"model": "lstm", "width": 6, "tensor_parallel": 3, "pipeline_parallel": 2, "dropout": 0.1},
         {"model": "mine:build", "tensor_parallel": 3, "pipeline_parallel": 7},  # its layers know
-        {"update": "zero", "zero_stage": 1, "sequence_parallel": 2},
-        {"update": "zero", "tensor_parallel": 2, "pipeline_parallel": 2},
+        {"strategy": "zero", "zero_stage": 1, "sequence_parallel": 2},
+        {"strategy": "zero", "tensor_parallel": 2, "pipeline_parallel": 2},
         {"zero_stage": 3, "tensor_parallel": 2},  # not used
     ],
 )

@@ -20,7 +20,7 @@ NAMES = """
     optimizer optimizer_args learning_rate min_learning_rate schedule warmup_steps weight_decay clip_norm
     on_spike spike_factor spike_skip max_bad_steps
     tensor_parallel pipeline_parallel sequence_parallel pipeline_schedule pipeline_cuts virtual_stages
-    micro_batches_in_flight recompute update zero_stage
+    micro_batches_in_flight recompute strategy zero_stage
     staleness staleness_aware master_trains sync_every elastic_force sync_warmup_steps
     outer_lr outer_momentum outer_fragments outer_precision outer_delay
     compression compression_rank compression_least_rate compression_density compression_momentum
@@ -59,7 +59,7 @@ def test_the_names_are_frozen():
         "-h",
         "--help",
         "--no-tie-embeddings",
-        "--strategy",
+        "--update",  # the older name of --strategy
     }
 
 

@@ -10,37 +10,37 @@ PACKAGE = sorted((ROOT / "tf_dist").rglob("*.py"))
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 TREES = {path: ast.parse(path.read_bytes()) for path in PACKAGE + SCRIPTS}
 
-BOTTOM = {
-    "choices",
-    "config",
-    "degrees",
-    "doctor",
+BASE = {
     "errors",
     "faults",
     "atomic_io",
-    "flags",
-    "hosts",
     "import_path",
+    "options",
+    "partition",
     "processes",
     "progress",
-    "restarts",
-    "run_options",
-    "synonyms",
+    "spelling",
     "terminal",
     "untrusted_files",
+    "users_code",
     "version",
 }
-ROOMS = {"bench", "comm", "data", "keras_fit", "layers", "models", "parallel", "training"}
+# What a run is, and how a command says so: they know the options of all strategies.
+RUN = {"config", "degrees", "doctor", "flags", "hosts", "restarts", "run_options", "synonyms"}
+BOTTOM = BASE | RUN
+ROOMS = {"bench", "comm", "data", "keras_fit", "layers", "models", "parallel", "strategies", "training"}
 MAY_IMPORT = {
-    "comm": BOTTOM,
+    "comm": BASE,
+    "parallel": BASE | {"comm"},
+    "strategies": BASE | {"comm", "parallel"},
+    **dict.fromkeys(BASE, BASE),
+    **dict.fromkeys(RUN, BOTTOM | {"comm", "parallel", "strategies"}),
     "data": BOTTOM,
     "models": BOTTOM,
-    "parallel": BOTTOM | {"comm"},
     "layers": BOTTOM | {"comm", "models", "parallel"},
     "training": BOTTOM | ROOMS - {"bench", "keras_fit"},
     "keras_fit": BOTTOM | {"comm", "data", "parallel", "training"},
     "bench": BOTTOM | ROOMS,
-    **dict.fromkeys(BOTTOM, BOTTOM),
 }
 # They build and examine Horovod and other peers, so they import them.
 EXAMINERS = {"build_horovod.py", "check_peers.py"}
@@ -97,7 +97,10 @@ def test_only_comm_talks_to_mpi_and_horovod(path):
 
 @pytest.mark.parametrize("path", PACKAGE, ids=name_of)
 def test_no_tensorflow_where_none_is_needed(path):
-    if room_of(path) in BOTTOM | {"data", "parallel"} or name_of(path) == "tf_dist/comm/base.py":
+    if (
+        room_of(path) in BOTTOM | {"data", "parallel", "strategies"}
+        or name_of(path) == "tf_dist/comm/base.py"
+    ):
         assert not foreign(path) & {"tensorflow", "keras"}
 
 
@@ -150,3 +153,47 @@ def test_functions_fit_on_a_screen(path):
     functions = [n for n in ast.walk(TREES[path]) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
     long = {f.name: f.end_lineno - f.lineno + 1 for f in functions}
     assert not {name: lines for name, lines in long.items() if lines > LONGEST_FUNCTION}
+
+
+def strategy_names():
+    """Every name of a strategy, as flags have it, and every class of one."""
+    from tf_dist.strategies.registry import STRATEGIES
+
+    return set(STRATEGIES), {one.__name__ for one in STRATEGIES.values()} | {"Compressed"}
+
+
+def ladder_of(tree):
+    """Comparisons with a strategy's name or class, and ``isinstance`` of one: what a trait is to answer."""
+    names, classes = strategy_names()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare):
+            for side in ast.walk(node):
+                word = getattr(side, "id", getattr(side, "attr", getattr(side, "value", None)))
+                if isinstance(word, str) and (word in names | classes or word == "STRATEGIES"):
+                    yield node.lineno
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "issubclass"):
+            words = {getattr(one, "id", getattr(one, "attr", "")) for one in ast.walk(node.args[1])}
+            if words & (classes | {"Strategy"}):
+                yield node.lineno
+        elif isinstance(node, ast.MatchValue | ast.MatchClass):
+            words = {getattr(one, "id", getattr(one, "value", "")) for one in ast.walk(node)}
+            if {word for word in words if isinstance(word, str)} & (names | classes):
+                yield node.lineno
+
+
+@pytest.mark.parametrize("path", PACKAGE + SCRIPTS, ids=name_of)
+def test_no_strategy_is_known_outside_its_folder(path):
+    """A new strategy is one file and a line of the registry: others ask for traits, and call verbs."""
+    if path.is_relative_to(ROOT / "scripts") or room_of(path) not in ("strategies", "bench"):
+        assert not sorted(ladder_of(TREES[path]))
+
+
+def test_a_ladder_is_seen():
+    for text in (
+        'x = config.strategy == "zero"',
+        'x = config.strategy in ("local-sgd", "diloco")',
+        "x = isinstance(trainer.strategy, DiLoCo)",
+        "x = trainer.strategy is STRATEGIES['zero']",
+        "x = type(trainer.strategy) is strategies.AllReduce",
+    ):
+        assert list(ladder_of(ast.parse(text))), text

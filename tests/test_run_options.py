@@ -51,8 +51,8 @@ def test_another_beginning_has_no_options_of_the_run(run, tmp_path):
     [
         ({"epochs": 2}, ["--steps", "60"], {"steps": 60, "epochs": 0}),
         ({"steps": 60}, ["--epochs", "2"], {"steps": 0, "epochs": 2}),
-        ({"update": "downpour", "staleness": 3}, ["--update", "allreduce"], {"staleness": 1}),
-        ({"update": "diloco", "sync_every": 9}, ["--update", "local-sgd"], {"sync_every": 9}),
+        ({"strategy": "downpour", "staleness": 3}, ["--update", "allreduce"], {"staleness": 1}),
+        ({"strategy": "diloco", "sync_every": 9}, ["--update", "local-sgd"], {"sync_every": 9}),
         ({"compression": "topk", "compression_density": 0.5}, ["--compression", "none"], {}),
         ({"pipeline_parallel": 2, "pipeline_cuts": "1"}, ["--pipeline-parallel", "1"], {"pipeline_cuts": ""}),
         # The size of a vocabulary that came of the text, which prepared tokens do not know.
@@ -93,3 +93,24 @@ def test_a_damaged_one_is_one_error(tmp_path, text, said):
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(UsageError, match=said):
         asked("--run-dir", str(tmp_path))
+
+
+def test_a_run_of_an_older_version_calls_its_strategy_update(run, tmp_path):
+    folder = run(strategy="diloco", sync_every=9)
+    path = tmp_path / "config.yaml"
+    path.write_text(path.read_text().replace("strategy: diloco", "update: diloco"))
+    assert (asked("--run-dir", folder).strategy, asked("--run-dir", folder).sync_every) == ("diloco", 9)
+    assert asked("--config", str(path)).strategy == "diloco"
+    assert asked("--run-dir", folder, "--update", "local-sgd").strategy == "local-sgd"
+    path.write_text("update: zero\nstrategy: zero\n")
+    with pytest.raises(UsageError, match="strategy is there twice"):
+        asked("--config", str(path))
+
+
+def test_a_strategy_of_a_user_runs_only_where_the_command_line_names_it(run, tmp_path):
+    folder = run(strategy="mine.own:Strategy")
+    (tmp_path / "status.json").write_text("{}")
+    for argv in (["--run-dir", folder], ["--config", str(tmp_path / "config.yaml")]):
+        with pytest.raises(LaunchError, match=r"strategy is 'mine.own:Strategy'.*add --strategy mine\.own"):
+            asked(*argv)
+        assert asked(*argv, "--strategy", "mine.own:Strategy").strategy == "mine.own:Strategy"

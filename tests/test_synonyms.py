@@ -37,8 +37,8 @@ def test_names_of_other_tools(theirs, mine):
 def test_keys_of_a_file():
     with pytest.raises(UsageError, match=r"unknown key 'lr'\. Did you mean 'learning_rate'\?"):
         from_mapping({"lr": 1e-3}, "run.yaml")
-    with pytest.raises(UsageError, match=r"Did you mean 'update'\?"):
-        from_mapping({"strategy": "zero"}, "run.yaml")
+    with pytest.raises(UsageError, match=r"Did you mean 'strategy'\?"):
+        from_mapping({"algorithm": "zero"}, "run.yaml")
 
 
 def test_several_at_once():

@@ -24,6 +24,7 @@ from tf_dist.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from tf_dist import callbacks as callbacks
+    from tf_dist import strategies as strategies
     from tf_dist.keras_fit.api import distribute as distribute
     from tf_dist.keras_fit.api import independent as independent
     from tf_dist.keras_fit.api import shard as shard
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Comm", "Mesh", "Trainer", "__version__", "as_comm", "callbacks", "connect", "distribute",
-    "independent", "shard",
+    "independent", "shard", "strategies",
 ]  # fmt: skip
 _HOME = {
     "Trainer": "training.trainer",
@@ -45,8 +46,8 @@ register_post_import_hook(watch_fit, "keras")
 
 def __getattr__(name: str) -> Any:
     """Import what needs TensorFlow when it is first asked for: `connect` must come before."""
-    if name == "callbacks":
-        return import_module("tf_dist.callbacks")
+    if name in ("callbacks", "strategies"):
+        return import_module(f"tf_dist.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'tf_dist' has no attribute {name!r}")
     return getattr(import_module(f"tf_dist.{_HOME[name]}"), name)

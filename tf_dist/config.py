@@ -8,30 +8,29 @@ here imports TensorFlow or MPI: ``--help`` answers at once.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import io
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
-from tf_dist.choices import check_limits, check_update
-from tf_dist.degrees import check_degrees
+from tf_dist.comm.stalls import check_limits
+from tf_dist.degrees import check_degrees, check_horovod, in_use
 from tf_dist.errors import UsageError
+from tf_dist.options import check_value, option
+from tf_dist.parallel.compress import COMPRESSORS
+from tf_dist.spelling import did_you_mean
+from tf_dist.strategies.base import Setting, Strategy
+from tf_dist.strategies.registry import FLAT_OPTIONS, STRATEGIES, own_options, strategy_of
 
 # Tokens of a BPE vocabulary where no number is given.
 BPE_DEFAULT_VOCAB = 2048
 
 
-def option(
-    default: Any, group: str, text: str, *, choices: tuple[str, ...] = (), least: float | None = None
-) -> Any:
-    """Declare one option: its default, the heading it stands under in ``--help``, and what it means."""
-    metadata = {"group": group, "text": text, "choices": choices, "least": least}
-    if isinstance(default, dict):
-        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+def of_a_strategy(name: str) -> Any:
+    """An option of strategies or compressors, which have its default, its help and its bounds."""
+    option = FLAT_OPTIONS[name]
+    return dataclasses.field(default=option.default, metadata=option.metadata)
 
 
 @dataclass(frozen=True)
@@ -89,25 +88,25 @@ class Config:
     micro_batches_in_flight: int = option(0, "parallelism", "micro-batches whose activations a pipeline's rank keeps at most; 0: as the schedule has it", least=0)  # noqa: E501
     recompute: str = option("off", "parallelism", "compute a pipeline stage's activations again on the way back, instead of keeping them", choices=("on", "off"))  # noqa: E501
 
-    update: str = option("allreduce", "strategy", "how gradients become new weights, the same everywhere or until ranks meet", choices=("allreduce", "master", "zero", "local-sgd", "diloco", "downpour", "easgd", "gossip"))  # noqa: E501
-    zero_stage: int = option(1, "strategy", "what --update zero divides among the data-parallel ranks: 1 optimizer state, 2 also gradients, 3 also weights", least=1)  # noqa: E501
-    staleness: int = option(1, "Downpour", "global batches by which the fastest worker of update downpour may lead the slowest; 0: as allreduce, bit for bit", least=0)  # noqa: E501
-    staleness_aware: str = option("off", "Downpour", "divide the learning rate of a gradient of update downpour by its staleness", choices=("on", "off"))  # noqa: E501
-    master_trains: str = option("off", "Downpour", "whether the master of update downpour or easgd also computes gradients", choices=("on", "off"))  # noqa: E501
-    sync_every: int = option(0, "local SGD and DiLoCo", "steps that a rank takes by itself between exchanges; 0: local-sgd 8, diloco 50, easgd 4, gossip 1", least=0)  # noqa: E501
-    elastic_force: float = option(0.0, "EASGD and gossip", "how far worker and centre of update easgd move towards each other, as a part of their distance; 0: 0.9 / workers", least=0)  # noqa: E501
-    sync_warmup_steps: int = option(0, "local SGD and DiLoCo", "synchronous steps before the first that ranks take by themselves", least=0)  # noqa: E501
-    outer_lr: float = option(0.7, "local SGD and DiLoCo", "learning rate of the outer steps of update diloco", least=0)  # noqa: E501
-    outer_momentum: float = option(0.9, "local SGD and DiLoCo", "Nesterov momentum of the outer steps of update diloco", least=0)  # noqa: E501
-    outer_fragments: int = option(1, "local SGD and DiLoCo", "parts of the weights that meet at steps of their own, so that less travels at once", least=1)  # noqa: E501
-    outer_precision: str = option("float32", "local SGD and DiLoCo", "in which changes of weights travel at meetings", choices=("float32", "bfloat16"))  # noqa: E501
-    outer_delay: int = option(0, "local SGD and DiLoCo", "steps that ranks take while changes of weights travel, which they do not wait for then", least=0)  # noqa: E501
-    compression: str = option("none", "compression", "how gradients are compressed before they are summed, with update allreduce; what is not sent waits for the next step", choices=("none", "bf16", "topk", "powersgd", "onebit"))  # noqa: E501
-    compression_rank: int = option(4, "compression", "rank of the matrices of compression powersgd", least=1)
-    compression_least_rate: float = option(2.0, "compression", "how many times smaller powersgd must make a matrix; else it travels whole", least=1)  # noqa: E501
-    compression_density: float = option(0.01, "compression", "share of the elements that compression topk sends", least=0)  # noqa: E501
-    compression_momentum: float = option(0.0, "compression", "momentum of each rank's gradients before topk (DGC); use it with optimizer sgd", least=0)  # noqa: E501
-    compression_start: int = option(0, "compression", "first steps whose gradients are summed whole", least=0)
+    strategy: str = option("allreduce", "strategy", f"how gradients become new weights, the same everywhere or until ranks meet: {', '.join(STRATEGIES)}; or package.module:Class of your own")  # noqa: E501
+    zero_stage: int = of_a_strategy("zero_stage")
+    staleness: int = of_a_strategy("staleness")
+    staleness_aware: str = of_a_strategy("staleness_aware")
+    master_trains: str = of_a_strategy("master_trains")
+    sync_every: int = of_a_strategy("sync_every")
+    elastic_force: float = of_a_strategy("elastic_force")
+    sync_warmup_steps: int = of_a_strategy("sync_warmup_steps")
+    outer_lr: float = of_a_strategy("outer_lr")
+    outer_momentum: float = of_a_strategy("outer_momentum")
+    outer_fragments: int = of_a_strategy("outer_fragments")
+    outer_precision: str = of_a_strategy("outer_precision")
+    outer_delay: int = of_a_strategy("outer_delay")
+    compression: str = option("none", "compression", "how gradients are compressed before they are summed, with strategy allreduce; what is not sent waits for the next step", choices=("none", *COMPRESSORS))  # noqa: E501
+    compression_rank: int = of_a_strategy("compression_rank")
+    compression_least_rate: float = of_a_strategy("compression_least_rate")
+    compression_density: float = of_a_strategy("compression_density")
+    compression_momentum: float = of_a_strategy("compression_momentum")
+    compression_start: int = of_a_strategy("compression_start")
     backend: str = option("mpi", "strategy", "who carries the bytes", choices=("mpi", "horovod"))
     allreduce: str = option("auto", "performance", "what carries the sums of gradients: a shared window, messages, or what is faster", choices=("auto", "window", "messages"))  # noqa: E501
     chunk_bytes: int = option(0, "performance", "pieces in which sums travel between ranks by messages; 0: what is faster, measured at the start", least=0)  # noqa: E501
@@ -134,7 +133,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            _check_value(field, getattr(self, field.name))
+            check_value(field.name, getattr(self, field.name), field.metadata)
         self._check_together()
 
     def _check_together(self) -> None:
@@ -164,8 +163,38 @@ class Config:
                 + did_you_mean(self.model, ("transformer", "lstm"))
             )
         check_degrees(self)
-        check_update(self)
+        self._check_strategy()
+        check_horovod(self)
         check_limits(self.stall_warn, self.stall_abort)
+
+    def _check_strategy(self) -> None:
+        """Refuse options of another strategy than was chosen, and what it cannot work in.
+
+        Of a user's strategy only the name is known: its code runs where somebody trains with it.
+        """
+        if ":" in self.strategy:
+            own_options(self.strategy, self._flat_options())
+            return
+        strategy = self.chosen_strategy()
+        strategy.check(Setting(in_use(self), self.backend, self.optimizer.lower()))
+        if self.on_spike != "off" and not strategy.traits.replicas_equal:
+            fit = [name for name, one in STRATEGIES.items() if one.traits.replicas_equal]
+            raise UsageError(
+                f"on_spike is {self.on_spike}, but with strategy {strategy} not all ranks take each step "
+                f"together. Use --strategy {' or '.join(fit)}, or --on-spike off"
+            )
+
+    def chosen_strategy(self) -> Strategy:
+        """A new object of the strategy that was chosen; of a user's, the code is imported.
+
+        Raises:
+            UsageError: it cannot be had, or options are not its own.
+        """
+        return strategy_of(self.strategy, self._flat_options())
+
+    def _flat_options(self) -> dict[str, Any]:
+        names = ("compression", *FLAT_OPTIONS)
+        return {name: getattr(self, name) for name in names}
 
     @property
     def micro_batch_rows(self) -> int:
@@ -202,7 +231,8 @@ def check_option(name: str, value: Any) -> None:
     Raises:
         UsageError: with the choices, or the bound.
     """
-    _check_value(next(field for field in dataclasses.fields(Config) if field.name == name), value)
+    metadata = next(field.metadata for field in dataclasses.fields(Config) if field.name == name)
+    check_value(name, value, metadata)
 
 
 def default_micro_batch(global_batch_size: int) -> int:
@@ -212,27 +242,3 @@ def default_micro_batch(global_batch_size: int) -> int:
     """
     largest = max(1, global_batch_size // 4)
     return next(rows for rows in range(largest, 0, -1) if global_batch_size % rows == 0)
-
-
-def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """The nearest known word as the end of an error message, or nothing."""
-    near = nearest(word, known)
-    return f". Did you mean {near!r}?" if near else ""
-
-
-def nearest(word: str, known: Sequence[str]) -> str:
-    """The known word that is most like another, or an empty string."""
-    return next(iter(difflib.get_close_matches(word, known, n=1, cutoff=0.6)), "")
-
-
-def _check_value(field: dataclasses.Field[Any], value: Any) -> None:
-    choices, least = field.metadata["choices"], field.metadata["least"]
-    if choices and value not in choices:
-        raise UsageError(
-            f"{field.name} is {value!r}: choose one of {', '.join(choices)}"
-            + did_you_mean(str(value), choices)
-        )
-    if least is not None and not value >= least:
-        raise UsageError(f"{field.name} is {value}: it must be at least {least:g}")
-    if isinstance(value, float) and value in (float("inf"), float("-inf")):
-        raise UsageError(f"{field.name} is {value}: it must be finite")

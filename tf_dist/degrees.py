@@ -1,10 +1,11 @@
-"""Degrees of parallelism: what they must fit, with values that do, and which share each rank has."""
+"""Degrees of parallelism: what they must fit, with values that do."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from tf_dist.errors import UsageError
+from tf_dist.partition import must_divide
 
 if TYPE_CHECKING:
     from tf_dist.config import Config
@@ -24,52 +25,22 @@ def check_degrees(config: Config) -> None:
         _check_sequence(config)
     if config.pipeline_parallel > 1:
         _check_pipeline(config)
-    _check_zero(config)
-    if config.backend == "horovod":
-        _check_horovod(config)
 
 
-def in_use(config: Config) -> list[str]:
-    """The degrees of parallelism above 1, as in ``tensor_parallel 2``."""
-    return [f"{name} {getattr(config, name)}" for name in AXES if getattr(config, name) > 1]
-
-
-def must_divide(degree: int, what: str, number: int, option: str) -> None:
-    """Refuse a degree of parallelism that does not divide a model, and say what would.
-
-    Args:
-        degree: of parallelism.
-        what: is divided, for instance "heads".
-        number: how many of them there are.
-        option: sets the degree.
+def check_horovod(config: Config) -> None:
+    """Refuse what Horovod has not: messages between two ranks.
 
     Raises:
-        UsageError: with the arithmetic, and the nearest values that work.
+        UsageError: with what would do.
     """
-    if number % degree == 0:
-        return
-    fits = [n for n in range(1, number + 1) if number % n == 0]
-    near = sorted(sorted(fits, key=lambda n: (abs(n - degree), n))[:2])
-    raise UsageError(
-        f"{option} {degree} does not divide {what} {number} ({number} = {number // degree} x {degree} + "
-        f"{number % degree}). Nearest that do: {' and '.join(map(str, near))}; or let {what} be "
-        f"{(number // degree + 1) * degree}"
-    )
+    if config.backend == "horovod" and (shared := in_use(config)):
+        wanted = " and ".join(f"{name} {degree}" for name, degree in shared.items())
+        raise UsageError(f"backend horovod cannot carry {wanted}: use backend mpi")
 
 
-def share(n_items: int, rank: int, size: int) -> range:
-    """The block of ``range(n_items)`` that is this rank's: contiguous, and balanced to within one.
-
-    Earlier ranks take the ones too many; with fewer items than ranks the last ranks get none.
-
-    Raises:
-        UsageError: a negative number of items, or ``rank`` is not in ``range(size)``.
-    """
-    if n_items < 0 or not 0 <= rank < size:
-        raise UsageError(f"no share of {n_items} items for rank {rank} of {size}.")
-    each, more = divmod(n_items, size)
-    start = rank * each + min(rank, more)
-    return range(start, start + each + (rank < more))
+def in_use(config: Config) -> dict[str, int]:
+    """The degrees of parallelism above 1, by name."""
+    return {name: getattr(config, name) for name in AXES if getattr(config, name) > 1}
 
 
 def _check_tensor(config: Config) -> None:
@@ -127,23 +98,3 @@ def _check_cuts(text: str, stages: int) -> None:
             f"pipeline_cuts {text!r}: {stages - 1} layers with which a stage begins are needed for {stages} "
             f"stages, as in {','.join(map(str, range(1, stages)))}"
         )
-
-
-def _check_zero(config: Config) -> None:
-    stage = config.zero_stage
-    if stage > 3:
-        raise UsageError(f"zero_stage is {stage}: there are stages 1, 2 and 3")
-    shared = in_use(config)
-    if config.update == "zero" and stage > 1 and shared:
-        raise UsageError(
-            f"zero_stage {stage} with {' and '.join(shared)}: gradients and weights are divided among data "
-            "ranks alone. Use zero_stage 1, which divides the optimizer's state, or degrees of 1"
-        )
-
-
-def _check_horovod(config: Config) -> None:
-    """Horovod has neither messages between two ranks nor sums of which a rank gets a part."""
-    wanted = in_use(config)
-    wanted += ["update zero"] if config.update == "zero" else []
-    if wanted:
-        raise UsageError(f"backend horovod cannot carry {' and '.join(wanted)}: use backend mpi")

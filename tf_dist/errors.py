@@ -113,7 +113,7 @@ def of_memory(error: BaseException) -> BaseException:
 def ways_out() -> str:
     """What helps where memory is too small."""
     return (
-        "More ranks can share the model: --update zero --zero-stage 3 (weights, gradients and optimizer "
+        "More ranks can share the model: --strategy zero --zero-stage 3 (weights, gradients and optimizer "
         "state), --pipeline-parallel or --tensor-parallel; a smaller --micro-batch-size makes activations "
         "smaller"
     )

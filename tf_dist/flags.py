@@ -18,9 +18,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tf_dist.config import Config, did_you_mean
+from tf_dist.config import Config
 from tf_dist.errors import LaunchError, UsageError
-from tf_dist.run_options import check_named, in_its_own_folder, lies_in_a_run, still_hold
+from tf_dist.run_options import RENAMED, check_named, in_its_own_folder, lies_in_a_run, renamed, still_hold
+from tf_dist.spelling import did_you_mean
 from tf_dist.synonyms import hint, ours
 from tf_dist.untrusted_files import CONFIG_LIMIT_BYTES, parsed_yaml, read_bytes, shown
 
@@ -33,17 +34,19 @@ GROUPS = {
     "batch and steps": "",
     "optimizer": "",
     "strategy": "how ranks train together; the next groups belong to one strategy each",
-    "local SGD and DiLoCo": "of --update local-sgd and diloco (--sync-every also of easgd and gossip)",
-    "Downpour": "of --update downpour (--master-trains also of easgd)",
-    "EASGD and gossip": "of --update easgd; gossip has --sync-every alone",
+    "local SGD and DiLoCo": "of --strategy local-sgd and diloco (--sync-every also of easgd and gossip)",
+    "Downpour": "of --strategy downpour (--master-trains also of easgd)",
+    "EASGD and gossip": "of --strategy easgd; gossip has --sync-every alone",
     "parallelism": "ranks that share one model; the rest of them is data-parallel",
-    "compression": "of gradients, with --update allreduce",
+    "compression": "of gradients, with --strategy allreduce",
     "performance": "",
     "checkpoints and recovery": "",
     "checks": "what is compared while it trains, and what happens then",
     "output": "",
 }
-ALIASES = {"update": ("--strategy",)}
+ALIASES = {"strategy": ("--update",)}
+# Options that may name a user's code.
+CODE = ("model", "strategy")
 METAVARS = {
     "run_dir": "FOLDER", "prepared_dir": "FOLDER", "text_column": "COLUMN", "resume": "auto|never|PATH",
     "tokenizer": "byte|char|bpe|PATH", "pipeline_cuts": "LAYERS",
@@ -76,11 +79,14 @@ def _typed(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     checked = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
+        name = RENAMED.get(name, name)
         if name not in wanted:
             near = ours(name, [one.replace("_", "-") for one in wanted]).replace("-", "_")
             raise UsageError(
                 f"{source}: unknown key {shown(key)}" + (f". Did you mean {near!r}?" if near else "")
             )
+        if name in checked:
+            raise UsageError(f"{source}: {name} is there twice, once as {shown(key)}")
         checked[name] = _convert(name, value, wanted[name], source)
     return checked
 
@@ -187,7 +193,7 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
         return textwrap.indent("\n\n".join(filled), indent)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        """``--update, --strategy VALUE``, with the value once."""
+        """``--strategy, --update VALUE``, with the value once."""
         if not action.option_strings or action.nargs == 0:
             return super()._format_action_invocation(action)
         value = self._format_args(action, self._get_default_metavar_for_optional(action))
@@ -297,8 +303,10 @@ def options_of_run(line: CommandLine) -> dict[str, Any]:
     if line.file or not folder or line.given.get("resume") == "never" or not os.path.lexists(path):
         return {}
     of_run = read_config_file(str(path), follow=False)
-    if "model" not in line.given:
-        check_named(str(of_run.get("model", "")), "", str(path))
+    of_run = renamed(of_run)
+    for option in CODE:
+        if option not in line.given:
+            check_named(str(of_run.get(option, "")), "", str(path), option)
     return still_hold(of_run, line.given)
 
 
@@ -313,7 +321,9 @@ def resolved(line: CommandLine, of_run: Mapping[str, Any]) -> Config:
     if line.file:
         below = _typed(read_config_file(line.file), line.file)
         if lies_in_a_run(Path(line.file)):
-            check_named(str(below.get("model", "")), str(line.given.get("model", "")), line.file)
+            for option in CODE:
+                said, named = below.get(option, ""), line.given.get(option, "")
+                check_named(str(said), str(named), line.file, option)
             below = in_its_own_folder(below, Path(os.path.realpath(line.file)))
     return Config(**{**below, **line.given})
 
@@ -339,7 +349,7 @@ def options_among(words: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
     Raises:
         UsageError: one has no value, or one of another type.
     """
-    flags = parser("", (*names, "run_dir", "resume", "model"))
+    flags = parser("", (*names, "run_dir", "resume", *CODE))
     flags.add_argument("--config", default="")
     asked = [word for word in words if word not in ("-h", "--help")]
     given = vars(flags.parse_known_args(asked)[0])

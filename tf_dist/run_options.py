@@ -12,17 +12,24 @@ from pathlib import Path
 from typing import Any
 
 from tf_dist import terminal
-from tf_dist.choices import BELONGS_TO
 from tf_dist.config import BPE_DEFAULT_VOCAB
 from tf_dist.errors import LaunchError
+from tf_dist.strategies.registry import FLAT_OPTIONS
 from tf_dist.untrusted_files import shown
 
 # Of a start, not of a run: --resume never must not be repeated by a start that only names the folder.
 OF_A_START = ("run_dir", "resume", "progress")
+# Keys of older files, and what they are called now.
+RENAMED = {"update": "strategy"}
 # Of two options that say the same, the one that is given puts the other out of force.
 INSTEAD = {"steps": "epochs", "epochs": "steps"}
 # Who has one of these beside it is a run's file.
 OF_A_RUN = ("checkpoints", "status.json", "metrics.jsonl", "in-use.json", "tokenizer.json")
+
+
+def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that an older version has written, by the names that they have now."""
+    return {RENAMED.get(name, name): value for name, value in values.items()}
 
 
 def still_hold(of_run: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,8 +43,8 @@ def still_hold(of_run: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str,
     for name, other in INSTEAD.items():
         if given.get(name):
             held.pop(other, None)
-    for name, (chooser, wanted) in BELONGS_TO.items():
-        if chooser in given and given[chooser] not in wanted:
+    for name, option in FLAT_OPTIONS.items():
+        if option.chooser in given and given[option.chooser] not in option.owners:
             held.pop(name, None)
     if given.get("pipeline_parallel", held.get("pipeline_parallel")) != held.get("pipeline_parallel"):
         held.pop("pipeline_cuts", None)
@@ -47,22 +54,24 @@ def still_hold(of_run: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str,
     return held
 
 
-def check_named(model: str, named: str, source: str) -> None:
+def check_named(name: str, named: str, source: str, option: str = "model") -> None:
     """Let code of a user run only where this command line names it, never because a run's file does.
 
     Args:
-        model: what the file says.
-        named: by ``--model`` on the command line; empty: nothing.
+        name: what the file says.
+        named: by the flag on the command line; empty: nothing.
         source: the file.
+        option: "model" or "strategy".
 
     Raises:
         LaunchError: the file names code that the command line does not.
     """
-    if ":" in model and model != named:
+    if ":" in name and name != named:
         others = f"not {shown(named)}" if named else "and code runs only where the command line names it"
+        made = "the model is made by" if option == "model" else f"the {option} is"
         raise LaunchError(
-            f"{source} says that the model is made by {shown(model)}, {others}. If you trust that code, add "
-            f"--model {shlex.quote(terminal.printable(model)[:200])}"
+            f"{source} says that {made} {shown(name)}, {others}. If you trust that code, add "
+            f"--{option} {shlex.quote(terminal.printable(name)[:200])}"
         )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from tf_dist.config import nearest
+from tf_dist.spelling import nearest
 
 # An option of ours, and what others call it. A name that stands twice means the first that a program has.
 _WORDS = """
@@ -68,7 +68,7 @@ warmup-steps: warmup warmup-iters lr-warmup-steps num-warmup-steps lr-warmup-ite
 weight-decay: wd l2 decay
 clip-norm: grad-clip clip clip-grad max-grad-norm gradient-clipping gradient-clip clip-grad-norm
     gradient-clip-val grad-clip-norm max-norm clipnorm grad-norm global-clipnorm training.max-norm
-update: strategy algorithm algo mode method parallel dist-strategy distributed-strategy ddp sync-mode
+strategy: update algorithm algo mode method parallel dist-strategy distributed-strategy ddp sync-mode
     distribution-strategy
 zero-stage: zero stage zero-optimization-stage use-distributed-optimizer fsdp sharding-strategy
     distributed-optimizer

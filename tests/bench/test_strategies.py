@@ -82,7 +82,7 @@ def test_a_stretch_has_steps_of_several_kinds():
 
 def test_every_strategy_is_a_run_that_can_be():
     for name, (update, options) in strategies.NAMES.items():
-        assert Config(update=update, **options).update == update, name
+        assert Config(strategy=update, **options).strategy == update, name
 
 
 def test_a_picture_has_three_panels(tmp_path):

@@ -9,7 +9,6 @@ import pytest
 import tensorflow as tf
 
 from tests.thread_comm import on_ranks
-from tf_dist.degrees import share
 from tf_dist.errors import UsageError
 from tf_dist.layers import (
     ColumnParallelDense,
@@ -23,6 +22,7 @@ from tf_dist.layers.cross_entropy import cross_entropy
 from tf_dist.models.fast_lstm import LSTM
 from tf_dist.models.transformer import CausalSelfAttention
 from tf_dist.parallel.parts import part_of
+from tf_dist.partition import share
 
 B, T, D = 2, 5, 12
 RANKS = [1, 2, 3]

@@ -10,7 +10,7 @@ from test_training_mpi import HELD_OUT, TOKENS, flat, steps_of, trainer
 from tf_dist.errors import LaunchError
 
 N = MPI.COMM_WORLD.size
-# One rank alone: tests/parallel/test_alone.py.
+# One rank alone: tests/strategies/test_asynchronous.py.
 pytestmark = pytest.mark.skipif(N < 4, reason="four ranks show it")
 WAYS = {
     "easgd": ("easgd", {"asynchrony": {"master_trains": "off"}}),

@@ -83,7 +83,7 @@ CASES = {
     "rate": (lambda r: {"optimizer": adam(r, learning_rate=0.1)}, "learning_rate: 0.1.* on rank 0"),
     "beta": (lambda r: {"optimizer": adam(r, beta_1=0.9)}, "beta_1: 0.9 on rank 0"),
     "schedule": (lambda r: {"optimizer": schedule(r)}, "decay_steps: 100 on rank 0, 101 on"),
-    "update": (lambda r: {"update": "master" if r else "allreduce"}, "update: allreduce on rank 0, master"),
+    "update": (lambda r: {"update": "master" if r else "allreduce"}, "strategy: allreduce on rank 0, master"),
     "batch": (lambda r: {"global_batch_size": 8 + 8 * r}, "global_batch_size: 8 on rank 0, 16"),
     "seed": (lambda r: {"seed": 1 + r}, "seed: 1 on rank 0, 2 on"),
     "clip": (lambda r: {"clip_norm": 0.1 * r}, "clip_norm: 0.0 on rank 0, 0.1"),

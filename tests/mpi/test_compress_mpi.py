@@ -53,7 +53,7 @@ def test_fewer_bytes_travel(connected, everyone, kind, least):
     if kind == "topk":  # all ranks get what all others send
         least *= 2 / N
     assert sent[0] - few > least * (sent[1] - few)
-    assert "stayed behind" in made.update.cost
+    assert "stayed behind" in made.strategy.report().text
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -77,9 +77,9 @@ def test_a_run_that_goes_on_is_one_that_was_never_stopped(connected, tmp_path, e
 def test_the_first_steps_are_whole(connected, everyone):
     trained = compressed(connected, "topk", compression_start=3)
     assert steps_of(trained, 3) == steps_of(trainer(SerialComm()), 3)
-    assert not trained.update.spent.sums
+    assert not trained.strategy.spent.sums
     steps_of(trained, 1)
-    assert trained.update.spent.sums == 1
+    assert trained.strategy.spent.sums == 1
 
 
 def test_not_a_number_on_one_rank_stops_all(connected, everyone):
@@ -88,20 +88,20 @@ def test_not_a_number_on_one_rank_stops_all(connected, everyone):
     if connected.rank == N - 1:
         weight = trained.model.weights[-1]
         weight.assign(np.full(weight.shape, np.nan, np.float32))
-    before = flat(trained.model), trained.update.compressor.residual.copy()
+    before = flat(trained.model), trained.strategy.compressor.residual.copy()
     trained.sentinel.watch = lambda step: None  # it would be the first to see this
     assert "not finite" in refused_everywhere(trained, everyone)
-    after = flat(trained.model), trained.update.compressor.residual
+    after = flat(trained.model), trained.strategy.compressor.residual
     assert all(everyone(all(map(np.array_equal, before, after)) or connected.rank == N - 1))
 
 
 @pytest.mark.parametrize(("compressed_ms", "warned"), [(2.0, True), (0.5, False)])
 def test_what_costs_more_than_it_saves_is_said(connected, monkeypatch, compressed_ms, warned):
     """The times themselves are a clock's, and may be any on a busy machine."""
-    from tf_dist.training import arrange
+    from tf_dist.strategies import compressed as compression
 
     took = {"compressed_ms": compressed_ms, "plain_ms": 1.0}
-    monkeypatch.setattr(arrange, "tried", lambda compressor, comm: took)
+    monkeypatch.setattr(compression, "tried", lambda compressor, comm: took)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         compressed(connected, "powersgd")
@@ -112,8 +112,8 @@ def test_what_costs_more_than_it_saves_is_said(connected, monkeypatch, compresse
 def test_what_cannot_be_is_refused(connected):
     with pytest.raises(UsageError, match="no weight would become"):
         trainer(connected, compression={"compression": "powersgd", "compression_rank": 1000})
-    with pytest.raises(UsageError, match="only sums of update allreduce"):
+    with pytest.raises(UsageError, match="only sums of strategy allreduce"):
         trainer(connected, "master", compression={"compression": "bf16"})
     if N % 2 == 0:
-        with pytest.raises(UsageError, match="only sums of update allreduce"):
+        with pytest.raises(UsageError, match="only sums of strategy allreduce"):
             trainer(connected, mesh=Mesh(connected, sequence=2), compression={"compression": "bf16"})

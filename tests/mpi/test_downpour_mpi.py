@@ -34,7 +34,7 @@ def test_no_staleness_is_allreduce_to_the_bit(connected, everyone, trains, rows)
     trained.meet()
     assert all(everyone(bool((flat(trained.model) == flat(alone.model)).all())))
     if trained.comm.rank == 0:
-        assert set(trained.update.load.staleness) == {0}
+        assert set(trained.strategy.load.staleness) == {0}
 
 
 @pytest.mark.parametrize("trains", ["on", "off"])
@@ -47,9 +47,9 @@ def test_it_learns_and_all_are_told_the_same(connected, everyone, staleness, tra
     assert everyone(history) == [everyone(history)[0]] * N
     assert same(everyone, trained)
     assert len(set(everyone((trained.step, trained.tokens)))) == 1
-    report = trained.update.load.report()
+    report = trained.strategy.load.report()
     if connected.rank == 0:
-        assert sum(report["staleness"].values()) == report["updates"] <= 60 * trained.update.units
+        assert sum(report["staleness"].values()) == report["updates"] <= 60 * trained.strategy.units.units
         assert 0 < report["master_load"] <= 1
 
 
@@ -58,18 +58,18 @@ def test_a_slow_worker_takes_fewer_units(connected, everyone):
     """With a batch in four units or more the others do what it does not; a bound of one batch is kept."""
     trained = downpour(connected, staleness=1, rows=1)
     done = []
-    compute = trained.update.gradient
+    compute = trained.strategy.units.gradient
 
     def slowly(unit, *arguments):
         done.append(unit)
         time.sleep(0.05 if connected.rank == N - 1 else 0.0)
         return compute(unit, *arguments)
 
-    trained.update.gradient = slowly
+    trained.strategy.units.gradient = slowly
     trained.last_step = 8
     steps_of(trained, 8)
     counts = everyone(len(done))
-    assert sum(counts) == 8 * trained.update.units and counts[0] == 0
+    assert sum(counts) == 8 * trained.strategy.units.units and counts[0] == 0
     if N > 2:
         assert counts[-1] < min(counts[1:-1])
 

@@ -36,7 +36,7 @@ def trainer(comm, pipeline=1, tensor=1, sequence=1, model="transformer", **more)
     mesh = Mesh(comm, pipeline, sequence, tensor)
     degrees = {"pipeline_parallel": pipeline, "tensor_parallel": tensor, "sequence_parallel": sequence}
     update, stage = more.get("update", "allreduce"), more.get("zero_stage", 1)
-    config = Config(**SIZES, model=model, **degrees, update=update, zero_stage=stage, learning_rate=1e-2)
+    config = Config(**SIZES, model=model, **degrees, strategy=update, zero_stage=stage, learning_rate=1e-2)
     built = model_for(config, mesh)
     return Trainer(
         built, optimizers.build(config, built, 20), comm,

@@ -141,7 +141,7 @@ def test_not_a_number_on_one_rank_stops_all(connected, everyone, small_buckets):
 
 @several
 def test_xla_and_master_do_without(connected, serial, everyone):
-    with pytest.raises(LaunchError, match="only --update allreduce"):
+    with pytest.raises(LaunchError, match="strategy master needs all of them at once"):
         trainer(connected, "master", overlap="on")
     trained = trainer(connected, overlap="on")
     trained.replica.use_xla(True)

@@ -13,11 +13,16 @@ SHAPES = [(40, 24), (24,), (6, 5), (3, 16, 8)]
 P = sum(int(np.prod(shape)) for shape in SHAPES)
 STEPS = 4
 MADE = {
-    "bfloat16": lambda: BFloat16(P),
-    "onebit": lambda: OneBit(P),
-    "topk": lambda: TopK(P, 0.05),
-    "powersgd": lambda: PowerSGD(SHAPES, 2),
+    "bfloat16": lambda: ready(BFloat16()),
+    "onebit": lambda: ready(OneBit()),
+    "topk": lambda: ready(TopK(density=0.05)),
+    "powersgd": lambda: ready(PowerSGD(rank=2)),
 }
+
+
+def ready(compressor, shapes=SHAPES):
+    compressor.setup(shapes)
+    return compressor
 
 
 def gradient(rank, step, length=P):
@@ -69,7 +74,7 @@ def test_top_k_keeps_what_it_does_not_send_to_the_bit():
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_density_of_one_is_the_plain_sum(ranks):
-    seen = summed(ranks, lambda: TopK(P, 1.0))
+    seen = summed(ranks, lambda: ready(TopK(density=1.0)))
     for step in range(STEPS):
         total = sum(gradient(rank, step) for rank in range(ranks))
         assert np.array_equal(seen[0][step][1], total)
@@ -78,7 +83,7 @@ def test_a_density_of_one_is_the_plain_sum(ranks):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_rank_that_saves_nothing_is_the_plain_sum(ranks):
-    seen = summed(ranks, lambda: PowerSGD(SHAPES, 30))
+    seen = summed(ranks, lambda: ready(PowerSGD(rank=30)))
     for step in range(STEPS):
         assert np.array_equal(seen[0][step][1], sum(gradient(rank, step) for rank in range(ranks)))
         assert not any(one[step][2].any() for one in seen)
@@ -90,7 +95,7 @@ def test_power_sgd_finds_a_matrix_of_low_rank():
     low = (rng.standard_normal((40, 2)) @ rng.standard_normal((2, 24))).astype(np.float32)
 
     def work(comm):
-        compressor = PowerSGD([(40, 24)], 2)
+        compressor = ready(PowerSGD(rank=2), [(40, 24)])
         for _ in range(3):
             compressor.residual.fill(0.0)
             found = compressor.sum(low.reshape(-1) / comm.size, comm)
@@ -101,7 +106,7 @@ def test_power_sgd_finds_a_matrix_of_low_rank():
 
 
 def test_power_sgd_reshapes_and_leaves_small_things_whole():
-    compressor = PowerSGD(SHAPES, 2)
+    compressor = ready(PowerSGD(rank=2))
     assert [(one.rows, one.columns) for one in compressor._matrices] == [(40, 24), (3, 128)][:1]
     assert compressor.ratio == pytest.approx(P / (2 * (40 + 24) + 24 + 30 + 384))
 
@@ -110,7 +115,7 @@ def test_without_feedback_an_element_would_never_go():
     """A small element that is always there adds up until it is sent."""
 
     def work(comm):
-        compressor, total = TopK(10, 0.1), np.zeros(10)
+        compressor, total = ready(TopK(density=0.1), [(10,)]), np.zeros(10)
         for _ in range(60):
             own = np.full(10, 0.1, np.float32)
             own[0] = 1.0
@@ -124,7 +129,7 @@ def test_without_feedback_an_element_would_never_go():
 
 def test_deep_gradient_compression_forgets_momentum_where_it_sends():
     def work(comm):
-        compressor = TopK(100, 0.1, momentum=0.9)
+        compressor = ready(TopK(density=0.1, momentum=0.9), [(100,)])
         for step in range(5):
             before = compressor.velocity * np.float32(0.9) + gradient(0, step, 100)
             sent = compressor.sum(gradient(0, step, 100), comm)

@@ -11,8 +11,9 @@ from tf_dist.comm.base import SerialComm
 from tf_dist.config import Config, default
 from tf_dist.errors import UsageError
 from tf_dist.keras_fit.api import distribute
+from tf_dist.strategies import AllReduce, Compressed, DiLoCo, PowerSGD
 from tf_dist.training import facts
-from tf_dist.training.arrange import GROUPS, group_of
+from tf_dist.training.pipeline import Pipeline
 from tf_dist.training.trainer import Trainer
 
 T, V = 4, 6
@@ -105,9 +106,9 @@ def test_arrays_by_what_they_hold(monkeypatch):
 # What a Trainer refuses --------------------------------------------------------------------------------
 
 
-def trainer_of(model, update="allreduce", optimizer=None, **more):
+def trainer_of(model, *strategy, optimizer=None, **more):
     optimizer = optimizer or keras.optimizers.SGD(0.1)
-    return Trainer(model, optimizer, SerialComm(), update, global_batch_size=4, autotune="off", **more)
+    return Trainer(model, optimizer, SerialComm(), *strategy, global_batch_size=4, autotune="off", **more)
 
 
 def test_a_model_that_ends_in_softmax():
@@ -133,8 +134,7 @@ def test_a_loss_of_compile_is_not_used():
 
 
 def test_options_have_the_defaults_of_their_flags():
-    for group, kind in GROUPS.items():
-        assert {name: default(name) for name in vars(kind())} == vars(kind()), group
+    assert {name: default(name) for name in vars(Pipeline())} == vars(Pipeline())
     own = inspect.signature(Trainer.__init__).parameters
     flags = Config().as_dict()
     other = {name: own[name].default for name in own if name in flags and own[name].default != flags[name]}
@@ -143,22 +143,64 @@ def test_options_have_the_defaults_of_their_flags():
 
 
 def test_diloco_has_the_outer_optimizer_of_the_flag():
-    plan = trainer_of(model(), "diloco").update.plan
-    assert (plan.outer_lr, plan.outer_momentum, plan.sync_every) == (0.7, 0.9, 50)
-    plan = trainer_of(model(), "local-sgd").update.plan
-    assert (plan.outer_lr, plan.outer_momentum, plan.sync_every) == (1.0, 0.0, 8)
+    made = trainer_of(model(), "diloco").strategy
+    assert (made.outer_lr, made.outer_momentum, made.plan.sync_every) == (0.7, 0.9, 50)
+    made = trainer_of(model(), "local-sgd").strategy
+    assert (made.outer_lr, made.outer_momentum, made.plan.sync_every) == (1.0, 0.0, 8)
+
+
+def test_a_name_a_keyword_its_older_name_and_an_object_are_one_road():
+    ways = [
+        trainer_of(model(), "diloco", local={"outer_lr": 0.5}),
+        trainer_of(model(), strategy="diloco", local={"outer_lr": 0.5}),
+        trainer_of(model(), update="diloco", local={"outer_lr": 0.5}),
+        trainer_of(model(), DiLoCo(outer_lr=0.5)),
+        trainer_of(model(), Config(strategy="diloco", outer_lr=0.5).chosen_strategy()),
+        trainer_of(model(), "tf_dist.strategies:DiLoCo"),
+    ]
+    assert [type(one.strategy) for one in ways] == [DiLoCo] * 6
+    assert [one.strategy.options for one in ways[:5]] == [DiLoCo.Options(outer_lr=0.5)] * 5
 
 
 @pytest.mark.parametrize(
-    ("group", "given", "update", "said"),
+    ("group", "given", "strategy", "said"),
     [
         ("local", {"outer_lrs": 1}, "diloco", "no option 'outer_lrs'.*Did you mean 'outer_lr'"),
         ("local", {"outer_lr": -1.0}, "diloco", "at least 0"),
-        ("local", {"sync_every": 3}, "allreduce", "sync_every is 3, but update allreduce has no use for it"),
+        (
+            "local",
+            {"sync_every": 3},
+            "allreduce",
+            "sync_every is 3, but strategy allreduce has no use",
+        ),
+        ("local", {"sync_every": 3}, DiLoCo(), "sync_every beside an object of strategy diloco: give them"),
         ("compression", {"compression_rank": 2}, "allreduce", "belongs to compression powersgd"),
         ("compression", {"compression": "zip"}, "allreduce", "choose one of"),
+        (
+            "compression",
+            {"compression": "topk"},
+            AllReduce(),
+            "compression beside an object of strategy",
+        ),
+        ("pipeline", {"recompute": "yes"}, "allreduce", "choose one of"),
     ],
 )
-def test_options_that_mean_nothing(group, given, update, said):
+def test_options_that_mean_nothing(group, given, strategy, said):
     with pytest.raises(UsageError, match=said):
-        group_of(group, given, update)
+        trainer_of(model(), strategy, **{group: given})
+
+
+def test_an_object_is_for_one_trainer():
+    strategy = DiLoCo()
+    trainer_of(model(), strategy)
+    with pytest.raises(UsageError, match="strategy diloco has been given to a Trainer: make a new one"):
+        trainer_of(model(), strategy)
+
+
+def test_an_option_that_an_object_does_not_have():
+    with pytest.raises(UsageError, match=r"diloco has no option 'outer_lrs'.*Did you mean 'outer_lr'"):
+        DiLoCo(outer_lrs=1)
+    with pytest.raises(UsageError, match=r"powersgd has no option 'ranks'.*Did you mean 'rank'"):
+        Compressed(AllReduce(), PowerSGD(ranks=4))
+    with pytest.raises(UsageError, match="only sums of strategy allreduce"):
+        Compressed(DiLoCo(), PowerSGD())

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tf_dist.errors import RankLost
-from tf_dist.parallel.updates import UPDATES
+from tf_dist.strategies import AllReduce, ParameterServer
 from tf_dist.training.begin_again import AGAIN, BeginAgain
 from tf_dist.training.in_place import MOST_ATTEMPTS, InPlace
 
@@ -42,7 +42,7 @@ def trainer_of(comm, weight):
     piece = SimpleNamespace(read=lambda: weight, write=lambda values: np.copyto(weight, values))
     entry = SimpleNamespace(shape=weight.shape, dtype="float32", pieces=[piece])
     made = SimpleNamespace(
-        comm=comm, mesh=SimpleNamespace(plain=True), update=UPDATES["allreduce"], lost=[], step=4, tokens=40,
+        comm=comm, mesh=SimpleNamespace(plain=True), strategy=AllReduce(), lost=[], step=4, tokens=40,
         stopped=False, whole=lambda: SimpleNamespace(entries=[entry]), shared=0,
         bad=SimpleNamespace(counters=[1, 0]),
     )  # fmt: skip
@@ -168,7 +168,7 @@ def test_all_begin_again_where_others_are_in_no_phase(weight):
 def test_who_cannot_go_on_without_the_dead_does_not_leave(weight):
     comm = Ranks(agreed=[None, [1]])
     trainer = trainer_of(comm, weight)
-    trainer.update = UPDATES["master"]
+    trainer.strategy = ParameterServer()
     InPlace(trainer).close()
     with pytest.raises(RankLost, match="rank 1 has died before the end"):
         InPlace(trainer).close()
@@ -180,12 +180,12 @@ def test_what_is_no_death_comes_to_an_end(weight):
         InPlace(trainer_of(comm, weight))(failing(*[LOST] * MOST_ATTEMPTS))
 
 
-@pytest.mark.parametrize("other", ["update", "mesh", "survives"])
+@pytest.mark.parametrize("other", ["strategy", "mesh", "survives"])
 def test_where_nobody_can_go_on_an_error_is_an_error(weight, other):
     comm = Ranks()
     trainer = trainer_of(comm, weight)
-    if other == "update":
-        trainer.update = UPDATES["master"]
+    if other == "strategy":
+        trainer.strategy = ParameterServer()
     elif other == "mesh":
         trainer.mesh.plain = False
     else:

@@ -107,7 +107,7 @@ def test_of_an_outline_only_the_shard_gets_memory():
 
 @pytest.mark.parametrize("make", [lambda: K.Adafactor(0.1), lambda: K.Adam(0.1, clipnorm=1.0)])
 def test_optimizers_that_need_more_than_a_shard_are_refused(make):
-    with pytest.raises(UsageError, match=r"AdamW.*--update allreduce"):
+    with pytest.raises(UsageError, match=r"AdamW.*--strategy allreduce"):
         ShardStep(make(), variables_of(), slice(0, 40))
 
 

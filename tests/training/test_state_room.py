@@ -34,11 +34,11 @@ def test_one_rank_has_weights_state_gradients_and_their_sum(monkeypatch, rows, o
 @pytest.mark.parametrize(
     ("options", "of_each"),
     [
-        ({"update": "allreduce"}, [16, 16]),
-        ({"update": "zero", "zero_stage": 1}, [12, 12]),
-        ({"update": "zero", "zero_stage": 2}, [10, 10]),
-        ({"update": "zero", "zero_stage": 3}, [8, 8]),
-        ({"update": "master"}, [16, 8]),
+        ({"strategy": "allreduce"}, [16, 16]),
+        ({"strategy": "zero", "zero_stage": 1}, [12, 12]),
+        ({"strategy": "zero", "zero_stage": 2}, [10, 10]),
+        ({"strategy": "zero", "zero_stage": 3}, [8, 8]),
+        ({"strategy": "master"}, [16, 8]),
         ({"optimizer": "sgd"}, [8, 8]),
         ({"optimizer": "lion"}, [12, 12]),
     ],

@@ -3,7 +3,7 @@
 import pytest
 
 from tf_dist.errors import RankLost
-from tf_dist.training.meeting import survived
+from tf_dist.training.strategy_state import survived
 
 
 class Group:

@@ -337,7 +337,7 @@ def test_the_micro_batch_is_a_quarter_by_default():
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"update": "rumour"}, "unknown update 'rumour': allreduce, master"),
+        ({"update": "rumour"}, "unknown strategy 'rumour': allreduce, master"),
         (
             {"global_batch_size": 10, "micro_batch_size": 4},
             "micro_batch_size 4 does not divide global_batch_size 10",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tf_dist.bench import memory, models, running
 from tf_dist.bench.strategies import FIRST, FOLDER, MICRO_BATCHES, NAMES, PLAIN, ROWS, WHAT
-from tf_dist.choices import ASYNCHRONOUS
+from tf_dist.strategies.registry import STRATEGIES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -83,7 +83,6 @@ def trainer_of(
     from tf_dist.config import Config
     from tf_dist.models.build import build
     from tf_dist.training import optimizers
-    from tf_dist.training.arrange import options_of
     from tf_dist.training.trainer import Trainer
 
     keras.utils.set_random_seed(1)
@@ -92,21 +91,20 @@ def trainer_of(
         options = {key: value for key, value in options.items() if key not in FIRST}
         if options.get("compression") == "onebit":  # which cannot do without
             options["compression_start"] = 1
-        if "sync_every" in options and update not in ASYNCHRONOUS:
+        if "sync_every" in options and STRATEGIES[update].traits.lockstep:
             options["sync_every"] = meeting_every
         if "outer_delay" in options:  # it must fit between meetings
             options["outer_delay"] = 1
     usual = {"optimizer_args": {"beta_2": 0.99}, "warmup_steps": min(100, steps // 5)}
     config = Config(
-        **models.RECIPES[model].sizes, vocab_size=models.VOCABULARY, update=update, steps=steps,
+        **models.RECIPES[model].sizes, vocab_size=models.VOCABULARY, strategy=update, steps=steps,
         **{**usual, **options},
     )  # fmt: skip
     built = build(config)
-    groups: dict[str, Any] = options_of(config)
     return Trainer(
-        built, optimizers.build(config, built, steps), comm, update,
+        built, optimizers.build(config, built, steps), comm, config.chosen_strategy(),
         global_batch_size=ROWS[model], micro_batch_size=ROWS[model] // MICRO_BATCHES,
-        seq_len=config.seq_len, clip_norm=1.0, check_every=0, allreduce=allreduce, **groups,
+        seq_len=config.seq_len, clip_norm=1.0, check_every=0, allreduce=allreduce,
     )  # fmt: skip
 
 
@@ -119,8 +117,6 @@ def learn(
     """
     before_pss = memory.memory_now()["pss"]
     trainer = trainer_of(comm, model, name, steps)
-    from tf_dist.training.downpour import Downpour
-
     trainer.tuning.choose()
     sequences = trainer.sequences(tokens)
     sampler, points = trainer.sampler(sequences), []
@@ -142,8 +138,9 @@ def learn(
             validated = trainer.validate(few)
             points.append([trainer.step, seconds, most, validated["val_loss"]])
     more: dict[str, Any] = {"added_pss": max(comm.allgather_obj(watch.peak_pss - before_pss))}
-    if isinstance(trainer.update, Downpour) and comm.rank == 0:
-        more["master"] = trainer.update.load.report()
+    report = trainer.strategy.report()
+    if report is not None and report.file:  # a master's, which only rank 0 has
+        more["master"] = report.facts
     # Whole sums of this node's ranks are made in a window, which sends nothing.
     plain = NAMES[name].update == "allreduce" and "compression" not in NAMES[name].options
     whole = steps if plain else NAMES[name].options.get("compression_start", 0)
@@ -170,7 +167,7 @@ def time_steps(comm: Comm, model: str, name: str, tokens: np.ndarray) -> dict[st
     delayed = "outer_delay" in options
     trainer = trainer_of(comm, model, name, 1000, 0 if delayed else MEETING_EVERY)
     step = stepper(trainer, tokens)
-    if NAMES[name].update in ASYNCHRONOUS:
+    if not trainer.strategy.traits.lockstep:
         warm_up, timed = FEW
         stretch(comm, trainer, step, warm_up)
         before = comm.sent_bytes
@@ -180,10 +177,10 @@ def time_steps(comm: Comm, model: str, name: str, tokens: np.ndarray) -> dict[st
     every = options.get("sync_every", 1)
     taken, sent, kinds = [], [], []
     for _ in range(WARM_UP + (every if delayed else TIMED_STEPS)):
-        before, travelled = comm.sent_bytes, delayed and trainer.update.travels
+        before, travelled = comm.sent_bytes, getattr(trainer.strategy, "travels", False)
         taken.append(running.slowest(comm, step))
         sent.append(max(comm.allgather_obj(comm.sent_bytes - before)))
-        kinds.append((travelled, delayed and trainer.update.travels))
+        kinds.append((travelled, getattr(trainer.strategy, "travels", False)))
     trainer.meet()
     mean = partial(mean_of_a_cycle, every=every)
     if delayed:

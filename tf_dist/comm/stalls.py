@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from enum import Enum
 from typing import NamedTuple
 
-from tf_dist.choices import check_limits
 from tf_dist.comm.words import named
+from tf_dist.errors import UsageError
 
 # A rank whose watchdog has not beaten for so long is stopped, dead, or cannot be reached.
 SILENT_S = 5.0
@@ -190,3 +190,18 @@ def _is(seen: Seen, kind: Condition) -> str:
         Condition.LEFT: "has come to the end of its program",
     }
     return texts[kind]
+
+
+def check_limits(warn_s: float, abort_s: float) -> None:
+    """Check the limits of a wait for other ranks: stall_warn and stall_abort, seconds, 0 for never.
+
+    Raises:
+        UsageError: negative, or the job would end before anything was said.
+    """
+    if warn_s < 0 or abort_s < 0:
+        raise UsageError(f"stall_warn is {warn_s:g}, stall_abort {abort_s:g}: seconds, or 0 for never")
+    if 0 < abort_s <= warn_s:
+        raise UsageError(
+            f"stall_abort ({abort_s:g} s) is not beyond stall_warn ({warn_s:g} s): the job would end before "
+            f"anybody was warned. Try --stall-abort {10 * warn_s:g}, or 0 for never"
+        )

@@ -12,8 +12,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from tf_dist.degrees import share as share
 from tf_dist.errors import UsageError
+from tf_dist.partition import share as share
 
 Indices = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]

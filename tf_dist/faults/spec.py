@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from tf_dist.config import did_you_mean
 from tf_dist.errors import UsageError
+from tf_dist.spelling import did_you_mean
 
 VARIABLE = "TF_DIST_FAULT"
 

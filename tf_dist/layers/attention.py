@@ -12,11 +12,11 @@ import keras
 import tensorflow as tf
 
 from tf_dist.comm.base import Comm
-from tf_dist.degrees import must_divide, share
 from tf_dist.layers.dense import ColumnParallelDense, RowParallelDense
 from tf_dist.layers.divided import talks
 from tf_dist.models import attention
 from tf_dist.models.transformer import CausalSelfAttention
+from tf_dist.partition import must_divide, share
 
 
 class ParallelSelfAttention(CausalSelfAttention):

@@ -11,11 +11,11 @@ import keras
 import tensorflow as tf
 
 from tf_dist.comm.base import Comm
-from tf_dist.degrees import share
 from tf_dist.errors import UsageError
 from tf_dist.layers import collectives
 from tf_dist.layers.divided import divide, talks
 from tf_dist.parallel.parts import Part
+from tf_dist.partition import share
 
 
 class VocabularyParallelEmbedding(keras.layers.ReversibleEmbedding):

@@ -11,11 +11,11 @@ import keras
 import tensorflow as tf
 
 from tf_dist.comm.base import Comm
-from tf_dist.degrees import must_divide
 from tf_dist.errors import UsageError
 from tf_dist.layers.ring import RingAttention
 from tf_dist.models.transformer import PLAIN, Layers, LearnedPositions
 from tf_dist.parallel.sequence import columns, own_chunks
+from tf_dist.partition import must_divide
 
 
 def sequence_parallel(comm: Comm, seq_len: int, layers: Layers = PLAIN) -> Layers:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import inspect
-import os
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +14,7 @@ from tf_dist.errors import UsageError
 from tf_dist.models import lstm, transformer
 from tf_dist.models.outline import is_outline
 from tf_dist.models.transformer import PLAIN, Layers
+from tf_dist.users_code import imported
 
 
 def build(config: Config, layers: Layers = PLAIN) -> keras.Model:
@@ -105,16 +103,8 @@ def check(model: object, name: str, vocab_size: int, seq_len: int) -> None:
         )
 
 
-def _users_function(name: str):  # type: ignore[no-untyped-def]
-    module_name, _, function_name = name.partition(":")
-    # `python scripts/train.py` puts scripts/ on the path, not the folder the user stands in. It is the last:
-    # a file in that folder, which may be a stranger's, is not taken for an installed package.
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise UsageError(f"--model {name}: {error}. It is looked for from the current folder") from error
+def _users_function(name: str) -> Callable[..., Any]:
+    function = imported(name, "--model")
     if not callable(function):
         raise UsageError(f"--model {name} is a {type(function).__name__}, not a function")
-    return function
+    return function  # type: ignore[no-any-return]

@@ -16,77 +16,47 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from tf_dist.comm.base import Comm
-from tf_dist.config import default
 from tf_dist.errors import UsageError
+from tf_dist.options import Configured, option
 from tf_dist.parallel.flat import FlatLayout, aligned_empty
 from tf_dist.parallel.onebit import allreduce_signs
 from tf_dist.parallel.short import allreduce_bfloat16
 from tf_dist.parallel.tree import one_each
 
+GROUP = "compression"
 # Elements among which the threshold of top-k is looked for, as a share and at least.
 SAMPLED, SAMPLED_AT_LEAST = 0.01, 10_000
 # How many times as many elements as were wanted may pass the threshold before they are cut.
 TOO_MANY = 1.3
 
 
-@dataclass(frozen=True)
-class Compression:
-    """How gradients are compressed; names are those of `tf_dist.config.Config`.
-
-    Attributes:
-        compression: "none", "bf16", "topk", "powersgd", or "onebit", which needs Adam.
-        compression_density: k / P of top-k.
-        compression_momentum: of each rank's gradients, with top-k.
-        compression_rank: r of PowerSGD.
-        compression_least_rate: how many times smaller PowerSGD must make a matrix.
-        compression_start: steps that sum gradients whole, before.
-    """
-
-    compression: str = default("compression")
-    compression_density: float = default("compression_density")
-    compression_momentum: float = default("compression_momentum")
-    compression_rank: int = default("compression_rank")
-    compression_least_rate: float = default("compression_least_rate")
-    compression_start: int = default("compression_start")
-
-    def compressor(self, shapes: Sequence[tuple[int, ...]]) -> Compressor:
-        """What these options mean for weights of such shapes.
-
-        Raises:
-            UsageError: nothing would become smaller.
-        """
-        parameters = sum(prod(shape) for shape in shapes)
-        if self.compression == "bf16":
-            return BFloat16(parameters)
-        if self.compression == "onebit":
-            return OneBit(parameters)
-        if self.compression == "topk":
-            return TopK(parameters, self.compression_density, self.compression_momentum)
-        made = PowerSGD(shapes, self.compression_rank, self.compression_least_rate)
-        if not made.right.size:
-            sides = [min(shape[0], prod(shape[1:])) for shape in shapes if len(shape) > 1]
-            raise UsageError(
-                f"compression_rank {self.compression_rank}: no weight would become "
-                f"{self.compression_least_rate:g} times smaller; no matrix has sides of more than "
-                f"{max(sides, default=0)}. Use a lower --compression-rank, or --compression none"
-            )
-        return made
-
-
-class Compressor(ABC):
+class Compressor(Configured, ABC):
     """Sums gradients over ranks in a smaller form, and remembers what was not sent.
 
     Attributes:
         residual: e, (P,) float32, this rank's own.
+        by_horovod: whether Horovod can carry it.
+        of_momentum: it is to compress the momentum of Adam, which the ranks make together.
     """
 
-    def __init__(self, parameters: int) -> None:
-        self.residual = np.zeros(parameters, np.float32)
+    by_horovod = of_momentum = False
+    residual: np.ndarray
+
+    def setup(self, shapes: Sequence[tuple[int, ...]]) -> None:
+        """Get ready for gradients of weights of such shapes."""
+        self.residual = np.zeros(sum(prod(shape) for shape in shapes), np.float32)
+
+    def check_worth(self) -> None:
+        """Refuse to compress, after `setup`, where nothing would become smaller.
+
+        Raises:
+            UsageError: with what would do.
+        """
 
     def sum(self, gradient: np.ndarray, comm: Comm) -> np.ndarray:
         """What all ranks have sent of their gradients and of what was left; a collective.
@@ -117,6 +87,8 @@ class Compressor(ABC):
 class BFloat16(Compressor):
     """Half of the bytes. What the sum of a slice loses by its own rounding, its owner keeps."""
 
+    name = "bf16"
+
     def _sum(self, wanted: np.ndarray, comm: Comm) -> np.ndarray:
         np.copyto(self.residual, wanted)
         allreduce_bfloat16(comm, wanted, self.residual)
@@ -126,9 +98,31 @@ class BFloat16(Compressor):
 class OneBit(Compressor):
     """Signs, and a magnitude for each block: a thirty-second of the bytes."""
 
+    name, of_momentum = "onebit", True
+
     def _sum(self, wanted: np.ndarray, comm: Comm) -> np.ndarray:
         allreduce_signs(comm, wanted, self.residual)
         return wanted
+
+
+@dataclass(frozen=True)
+class TopKOptions:
+    """What is sent. density: k / P. momentum: of each rank's own gradients; 0: plain error feedback."""
+
+    density: float = option(
+        0.01,
+        GROUP,
+        "share of the elements that compression topk sends",
+        least=0,
+        flag="compression_density",
+    )
+    momentum: float = option(
+        0.0,
+        GROUP,
+        "momentum of each rank's gradients before topk (DGC); use it with optimizer sgd",
+        least=0,
+        flag="compression_momentum",
+    )
 
 
 class TopK(Compressor):
@@ -137,16 +131,25 @@ class TopK(Compressor):
     With momentum it is Deep Gradient Compression (Lin et al. 2018): each rank keeps the momentum of its own
     gradients, and forgets it where an element was sent. The optimizer should then be plain SGD.
 
-    Args:
-        parameters: P.
-        density: k / P.
-        momentum: of each rank's own gradients; 0: plain error feedback.
+    Raises:
+        UsageError: nothing, or more than all, would be sent; or the momentum never fades.
     """
 
-    def __init__(self, parameters: int, density: float, momentum: float = 0.0) -> None:
-        super().__init__(parameters)
-        self.density, self.factor = density, np.float32(momentum)
-        self.velocity = np.zeros(parameters if momentum else 0, np.float32)
+    name, Options = "topk", TopKOptions
+
+    def __init__(self, options: TopKOptions | None = None, **given: Any) -> None:
+        super().__init__(options, **given)
+        self.density: float = self.options.density
+        self.factor = np.float32(self.options.momentum)
+        if not 0 < self.density <= 1:
+            raise UsageError(f"compression_density is {self.density:g}: a share above 0, at most 1; use 0.01")
+        if self.factor >= 1:
+            raise UsageError(f"compression_momentum is {self.factor:g}: it must be below 1")
+
+    def setup(self, shapes: Sequence[tuple[int, ...]]) -> None:
+        """As in `Compressor`."""
+        super().setup(shapes)
+        self.velocity = np.zeros(self.residual.size if self.factor else 0, np.float32)
 
     def sum(self, gradient: np.ndarray, comm: Comm) -> np.ndarray:
         """As in `Compressor`."""
@@ -214,6 +217,22 @@ class _Matrix(NamedTuple):
     columns: int
 
 
+@dataclass(frozen=True)
+class PowerSGDOptions:
+    """How much smaller. rank: r. least_rate: how many times smaller a matrix must become."""
+
+    rank: int = option(
+        4, GROUP, "rank of the matrices of compression powersgd", least=1, flag="compression_rank"
+    )
+    least_rate: float = option(
+        2.0,
+        GROUP,
+        "how many times smaller powersgd must make a matrix; else it travels whole",
+        least=1,
+        flag="compression_least_rate",
+    )
+
+
 class PowerSGD(Compressor):
     """Each matrix as a product of two narrow ones (Vogels, Karimireddy & Jaggi 2019).
 
@@ -222,19 +241,19 @@ class PowerSGD(Compressor):
     m travels as r (n + m) numbers. Vectors, and matrices that would not become ``least_rate`` times smaller,
     travel whole.
 
-    Args:
-        shapes: of the weights, in the order of the flat array.
-        rank: r.
-        least_rate: how many times smaller a matrix must become.
+    Attributes:
         seed: of the first Q.
     """
 
-    def __init__(
-        self, shapes: Sequence[tuple[int, ...]], rank: int, least_rate: float = 2.0, seed: int = 1
-    ) -> None:
+    name, Options, by_horovod = "powersgd", PowerSGDOptions, True
+    seed = 1
+
+    def setup(self, shapes: Sequence[tuple[int, ...]]) -> None:
+        """As in `Compressor`."""
+        super().setup(shapes)
+        rank, least_rate = self.options.rank, self.options.least_rate
         layout = FlatLayout(list(shapes))
-        super().__init__(layout.total)
-        self.rank = rank
+        self.rank: int = rank
         self._matrices: list[_Matrix] = []
         self._whole: list[slice] = []
         for start, size, shape in zip(layout.starts[:-1], layout.sizes, layout.shapes, strict=True):
@@ -246,9 +265,19 @@ class PowerSGD(Compressor):
                 self._matrices.append(_Matrix(part, rows, columns))
             else:
                 self._whole.append(part)
-        random = np.random.default_rng([seed, rank])
+        random = np.random.default_rng([self.seed, rank])
         self._left = aligned_empty(rank * sum(one.rows for one in self._matrices))
         self.right = random.standard_normal(rank * sum(one.columns for one in self._matrices), np.float32)
+        self._longest_side = max([min(one[0], prod(one[1:])) for one in shapes if len(one) > 1], default=0)
+
+    def check_worth(self) -> None:
+        """As in `Compressor`."""
+        if not self.right.size:
+            raise UsageError(
+                f"compression_rank {self.rank}: no weight would become {self.options.least_rate:g} times "
+                f"smaller; no matrix has sides of more than {self._longest_side}. Use a lower "
+                "--compression-rank, or --compression none"
+            )
 
     @property
     def ratio(self) -> float:
@@ -296,3 +325,7 @@ class PowerSGD(Compressor):
     def common_arrays(self) -> dict[str, np.ndarray]:
         """As in `Compressor`."""
         return {"right": self.right}
+
+
+# By name. Each is made of its options, and set up where the shapes of the weights are known.
+COMPRESSORS: dict[str, type[Compressor]] = {one.name: one for one in (BFloat16, TopK, PowerSGD, OneBit)}

@@ -16,8 +16,8 @@ from typing import Any
 
 from tf_dist.comm.base import Comm
 from tf_dist.comm.communicators import as_comm
-from tf_dist.degrees import share
 from tf_dist.errors import UsageError
+from tf_dist.partition import share
 
 AXES = ("data", "pipeline", "sequence", "tensor")
 DATA, PIPELINE, SEQUENCE, TENSOR = range(4)

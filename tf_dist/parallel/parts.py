@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tf_dist.degrees import share
+from tf_dist.partition import share
 
 
 @dataclass(frozen=True)

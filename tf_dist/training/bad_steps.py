@@ -18,15 +18,11 @@ from tf_dist import faults
 from tf_dist.comm import output
 from tf_dist.comm.words import named
 from tf_dist.errors import NumericError, UsageError
-from tf_dist.parallel import zero
-from tf_dist.parallel.updates import ADVICE, LOSS, TOKENS, UPDATES, Totals
+from tf_dist.parallel.totals import ADVICE, LOSS, TOKENS, Totals
 
 if TYPE_CHECKING:
     from tf_dist.training.passes import MicroBatch
     from tf_dist.training.trainer import Trainer
-
-# What stays the same where nobody steps. The others have state of their own, and end at once.
-SKIPPING = (*UPDATES.values(), *zero.STAGES.values())
 
 
 class BadSteps:
@@ -56,8 +52,8 @@ class BadSteps:
 
     @property
     def most(self) -> int:
-        """Steps in a row that are skipped."""
-        return self._wanted if self._trainer.update in SKIPPING else 0
+        """Steps in a row that are skipped: none where a step leaves other state behind."""
+        return self._wanted if self._trainer.strategy.traits.atomic_step else 0
 
     @property
     def counters(self) -> list[int]:

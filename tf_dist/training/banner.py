@@ -37,13 +37,19 @@ def banner(
         f"micro-batches of {config.micro_batch_rows}; {_shares(config, trainer)}",
         "training": f"{steps:,} steps = {steps / steps_per_epoch:.2f} epochs, from step {trainer.step}; "
         f"{config.optimizer}, learning rate {config.learning_rate:g}, {config.schedule}; "
-        f"update {config.update}{f', stage {config.zero_stage}' if config.update == 'zero' else ''}",
+        f"strategy {_strategy(trainer)}",
         "compute": trainer.tuning.said,
         "sums": "; ".join(filter(None, [trainer.arrangement.said, trainer.passes.said])),
         "run": config.run_dir,
         **({"faults": f"armed by {faults.VARIABLE}: {faults.said()}"} if faults.said() else {}),
     }
     return "\n".join(f"{name:10}{text}" for name, text in lines.items())
+
+
+def _strategy(trainer: Trainer) -> str:
+    """Its name, and what is divided among ranks."""
+    stage = trainer.strategy.traits.sharding
+    return f"{trainer.strategy}{f', stage {stage}' if stage else ''}"
 
 
 def _precision(config: Config) -> str:

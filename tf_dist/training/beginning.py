@@ -140,17 +140,17 @@ def find_moving(trainer: Trainer) -> None:
     Raises:
         UsageError: ranks could not keep them equal, with a way out.
     """
-    replica, wanted = trainer.replica, trainer.wishes
-    alike = wanted.update in ("allreduce", "master", "zero") and trainer.mesh.plain
+    replica, strategy = trainer.replica, trainer.strategy
+    alike = strategy.traits.replicas_equal and trainer.mesh.plain
     if not isinstance(replica, Replica) or isinstance(replica, GatheredReplica):
         refuse_moving(trainer.model, "ranks share the model")
         return
     replica.find_moving()
     if replica.moving and not alike:
-        found, update = replica.moving.variables[0].path, wanted.update
+        found = replica.moving.variables[0].path
         raise UsageError(
-            f"training changes {found} by itself: each rank would keep its own averages with update {update} "
-            f"on {trainer.mesh}. {WAYS_OUT}"
+            f"training changes {found} by itself: each rank would keep its own averages with strategy "
+            f"{strategy} on {trainer.mesh}. {WAYS_OUT}"
         )
 
 

@@ -165,7 +165,7 @@ class SyncCheck(keras.callbacks.Callback):
         comm: all ranks.
         every: batches between comparisons; 0: only at the end of training.
         with_optimizer: whether the optimizer's variables are compared as well. Not with the Trainer's
-            ``update="master"``, where only rank 0 keeps them.
+            ``strategy="master"``, where only rank 0 keeps them.
 
     Raises:
         LaunchError: on every rank, naming the ranks and the first variable that differs.

@@ -11,7 +11,6 @@ import keras
 
 from tf_dist.data.tokens import Sequences
 from tf_dist.training.callback_list import RankCallbackList
-from tf_dist.training.meeting import Asynchronous
 
 if TYPE_CHECKING:
     from tf_dist.training.trainer import Trainer
@@ -116,8 +115,8 @@ class Fit:
             add_history=True,
             model=model,
             comm=trainer.comm,
-            lone_optimizer=trainer.lone_optimizer,
-            lockstep=not isinstance(trainer.update, Asynchronous),
+            lone_optimizer=trainer.strategy.traits.optimizer_on_root,
+            lockstep=trainer.strategy.traits.lockstep,
             together=trainer.in_place,
             epochs=math.ceil(self.steps / self.stretch),
             steps=self.stretch,

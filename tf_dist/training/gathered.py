@@ -31,7 +31,7 @@ from tf_dist.errors import UsageError
 from tf_dist.models.outline import is_outline, materialize
 from tf_dist.parallel.flat import aligned_empty, neighbours
 from tf_dist.parallel.scatter import ShardSums
-from tf_dist.parallel.updates import Totals
+from tf_dist.parallel.totals import Totals
 from tf_dist.training.cutting import Segment, segments
 from tf_dist.training.loss import IGNORED, loss_and_sums
 from tf_dist.training.passes import MicroBatch

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tf_dist.parallel.parts import part_of
-from tf_dist.training.meeting import held_by_all
 from tf_dist.training.sentinel import Group
+from tf_dist.training.strategy_state import held_by_all
 
 if TYPE_CHECKING:
     from tf_dist.training.trainer import Trainer
@@ -17,10 +17,7 @@ def held_by_several(trainer: Trainer) -> list[Group]:
     replica, mesh = trainer.replica, trainer.mesh
     weights = [(v.path, v) for v in trainer.model.weights if replica.holds(v)]
     state = [(v.path, v) for v in replica.optimizer_step.shared_variables()]
-    if trainer.lone_optimizer:  # there is none to compare it with
-        state = []
-    elif trainer.remembering is not None:
-        state = held_by_all(trainer.remembering, state)
+    state = held_by_all(trainer.strategy, state)
     groups = [Group(mesh.replicas, weights + state)]
     if mesh.tensor.size > 1:
         undivided = [(path, v) for path, v in weights if part_of(v).ranges is None]

@@ -1,6 +1,6 @@
 """Going on in place where a rank is killed: the others finish the step that was under way, without it.
 
-For `--update allreduce` under ``mpirun --with-ft ulfm``, where every rank has all weights and takes every
+For `--strategy allreduce` under ``mpirun --with-ft ulfm``, where every rank has all weights and takes every
 step. A training is a list of *phases*: a step, a validation, a checkpoint, an agreement. All ranks go through
 the same ones, and each has collectives that no rank leaves before all have come to it. So when somebody dies
 the others are either inside one phase, or some have just left it, and are inside the next one.
@@ -25,7 +25,6 @@ import numpy as np
 from tf_dist.comm import output
 from tf_dist.comm.words import counted, named
 from tf_dist.errors import RankLost
-from tf_dist.parallel.updates import UPDATES
 from tf_dist.training.begin_again import PHASE, BeginAgain, Recovery, regrouped
 
 # A phase that fails more often does not fail because of deaths.
@@ -67,7 +66,8 @@ class InPlace:
     def can(self) -> bool:
         """Whether a death is survived: all ranks hold everything, and MPI lets them."""
         trainer = self._trainer
-        return trainer.comm.survives and trainer.mesh.plain and trainer.update is UPDATES["allreduce"]
+        finishes = trainer.strategy.traits.finishes_without_dead
+        return trainer.comm.survives and trainer.mesh.plain and finishes
 
     def __call__(self, do: Callable[[], Any]) -> Any:
         """Run a phase; a collective.

@@ -21,11 +21,9 @@ from tf_dist.data.prepared import Prepared
 from tf_dist.data.prompt import example_prompt
 from tf_dist.errors import CheckpointError, SavedAndStopped
 from tf_dist.parallel.buckets import spent
-from tf_dist.parallel.compressed import Compressed
 from tf_dist.training import checkpoint, shards, state
 from tf_dist.training.begin_again import Deaths
 from tf_dist.training.checked_facts import check_facts
-from tf_dist.training.downpour import Downpour
 from tf_dist.training.environment import bits_of_all, changes
 from tf_dist.training.generate import Sampling, write_on
 from tf_dist.training.manifest import read_manifest
@@ -365,7 +363,7 @@ class Job:
             say(f"step {self.trainer.step} was already reached: raise --steps, or choose another --run-dir")
         if found := spent(self.comm):
             say(f"exchange     {found}")
-        self._say_of_update()
+        self._report_strategy()
         picture = run.path / "loss.png"
         missing = loss_curve(run.metrics, picture, f"{self.config.model}, {self.comm.size} ranks")
         say(f"no picture of the loss: {missing}" if missing else f"loss curve   {picture}")
@@ -374,15 +372,16 @@ class Job:
         given = f" --prompt={shlex.quote(prompt)}" if prompt else ""
         say(f"more text    python scripts/generate.py --run-dir {shlex.quote(str(run.path))}{given}")
 
-    def _say_of_update(self) -> None:
-        """What compression or a master has cost, where there was one; kept beside the metrics."""
-        update = self.trainer.update
-        if isinstance(update, Compressed) and update.cost:
-            self.run.say(f"compression  {update.cost}")
-        if isinstance(update, Downpour) and update.load.updates:
-            report = update.load.report()
-            self.run.write("asynchronous.json", json.dumps(report, indent=1) + "\n")
-            self.run.say(f"master       {update.cost}, in {self.run.path / 'asynchronous.json'}")
+    def _report_strategy(self) -> None:
+        """What the strategy has cost, where it tells; facts are kept beside the metrics."""
+        report = self.trainer.strategy.report()
+        if report is None:
+            return
+        where = ""
+        if report.file:
+            self.run.write(report.file, json.dumps(report.facts, indent=1) + "\n")
+            where = f", in {self.run.path / report.file}"
+        self.run.say(f"{report.heading:<12} {report.text}{where}")
 
     def _sample(self) -> str:
         """Text that the model continues from the beginning of the validation text; a collective."""
@@ -393,7 +392,7 @@ class Job:
         def logits_at(window_1xT: np.ndarray, place: int) -> np.ndarray:
             return np.asarray(passes.logits(window_1xT)[place])
 
-        travel = self.config.update == "zero" and self.config.zero_stage == 3
+        travel = self.trainer.strategy.traits.sharding == 3
         count = SAMPLE_TOKENS_OF_TRAVELLERS if travel else SAMPLE_TOKENS
         with progress.task("writing a sample", count, "tokens") as task:
             made = []

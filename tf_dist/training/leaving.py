@@ -10,7 +10,7 @@ import numpy as np
 from tf_dist.comm.base import Comm
 from tf_dist.parallel.buckets import BUCKET_BYTES, LAST_BUCKET_BYTES, divide
 from tf_dist.parallel.scatter import ShardSums
-from tf_dist.parallel.updates import Totals
+from tf_dist.parallel.totals import Totals
 from tf_dist.training.hooked import hooked_gradients
 from tf_dist.training.passes import MicroBatch, WholePasses
 from tf_dist.training.sharded import ShardedReplica

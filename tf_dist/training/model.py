@@ -23,7 +23,7 @@ def model_for(config: Config, mesh: Mesh) -> keras.Model:
         UsageError: a user's function cannot be found, or does not return a fitting model.
     """
     layers = sequence_parallel(mesh.sequence, config.seq_len, tensor_parallel(mesh.tensor))
-    in_parts = config.pipeline_parallel > 1 or (config.update == "zero" and config.zero_stage == 3)
+    in_parts = config.pipeline_parallel > 1 or config.chosen_strategy().traits.sharding == 3
     # Not always: a user's function may set weights of its model, which an outline would forget.
     with outline() if in_parts else contextlib.nullcontext():
         return build(config, layers)

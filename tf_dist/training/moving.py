@@ -1,7 +1,7 @@
 """Weights that a model changes itself while it trains, as the averages of BatchNormalization.
 
 Every micro-batch finds them as they were when the step began. What the micro-batches of a step have made of
-them is summed over ranks as `tf_dist.parallel.updates.Totals` sums losses: a row for each, which one rank
+them is summed over ranks as `tf_dist.parallel.totals.Totals` sums losses: a row for each, which one rank
 fills, so that the sum is exact; the mean of the rows is what they are after the step. So the moving mean is
 that of all ranks' batches, moves once a step, and has the same bits on any number of ranks. The statistics
 with which a micro-batch is normalized are its own: that is so for any number of ranks, too.
@@ -20,8 +20,8 @@ from tf_dist.errors import UsageError
 from tf_dist.training.randomness import generator_states
 
 WAYS_OUT = (
-    "Use LayerNormalization or GroupNormalization, set layer.trainable = False, or choose update allreduce, "
-    "master, or zero with zero_stage 1, and no ranks that share the model"
+    "Use LayerNormalization or GroupNormalization, set layer.trainable = False, or choose strategy "
+    "allreduce, master, or zero with zero_stage 1, and no ranks that share the model"
 )
 
 

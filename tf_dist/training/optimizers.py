@@ -6,9 +6,10 @@ from typing import Any
 
 import keras
 
-from tf_dist.config import Config, did_you_mean
+from tf_dist.config import Config
 from tf_dist.errors import UsageError
 from tf_dist.models.outline import is_outline
+from tf_dist.spelling import did_you_mean
 from tf_dist.training.schedules import schedule
 
 

@@ -15,8 +15,8 @@ import numpy as np
 import tensorflow as tf
 
 from tf_dist.parallel.buckets import Overlap
+from tf_dist.parallel.totals import Totals
 from tf_dist.parallel.tree import BlockSum
-from tf_dist.parallel.updates import Totals
 from tf_dist.training.hooked import Overlapping
 from tf_dist.training.replica import Replica
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -19,15 +19,15 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_dist.config import default
+from tf_dist.config import Config, default
 from tf_dist.errors import UsageError
 from tf_dist.models.outline import materialize
 from tf_dist.parallel.flat import aligned_empty, neighbours
 from tf_dist.parallel.mesh import Mesh
 from tf_dist.parallel.messages import Messages
 from tf_dist.parallel.schedule import B, F, Instruction, Message, W, chunks_of, schedule
+from tf_dist.parallel.totals import Totals
 from tf_dist.parallel.tree import BlockSum, subtrees
-from tf_dist.parallel.updates import Totals
 from tf_dist.training.graph_cuts import Values, bytes_of
 from tf_dist.training.loss import IGNORED
 from tf_dist.training.passes import MicroBatch
@@ -67,6 +67,11 @@ class Pipeline:
     def chunks(self, ranks: int) -> int:
         """Into how many segments the model is cut."""
         return chunks_of(self.pipeline_schedule, ranks, self.virtual_stages)
+
+
+def options_of(config: Config) -> dict[str, Any]:
+    """The options of a run's pipeline, as a Trainer takes them."""
+    return {field.name: getattr(config, field.name) for field in fields(Pipeline)}
 
 
 class PipelineReplica(Weights):

@@ -65,7 +65,7 @@ class ShardStep:
     def __init__(self, optimizer: Any, variables: Sequence[Any], shard: slice) -> None:
         if optimizer.built:
             raise UsageError(
-                f"optimizer {optimizer.name!r} has been built for whole variables: --update zero takes one "
+                f"optimizer {optimizer.name!r} has been built for whole variables: --strategy zero takes one "
                 "that has not been, and builds it for a shard"
             )
         self.optimizer, self.shard, self.variables = optimizer, shard, list(variables)
@@ -92,10 +92,10 @@ class ShardStep:
         if reason:
             names = ", ".join(sorted(kind.__name__ for kind in elementwise.ELEMENTWISE))
             raise UsageError(
-                f"--update zero cannot use this optimizer: {reason}, and a rank has a shard of the weights "
+                f"--strategy zero cannot use this optimizer: {reason}, and a rank has a shard of the weights "
                 f"only. Optimizers that can be used: {names}, and subclasses of yours with "
                 "`elementwise = True`; without clipnorm, global_clipnorm, use_ema and gradient accumulation "
-                "(--clip-norm is the Trainer's, and works). Or use --update allreduce"
+                "(--clip-norm is the Trainer's, and works). Or use --strategy allreduce"
             )
 
     def apply(self, gradient_S: np.ndarray, scale: float) -> None:

@@ -14,8 +14,8 @@ from tf_dist.parallel.buckets import Overlap
 from tf_dist.parallel.flat import aligned_empty
 from tf_dist.parallel.mesh import Mesh
 from tf_dist.parallel.sequence import columns
+from tf_dist.parallel.totals import Totals
 from tf_dist.parallel.tree import BlockSum
-from tf_dist.parallel.updates import Totals
 from tf_dist.training.passes import MicroBatch, WholePasses
 from tf_dist.training.replica import Replica
 

@@ -23,7 +23,7 @@ from statistics import median
 from typing import Any
 
 from tf_dist.errors import NumericError, TfDistError, UsageError
-from tf_dist.parallel.updates import ADVICE
+from tf_dist.parallel.totals import ADVICE
 
 WINDOW, BEFORE = 64, 20
 # Times that a run goes back to one checkpoint.

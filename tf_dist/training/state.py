@@ -15,11 +15,12 @@ import numpy as np
 from tf_dist.comm.agree import on_root
 from tf_dist.config import Config
 from tf_dist.errors import CheckpointError
+from tf_dist.run_options import renamed
 from tf_dist.training import checkpoint
 from tf_dist.training.checked_facts import check_position
 from tf_dist.training.manifest import read_manifest
-from tf_dist.training.meeting import REMEMBERED
 from tf_dist.training.saving import Saver
+from tf_dist.training.strategy_state import REMEMBERED
 from tf_dist.training.trainer import Trainer
 from tf_dist.training.whole import Entry
 
@@ -103,7 +104,7 @@ def go_on_at(trainer: Trainer, step: int, facts: Mapping[str, Any]) -> None:
 
 
 def _arrays(path: Path, manifest: Mapping[str, Any], entries: list[Entry]) -> Iterator[np.ndarray]:
-    """The tensors of a checkpoint; zeros for what another update would have remembered."""
+    """The tensors of a checkpoint; zeros for what another strategy would have remembered."""
     saved = checkpoint.read_tensors(path, manifest)
     for entry, number in zip(entries, matching(manifest["tensors"], entries, str(path)), strict=True):
         yield np.zeros(entry.shape, entry.dtype) if number is None else next(saved)[1]
@@ -113,21 +114,21 @@ def matching(saved: list[dict[str, Any]], entries: list[Entry], where: str) -> l
     """For each tensor of a trainer which of those that were kept it is.
 
     Args:
-        saved: name, shape and dtype of each, in order; what updates remember comes last.
+        saved: name, shape and dtype of each, in order; what strategies remember comes last.
         entries: of the trainer.
         where: it was kept.
 
     Returns:
-        Numbers in ``saved``, ascending from 0; None for what another update would have remembered.
+        Numbers in ``saved``, ascending from 0; None for what another strategy would have remembered.
 
     Raises:
         CheckpointError: they are of another model or optimizer.
     """
     _check_fits(saved, entries, where)
     found = [(_kind(one["name"]), tuple(one["shape"])) for one in saved]
-    same_update = found == [(_kind(entry.name), entry.shape) for entry in entries]
+    same_strategy = found == [(_kind(entry.name), entry.shape) for entry in entries]
     return [
-        number if same_update or not entry.name.startswith(REMEMBERED) else None
+        number if same_strategy or not entry.name.startswith(REMEMBERED) else None
         for number, entry in enumerate(entries)
     ]
 
@@ -138,7 +139,8 @@ def _kind(name: str) -> str:
 
 
 def _check_fits(saved: list[dict[str, Any]], entries: list[Entry], where: str) -> None:
-    # By place, not by name: Keras numbers layers anew in every process. A run may go on with another update.
+    # By place, not by name: Keras numbers layers anew in every process. A run may go on with another
+    # strategy.
     saved = [tensor for tensor in saved if not tensor["name"].startswith(REMEMBERED)]
     entries = [entry for entry in entries if not entry.name.startswith(REMEMBERED)]
     found = [(tuple(tensor["shape"]), tensor["dtype"]) for tensor in saved]
@@ -181,7 +183,7 @@ def check_same_run(
         CheckpointError: the model, the data or the batches are others.
     """
     # An option that the checkpoint does not have is newer than it: what it did was the default.
-    before, now = {**Config().as_dict(), **saved["config"]}, config.as_dict()
+    before, now = {**Config().as_dict(), **renamed(saved["config"])}, config.as_dict()
     # Weights that came from elsewhere know of no data.
     before["data's SHA-256"], now["data's SHA-256"] = (
         saved["content_sha256"] or content_sha256,

@@ -11,7 +11,6 @@ from math import prod
 import keras
 import tensorflow as tf
 
-from tf_dist.choices import LOCAL
 from tf_dist.comm.room import gib, refuse_too_much
 from tf_dist.config import Config
 from tf_dist.models.outline import is_outline
@@ -56,9 +55,10 @@ def certain_bytes(parameters: float, config: Config, mesh: Mesh) -> float:
     From the second on there is the sum of those before, too. Replicas that step by themselves keep the
     weights with which they met, and the outer momentum.
     """
-    stage = config.zero_stage if config.update == "zero" else 0
-    outer = (config.update in LOCAL) + (config.update == "diloco" and config.outer_momentum > 0)
-    steps = config.update not in ("master", "downpour") or mesh.replicas.rank == 0
+    strategy = config.chosen_strategy()
+    traits, copies = strategy.traits, strategy.weight_copies
+    steps = not traits.optimizer_on_root or mesh.replicas.rank == 0
     slots = SLOTS.get(config.optimizer.lower(), 0) if steps else 0
     more = FLOAT32 * parameters * min(2, config.micro_batches) if mesh.all.size == 1 else 0
-    return state_bytes(parameters, mesh.replicas.size, stage, slots) + more + FLOAT32 * parameters * outer
+    own = state_bytes(parameters, mesh.replicas.size, traits.sharding, slots)
+    return own + more + FLOAT32 * parameters * copies

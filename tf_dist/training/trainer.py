@@ -28,8 +28,10 @@ from tf_dist.data.sampler import Sampler
 from tf_dist.data.tokens import Sequences
 from tf_dist.errors import DataError, RankLost, UsageError
 from tf_dist.parallel.mesh import Mesh
-from tf_dist.parallel.updates import CORRECT, LOSS, STOP, TOKENS, Totals
-from tf_dist.training.arrange import GROUPS, Wishes, arrange, group_of, rearranged
+from tf_dist.parallel.totals import CORRECT, LOSS, STOP, TOKENS, Totals
+from tf_dist.strategies.base import StepRequest, Strategy
+from tf_dist.strategies.registry import facts_of, strategy_of
+from tf_dist.training.arrange import Wishes, arrange, rearranged
 from tf_dist.training.bad_steps import BadSteps
 from tf_dist.training.beginning import (
     agree_on_data,
@@ -43,23 +45,16 @@ from tf_dist.training.beginning import (
     refuse_probabilities,
     warn_of_foreign_loss,
 )
-from tf_dist.training.downpour import Downpour
 from tf_dist.training.fit import Fit
 from tf_dist.training.held import held_by_several
 from tf_dist.training.in_place import InPlace
-from tf_dist.training.meeting import (
-    Alone,
-    Asynchronous,
-    Remembering,
-    put_together,
-    remembered,
-    survived,
-)
 from tf_dist.training.moving import Moving
 from tf_dist.training.passes import MicroBatch
 from tf_dist.training.sentinel import Sentinel
 from tf_dist.training.spikes import Spikes
+from tf_dist.training.strategy_state import remembered, survived
 from tf_dist.training.token_ids import check_token_ids, ids_of_this_model
+from tf_dist.training.trainer_options import flat_options, pipeline_of
 from tf_dist.training.tuning import Tuning
 from tf_dist.training.validation import validated
 from tf_dist.training.verified import Verified
@@ -67,7 +62,10 @@ from tf_dist.training.whole import Whole, sha256
 
 DEFAULT_SEQ_LEN = 128
 # Arguments of a Trainer that are compared in other ways.
-NOT_OPTIONS = ("self", "model", "optimizer", "comm", "mesh", "spikes")
+NOT_OPTIONS = (
+    "self", "model", "optimizer", "comm", "mesh", "spikes",
+    "strategy", "update",
+)  # fmt: skip
 
 
 class Trainer:
@@ -81,8 +79,10 @@ class Trainer:
             Rank 0's weights become those of all, trained or not; it alone need have built or loaded it.
         optimizer: any Keras optimizer, not yet distributed in any way.
         comm: all ranks, from ``tf_dist.connect()``; or a communicator of mpi4py, also of a part of the ranks.
-        update: how gradients become new weights: the same everywhere with "allreduce", "master" and "zero";
-            with "local-sgd", "diloco", "downpour", "easgd" and "gossip" each rank's own, until all meet.
+        strategy: how gradients become new weights, one of `tf_dist.strategies` as in
+            ``DiLoCo(outer_lr=0.7)``, or its name, or ``package.module:Class`` of your own. The same weights
+            everywhere with "allreduce", "master" and "zero"; with "local-sgd", "diloco", "downpour", "easgd"
+            and "gossip" each rank's own, until all meet.
         global_batch_size: G, sequences in one optimizer step.
         micro_batch_size: B, sequences in one forward and backward pass; must divide G.
             None: a quarter of G, or the next smaller divisor.
@@ -98,11 +98,12 @@ class Trainer:
         overlap: gradients leave during the backward pass: "auto", where ranks span nodes, "on", "off".
         chunk_bytes: pieces in which sums travel between ranks; 0: what is faster.
         mesh: who shares what of the model; None: every rank has all of it.
-        zero_stage: what update "zero" divides: 1 optimizer state, 2 also gradients, 3 also weights.
         pipeline: options of a pipeline by name, see `tf_dist.training.pipeline.Pipeline`.
-        local: options of updates with meetings by name, see `tf_dist.parallel.local.Plan`.
-        compression: of gradients, options by name, see `tf_dist.parallel.compress.Compression`.
-        asynchrony: options of "downpour" and "easgd" by name, see `tf_dist.training.units.Asynchrony`.
+        zero_stage: of a strategy "zero" that is named: 1 optimizer state, 2 also gradients, 3 also weights.
+        local: options of a strategy that is named, by the names of their flags.
+        asynchrony: the same.
+        compression: of gradients, by the names of the flags, as in ``{"compression": "powersgd"}``.
+        update: an older name of ``strategy``.
         min_ranks: where ranks may die and the others go on (`InPlace`): with fewer the run ends.
         max_bad_steps: steps in a row that are skipped because a gradient is not finite (`BadSteps`).
         spikes: what to do where the loss jumps, and which batches are passed over; None: nothing, and none.
@@ -119,11 +120,10 @@ class Trainer:
         meets_every: steps after each multiple of which somebody looks at the model of all ranks.
         last_step: of the present `fit`.
         lost: ranks that have died, as they were numbered in the beginning.
-        lone_optimizer: whether rank 0 alone has the optimizer that counts.
         fitted: the step at which the last `fit` ended, from which the next one counts.
 
     Raises:
-        UsageError: sizes that do not fit, an unknown update, or a distributed optimizer.
+        UsageError: sizes that do not fit, an unknown strategy, or a distributed optimizer.
         LaunchError: on every rank, naming what differs: the ranks have other options, models or optimizers.
     """
 
@@ -132,7 +132,7 @@ class Trainer:
         model: keras.Model,
         optimizer: keras.optimizers.Optimizer,
         comm: Comm | Any,
-        update: str = "allreduce",
+        strategy: Strategy | str = "allreduce",
         *,
         global_batch_size: int = 32,
         micro_batch_size: int | None = None,
@@ -155,8 +155,10 @@ class Trainer:
         min_ranks: int = 1,
         max_bad_steps: int = 10,
         spikes: Spikes | None = None,
+        update: Strategy | str | None = None,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in NOT_OPTIONS}
+        wanted = strategy if update is None else update
         refuse_distributed(optimizer)
         self.comm = comm = as_comm(comm)
         self.mesh = mesh or Mesh(comm)
@@ -164,24 +166,22 @@ class Trainer:
         # Where ranks share rows, a rank's model takes a share of them.
         self.seq_len = seq_len or (_static_seq_len(model) or DEFAULT_SEQ_LEN) * self.mesh.sequence.size
         more = {"seq_len": self.seq_len, "mesh": self.mesh.shape, "spikes": vars(self.spikes)}
-        agree_on_options(comm, {**given, **more})
+        agree_on_options(comm, {**given, **more, **facts_of(wanted)})
+        flat = flat_options(zero_stage, local, asynchrony, compression)
+        self.strategy = strategy_of(wanted, flat)
         self.rows = _rows(global_batch_size, micro_batch_size)
         self.model, self.optimizer = model, optimizer
         self.global_batch_size, self.clip_norm, self.seed = global_batch_size, clip_norm, seed
         self.micro_batches = global_batch_size // self.rows
-        groups = zip(GROUPS, (pipeline, local, compression, asynchrony), strict=True)
-        ways = [group_of(group, options or {}, update) for group, options in groups]
-        self.wishes = Wishes(update, zero_stage, allreduce, chunk_bytes, autotune != "off", overlap, *ways)
+        self.wishes = Wishes(allreduce, chunk_bytes, autotune != "off", overlap, pipeline_of(pipeline))
         sizes = (self.rows, self.seq_len, seed, self.micro_batches)
         self._prepare_model()
-        self.arrangement = arrange(model, optimizer, self.mesh, *sizes, self.wishes)
+        self.arrangement = arrange(model, optimizer, self.mesh, *sizes, self.strategy, self.wishes)
         self.replica, self.passes = self.arrangement.replica, self.arrangement.passes
-        self.update, self.my_micro_batches = self.arrangement.update, self.arrangement.micro_batches
-        self.remembering = self.update if isinstance(self.update, Remembering) else None
+        self.my_micro_batches = self.arrangement.micro_batches
         self.tuning = Tuning(self.replica, comm, autotune, xla, self.arrangement.no_xla)
-        self.lone_optimizer = update in ("master", "downpour")
         self.sentinel = Sentinel(comm, held_by_several(self), check_every, on_mismatch)
-        self.sentinel.ready = lambda: self.remembering is None or self.remembering.together
+        self.sentinel.ready = lambda: self.strategy.in_sync
         self._count_from_zero()
         self.verified = Verified(self, on_mismatch == "restore")
         self.in_place, self.bad = InPlace(self, min_ranks), BadSteps(self, max_bad_steps)
@@ -206,7 +206,8 @@ class Trainer:
     @property
     def _alike(self) -> bool:
         """Whether all ranks do the same with their micro-batches, so that one of them may be called slow."""
-        return self.mesh.plain and not (self.lone_optimizer or isinstance(self.update, Asynchronous))
+        traits = self.strategy.traits
+        return self.mesh.plain and traits.lockstep and not traits.optimizer_on_root
 
     # One step ------------------------------------------------------------------------------------
 
@@ -214,8 +215,9 @@ class Trainer:
         """Take one optimizer step on one global batch, over all ranks.
 
         Returns:
-            loss (mean nats per token), accuracy, grad_norm and tokens: the same on every rank; with "easgd"
-            and "gossip" what this rank knows. Where grad_norm is not finite, no weight has changed.
+            loss (mean nats per token), accuracy, grad_norm and tokens: the same on every rank, or with a
+            strategy without `global_losses` what this rank knows. Where grad_norm is not finite, no weight
+            has changed.
 
         Raises:
             NumericError: it was not finite too often in a row, or never can be again.
@@ -228,7 +230,7 @@ class Trainer:
             logs = dict(self.in_place(partial(self._step, sequences, sampler)))
         self.comm.record.end_step(len(self.my_micro_batches) * self._alike)
         self.bad.check()
-        if not isinstance(self.update, Alone) and (warning := self.spikes.look(self.step, logs["loss"])):
+        if self.strategy.traits.global_losses and (warning := self.spikes.look(self.step, logs["loss"])):
             self.bad.say(warning)
         return logs
 
@@ -243,10 +245,11 @@ class Trainer:
         sequences, sampler = self._data
         faults.at("forward", self.step + 1)
         totals = Totals(self.micro_batches)
-        if (self._stop_requested or self.model.stop_training) and not isinstance(self.update, Alone):
+        traits = self.strategy.traits
+        if (self._stop_requested or self.model.stop_training) and traits.global_losses:
             totals.ask_to_stop()
         norm = self._gradient_and_step(sequences, sampler, totals)
-        if isinstance(self.update, Asynchronous) or math.isfinite(norm):
+        if math.isfinite(norm) or not traits.lockstep:
             self.bad.in_a_row = 0
         elif self.sentinel.ready() and self.sentinel.compare(self.step):
             return self.take_once_more()  # a replica that had drifted is put right
@@ -266,21 +269,24 @@ class Trainer:
 
     def _gradient_and_step(self, sequences: Sequences, sampler: Sampler, totals: Totals) -> float:
         """Do the part of a step that is this rank's; the norm of the gradient."""
-        if self.remembering is not None:
-            self.remembering.step = self.step
-        if isinstance(self.update, Alone):
-            self.update.limit = self._next_meeting()
-        if isinstance(self.update, Downpour):
-            make = partial(self._made, sequences, sampler)
-            return self.update.take(make, totals, self.clip_norm, self._next_meeting())
-        self.passes.train(self.step, self._batches(sequences, sampler), totals)
-        terms, order = self.passes.terms(), self.arrangement.order
-        faults.at("gradient")
-        faults.spoil(terms)
         moving = getattr(self.replica, "moving", Moving())
-        moved = moving.reduce(self.comm, self.micro_batches)
-        norm = float(self.update(terms, order, totals, self.clip_norm, self.replica, self.mesh))
-        if math.isfinite(norm):
+        moved: list[np.ndarray] | None = None
+
+        def gradients() -> list[np.ndarray]:
+            nonlocal moved
+            self.passes.train(self.step, self._batches(sequences, sampler), totals)
+            terms = self.passes.terms()
+            faults.at("gradient")
+            faults.spoil(terms)
+            moved = moving.reduce(self.comm, self.micro_batches)
+            return terms
+
+        request = StepRequest(
+            self.step, self._next_meeting(), gradients, partial(self._made, sequences, sampler),
+            self.arrangement.order, totals, self.clip_norm, self.replica, self.mesh,
+        )  # fmt: skip
+        norm = float(self.strategy.step(request))
+        if moved is not None and math.isfinite(norm):
             moving.move(moved)
         return norm
 
@@ -468,7 +474,9 @@ class Trainer:
         self.replica.give_weights(self.mesh.replicas)
         untrained = [v for v in self.model.weights if not v.trainable and self.replica.holds(v)]
         give(untrained, self.mesh.replicas)
-        if not self._begun and not self.lone_optimizer:  # one that somebody has built or loaded
+        if (
+            not self._begun and not self.strategy.traits.optimizer_on_root
+        ):  # one that somebody has built or loaded
             give(self.replica.optimizer_step.shared_variables(), self.mesh.replicas)
 
     def meet(self) -> None:
@@ -476,17 +484,17 @@ class Trainer:
 
         Where ranks that train at their own pace have died, and MPI goes on without them, so do the others.
         """
-        if isinstance(self.update, Asynchronous):
-            self.update.settle(self.replica)
-            survived(self.comm, self._meet, self._go_on_without)
-        elif self.remembering is not None:
-            self.remembering.meet(self.replica, self.mesh)
+        if self.strategy.traits.lockstep:
+            self.strategy.synchronize(self.replica, self.mesh)
+            return
+        self.strategy.settle(self.replica)
+        survived(self.comm, self._meet, self._go_on_without)
 
     def _meet(self) -> None:
-        self.update.meet(self.replica, self.mesh)
-        if isinstance(self.update, Alone):
+        self.strategy.synchronize(self.replica, self.mesh)
+        if not self.strategy.traits.global_losses:
             own = np.array([float(self.tokens - self._tokens_met)])
-            self.update.add_up(own)
+            self.strategy.sum_over_ranks(own)
             self.tokens = self._tokens_met = self._tokens_met + int(own[0])
 
     def _go_on_without(self, lost: list[int]) -> None:
@@ -502,7 +510,6 @@ class Trainer:
                 lost,
             )
         self.share_anew()
-        self.update.regroup(self.my_micro_batches)
         self.lost += lost
         if self.comm.rank == 0 and lost:
             left = counted(self.comm.size)
@@ -511,8 +518,9 @@ class Trainer:
     def share_anew(self) -> None:
         """Share out all work among the ranks that are left; a collective."""
         self.mesh.renew()
-        self.arrangement = rearranged(self.arrangement, self.mesh, self.micro_batches, self.wishes)
+        self.arrangement = rearranged(self.arrangement, self.mesh, self.micro_batches, self.strategy)
         self.passes, self.my_micro_batches = self.arrangement.passes, self.arrangement.micro_batches
+        self.strategy.regroup(self.my_micro_batches)
         self._ahead = self._whole = None
         self.sentinel.begin_anew()
 
@@ -522,17 +530,16 @@ class Trainer:
 
     def of_all(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Sums over steps, of all ranks, where each knows its own alone; a collective."""
-        if not isinstance(self.update, Alone):
+        if self.strategy.traits.global_losses:
             return dict(sums)
         array = np.array(list(sums.values()))
-        self.update.add_up(array)
+        self.strategy.sum_over_ranks(array)
         return dict(zip(sums, array.tolist(), strict=True))
 
     def put_together(self) -> None:
         """Leave nothing on a rank that a checkpoint could not keep; a collective."""
         self.meet()
-        if self.remembering is not None:
-            put_together(self.remembering, self.optimizer, self.replica, self.micro_batches, self.mesh)
+        self.strategy.consolidate()
 
     def check_equal(self) -> str:
         """Compare the weights of all ranks, bit for bit.
@@ -554,9 +561,9 @@ class Trainer:
     def whole(self) -> Whole:
         """The whole model and its optimizer, of which ranks hold parts."""
         if self._whole is None:
-            parts = (self.model, self.replica, self.mesh)
-            more = remembered(self.remembering, *parts) if self.remembering else []
-            alike = self.wishes.update in ("allreduce", "zero")
+            traits = self.strategy.traits
+            more = remembered(self.strategy, self.model, self.replica, self.mesh)
+            alike = traits.replicas_equal and not traits.optimizer_on_root
             self._whole = Whole(self.model, self.optimizer, self.replica, self.mesh, more, alike)
         return self._whole
 

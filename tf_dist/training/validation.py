@@ -12,7 +12,7 @@ from tf_dist.data.sampler import share
 from tf_dist.data.tokens import Sequences
 from tf_dist.errors import DataError
 from tf_dist.parallel.mesh import DATA
-from tf_dist.parallel.updates import CORRECT, LOSS, TOKENS, Totals
+from tf_dist.parallel.totals import CORRECT, LOSS, TOKENS, Totals
 
 if TYPE_CHECKING:
     from tf_dist.training.trainer import Trainer

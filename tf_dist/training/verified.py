@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from tf_dist.training.bad_steps import SKIPPING
 from tf_dist.training.pieces import Piece
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ class Verified:
     def can(self) -> bool:
         """Whether steps can be taken again: all ranks take each of them together, and have whole models."""
         trainer = self._trainer
-        return self._wanted and trainer.mesh.plain and trainer.update in SKIPPING
+        return self._wanted and trainer.mesh.plain and trainer.strategy.traits.atomic_step
 
     def keep(self, step: int) -> None:
         """All ranks were found equal after so many steps."""

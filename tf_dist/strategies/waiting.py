@@ -1,4 +1,4 @@
-"""What replicas that train by themselves have in common: a step of one's own, and waiting for others."""
+"""What asynchronous strategies have in common: a step of one's own, waiting for others, what they refuse."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import numpy as np
 from tf_dist.comm.base import Pending
 from tf_dist.comm.launch import patience_s
 from tf_dist.comm.words import named
-from tf_dist.errors import LaunchError, RankLost
-from tf_dist.parallel.updates import TOKENS, Replica, Totals, own_sum, scale_of
+from tf_dist.errors import LaunchError, RankLost, UsageError
+from tf_dist.parallel.totals import TOKENS, Replica, Totals, own_sum, scale_of
+from tf_dist.strategies.base import Setting, option
 
 # Between two looks of a rank that has nothing else to do.
 LOOK_EVERY_S = 0.00005
@@ -86,3 +87,24 @@ def wait_until(done: Callable[[], bool], look: Callable[[], bool], missing: Call
             )
         else:
             time.sleep(LOOK_EVERY_S)
+
+
+def master_trains() -> Any:
+    """The option of strategies with a master."""
+    text = "whether the master of strategy downpour or easgd also computes gradients"
+    return option("off", "Downpour", text, choices=("on", "off"))
+
+
+def check_worker(strategy: object, setting: Setting) -> None:
+    """Refuse ranks that share a model, and a transport without messages between two ranks.
+
+    Raises:
+        UsageError: with what would do.
+    """
+    if setting.shared:
+        raise UsageError(
+            f"strategy {strategy} with {setting.degrees}: a worker has the whole model, so it needs all "
+            "ranks along the data axis. Use degrees of 1"
+        )
+    if setting.backend == "horovod":
+        raise UsageError(f"backend horovod cannot carry strategy {strategy}: use backend mpi")

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from tf_dist.parallel.alone import wait_for
 from tf_dist.parallel.dealing import Unit
 from tf_dist.parallel.flat import aligned_empty
-from tf_dist.training.units import (
+from tf_dist.strategies.downpour_protocol import (
     GRADIENT_TAG,
     PUSH_TAG,
     REPLY,
@@ -19,25 +18,26 @@ from tf_dist.training.units import (
     Units,
     Work,
 )
+from tf_dist.strategies.waiting import wait_for
 
 
 class Worker:
-    """A rank that computes units. Argument: the update of this rank."""
+    """A rank that computes units. Argument: what it computes units with."""
 
-    def __init__(self, update: Units) -> None:
-        self._update, self._comm = update, update.comm
-        self._sums = update.block_sum()
+    def __init__(self, units: Units) -> None:
+        self._units, self._comm = units, units.comm
+        self._sums = units.block_sum()
         self._unit: Unit | None = None
         self._version = -1
         self._results: dict[int, Result] = {}
-        self._weights = aligned_empty(update.replica.parameters)
+        self._weights = aligned_empty(units.replica.parameters)
 
     def take(self, clock: int, batches: Batches, stop: bool, clip_norm: float, limit: int) -> Result:
-        """As in `tf_dist.training.downpour.Downpour.take`: work until the batch is known to be done."""
+        """As in `tf_dist.strategies.downpour.Downpour.step`: work until the batch is known to be done."""
         while clock not in self._results:
             work = None
             if self._unit is not None:
-                work = self._update.gradient(self._unit, batches, self._sums, _nothing)
+                work = self._units.gradient(self._unit, batches, self._sums, _nothing)
             self._push(work, stop, clock)
             self._hear()
         return self._results.pop(clock)
@@ -45,7 +45,7 @@ class Worker:
     def _push(self, work: Work | None, stop: bool, clock: int) -> None:
         unit = work.unit if work else Unit(0, 0)
         head = np.array([work is not None, *unit, self._version, stop, clock], np.float64)
-        rows = work.rows if work else np.zeros((self._update.size, 3))
+        rows = work.rows if work else np.zeros((self._units.size, 3))
         sends = [self._comm.isend(np.concatenate([head, rows.reshape(-1)]), 0, PUSH_TAG)]
         if work:
             sends.append(self._comm.isend(work.gradient, 0, GRADIENT_TAG))
@@ -53,7 +53,7 @@ class Worker:
 
     def _hear(self) -> None:
         """Take the master's answer: results, and perhaps a unit with weights."""
-        told = self._update.told
+        told = self._units.told
         answer = np.empty(len(REPLY) + TOLD * told)
         wait_for([self._comm.irecv(answer, 0, REPLY_TAG)], 0)
         reply = dict(zip(REPLY, answer, strict=False))
@@ -65,7 +65,7 @@ class Worker:
             self._unit = Unit(int(reply["step"]), int(reply["number"]))
             if reply["version"] != self._version:
                 wait_for([self._comm.irecv(self._weights, 0, WEIGHTS_TAG)], 0)
-                self._update.replica.write_weights(self._weights)
+                self._units.replica.write_weights(self._weights)
                 self._version = int(reply["version"])
 
 

@@ -13,15 +13,26 @@ Legend: P parameters, H steps between exchanges.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from tf_dist.comm.base import Comm, Pending
-from tf_dist.comm.sums import Order
-from tf_dist.parallel.alone import step_alone, unless_dead, wait_for, wait_until
+from tf_dist.comm.base import Pending
+from tf_dist.errors import UsageError
 from tf_dist.parallel.flat import aligned_empty
-from tf_dist.parallel.mesh import Mesh
-from tf_dist.parallel.updates import STOP, Replica, Totals
+from tf_dist.parallel.mesh import DATA, Mesh
+from tf_dist.parallel.totals import STOP, Replica, Totals
+from tf_dist.partition import share
+from tf_dist.strategies.base import Context, Setting, StepRequest, Traits, option, steps_between
+from tf_dist.strategies.drift import Drifting
+from tf_dist.strategies.waiting import (
+    check_worker,
+    master_trains,
+    step_alone,
+    unless_dead,
+    wait_for,
+    wait_until,
+)
 
 # Of messages to the master and back.
 HEAD_TAG, WEIGHTS_TAG, REPLY_TAG = 704, 705, 706
@@ -41,65 +52,91 @@ class _Peer:
     step: int = 0
 
 
-class Elastic:
-    """The update of EASGD; an `Update` with a memory.
-
-    Args:
-        comm: all ranks.
-        parameters: P.
-        micro_batches: numbers of those of a step that are this rank's; the master's may be none.
-        every: H.
-        force: alpha.
+@dataclass(frozen=True)
+class EASGDOptions:
+    """How workers and centre are tied.
 
     Attributes:
-        step: optimizer steps taken so far, to be set before each.
-        limit: the step after which all ranks meet, to be set before each step.
-        together: whether all ranks hold the centre.
-        state_together: whether their optimizers have the same state.
+        sync_every: H, steps that a worker takes by itself between exchanges.
+        elastic_force: alpha; 0: 0.9 / workers, as in Zhang et al. (2015).
+        master_trains: "on": rank 0 trains like the others, and looks after them between its steps.
+    """
+
+    sync_every: int = steps_between(4)
+    elastic_force: float = option(
+        0.0,
+        "EASGD and gossip",
+        "how far worker and centre of strategy easgd move towards each other, as a part of their distance; "
+        "0: 0.9 / workers",
+        least=0,
+    )
+    master_trains: str = master_trains()
+
+
+class EASGD(Drifting):
+    """Elastic averaging SGD.
+
+    Attributes:
+        limit: the step after which all ranks meet.
         exchanges: of the master, so far.
     """
 
-    def __init__(self, comm: Comm, parameters: int, micro_batches: range, every: int, force: float) -> None:
-        self.comm, self.parameters, self.micro_batches = comm, parameters, micro_batches
-        self.every, self.force = every, np.float32(force)
-        self.step = self.limit = self.exchanges = 0
-        self.together = self.state_together = True
+    name, Options = "easgd", EASGDOptions
+    traits = Traits(replicas_equal=False, global_losses=False, lockstep=False, sums_gradients=False)
+
+    def __init__(self, options: EASGDOptions | None = None, **given: Any) -> None:
+        super().__init__(options, **given)
+        force = self.options.elastic_force
+        if force > 1:
+            raise UsageError(f"elastic_force is {force:g}: above 1 a spring throws; use 0.2")
+        self.every: int = self.options.sync_every
+        self.limit = self.exchanges = self._step = 0
         self._centre = np.empty(0, np.float32)
         self._since = np.zeros(STOP)
+
+    def check(self, setting: Setting) -> None:
+        """As in `Strategy`."""
+        check_worker(self, setting)
+
+    def assignment(self, count: int, mesh: Mesh) -> range:
+        """A master that does not train has none."""
+        rank, size = mesh.at[DATA], mesh.shape[DATA]
+        if self.options.master_trains == "off" and size > 1:
+            return share(count, rank - 1, size - 1) if rank else range(0)
+        return share(count, rank, size)
+
+    def setup(self, context: Context) -> None:
+        """As in `Strategy`."""
+        super().setup(context)
+        self.comm, self.parameters = context.mesh.all, context.replica.parameters
+        workers = max(1, self.comm.size - (self.options.master_trains == "off"))
+        self.force = np.float32(self.options.elastic_force or 0.9 / workers)
         self._peers = self._all_workers()
 
     def _all_workers(self) -> list[_Peer]:
         """As the master sees them; a worker sees none."""
         workers = range(1, self.comm.size) if self.comm.rank == 0 else []
         return [
-            _Peer(rank, np.empty(HEAD), aligned_empty(self.parameters), step=self.step) for rank in workers
+            _Peer(rank, np.empty(HEAD), aligned_empty(self.parameters), step=self._step) for rank in workers
         ]
 
-    @property
-    def said(self) -> str:
-        """A line for people."""
+    def describe(self) -> str:
+        """As in `Strategy`."""
         tied = f"a spring of {self.force:g} ties each worker to the centre"
         return f"{tied}, every {self.every} steps of its own"
 
-    def __call__(
-        self,
-        terms: list[np.ndarray],
-        order: Order,
-        totals: Totals,
-        clip_norm: float,
-        replica: Replica,
-        mesh: Mesh,
-    ) -> float:
+    def step(self, request: StepRequest) -> float:
         """Take a step of one's own, and exchange where it is time.
 
-        Arguments and errors are those of `tf_dist.parallel.alone.step_alone`; ``totals`` of the master take
-        what it has been told. A wish to stop is agreed upon when all meet.
+        The totals of the master take what it has been told. A wish to stop is agreed upon when all meet.
         """
-        if self.together:
+        terms, totals, replica = request.gradients(), request.totals, request.replica
+        self._step, self.limit = request.step, request.limit
+        if self._together:
             self._depart(replica)
-        self.step += 1
-        norm = step_alone(terms, totals, clip_norm, replica)
-        due = self.step % self.every == 0 or self.step == self.limit
+        self._step += 1
+        norm = step_alone(terms, totals, request.clip_norm, replica)
+        due = self._step % self.every == 0 or self._step == self.limit
         if self.comm.rank == 0:
             self._serve(due, totals, replica)
         else:
@@ -109,14 +146,14 @@ class Elastic:
         return norm
 
     def _depart(self, replica: Replica) -> None:
-        self.together = self.state_together = False
+        self._part()
         if self.comm.rank == 0:
             self._centre = aligned_empty(self.parameters)
             replica.read_weights(self._centre)
 
-    def meet(self, replica: Replica, mesh: Mesh) -> None:
+    def synchronize(self, replica: Replica, mesh: Mesh) -> None:
         """Let all ranks go on from the centre; a collective, after all have exchanged at the limit."""
-        if self.together:
+        if self._together:
             return
         centre = aligned_empty(self.parameters)
         if self.comm.rank == 0 and self._centre.size:
@@ -125,17 +162,15 @@ class Elastic:
             replica.read_weights(centre)
         self.comm.broadcast(centre)
         replica.write_weights(centre)
-        self.together = True
-
-    def settle(self, replica: Replica) -> None:
-        """Before a meeting nothing is under way: each step to the limit has waited for its exchange."""
+        self._together = True
 
     def regroup(self, micro_batches: range) -> None:
         """Go on without ranks that have died, and with other micro-batches; all meet again."""
-        self.micro_batches, self.together = micro_batches, False
+        super().regroup(micro_batches)
+        self._together = False
         self._peers = self._all_workers()
 
-    def add_up(self, sums: np.ndarray) -> None:
+    def sum_over_ranks(self, sums: np.ndarray) -> None:
         """Replace sums over a rank's steps by those of all ranks, which the master has been told."""
         self.comm.broadcast(sums)
 
@@ -144,7 +179,7 @@ class Elastic:
     def _exchange(self, replica: Replica) -> None:
         weights, moved = aligned_empty(self.parameters), aligned_empty(self.parameters)
         replica.read_weights(weights)
-        head = np.array([self.step, *self._since])
+        head = np.array([self._step, *self._since])
         answer = self.comm.irecv(moved, 0, REPLY_TAG)
         sends = [self.comm.isend(head, 0, HEAD_TAG), self.comm.isend(weights, 0, WEIGHTS_TAG)]
         wait_for([*sends, answer], 0)
@@ -156,7 +191,7 @@ class Elastic:
 
     def _serve(self, due: bool, totals: Totals, replica: Replica) -> None:
         """Answer those who have come; where it has nothing else to do, or all meet, until all have."""
-        trains = len(self.micro_batches) > 0
+        trains = len(self.context.micro_batches) > 0
         if due and trains:
             weights = aligned_empty(self.parameters)
             replica.read_weights(weights)
@@ -174,13 +209,13 @@ class Elastic:
                         self._answer(peer, totals)
             return came
 
-        if due and (not trains or self.step == self.limit):
+        if due and (not trains or self._step == self.limit):
             wait_until(lambda: not self._behind(), look, self._behind)
         else:
             look()
 
     def _behind(self) -> list[int]:
-        return [peer.rank for peer in self._peers if peer.step < self.step]
+        return [peer.rank for peer in self._peers if peer.step < self._step]
 
     def _listen(self, peer: _Peer) -> None:
         """Let a worker's next message come, if there is one before all meet."""

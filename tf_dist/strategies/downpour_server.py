@@ -14,12 +14,11 @@ from tf_dist.comm import output
 from tf_dist.comm.base import Pending
 from tf_dist.comm.sums import add_in_order
 from tf_dist.errors import RankLost
-from tf_dist.parallel.alone import wait_for, wait_until
 from tf_dist.parallel.dealing import Dealer, Unit
 from tf_dist.parallel.flat import aligned_empty
+from tf_dist.parallel.totals import TOKENS, Totals, scale_of
 from tf_dist.parallel.tree import one_each
-from tf_dist.parallel.updates import TOKENS, Totals, scale_of
-from tf_dist.training.units import (
+from tf_dist.strategies.downpour_protocol import (
     GRADIENT_TAG,
     PUSH,
     PUSH_TAG,
@@ -32,6 +31,7 @@ from tf_dist.training.units import (
     Units,
     Work,
 )
+from tf_dist.strategies.waiting import wait_for, wait_until
 
 
 @dataclass
@@ -56,14 +56,14 @@ class _Peer:
 
 
 class Master:
-    """Rank 0: deals out units, takes gradients, steps. Argument: the update of this rank."""
+    """Rank 0: deals out units, takes gradients, steps. Argument: what it computes units with."""
 
-    def __init__(self, update: Units) -> None:
-        self._update, self._comm, self.load = update, update.comm, Load()
-        self._replica, options = update.replica, update.options
-        self._trains = options.master_trains == "on" or update.comm.size == 1
-        self._sums = update.block_sum()
-        self._dealer = Dealer(update.units, options.staleness)
+    def __init__(self, units: Units) -> None:
+        self._units, self._comm, self.load = units, units.comm, Load()
+        self._replica, options = units.replica, units.options
+        self._trains = options.master_trains == "on" or units.comm.size == 1
+        self._sums = units.block_sum()
+        self._dealer = Dealer(units.units, options.staleness)
         self._peers = self._all_workers()
         self._waiting: deque[_Peer] = deque()
         self._version, self._snapshot_version, self._snapshot = 0, -1, np.empty(0, np.float32)
@@ -76,17 +76,17 @@ class Master:
         self.rate: Callable[[int, float], None] = lambda step, factor: None
 
     def _all_workers(self) -> list[_Peer]:
-        length = len(PUSH) + 3 * self._update.size
+        length = len(PUSH) + 3 * self._units.size
         return [
             _Peer(rank, np.empty(length), aligned_empty(self._replica.parameters))
             for rank in range(1, self._comm.size)
         ]
 
     def take(self, clock: int, batches: Batches, stop: bool, clip_norm: float, limit: int) -> Result:
-        """As in `tf_dist.training.downpour.Downpour.take`: look after all until the batch is done."""
+        """As in `tf_dist.strategies.downpour.Downpour.step`: look after all until the batch is done."""
         begun = time.monotonic()
         if self._dealer.done < clock:  # a run goes on
-            self._dealer = Dealer(self._update.units, self._update.options.staleness, clock)
+            self._dealer = Dealer(self._units.units, self._units.options.staleness, clock)
         if self._stop_at is not None and clock >= self._stop_at:
             self._stop_at = None  # it is over
         self._clip_norm = clip_norm
@@ -185,7 +185,7 @@ class Master:
 
     def _own(self, unit: Unit, batches: Batches) -> Work:
         version = self._version
-        return self._update.gradient(unit, batches, self._sums, self._between)._replace(version=version)
+        return self._units.gradient(unit, batches, self._sums, self._between)._replace(version=version)
 
     def _between(self) -> None:
         """Look after workers while the master is at a unit of its own."""
@@ -199,13 +199,13 @@ class Master:
         """Apply a gradient, or keep it until its batch is complete."""
         begun = time.monotonic()
         step, number = work.unit
-        totals = self._totals.setdefault(step, Totals(self._update.micro_batches))
+        totals = self._totals.setdefault(step, Totals(self._units.micro_batches))
         for row, sums in enumerate(work.rows):
-            totals.add(number * self._update.size + row, sums)
-        if self._update.options.staleness == 0:
+            totals.add(number * self._units.size + row, sums)
+        if self._units.options.staleness == 0:
             kept = self._collected.setdefault(step, {})
             kept[number] = work.gradient.copy()
-            if len(kept) == self._update.units:
+            if len(kept) == self._units.units:
                 self._apply_batch(step, [kept[i] for i in range(len(kept))])
                 del self._collected[step]
         else:
@@ -232,8 +232,8 @@ class Master:
         self._norms.setdefault(work.unit.step, []).append((norm, counts[TOKENS]))
         if counts[TOKENS]:
             stale = self._version - work.version
-            aware = self._update.options.staleness_aware == "on"
-            self.rate(work.unit.step, 1.0 / max(1, stale) if aware else 1.0 / self._update.units)
+            aware = self._units.options.staleness_aware == "on"
+            self.rate(work.unit.step, 1.0 / max(1, stale) if aware else 1.0 / self._units.units)
             self._step(work.gradient, scale, stale)
 
     def _step(self, gradient: np.ndarray, scale: float, stale: int) -> None:
@@ -249,7 +249,7 @@ class Master:
         weight = sum(tokens for _, tokens in norms) or 1.0
         norm = sum(norm * tokens for norm, tokens in norms) / weight
         self._results[step] = Result(counts, norm)
-        self._results.pop(step - self._update.told, None)
+        self._results.pop(step - self._units.told, None)
 
     def _wish_to_stop(self, wanted: bool) -> None:
         """Let all stop at the end of the last batch that anybody has begun."""
@@ -276,7 +276,7 @@ class Master:
     def _reply(self, peer: _Peer) -> None:
         begun = time.monotonic()
         told = [[step, *result.counts, result.norm] for step, result in sorted(self._results.items())]
-        told += [[-1.0] * TOLD] * (self._update.told - len(told))
+        told += [[-1.0] * TOLD] * (self._units.told - len(told))
         unit = peer.unit or Unit(0, 0)
         head = [peer.unit is not None, *unit, self._version]
         for one in peer.sends:  # what he was told before: it has come, for he has answered

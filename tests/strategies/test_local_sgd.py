@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from stepping import set_up, take_step
 from thread_comm import on_ranks
 
-from tf_dist.degrees import share
 from tf_dist.errors import NumericError
-from tf_dist.parallel.local import LocalSteps, Plan
 from tf_dist.parallel.mesh import Mesh, leaves_of
 from tf_dist.parallel.short import allreduce_bfloat16, from_bfloat16, to_bfloat16
+from tf_dist.parallel.totals import Totals
 from tf_dist.parallel.tree import BlockSum, order
-from tf_dist.parallel.updates import Totals, allreduce
+from tf_dist.partition import share
+from tf_dist.strategies import AllReduce, DiLoCo
 
 P, M, RATE, R = 23, 5, 0.05, 3
 BEGIN = np.random.default_rng(0).standard_normal(P).astype(np.float32)
@@ -58,12 +59,17 @@ def gradient_of(step, number, weights):
     return np.float32(tokens_of(step, number)) * (weights - target)
 
 
-def trained(comm, plan, steps, update=None, spoil=None):
-    """The replica and its update after some steps, and its weights after each."""
+def plan(sync_every, **more):
+    """Options of DiLoCo; with `MEAN` it is local SGD."""
+    return DiLoCo.Options(sync_every=sync_every, **more)
+
+
+def trained(comm, options, steps, strategy=None, spoil=None):
+    """The replica and its strategy after some steps, and its weights after each."""
     mesh, replica, seen = Mesh(comm), Plain(), []
     leaves, blocks = leaves_of(M, mesh)
     mine, made = blocks[comm.rank], order(leaves, blocks)
-    update = update or LocalSteps(plan, P, mine)
+    strategy = set_up(strategy or DiLoCo(options), comm, replica, mine, M)
     sums = BlockSum(P, leaves, mine)
     for step in range(steps):
         totals = Totals(M)
@@ -73,12 +79,12 @@ def trained(comm, plan, steps, update=None, spoil=None):
                 gradient[3] = np.nan
             sums.add(gradient)
             totals.add(number, np.array([1.0, tokens_of(step, number), 0.0]))
-        update(sums.terms(), made, totals, 0.0, replica, mesh)
+        take_step(strategy, sums.terms(), made, totals, 0.0, replica, mesh, step)
         seen.append(replica.weights.copy())
-    return replica, update, seen
+    return replica, strategy, seen
 
 
-def by_hand(plan, steps, ranks):
+def by_hand(options, steps, ranks):
     """The weights of all ranks after each step, (steps, R, P), in float64."""
     blocks = [share(M, rank, ranks) for rank in range(ranks)]
     met = BEGIN.astype(np.float64)
@@ -90,16 +96,18 @@ def by_hand(plan, steps, ranks):
             total = sum(gradient_of(step, i, here[r]) for i in block)
             here[r] = here[r] - RATE * total / count
             seen_tokens[r] += count
-        leaves = (step + 1) % plan.sync_every == 0
-        arrives = step + 1 - plan.outer_delay > 0 and (step + 1 - plan.outer_delay) % plan.sync_every == 0
-        for now in ("arrives", "leaves") if plan.outer_delay else ("leaves", "arrives"):
+        leaves = (step + 1) % options.sync_every == 0
+        arrives = (
+            step + 1 - options.outer_delay > 0 and (step + 1 - options.outer_delay) % options.sync_every == 0
+        )
+        for now in ("arrives", "leaves") if options.outer_delay else ("leaves", "arrives"):
             if now == "leaves" and leaves:
                 weights = seen_tokens / seen_tokens.sum()
                 outer = sum(w * (met - one) for w, one in zip(weights, here, strict=True))
                 left, seen_tokens = [one.copy() for one in here], np.zeros(ranks)
             if now == "arrives" and arrives:
-                momentum = plan.outer_momentum * momentum + outer
-                met = met - plan.outer_lr * (outer + plan.outer_momentum * momentum)
+                momentum = options.outer_momentum * momentum + outer
+                met = met - options.outer_lr * (outer + options.outer_momentum * momentum)
                 here = [met + one - then for one, then in zip(here, left, strict=True)]
         found.append(np.stack(here))
     return np.stack(found)
@@ -108,50 +116,49 @@ def by_hand(plan, steps, ranks):
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_a_meeting_after_every_step_is_synchronous_sgd(ranks):
     """DiLoCo with H = 1, outer rate 1, no momentum and SGD inside: every rank's tokens count alike."""
-    local = on_ranks(ranks, lambda comm: trained(comm, Plan(sync_every=1, **MEAN), 6)[2][-1])
-    synchronous = on_ranks(ranks, lambda comm: trained(comm, None, 6, allreduce)[2][-1])
+    local = on_ranks(ranks, lambda comm: trained(comm, plan(1, **MEAN), 6)[2][-1])
+    synchronous = on_ranks(ranks, lambda comm: trained(comm, None, 6, AllReduce())[2][-1])
     for one in local:
         np.testing.assert_allclose(one, synchronous[0], atol=2e-6)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize(
-    "plan",
+    "options",
     [
-        Plan(3, **MEAN), Plan(2, 0, 0.7, 0.9), Plan(4, 0, 0.5, 0.0),
-        Plan(3, outer_delay=1, **MEAN), Plan(3, 0, 0.7, 0.9, outer_delay=2),
-        Plan(2, 0, 0.7, 0.5, outer_delay=2),
+        plan(3, **MEAN), plan(2), plan(4, outer_lr=0.5, outer_momentum=0.0),
+        plan(3, outer_delay=1, **MEAN), plan(3, outer_delay=2), plan(2, outer_momentum=0.5, outer_delay=2),
     ],
 )  # fmt: skip
-def test_all_that_replicas_do_between_meetings_and_at_them(ranks, plan):
+def test_all_that_replicas_do_between_meetings_and_at_them(ranks, options):
     steps = 9
-    found = np.array(on_ranks(ranks, lambda comm: trained(comm, plan, steps)[2]))
-    np.testing.assert_allclose(found.transpose(1, 0, 2), by_hand(plan, steps, ranks), atol=2e-5)
+    found = np.array(on_ranks(ranks, lambda comm: trained(comm, options, steps)[2]))
+    np.testing.assert_allclose(found.transpose(1, 0, 2), by_hand(options, steps, ranks), atol=2e-5)
     for step in range(steps):
         equal = all(np.array_equal(found[0, step], one[step]) for one in found)
-        meet = (step + 1) % plan.sync_every == 0 and not plan.outer_delay
+        meet = (step + 1) % options.sync_every == 0 and not options.outer_delay
         assert equal == (ranks == 1 or meet)
 
 
 def test_synchronous_steps_come_first():
-    plan = Plan(3, sync_warmup_steps=4, **MEAN)
-    found = on_ranks(R, lambda comm: trained(comm, plan, 7)[2])
-    synchronous = on_ranks(R, lambda comm: trained(comm, None, 4, allreduce)[2])
+    options = plan(3, sync_warmup_steps=4, **MEAN)
+    found = on_ranks(R, lambda comm: trained(comm, options, 7)[2])
+    synchronous = on_ranks(R, lambda comm: trained(comm, None, 4, AllReduce())[2])
     for one in found:
         np.testing.assert_array_equal(one[:4], synchronous[0])
     assert not np.array_equal(found[0][5], found[1][5])
     np.testing.assert_array_equal(found[0][6], found[1][6])
 
 
-@pytest.mark.parametrize(("plan", "meetings"), [(Plan(100), 1), (Plan(4, outer_delay=3), 2)])
-def test_all_can_meet_ahead_of_time(plan, meetings):
+@pytest.mark.parametrize(("options", "meetings"), [(plan(100), 1), (plan(4, outer_delay=3), 2)])
+def test_all_can_meet_ahead_of_time(options, meetings):
     def work(comm):
-        replica, update, _ = trained(comm, plan, 5)
-        assert not update.together
-        update.meet(replica, Mesh(comm))
-        assert update.together and update.meetings == meetings
+        replica, strategy, _ = trained(comm, options, 5)
+        assert not strategy.in_sync
+        strategy.synchronize(replica, Mesh(comm))
+        assert strategy.in_sync and strategy.meetings == meetings
         before = replica.weights.copy()
-        update.meet(replica, Mesh(comm))  # nothing is left to do
+        strategy.synchronize(replica, Mesh(comm))  # nothing is left to do
         assert np.array_equal(before, replica.weights)
         return replica.weights
 
@@ -162,19 +169,19 @@ def test_all_can_meet_ahead_of_time(plan, meetings):
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 9))
 def test_each_fragment_meets_once_in_every_stretch(every, fragments, warmup):
     fragments = min(fragments, every)
-    plan = Plan(every, warmup, outer_fragments=fragments)
+    options = plan(every, sync_warmup_steps=warmup, outer_fragments=fragments)
     steps = range(warmup + every + 1, warmup + 2 * every + 1)
-    met = [[one for one in range(fragments) if plan.due(one, step)] for step in steps]
+    met = [[one for one in range(fragments) if options.due(one, step)] for step in steps]
     assert sorted(chain.from_iterable(met)) == list(range(fragments))
     assert max(map(len, met)) == 1  # never two at once: that is what they are for
 
 
 def test_fragments_meet_by_turns():
-    plan = Plan(4, outer_fragments=2, **MEAN)
+    options = plan(4, outer_fragments=2, **MEAN)
 
     def work(comm):
-        _, update, seen = trained(comm, plan, 4)
-        assert update.meetings == 2 and not update.together
+        _, strategy, seen = trained(comm, options, 4)
+        assert strategy.meetings == 2 and not strategy.in_sync
         return seen
 
     found = np.array(on_ranks(R, work))
@@ -186,7 +193,7 @@ def test_fragments_meet_by_turns():
 def test_not_a_number_on_one_rank_stops_all_before_a_weight_has_changed():
     def work(comm):
         with pytest.raises(NumericError, match="no weight has changed"):
-            trained(comm, Plan(4), 3, spoil=(1, 0))
+            trained(comm, plan(4), 3, spoil=(1, 0))
         return True
 
     assert on_ranks(R, work) == [True] * R
@@ -224,9 +231,9 @@ def test_short_sums(ranks, length):
 
 
 def test_meetings_in_bfloat16():
-    plan = Plan(3, outer_precision="bfloat16")
-    found = on_ranks(R, lambda comm: trained(comm, plan, 6)[2])
+    options = plan(3, outer_precision="bfloat16")
+    found = on_ranks(R, lambda comm: trained(comm, options, 6)[2])
     assert all(np.array_equal(found[0][-1], one[-1]) for one in found)
-    exact = on_ranks(R, lambda comm: trained(comm, Plan(3), 6)[2])
+    exact = on_ranks(R, lambda comm: trained(comm, plan(3), 6)[2])
     change = np.abs(exact[0][-1] - BEGIN).max()
     assert 0 < np.abs(found[0][-1] - exact[0][-1]).max() < change / 50

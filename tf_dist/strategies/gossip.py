@@ -16,16 +16,18 @@ Legend: P parameters, R ranks, H steps between pushes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from tf_dist.comm.base import Comm, Pending
-from tf_dist.comm.sums import Order
-from tf_dist.parallel.alone import step_alone, unless_dead, wait_for, wait_until
+from tf_dist.comm.base import Pending
 from tf_dist.parallel.flat import aligned_empty
 from tf_dist.parallel.mesh import Mesh
+from tf_dist.parallel.totals import Replica
 from tf_dist.parallel.tree import one_each
-from tf_dist.parallel.updates import Replica, Totals
+from tf_dist.strategies.base import Context, Setting, StepRequest, Traits, steps_between
+from tf_dist.strategies.drift import Drifting
+from tf_dist.strategies.waiting import check_worker, step_alone, unless_dead, wait_for, wait_until
 
 SHARE_TAG, WEIGHTS_TAG = 707, 708
 # A share that says: this was my last message before all meet.
@@ -48,73 +50,75 @@ class _Peer:
     ended: bool = False
 
 
-class Gossip:
-    """The update of gossip; an `Update` with a memory.
+@dataclass(frozen=True)
+class GossipOptions:
+    """When ranks push. sync_every: H, steps that a rank takes by itself between pushes."""
 
-    Args:
-        comm: all ranks.
-        parameters: P.
-        micro_batches: numbers of those of a step that are this rank's.
-        every: H.
-        seed: of the choice of partners.
+    sync_every: int = steps_between(1)
+
+
+class Gossip(Drifting):
+    """Gossip: each rank now and then gives its weights to another one.
 
     Attributes:
-        step: optimizer steps taken so far, to be set before each.
         share: of this rank in the mean.
-        together: whether all ranks hold the same weights.
-        state_together: whether their optimizers have the same state.
         mixed: how often this rank has mixed in somebody's weights.
+        seed: of the choice of partners.
     """
 
-    def __init__(self, comm: Comm, parameters: int, micro_batches: range, every: int, seed: int = 1) -> None:
-        self.comm, self.parameters, self.micro_batches, self.every = comm, parameters, micro_batches, every
-        self.step = self.limit = self.mixed = 0
-        self.share = 1.0 / comm.size
-        self.together = self.state_together = True
-        self._random = np.random.default_rng([seed, comm.rank])
-        self._peers = self._all_others()
+    name, Options = "gossip", GossipOptions
+    traits = Traits(replicas_equal=False, global_losses=False, lockstep=False, sums_gradients=False)
+    seed = 1
+
+    def __init__(self, options: GossipOptions | None = None, **given: Any) -> None:
+        super().__init__(options, **given)
+        self.every: int = self.options.sync_every
+        self.mixed = 0
         self._own, self._shares_lost = np.empty(0, np.float32), False
+
+    def check(self, setting: Setting) -> None:
+        """As in `Strategy`."""
+        check_worker(self, setting)
+
+    def setup(self, context: Context) -> None:
+        """As in `Strategy`."""
+        super().setup(context)
+        self.comm, self.parameters = context.mesh.all, context.replica.parameters
+        self.share = 1.0 / self.comm.size
+        self._random = np.random.default_rng([self.seed, self.comm.rank])
+        self._peers = self._all_others()
 
     def _all_others(self) -> list[_Peer]:
         others = [rank for rank in range(self.comm.size) if rank != self.comm.rank]
         return [_Peer(rank, np.empty(1), aligned_empty(self.parameters)) for rank in others]
 
-    @property
-    def said(self) -> str:
-        """A line for people."""
+    def describe(self) -> str:
+        """As in `Strategy`."""
         steps = f"{self.every} step{'s' * (self.every > 1)}"
         return f"every {steps} of its own a rank gives its weights to another one, which mixes them in"
 
-    def __call__(
-        self,
-        terms: list[np.ndarray],
-        order: Order,
-        totals: Totals,
-        clip_norm: float,
-        replica: Replica,
-        mesh: Mesh,
-    ) -> float:
+    def step(self, request: StepRequest) -> float:
         """Mix in what has come, take a step of one's own, and push where it is time.
 
-        Arguments and errors are those of `tf_dist.parallel.alone.step_alone`. A wish to stop is agreed upon
-        when all meet.
+        A wish to stop is agreed upon when all meet.
         """
-        if self.together:
+        terms, replica = request.gradients(), request.replica
+        if self._together:
             self._depart()
         self._look(replica)
-        norm = step_alone(terms, totals, clip_norm, replica)
-        self.step += 1
-        if self._peers and self.step % self.every == 0:
+        norm = step_alone(terms, request.totals, request.clip_norm, replica)
+        if self._peers and (request.step + 1) % self.every == 0:
             self._push(replica)
         return norm
 
     def _depart(self) -> None:
-        self.together = self.state_together = self._shares_lost = False
+        self._part()
+        self._shares_lost = False
         self.share, self._own = 1.0 / self.comm.size, np.empty(0, np.float32)
 
-    def meet(self, replica: Replica, mesh: Mesh) -> None:
+    def synchronize(self, replica: Replica, mesh: Mesh) -> None:
         """Let all ranks go on from the mean of their weights; a collective, after all have settled."""
-        if self.together:
+        if self._together:
             return
         shares = np.array([self.share])
         if self._shares_lost:  # with whoever has died, or was sent them
@@ -123,23 +127,24 @@ class Gossip:
         weights = self._own * np.float32(shares[0])
         total = self.comm.allreduce_terms([weights], one_each(self.comm.size), weights).array
         replica.write_weights(total)
-        self.together = True
+        self._together = True
 
     def settle(self, replica: Replica) -> None:
         """Take all that is under way; afterwards this rank's own weights wait for the meeting."""
-        if not self.together:
+        if not self._together:
             self._drain(replica)
             self._own = aligned_empty(self.parameters)
             replica.read_weights(self._own)
 
     def regroup(self, micro_batches: range) -> None:
         """Go on without ranks that have died, and with other micro-batches; all meet again."""
-        self.micro_batches, self._shares_lost = micro_batches, True
-        self.together = not self._own.size  # nobody has taken a step yet
+        super().regroup(micro_batches)
+        self._shares_lost = True
+        self._together = not self._own.size  # nobody has taken a step yet
         self._peers = self._all_others()
 
-    def add_up(self, sums: np.ndarray) -> None:
-        """Replace sums over a rank's steps by those of all ranks."""
+    def sum_over_ranks(self, sums: np.ndarray) -> None:
+        """As in `Strategy`."""
         self.comm.allreduce(sums)
 
     def _push(self, replica: Replica) -> None:

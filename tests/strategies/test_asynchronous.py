@@ -4,52 +4,55 @@ import time
 
 import numpy as np
 import pytest
-from test_local import BEGIN, RATE, M, P, Plain, gradient_of, tokens_of
+from stepping import set_up, take_step
+from test_local_sgd import BEGIN, RATE, M, P, Plain, gradient_of, tokens_of
 from thread_comm import on_ranks
 
-from tf_dist.degrees import share
 from tf_dist.errors import LaunchError
-from tf_dist.parallel import alone
-from tf_dist.parallel.elastic import Elastic
-from tf_dist.parallel.gossip import Gossip
 from tf_dist.parallel.mesh import Mesh
+from tf_dist.parallel.totals import Totals
 from tf_dist.parallel.tree import BlockSum, order
-from tf_dist.parallel.updates import Totals
+from tf_dist.strategies import EASGD, Gossip, waiting
 
 ONE = order(range(1), [range(1)])
 
 
-def trained(comm, update, steps, slow=(), limit=None):
-    """The replica after some steps at this rank's pace, and after all have met."""
-    replica, mine, mesh = Plain(), update.micro_batches, Mesh(comm)
+def ready(strategy, comm, replica):
+    """The strategy on this rank, and a replica that may skip a step."""
     replica.skip = lambda: None
+    return set_up(strategy, comm, replica, strategy.assignment(M, Mesh(comm)), M)
+
+
+def trained(comm, strategy, steps, slow=(), limit=None):
+    """The replica after some steps at this rank's pace, and after all have met."""
+    replica, mesh = Plain(), Mesh(comm)
+    mine = ready(strategy, comm, replica).context.micro_batches
     sums = BlockSum(P, mine or range(M), mine)
     for step in range(steps):
-        update.limit = limit or steps
         totals = Totals(M)
         for number in mine:
             sums.add(gradient_of(step, number, replica.weights))
             totals.add(number, np.array([1.0, tokens_of(step, number), 0.0]))
         if comm.rank in slow:
             time.sleep(0.01)
-        update(sums.terms() if mine else [], ONE, totals, 0.0, replica, mesh)
-    update.settle(replica)
+        terms = sums.terms() if mine else []
+        take_step(strategy, terms, ONE, totals, 0.0, replica, mesh, step, limit or steps)
+    strategy.settle(replica)
     before = replica.weights.copy()
-    update.meet(replica, mesh)
-    assert update.together
+    strategy.synchronize(replica, mesh)
+    assert strategy.in_sync
     return before, replica.weights
 
 
-def elastic(comm, every=2, force=0.3, trains=False):
-    rank, workers = (comm.rank, comm.size) if trains or comm.size == 1 else (comm.rank - 1, comm.size - 1)
-    return Elastic(comm, P, share(M, rank, workers) if rank >= 0 else range(0), every, force)
+def elastic(every=2, force=0.3, trains=False):
+    return EASGD(sync_every=every, elastic_force=force, master_trains="on" if trains else "off")
 
 
 @pytest.mark.parametrize("trains", [True, False])
 @pytest.mark.parametrize("slow", [(), (1,), (0,)])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_all_go_on_from_the_centre(ranks, slow, trains):
-    found = on_ranks(ranks, lambda comm: trained(comm, elastic(comm, trains=trains), 7, slow))
+    found = on_ranks(ranks, lambda comm: trained(comm, elastic(trains=trains), 7, slow))
     centres = [after for _, after in found]
     assert all(np.array_equal(centres[0], one) for one in centres)
     assert np.abs(centres[0] - BEGIN).max() > 0.01
@@ -57,8 +60,7 @@ def test_all_go_on_from_the_centre(ranks, slow, trains):
 
 def test_a_worker_and_the_centre_move_towards_each_other():
     """One worker: every exchange by hand."""
-    force = np.float32(0.3)
-    (_, centre), (worker, _) = on_ranks(2, lambda comm: trained(comm, elastic(comm, 2, force), 6))
+    (_, centre), (worker, _) = on_ranks(2, lambda comm: trained(comm, elastic(2, 0.3), 6))
     w, c = BEGIN.astype(np.float64), BEGIN.astype(np.float64)
     for step in range(6):
         tokens = sum(tokens_of(step, i) for i in range(M))
@@ -74,18 +76,17 @@ def test_the_master_knows_all_losses_when_all_have_met():
     seen = []
 
     def work(comm):
-        update, replica, mesh = elastic(comm, 3), Plain(), Mesh(comm)
-        replica.skip = lambda: None
+        replica, mesh = Plain(), Mesh(comm)
+        strategy = ready(elastic(3), comm, replica)
         for step in range(5):
-            update.limit, totals = 5, Totals(M)
-            terms = []
-            for number in update.micro_batches:
+            totals, terms = Totals(M), []
+            for number in strategy.context.micro_batches:
                 terms = [gradient_of(step, number, replica.weights)]
                 totals.add(number, np.array([1.0, tokens_of(step, number), 0.0]))
-            update(terms, ONE, totals, 0.0, replica, mesh)
+            take_step(strategy, terms, ONE, totals, 0.0, replica, mesh, step, 5)
             if comm.rank == 0:
                 seen.append(totals.sum())
-        update.meet(replica, mesh)
+        strategy.synchronize(replica, mesh)
 
     on_ranks(3, work)
     counts = np.sum(seen, axis=0)
@@ -97,8 +98,8 @@ def test_the_master_knows_all_losses_when_all_have_met():
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_gossip_ends_in_one_model(ranks, slow):
     def work(comm):
-        update = Gossip(comm, P, share(M, comm.rank, comm.size), 1)
-        return *trained(comm, update, 20, slow), update.mixed, update.share
+        strategy = Gossip()
+        return *trained(comm, strategy, 20, slow), strategy.mixed, strategy.share
 
     found = on_ranks(ranks, work)
     assert all(np.array_equal(found[0][1], after) for _, after, *_ in found)
@@ -111,15 +112,15 @@ def test_gossip_changes_no_mean():
     begin = [np.random.default_rng(rank).standard_normal(P).astype(np.float32) for rank in range(4)]
 
     def work(comm):
-        update, replica, mesh = Gossip(comm, P, range(0), 1), Plain(), Mesh(comm)
-        replica.skip = lambda: None
+        replica, mesh = Plain(), Mesh(comm)
+        strategy = ready(Gossip(), comm, replica)
         replica.weights = begin[comm.rank].copy()
-        for _ in range(30):
-            update([], ONE, Totals(M), 0.0, replica, mesh)
+        for step in range(30):
+            take_step(strategy, [], ONE, Totals(M), 0.0, replica, mesh, step)
             time.sleep(0.002)
-        update.settle(replica)
+        strategy.settle(replica)
         spread = replica.weights.copy()
-        update.meet(replica, mesh)
+        strategy.synchronize(replica, mesh)
         return spread, replica.weights
 
     found = on_ranks(4, work)
@@ -131,6 +132,6 @@ def test_gossip_changes_no_mean():
 
 
 def test_nobody_waits_for_ever(monkeypatch):
-    monkeypatch.setattr(alone, "patience_s", lambda: 0.05)
+    monkeypatch.setattr(waiting, "patience_s", lambda: 0.05)
     with pytest.raises(LaunchError, match="nothing was heard of ranks 1, 3"):
-        alone.wait_until(lambda: False, lambda: False, lambda: [1, 3])
+        waiting.wait_until(lambda: False, lambda: False, lambda: [1, 3])

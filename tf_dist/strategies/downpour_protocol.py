@@ -1,6 +1,7 @@
-"""Units of a global batch: how a rank computes one, and how workers and their master write to each other.
+"""Downpour's units of a global batch: how a rank computes one, and how ranks write to each other.
 
-What the master does with them is in `master`, what a worker does in `worker`; `downpour` says why.
+What the master does with them is in `downpour_server`, what a worker does in `downpour_worker`; `downpour`
+says why.
 
 Legend: P parameters, S staleness, n micro-batches of a unit.
 """
@@ -8,18 +9,18 @@ Legend: P parameters, S staleness, n micro-batches of a unit.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from tf_dist.comm.base import Comm
-from tf_dist.config import default
 from tf_dist.parallel.dealing import Unit
+from tf_dist.parallel.totals import Replica
 from tf_dist.parallel.tree import BlockSum
-from tf_dist.training.passes import MicroBatch
-from tf_dist.training.replica import Replica
+from tf_dist.strategies.base import option
+from tf_dist.strategies.waiting import master_trains
 
 # Of messages to and from the master.
 PUSH_TAG, GRADIENT_TAG, REPLY_TAG, WEIGHTS_TAG = 700, 701, 702, 703
@@ -29,27 +30,47 @@ REPLY = ("has_unit", "step", "number", "version")
 # Of each batch that a reply tells of: its step, counts (4) and norm.
 TOLD = 6
 
-Batches = Callable[[int, range], list[MicroBatch]]
+Batches = Callable[[int, range], Sequence[Any]]
 
 
 @dataclass(frozen=True)
-class Asynchrony:
-    """How workers and master deal with each other; names are those of `tf_dist.config.Config`.
+class DownpourOptions:
+    """How workers and master deal with each other.
 
     Attributes:
         staleness: S, global batches by which the fastest may lead the slowest.
         staleness_aware: "on": a gradient's learning rate is divided by its staleness, the number of updates
             since the weights that it was computed with (Zhang et al. 2016); "off": it is multiplied by the
             unit's share of the global batch, so that a batch moves the weights as far as a synchronous step.
-        master_trains: "on": rank 0 takes units as well, and looks after the others between micro-batches;
-            with update easgd it trains like them.
-        elastic_force: of update easgd; 0: 0.9 / workers, as in Zhang et al. (2015).
+        master_trains: "on": rank 0 takes units as well, and looks after the others between micro-batches.
     """
 
-    staleness: int = default("staleness")
-    staleness_aware: str = default("staleness_aware")
-    master_trains: str = default("master_trains")
-    elastic_force: float = default("elastic_force")
+    staleness: int = option(
+        1,
+        "Downpour",
+        "global batches by which the fastest worker of strategy downpour may lead the slowest; 0: as "
+        "allreduce, bit for bit",
+        least=0,
+    )
+    staleness_aware: str = option(
+        "off",
+        "Downpour",
+        "divide the learning rate of a gradient of strategy downpour by its staleness",
+        choices=("on", "off"),
+    )
+    master_trains: str = master_trains()
+
+
+class WholeReplica(Replica, Protocol):
+    """A rank's whole model."""
+
+    def gradients(
+        self, x_BxT: np.ndarray, y_BxT: np.ndarray, draw: tuple[int, int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The summed gradient of a micro-batch, (P,), and its loss, tokens and right guesses, (3,)."""
+
+    def give_weights(self, comm: Comm) -> None:
+        """Give all ranks the weights of the first one; a collective."""
 
 
 class Result(NamedTuple):
@@ -114,7 +135,7 @@ class Units:
     """
 
     def __init__(
-        self, replica: Replica, comm: Comm, micro_batches: int, size: int, options: Asynchrony
+        self, replica: WholeReplica, comm: Comm, micro_batches: int, size: int, options: DownpourOptions
     ) -> None:
         self.replica, self.comm, self.options = replica, comm, options
         self.micro_batches, self.size, self.units = micro_batches, size, micro_batches // size

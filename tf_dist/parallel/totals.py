@@ -1,6 +1,6 @@
-"""Updates: gradients of my micro-batches in, the same new weights on every rank out.
+"""What a step sums besides gradients, and how a summed gradient becomes a step.
 
-This is where the ranks talk. One step of synchronous data-parallel gradient descent is
+One step of synchronous data-parallel gradient descent is
 
     w  <-  optimizer(w, g),    g = (1 / n) * sum over micro-batches m of g_m
 
@@ -8,22 +8,18 @@ where g_m is the gradient of the *sum* of the losses of its tokens, and n the nu
 all of them. Sums are divided once, at the end: a mean of means would weigh short batches too much. And they
 are added in one order, whoever computed them (`tree`), so the number of ranks never changes the weights.
 
-A new algorithm is a new function of this signature; it touches neither the trainer nor the model.
+Where the ranks talk in a step is decided by a strategy (`tf_dist.strategies`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
 
-from tf_dist import faults
 from tf_dist.comm.base import Comm
-from tf_dist.comm.sums import Order
-from tf_dist.errors import NumericError, RankLost
+from tf_dist.errors import NumericError
 from tf_dist.parallel.flat import aligned_empty
-from tf_dist.parallel.mesh import Mesh
 
 # The columns of `Totals`: of each micro-batch, the summed loss, the number of targets and of right guesses;
 # and whether a rank wants to stop.
@@ -109,82 +105,7 @@ class Replica(Protocol):
         """Take over these weights."""
 
 
-Update = Callable[[list[np.ndarray], Order, Totals, float, Replica, Mesh], float]
-
-
-def allreduce(
-    terms: list[np.ndarray], order: Order, totals: Totals, clip_norm: float, replica: Replica, mesh: Mesh
-) -> float:
-    """Sum the gradients everywhere; every rank takes the same optimizer step.
-
-    Args:
-        terms: sums of the gradients of this rank's micro-batches, (P,) float32 each; they are used up.
-        order: in which the terms of all replicas are added.
-        totals: of this rank; summed over ranks in place.
-        clip_norm: largest global norm of the mean gradient; 0 for no clipping.
-        replica: what this rank has of model and optimizer.
-        mesh: all ranks; gradients are summed over `Mesh.replicas`.
-
-    Returns:
-        The global norm of the mean gradient before clipping.
-
-        Where it is not finite, on every rank the same, nobody has stepped.
-    """
-    mesh.all.barrier()  # waiting for slower ranks is counted apart from moving bytes
-    counts = totals.reduce(mesh.all)
-    faults.at("allreduce")
-    found = mesh.replicas.allreduce_terms(terms, order, _sum_buffer(terms, replica))
-    gradient = replica.complete(found.array)
-    # Rank 0's norm for all: on a node with another processor it could differ in its last bit.
-    own = replica.norm(gradient, found.squares) / max(counts[TOKENS], 1.0)
-    length = np.array([own])
-    mesh.all.broadcast(length)
-    if mesh.all.survives and not np.isclose(length[0], own, rtol=1e-3, equal_nan=True):
-        raise RankLost("a death has cut a broadcast short")
-    faults.at("update")
-    if np.isfinite(length[0]):
-        replica.apply(gradient, scale_of(float(length[0]), counts, clip_norm))
-    return float(length[0])
-
-
-def master(
-    terms: list[np.ndarray], order: Order, totals: Totals, clip_norm: float, replica: Replica, mesh: Mesh
-) -> float:
-    """Gather the gradients on rank 0 of the replicas, which alone steps, and sends the weights.
-
-    The parameter server of Li et al. (2014), in its synchronous form. Rank 0 holds R gradients and
-    moves R times the bytes of any other: see ``docs/guide.md`` for what that costs. Arguments and
-    result are those of `allreduce`.
-    """
-    mesh.all.barrier()
-    counts = totals.reduce(mesh.all)
-    faults.at("allreduce")
-    total = mesh.replicas.reduce_terms(terms, order, _sum_buffer(terms, replica))
-    length = np.zeros(1)
-    if total is not None:
-        gradient = replica.complete(total.array)
-        length[0] = replica.norm(gradient, total.squares) / max(counts[TOKENS], 1.0)
-    mesh.all.broadcast(length)
-    faults.at("update")
-    if not np.isfinite(length[0]):
-        return float(length[0])
-    scale = scale_of(float(length[0]), counts, clip_norm)
-    weights = aligned_empty(replica.parameters)
-    if total is not None:
-        replica.apply(gradient, scale)
-        replica.read_weights(weights)
-    else:
-        replica.skip()
-    mesh.replicas.broadcast(weights)
-    if mesh.replicas.rank != 0:
-        replica.write_weights(weights)
-    return float(length[0])
-
-
-UPDATES: dict[str, Update] = {"allreduce": allreduce, "master": master}
-
-
-def _sum_buffer(terms: list[np.ndarray], replica: Replica) -> np.ndarray:
+def sum_buffer(terms: list[np.ndarray], replica: Replica) -> np.ndarray:
     """Where the sum goes: over the first term, which is used up, or on a rank without one, new memory."""
     return terms[0] if terms else aligned_empty(replica.parameters)
 

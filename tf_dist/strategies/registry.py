@@ -1,0 +1,166 @@
+"""Strategies by name, and from flat options to one: the only list of names.
+
+A name of the list, ``package.module:Class`` of a user, and an object that somebody has made are one road:
+each becomes a `Strategy`. Flat options are those of flags and YAML files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from tf_dist.errors import UsageError
+from tf_dist.parallel.compress import COMPRESSORS
+from tf_dist.spelling import did_you_mean
+from tf_dist.strategies.allreduce import AllReduce
+from tf_dist.strategies.base import Strategy
+from tf_dist.strategies.compressed import Compressed
+from tf_dist.strategies.diloco import DiLoCo
+from tf_dist.strategies.downpour import Downpour
+from tf_dist.strategies.easgd import EASGD
+from tf_dist.strategies.gossip import Gossip
+from tf_dist.strategies.local_sgd import LocalSGD
+from tf_dist.strategies.parameter_server import ParameterServer
+from tf_dist.strategies.zero import Zero
+from tf_dist.users_code import imported
+
+STRATEGIES: dict[str, type[Strategy]] = {
+    one.name: one for one in (AllReduce, ParameterServer, Zero, LocalSGD, DiLoCo, Downpour, EASGD, Gossip)
+}
+NO_COMPRESSION = "none"
+
+
+class FlatOption(NamedTuple):
+    """An option of some strategies or compressors, as flags and files have it.
+
+    default: of all that have it; where they differ, 0 stands for what is usual of each. chooser: the option
+    that chooses among these, "strategy" or "compression". owners: the names of those that have it, and what
+    they call it.
+    """
+
+    default: Any
+    metadata: Mapping[str, Any]
+    chooser: str
+    owners: dict[str, str]
+
+
+def _declared() -> Iterator[tuple[str, str, dataclasses.Field[Any]]]:
+    """Every option: who chooses it, who has it, and its field."""
+    for name, strategy in STRATEGIES.items():
+        for field in dataclasses.fields(strategy.Options):
+            yield "strategy", name, field
+    for name, compressor in COMPRESSORS.items():
+        for field in [*dataclasses.fields(compressor.Options), *dataclasses.fields(Compressed.Options)]:
+            yield "compression", name, field
+
+
+def _flat_options() -> dict[str, FlatOption]:
+    found: dict[str, FlatOption] = {}
+    usual: dict[str, dict[str, Any]] = {}
+    for chooser, owner, field in _declared():
+        name = field.metadata["flag"] or field.name
+        option = found.setdefault(name, FlatOption(field.default, field.metadata, chooser, {}))
+        option.owners[owner] = field.name
+        usual.setdefault(name, {})[owner] = field.default
+    for name, defaults in usual.items():
+        if len(set(defaults.values())) > 1:
+            each = ", ".join(f"{owner} {default}" for owner, default in defaults.items())
+            text = f"{found[name].metadata['text']}; 0: {each}"
+            found[name] = found[name]._replace(
+                default=0, metadata={**found[name].metadata, "text": text, "least": 0}
+            )
+    return found
+
+
+FLAT_OPTIONS = _flat_options()
+
+
+def strategy_of(wanted: Strategy | str, options: Mapping[str, Any]) -> Strategy:
+    """The strategy that somebody wants.
+
+    Args:
+        wanted: itself, its name, or ``package.module:Class`` of a user's, whose code is imported.
+        options: flat options by name; those at their defaults say nothing. Also ``compression``.
+
+    Raises:
+        UsageError: there is no such strategy; an option is not its own, or cannot be.
+    """
+    own, compression = own_options(str(wanted), options), options.get("compression", NO_COMPRESSION)
+    if isinstance(wanted, Strategy) and (own["strategy"] or compression != NO_COMPRESSION):
+        told = [*own["strategy"], *([] if compression == NO_COMPRESSION else ["compression"])]
+        raise UsageError(
+            f"{' and '.join(told)} beside an object of strategy {wanted}: give them to the object, as in "
+            "DiLoCo(outer_lr=0.5) or Compressed(AllReduce(), PowerSGD(rank=4))"
+        )
+    strategy = wanted if isinstance(wanted, Strategy) else _made(wanted, own["strategy"])
+    if compression == NO_COMPRESSION:
+        return strategy
+    if compression not in COMPRESSORS:
+        near = did_you_mean(compression, list(COMPRESSORS))
+        raise UsageError(
+            f"compression is {compression!r}: choose one of {', '.join([NO_COMPRESSION, *COMPRESSORS])}{near}"
+        )
+    when = {field.name for field in dataclasses.fields(Compressed.Options)}
+    of_compressor = {name: value for name, value in own["compression"].items() if name not in when}
+    start = {name: value for name, value in own["compression"].items() if name in when}
+    return Compressed(strategy, COMPRESSORS[compression](**of_compressor), **start)
+
+
+def facts_of(wanted: Strategy | str) -> dict[str, Any]:
+    """What somebody wants as plain values, for ranks to compare before anything is made of it."""
+    options = wanted.facts() if isinstance(wanted, Strategy) else {}
+    return {"strategy": str(wanted), "strategy options": options}
+
+
+def own_options(strategy: str, options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Those of some flat options that are not at their defaults, as a strategy and a compressor call them.
+
+    Args:
+        strategy: its name.
+        options: flat options by name, also ``compression``.
+
+    Returns:
+        Options of the strategy, and those of the compression, by chooser.
+
+    Raises:
+        UsageError: one is of another strategy or compression.
+    """
+    chosen = {"strategy": strategy, "compression": options.get("compression", NO_COMPRESSION)}
+    own: dict[str, dict[str, Any]] = {"strategy": {}, "compression": {}}
+    for name, value in options.items():
+        if name == "compression" or value == FLAT_OPTIONS[name].default:
+            continue
+        _, metadata, chooser, owners = FLAT_OPTIONS[name]
+        if chosen[chooser] not in owners:
+            if metadata["may_be_idle"]:
+                continue
+            raise UsageError(
+                f"{name} is {value}, but {chooser} {chosen[chooser]} has no use for it: it belongs to "
+                f"{chooser} {' and '.join(owners)}. Leave it out, or choose one of these"
+            )
+        own[chooser][owners[chosen[chooser]]] = value
+    return own
+
+
+def _made(name: str, options: Mapping[str, Any]) -> Strategy:
+    if ":" in name:
+        return users_strategy(name)
+    if name not in STRATEGIES:
+        near = did_you_mean(name, list(STRATEGIES))
+        raise UsageError(
+            f"unknown strategy {name!r}: {', '.join(STRATEGIES)}, or package.module:Class of your own{near}"
+        )
+    return STRATEGIES[name](**options)
+
+
+def users_strategy(name: str) -> Strategy:
+    """A strategy of a user, ``package.module:Class``, made without arguments; its code is imported.
+
+    Raises:
+        UsageError: it cannot be found, or is no `Strategy`.
+    """
+    wanted = imported(name, "--strategy")
+    if not (isinstance(wanted, type) and issubclass(wanted, Strategy)):
+        raise UsageError(f"--strategy {name} is no class of a tf_dist.strategies.Strategy")
+    return wanted()
