@@ -19,7 +19,7 @@ TEST_TIMEOUT ?= 1500
 # into .venv/bin/activate (scripts/mpi_environment.sh), so that plain mpirun lines work as well.
 RUN := source scripts/mpi_environment.sh &&
 
-.PHONY: help install train test test-pure test-jobs fuzz-fit keras-suite lint horovod torch bench check-peers clean
+.PHONY: help install train test test-pure test-jobs fuzz-fit keras-suite examples lint horovod torch bench check-peers clean
 
 help: ## this list
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z%-]+):.*## /  make \1|/' | column -t -s '|'
@@ -51,6 +51,9 @@ fuzz-fit: install ## 300 random scripts of Keras users on 2 and 3 ranks (ARGS="-
 
 keras-suite: install ## all of Keras's own tests of training, with tf_dist in the way (ARGS="--quick --np 2")
 	$(RUN) $(PY) tests/keras_suite/suite.py $(ARGS)
+
+examples: install ## Keras's official examples, shrunk, on 1, 2 and 4 ranks against plain Keras
+	$(RUN) TF_DIST_EXAMPLES=all $(PY) -m pytest tests/jobs/test_examples.py
 
 lint: install ## ruff and mypy
 	$(PY) -m ruff check .

@@ -1,5 +1,9 @@
-"""Keras's official examples, shrunk and in words of our own (tests/examples), on 1, 2 and 4 ranks."""
+"""Keras's official examples, shrunk and in words of our own (tests/examples), on 2 and 4 ranks.
 
+All of them on 1, 2 and 4 ranks: ``make examples``.
+"""
+
+import os
 import sys
 from pathlib import Path
 
@@ -20,6 +24,15 @@ REFUSED_OVER_RANKS = {
 }
 
 
+# ``make examples`` asks for all of them.
+ALL = os.environ.get("TF_DIST_EXAMPLES") == "all"
+# Of four ranks some have no row of the last batch: kernels that fail on no rows, states of metrics, slices.
+FOUR_RANKS = [
+    "gan", "masked_language_model", "miniature_gpt", "ocr_ctc", "simclr", "speech_ctc", "text_transformer",
+    "timeseries_transformer", "transfer_learning", "vae",
+]  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def runs(launcher, tmp_path_factory):
     made = Runs(tmp_path_factory.mktemp("examples"))
@@ -27,18 +40,25 @@ def runs(launcher, tmp_path_factory):
     return made
 
 
-@pytest.mark.parametrize("ranks", [2, 4])  # one rank is Keras by itself
-def test_ranks_train_what_one_process_trains(runs, ranks):
-    runs.ranks(SCRIPTS, ranks)
-    wrong = {}
-    for name, verdict in runs.verdicts(SCRIPTS, ranks).items():
+def wrong(verdicts, ranks):
+    """Those that are neither what is wanted of them nor refused as they should be."""
+    found = {}
+    for name, verdict in verdicts.items():
         refusal = REFUSED_OVER_RANKS.get(name) if ranks > 1 else None
         wanted = EQUAL if refusal is None else REFUSED
         if verdict.word != wanted or (refusal or "") not in verdict.detail:
-            wrong[name] = verdict
-    assert not wrong
+            found[name] = verdict
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4] if ALL else [2, 4])  # one rank is Keras by itself
+def test_ranks_train_what_one_process_trains(runs, ranks):
+    scripts = [script for script in SCRIPTS if ALL or ranks == 2 or script.stem in FOUR_RANKS]
+    runs.ranks(scripts, ranks)
+    assert not wrong(runs.verdicts(scripts, ranks), ranks)
 
 
 def test_there_are_enough():
     assert len(SCRIPTS) >= 14
+    assert {script.stem for script in SCRIPTS} >= set(FOUR_RANKS)
     assert REFUSED_OVER_RANKS.keys() <= {script.stem for script in SCRIPTS}
