@@ -1,4 +1,4 @@
-"""XLA autotuning before the first step: does XLA make forward and backward faster?
+"""XLA autotuning before the first step: whether XLA makes forward and backward faster.
 
 XLA fuses the operations between matrix products, which helps models of Keras's own layers, and our own less.
 It also rounds differently, and its random generator gives different dropout masks. A timed choice could fall
