@@ -1,24 +1,24 @@
-"""Benchmarks: each prints its tables and leaves a JSON file and a picture under runs/bench/.
+"""Benchmarks: each prints its tables and writes a JSON file and a plot to runs/bench/.
 
     python scripts/bench.py exact            # one of those below
     python scripts/bench.py step gpt-0.81M   # of one model, or lstm-1.08M
     python scripts/bench.py faults numbers   # a part of it: NaN, flipped bits
     python scripts/bench.py                  # all of them: hours
-    python scripts/bench.py --report         # the targets, and what was reached
+    python scripts/bench.py --report         # targets and results
 
-  exact       does the number of ranks change a bit?
-  exact-cost  and what does it cost that it does not?
-  comm        sums over ranks: ours, MPI's, Horovod's, and the memory limit
-  optimizer   a step of the optimizer: by variables, flat, in blocks
-  step        tokens/s of training: ours, and what else there is
+  exact       bit-identical weights on any number of ranks?
+  exact-cost  and the overhead of that
+  comm        all-reduce: ours, MPI's, Horovod's, and the memory bandwidth
+  optimizer   the optimizer step: per variable, flat, in blocks
+  step        training tokens/s: ours and all baselines
   scaling     weak and strong scaling, against the compute-only ceiling
   memory      memory of a rank, against a formula
   nanogpt     time to a validation loss, against PyTorch
-  network     two emulated hosts: sums and steps, ours with overlap, Horovod
+  network     two emulated hosts: all-reduce, steps with overlap, Horovod
   parallel    every grid of 2 and 4 ranks: tokens/s, bytes, memory, bubbles
-  strategies  updates and compressions: loss over steps, time and bytes
-  faults      ranks are killed: the same weights, and how long it takes
-  fault-cost  what it costs to be ready for them while nothing fails
+  strategies  strategies and compressions: loss over steps, time and bytes
+  faults      fault injection: same weights, and the recovery time
+  fault-cost  overhead of fault tolerance without faults
 
 `make bench` runs all of them, `make bench-NAME` one (with ARGS=gpt-0.81M of one model). They start their own
 ranks.
@@ -59,13 +59,13 @@ def run(argv: list[str]) -> int:
         UsageError: there is no such benchmark or flag.
     """
     parser = Parser(__doc__ or "", "[NAME ...] [options]")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="which; none: all")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="benchmarks to run [all]")
     parser.add_argument("--report", action="store_true", help="print the targets as a table for Markdown")
     parser.add_argument(
         "--rounds",
         type=int,
         metavar="N",
-        help="how often step, scaling, nanogpt and parallel go through their jobs",
+        help="repetitions of step, scaling, nanogpt and parallel",
     )
     arguments = parser.parse_args(argv)
     if arguments.rounds:

@@ -1,12 +1,12 @@
-"""Measure a trained model on held-out text: loss, perplexity, accuracy, bits per byte.
+"""Evaluate a trained model on held-out text: loss, perplexity, accuracy, bits per byte.
 
     python scripts/evaluate.py               # the newest run, its held-out text
-    mpirun -np 2 python scripts/evaluate.py --run-dir runs/one     # sooner
+    mpirun -np 2 python scripts/evaluate.py --run-dir runs/one     # faster
     python scripts/evaluate.py --run-dir runs/one --data other.txt
     python scripts/evaluate.py --data reviews.csv --text-column body
 
-Text becomes tokens by the run's own tokenizer. Its own held-out text is what was kept from the training then,
-whatever has become of the files since.
+Text is tokenized by the run's own tokenizer. The default is the text that training held out, even if the
+files have changed since.
 
 The last line is JSON. Exit codes: those of scripts/train.py.
 """
@@ -98,11 +98,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--model",
         default="",
         metavar="PACKAGE.MODULE:FUNCTION",
-        help="what makes the model, where the run was trained with --model: code runs only where it is named",
+        help="function that builds the model, if the run was trained with --model: name it again to run it",
     )
     parser.add_argument("--data", nargs="+", metavar="SOURCE", help="other text to evaluate on, all of it")
     parser.add_argument(
-        "--text-column", metavar="COLUMN", help="of a table in --data, holds the text [as in training]"
+        "--text-column", metavar="COLUMN", help="text column of tables in --data [as in training]"
     )
     parser.add_argument(
         "--errors",
@@ -110,7 +110,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="bytes of --data that are not UTF-8: stop, or U+FFFD [as in training]",
     )
     parser.add_argument(
-        "--prepared-dir", metavar="FOLDER", help="where tokens are kept [as the run was told]"
+        "--prepared-dir", metavar="FOLDER", help="cache folder of tokenized data [as in training]"
     )
     parser.add_argument("--progress", choices=progress.KINDS, default="auto", help=progress.HELP)
     return parser.parse_args(argv)

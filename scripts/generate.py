@@ -1,11 +1,11 @@
-"""Let a trained model write on.
+"""Generate text from a trained model.
 
     python scripts/generate.py --prompt 'def '       # the newest run
     python scripts/generate.py --run-dir runs/one --prompt ROMEO: --tokens 500
     python scripts/generate.py --prompt 'import ' --temperature 0   # greedy
 
-Exit codes: 0 done, 64 usage, 65 a character that the model's vocabulary lacks, 77 no usable checkpoint,
-78 the run names code that --model does not, 141 nobody reads the output any more.
+Exit codes: 0 done, 64 usage, 65 a character outside the model's vocabulary, 77 no usable checkpoint,
+78 the run names code that --model does not, 141 the reader of the output has exited.
 """
 
 from __future__ import annotations
@@ -93,18 +93,26 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--model",
         default="",
         metavar="PACKAGE.MODULE:FUNCTION",
-        help="what makes the model, where the run was trained with --model: code runs only where it is named",
+        help="function that builds the model, if the run was trained with --model: name it again to run it",
     )
     parser.add_argument(
-        "--prompt", metavar="TEXT", help="text to go on from [a new line, or the start of a text]"
-    )
-    parser.add_argument("--tokens", type=int, metavar="N", default=200, help="how many tokens to write [200]")
-    parser.add_argument("--temperature", type=float, metavar="X", default=0.8, help="0 is greedy [0.8]")
-    parser.add_argument(
-        "--top-k", type=int, metavar="N", default=0, help="choose among the k likeliest; 0: all [0]"
+        "--prompt", metavar="TEXT", help="text to continue [a new line, or the start of a text]"
     )
     parser.add_argument(
-        "--top-p", type=float, metavar="X", default=1.0, help="choose within this probability [1.0]"
+        "--tokens", type=int, metavar="N", default=200, help="number of tokens to generate [200]"
+    )
+    parser.add_argument(
+        "--temperature", type=float, metavar="X", default=0.8, help="sampling temperature; 0: greedy [0.8]"
+    )
+    parser.add_argument(
+        "--top-k", type=int, metavar="N", default=0, help="sample from the k likeliest tokens; 0: all [0]"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        metavar="X",
+        default=1.0,
+        help="nucleus sampling: smallest set with this probability [1.0]",
     )
     parser.add_argument("--seed", type=int, metavar="N", default=1, help="of the choices [1]")
     parser.add_argument("--progress", choices=progress.KINDS, default="auto", help=progress.HELP)

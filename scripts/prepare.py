@@ -1,12 +1,12 @@
-"""Turn text into tokens on disk, once, before a job that many ranks will start.
+"""Tokenize text on disk, once, before a job on many ranks.
 
     python scripts/prepare.py                # the standard library's sources
     python scripts/prepare.py tinyshakespeare --tokenizer char
     python scripts/prepare.py --data 'books/**/*.txt' notes.md.gz
     python scripts/prepare.py --data reviews.csv --text-column body
 
-``scripts/train.py`` with the same options finds the folder again. Exit codes: 0 done, 64 a flag that
-cannot be right, 65 bad data.
+``scripts/train.py`` with the same options reuses the prepared folder. Exit codes: 0 done, 64 usage,
+65 bad data.
 """
 
 from __future__ import annotations

@@ -1,18 +1,18 @@
 """Train a Keras language model on every MPI rank.
 
     python scripts/train.py                    # one process, built-in corpus
-    mpirun -np 2 python scripts/train.py       # two ranks: the same, sooner
+    mpirun -np 2 python scripts/train.py       # two ranks: same result, faster
     mpirun -np 2 python scripts/train.py --data tinyshakespeare --steps 2000
     mpirun -np 4 python scripts/train.py --config run.yaml --strategy master
     mpirun -np 2 python scripts/train.py --model mine:build --data 'books/*'
-    mpirun -np 2 python scripts/train.py --run-dir runs/latest     # resume it
+    mpirun -np 2 python scripts/train.py --run-dir runs/latest     # resume
 
-A run's folder holds config.yaml, metrics.jsonl, status.json, tokenizer.json, checkpoints/, logs/ and
-loss.png. With --run-dir of an existing run, options that are not given are those of its config.yaml.
+A run folder holds config.yaml, metrics.jsonl, status.json, tokenizer.json, checkpoints/, logs/ and
+loss.png. Rerun with the same --run-dir to resume; options not given come from its config.yaml.
 
 Exit codes: 0 done, 64 usage, 65 bad data, 69 backend missing, 70 a rank failed, 71 out of
-memory, 75 saved on a signal (start me again), 76 not a number, 77 no checkpoint that can be used, 78 launch
-or configuration mistake.
+memory, 75 saved on a signal (rerun to resume), 76 not a number, 77 no usable checkpoint, 78 launch or
+configuration error.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Jobs that are started again, and questions about what they leave behind; without MPI and TensorFlow.
+"""Restart jobs after failures, inspect checkpoints, clean up; without MPI and TensorFlow.
 
     python -m tf_dist run -np 4 -- scripts/train.py --run-dir runs/long
     python -m tf_dist checkpoint verify runs/latest
     python -m tf_dist doctor
 
-`python -m tf_dist COMMAND --help` says more of each.
+`python -m tf_dist COMMAND --help` documents each.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from tf_dist.restarts import USUAL, Patience, Restarts, own_mpirun, with_run_dir
 from tf_dist.training import convert, inspect_checkpoint
 from tf_dist.training.status import correct
 
-RUN = """Start `mpirun -np N python JOB`, and again after a failure, from the newest sound checkpoint.
+RUN = """Run `mpirun -np N python JOB`, and restart it after failures from the newest valid checkpoint.
 
     python -m tf_dist run -np 4 -- scripts/train.py --run-dir runs/long
     python -m tf_dist run -np 8 --hostfile hosts -- scripts/train.py
 
-Options that are not listed here go to mpirun. Of the hosts in --host or --hostfile those that do not answer
-after a failure are left out, with their ranks. SIGTERM, SIGINT and SIGUSR1 are passed on, and end it. Its
-exit code is that of the last job."""
-CHECKPOINT = """Look at what a run has saved, or carry its weights to other programs and back.
+Options not listed here are passed to mpirun. Hosts of --host or --hostfile that do not answer after a
+failure are left out, with their ranks. SIGTERM, SIGINT and SIGUSR1 are forwarded, and end it. The exit
+code is that of the last job."""
+CHECKPOINT = """Verify or show checkpoints; export weights to other formats, or import them.
 
-    python -m tf_dist checkpoint verify runs/latest     # as it was written?
-    python -m tf_dist checkpoint show runs/latest       # the newest sound one
+    python -m tf_dist checkpoint verify runs/latest     # checks every CRC
+    python -m tf_dist checkpoint show runs/latest       # the newest valid one
     python -m tf_dist checkpoint convert runs/latest model.keras
     python -m tf_dist checkpoint convert model.safetensors runs/new
 
-TARGET of convert ends in .safetensors, .weights.h5 or .keras; or PATH does, and TARGET is the folder of a run
-that has a config.yaml and no checkpoints.
+Export: TARGET ends in .safetensors, .weights.h5 or .keras. Import: PATH does, and TARGET is a run folder with
+a config.yaml and no checkpoints.
 
-Exit codes: 0; 64 usage; 77 a checkpoint is damaged (verify), or there is none that can be used."""
-DOCTOR = """Say what dead jobs have left in this machine's shared memory and temporary folders.
+Exit codes: 0; 64 usage; 77 a checkpoint is damaged (verify), or none is usable."""
+DOCTOR = """List leftovers of dead jobs in this machine's shared memory and temporary folders.
 
     python -m tf_dist doctor
     python -m tf_dist doctor --clean
 
-Exit codes: 0; 70 something could not be looked into, or removed."""
+Exit codes: 0; 70 something could not be read, or removed."""
 
 
 def main(argv: list[str]) -> int:
@@ -83,7 +83,7 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     topics = parser.add_subparsers(dest="topic", required=True, prog="python -m tf_dist", metavar="COMMAND")
     run = topics.add_parser(
         "run",
-        help="a job that is started again after failures",
+        help="run a job, and restart it after failures",
         description=RUN,
         usage="[options] -- JOB ...",
     )
@@ -93,15 +93,15 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
         type=int,
         default=1,
         metavar="N",
-        help="where hosts are gone: no fewer ranks than this [1]",
+        help="minimum ranks when hosts are lost [1]",
     )
     run.add_argument(
         "--tries", type=int, default=USUAL.tries, metavar="N",
-        help=f"starts without a new checkpoint [{USUAL.tries}]",
+        help=f"starts in a row without a new checkpoint [{USUAL.tries}]",
     )  # fmt: skip
     run.add_argument("--mpirun", default=own_mpirun(), metavar="PATH", help="the launcher")
     checkpoint = topics.add_parser(
-        "checkpoint", help="what a run has saved", description=CHECKPOINT,
+        "checkpoint", help="verify, show or convert checkpoints", description=CHECKPOINT,
         usage="{verify,show,convert} PATH [TARGET]",
     )  # fmt: skip
     checkpoint.add_argument("question", choices=("verify", "show", "convert"), help="see above")
@@ -109,17 +109,17 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
         "path", type=Path, metavar="PATH", help="a run folder, its checkpoints folder, or a checkpoint"
     )
     checkpoint.add_argument(
-        "target", type=Path, nargs="?", metavar="TARGET", help="convert: where to; a file or a run folder"
+        "target", type=Path, nargs="?", metavar="TARGET", help="convert: destination file or run folder"
     )
     checkpoint.add_argument(
         "--checkpoint", default="latest", metavar="latest|best|PATH", help="convert: which one [latest]"
     )
     checkpoint.add_argument(
         "--model", default="", metavar="PACKAGE.MODULE:FUNCTION",
-        help="convert: what makes the run's model, where that is code of yours",
+        help="convert: function that builds the model, if it is your own code",
     )  # fmt: skip
     health = topics.add_parser(
-        "doctor", help="what dead jobs have left on this machine", description=DOCTOR, usage="[--clean]"
+        "doctor", help="list or remove leftovers of dead jobs", description=DOCTOR, usage="[--clean]"
     )
     health.add_argument("--clean", action="store_true", help="remove it")
     return parser, {"run": run, "checkpoint": checkpoint, "doctor": health}

@@ -367,7 +367,7 @@ class Job:
         picture = run.path / "loss.png"
         missing = loss_curve(run.metrics, picture, f"{self.config.model}, {self.comm.size} ranks")
         say(f"no picture of the loss: {missing}" if missing else f"loss curve   {picture}")
-        say(f"sample       (after the words before the arrow)\n{sample}", as_it_is=True)
+        say(f"sample       (prompt => continuation)\n{sample}", as_it_is=True)
         prompt = example_prompt(self.corpus.tokenizer, self.corpus.train)
         given = f" --prompt={shlex.quote(prompt)}" if prompt else ""
         say(f"more text    python scripts/generate.py --run-dir {shlex.quote(str(run.path))}{given}")
