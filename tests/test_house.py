@@ -20,9 +20,11 @@ BOTTOM = {
     "atomic_io",
     "flags",
     "hosts",
+    "invocation",
     "import_path",
     "processes",
     "progress",
+    "recipes",
     "restarts",
     "run_options",
     "synonyms",
@@ -30,16 +32,18 @@ BOTTOM = {
     "untrusted_files",
     "version",
 }
-ROOMS = {"bench", "comm", "data", "keras_fit", "layers", "models", "parallel", "training"}
+ROOMS = {"bench", "cli", "comm", "data", "keras_fit", "layers", "models", "parallel", "training"}
 MAY_IMPORT = {
     "comm": BOTTOM,
     "data": BOTTOM,
     "models": BOTTOM,
     "parallel": BOTTOM | {"comm"},
     "layers": BOTTOM | {"comm", "models", "parallel"},
-    "training": BOTTOM | ROOMS - {"bench", "keras_fit"},
+    "training": BOTTOM | ROOMS - {"bench", "cli", "keras_fit"},
     "keras_fit": BOTTOM | {"comm", "data", "parallel", "training"},
-    "bench": BOTTOM | ROOMS,
+    "bench": BOTTOM | ROOMS - {"cli"},
+    "cli": BOTTOM | ROOMS,
+    "__main__": {"cli"},
     **dict.fromkeys(BOTTOM, BOTTOM),
 }
 # They build and examine Horovod and other peers, so they import them.
@@ -97,7 +101,7 @@ def test_only_comm_talks_to_mpi_and_horovod(path):
 
 @pytest.mark.parametrize("path", PACKAGE, ids=name_of)
 def test_no_tensorflow_where_none_is_needed(path):
-    if room_of(path) in BOTTOM | {"data", "parallel"} or name_of(path) == "tf_dist/comm/base.py":
+    if room_of(path) in BOTTOM | {"cli", "data", "parallel"} or name_of(path) == "tf_dist/comm/base.py":
         assert not foreign(path) & {"tensorflow", "keras"}
 
 

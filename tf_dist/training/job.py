@@ -20,6 +20,7 @@ from tf_dist.config import Config
 from tf_dist.data.prepared import Prepared
 from tf_dist.data.prompt import example_prompt
 from tf_dist.errors import CheckpointError, SavedAndStopped
+from tf_dist.invocation import command
 from tf_dist.parallel.buckets import spent
 from tf_dist.parallel.compressed import Compressed
 from tf_dist.training import checkpoint, shards, state
@@ -45,7 +46,7 @@ SAMPLE_TOKENS_OF_TRAVELLERS = 20
 
 
 class Job:
-    """One run of ``scripts/train.py``. Every method is called on every rank.
+    """One run of ``tf-dist train``. Every method is called on every rank.
 
     Attributes:
         last: the newest value of each metric.
@@ -372,7 +373,7 @@ class Job:
         say(f"sample       (after the words before the arrow)\n{sample}", as_it_is=True)
         prompt = example_prompt(self.corpus.tokenizer, self.corpus.train)
         given = f" --prompt={shlex.quote(prompt)}" if prompt else ""
-        say(f"more text    python scripts/generate.py --run-dir {shlex.quote(str(run.path))}{given}")
+        say(f"more text    {command('generate')} --run-dir {shlex.quote(str(run.path))}{given}")
 
     def _say_of_update(self) -> None:
         """What compression or a master has cost, where there was one; kept beside the metrics."""
