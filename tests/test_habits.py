@@ -9,6 +9,7 @@ import yaml
 from tf_dist.version import __version__
 
 ROOT = Path(__file__).parents[1]
+KINDS = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
 
 
 def recipe(target):
@@ -30,6 +31,11 @@ def test_one_version():
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == __version__
     newest = re.search(r"^## \[?([\d.]+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert newest[1] == __version__
+
+
+def test_changes_are_told_by_kind():
+    newest = (ROOT / "CHANGELOG.md").read_text().split("\n## ")[1]
+    assert newest.count("\n### ") and set(re.findall(r"^### (.+)$", newest, re.MULTILINE)) <= KINDS
 
 
 def test_what_contributors_are_told_to_run_is_there():
