@@ -17,7 +17,7 @@ x = rng.normal(size=(1000, 8)).astype("float32")
 y = (x @ rng.normal(size=(8, 1))).astype("float32")
 
 model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(1)])
-optimizer = tf_dist.distribute(keras.optimizers.SGD(0.1, momentum=0.9), comm)
+optimizer = tf_dist.distribute(keras.optimizers.SGD(0.1), comm)
 optimizer.build(model.trainable_variables)  # here all ranks take over the weights of rank 0
 
 

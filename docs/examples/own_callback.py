@@ -34,7 +34,7 @@ model = keras.Model(inputs, keras.layers.Dense(256)(keras.layers.GRU(32, return_
 
 trainer = tf_dist.Trainer(model, keras.optimizers.Adam(1e-2), comm, global_batch_size=8)
 history = trainer.fit(
-    text[:-500], steps=200, validation=text[-500:], eval_every=20, callbacks=[StopWhenGoodEnough(0.5)]
+    text[:-500], steps=200, validation=text[-500:], eval_every=20, callbacks=[StopWhenGoodEnough(1.0)]
 )
 if comm.rank == 0:
     print(f"stopped at step {trainer.step} of 200: validation loss {history['val_loss'][-1]:.4f}")

@@ -72,7 +72,7 @@ def test_the_scripts_train(said):
 def test_a_callback_writes_once(said, folder):
     lines = (folder / "losses.txt").read_text().splitlines()
     assert [line.split()[0] for line in lines] == [str(epoch) for epoch in range(len(lines))]
-    assert float(lines[-1].split()[1]) < 0.5
+    assert float(lines[-1].split()[1]) < 1.0
 
 
 def test_what_is_saved_opens_in_plain_keras(launcher, folder, said):
