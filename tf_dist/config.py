@@ -1,6 +1,6 @@
 """What a training run is: one frozen dataclass, and everything derived from its fields.
 
-The flags of ``scripts/train.py``, the keys of a YAML file, the validation and ``--print-config`` all
+The flags of ``tf-dist train``, the keys of a YAML file, the validation and ``--print-config`` all
 come from the fields of `Config`, so a new option is one new field; ``flags.py`` reads them. Nothing
 here imports TensorFlow or MPI: ``--help`` answers at once.
 """

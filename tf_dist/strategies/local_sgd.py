@@ -75,7 +75,8 @@ class LocalSGDOptions:
     outer_fragments: int = option(
         1,
         GROUP,
-        "fragments of the weights, each synchronized at its own steps (streaming), so that less is sent at once",
+        "fragments of the weights, each synchronized at its own steps (streaming), so that less is sent at "
+        "once",
         least=1,
     )
     outer_precision: str = option(
