@@ -66,6 +66,7 @@ def test_the_scripts_train(said):
 
     assert number(r"model\.fit on 2 ranks: validation loss (\S+)") < 0.1
     assert number(r"own loop on 2 ranks: loss (\S+)") < 1e-6
+    assert number(r"signs of 2 ranks: validation loss (\S+)") < 1.0
     assert 20 <= number(r"stopped at step (\d+) of 200: validation loss") < 200
 
 
@@ -86,3 +87,10 @@ def test_the_model_trains_by_the_command(launcher, folder, small):
     flags = [*small, "--steps", "4", "--run-dir", "run", "--model", "own_model:build", "--autotune", "off"]
     job = launcher.start(2, "train.py", *flags, cwd=folder).wait()
     assert job.code == 0 and "done at step 4" in job.output, job.output
+
+
+def test_the_strategy_trains_by_the_command(launcher, folder, small):
+    flags = [*small, "--steps", "4", "--run-dir", "signs", "--autotune", "off"]
+    job = launcher.start(2, "train.py", *flags, "--strategy", "own_strategy:SignVote", cwd=folder).wait()
+    assert job.code == 0 and "by the signs of the majority" in job.output, job.output
+    assert "done at step 4" in job.output
