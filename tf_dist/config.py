@@ -21,7 +21,7 @@ from tf_dist.options import check_value, option
 from tf_dist.parallel.compress import COMPRESSORS
 from tf_dist.spelling import did_you_mean
 from tf_dist.strategies.base import Setting, Strategy
-from tf_dist.strategies.registry import FLAT_OPTIONS, STRATEGIES, own_options, strategy_of
+from tf_dist.strategies.registry import FLAT_OPTIONS, STRATEGIES, by_pace, own_options, strategy_of
 
 # Tokens of a BPE vocabulary where no number is given.
 BPE_DEFAULT_VOCAB = 2048
@@ -88,7 +88,7 @@ class Config:
     micro_batches_in_flight: int = option(0, "parallelism", "maximum micro-batches whose activations a pipeline rank keeps; 0: as the schedule needs", least=0)  # noqa: E501
     recompute: str = option("off", "parallelism", "activation checkpointing: recompute a pipeline stage's activations in the backward pass", choices=("on", "off"))  # noqa: E501
 
-    strategy: str = option("allreduce", "strategy", "how ranks synchronize: every step (allreduce, master, zero), every N steps (local-sgd, diloco), or asynchronously (downpour, easgd, gossip); or package.module:Class of your own")  # noqa: E501
+    strategy: str = option("allreduce", "strategy", f"how ranks synchronize: {by_pace()}; or package.module:Class of your own")  # noqa: E501
     zero_stage: int = of_a_strategy("zero_stage")
     staleness: int = of_a_strategy("staleness")
     staleness_aware: str = of_a_strategy("staleness_aware")
