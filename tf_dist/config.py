@@ -178,7 +178,7 @@ class Config:
         strategy = self.chosen_strategy()
         strategy.check(Setting(in_use(self), self.backend, self.optimizer.lower()))
         if self.on_spike != "off" and not strategy.traits.replicas_equal:
-            fit = [name for name, one in STRATEGIES.items() if one.traits.replicas_equal]
+            fit = [name for name, one in STRATEGIES.items() if one().traits.replicas_equal]
             raise UsageError(
                 f"on_spike is {self.on_spike}, but with strategy {strategy} not all ranks take each step "
                 f"together. Use --strategy {' or '.join(fit)}, or --on-spike off"
