@@ -15,11 +15,17 @@ MPIFLAGS ?=
 # Seconds after which a test launch counts as hanging.
 TEST_TIMEOUT ?= 1500
 
+# `make test-fast`: all that needs no TensorFlow, and of real ranks what each update, ZeRO and `fit` stand on.
+FAST_PURE := $(wildcard tests/test_*.py) tests/comm tests/data tests/parallel
+FAST_MPI := $(addprefix tests/mpi/test_,comm_contract.py node_mpi.py beginning_mpi.py training_mpi.py zero_mpi.py)
+# What `make docs` needs besides: the extra `docs` of setup.cfg.
+DOCS = $(shell sed -n '/^docs =/,/^[^ ]/s/^ \+//p' setup.cfg | sed 's/.*/"&"/')
+
 # Open MPI refuses root, and more ranks than cores, unless told otherwise. `make install` writes the same
 # into .venv/bin/activate (scripts/mpi_environment.sh), so that plain mpirun lines work as well.
 RUN := source scripts/mpi_environment.sh &&
 
-.PHONY: help install train test test-pure test-jobs fuzz-fit keras-suite examples lint horovod torch bench check-peers clean
+.PHONY: help install train test test-fast test-pure test-jobs fuzz-fit keras-suite examples lint docs horovod torch bench check-peers clean
 
 help: ## this list
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z%-]+):.*## /  make \1|/' | column -t -s '|'
@@ -28,7 +34,7 @@ help: ## this list
 
 install: $(VENV)/.installed ## build .venv with everything, MPI included
 
-$(VENV)/.installed: setup.cfg setup.py scripts/install.sh scripts/with_progress.sh scripts/mpi_environment.sh
+$(VENV)/.installed: setup.cfg setup.py pyproject.toml scripts/install.sh scripts/with_progress.sh scripts/mpi_environment.sh
 	PYTHON="$(PYTHON)" VENV="$(VENV)" bash scripts/install.sh
 	touch $@
 
@@ -36,6 +42,10 @@ train: install ## train a small Transformer on NP ranks, on text found on this m
 	$(RUN) $(MPIRUN) -np $(NP) $(MPIFLAGS) $(PY) scripts/train.py $(ARGS)
 
 test: install lint test-pure test-mpi-1 test-mpi-2 test-mpi-3 test-mpi-4 test-jobs ## all tests
+
+test-fast: install lint ## what to run while you work, some 3 minutes: lint, pure tests, a core of real ranks
+	$(PY) -m pytest $(FAST_PURE) -n auto --maxprocesses 4
+	$(RUN) timeout -k 10 $(TEST_TIMEOUT) $(MPIRUN) -np 2 $(MPIFLAGS) $(PY) -m pytest --color=no $(FAST_MPI)
 
 test-pure: install ## tests without MPI, on all cores
 	$(PY) -m pytest tests --ignore tests/mpi --ignore tests/jobs -n auto --maxprocesses 4
@@ -59,6 +69,12 @@ lint: install ## ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+docs: install ## the documentation as a site, in build/site; links are checked
+	$(PY) -c 'import mkdocs, mkdocstrings_handlers.python, material' 2>/dev/null || \
+	    $(PY) -m pip --disable-pip-version-check install --quiet $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+	@echo "build/site/index.html"
 
 horovod: install ## build Horovod 0.28.1 into .venv, for --backend horovod
 	$(RUN) $(PY) scripts/build_horovod.py

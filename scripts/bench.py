@@ -1,88 +1,12 @@
-"""Benchmarks: each prints its tables and leaves a JSON file and a picture under runs/bench/.
+"""Benchmarks: ``tf-dist bench``, from a checkout.
 
-    python scripts/bench.py exact            # one of those below
-    python scripts/bench.py step gpt-0.81M   # of one model, or lstm-1.08M
-    python scripts/bench.py faults numbers   # a part of it: NaN, flipped bits
-    python scripts/bench.py                  # all of them: hours
-    python scripts/bench.py --report         # the targets, and what was reached
-
-  exact       does the number of ranks change a bit?
-  exact-cost  and what does it cost that it does not?
-  comm        sums over ranks: ours, MPI's, Horovod's, and the memory limit
-  optimizer   a step of the optimizer: by variables, flat, in blocks
-  step        tokens/s of training: ours, and what else there is
-  scaling     weak and strong scaling, against the compute-only ceiling
-  memory      memory of a rank, against a formula
-  nanogpt     time to a validation loss, against PyTorch
-  network     two emulated hosts: sums and steps, ours with overlap, Horovod
-  parallel    every grid of 2 and 4 ranks: tokens/s, bytes, memory, bubbles
-  strategies  updates and compressions: loss over steps, time and bytes
-  faults      ranks are killed: the same weights, and how long it takes
-  fault-cost  what it costs to be ready for them while nothing fails
-
-`make bench` runs all of them, `make bench-NAME` one (with ARGS=gpt-0.81M of one model). They start their own
-ranks.
+python scripts/bench.py step gpt-0.81M           # one of them, of one model
+python scripts/bench.py --help                   # what there is
 """
 
-from __future__ import annotations
-
-import importlib
 import sys
 
-from tf_dist.bench import running
-from tf_dist.errors import UsageError
-from tf_dist.flags import Parser
-
-NAMES = (
-    "exact", "exact-cost", "comm", "optimizer", "step", "scaling", "memory", "nanogpt", "network", "parallel",
-    "strategies", "faults", "fault-cost",
-)  # fmt: skip
-# Others have a module of their own name.
-MODULES = {"faults": "faults.campaign", "fault-cost": "faults.cost"}
-# These take words: names of models, or the path of a text.
-WITH_WORDS = ("step", "scaling", "memory", "nanogpt", "parallel", "strategies", "faults", "fault-cost")
-
-
-def main(argv: list[str]) -> int:
-    """Run the benchmarks that are named, or all; the exit code is 1 where one shows what must not be."""
-    try:
-        return run(argv)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-
-
-def run(argv: list[str]) -> int:
-    """As `main`.
-
-    Raises:
-        UsageError: there is no such benchmark or flag.
-    """
-    parser = Parser(__doc__ or "", "[NAME ...] [options]")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="which; none: all")
-    parser.add_argument("--report", action="store_true", help="print the targets as a table for Markdown")
-    parser.add_argument(
-        "--rounds",
-        type=int,
-        metavar="N",
-        help="how often step, scaling, nanogpt and parallel go through their jobs",
-    )
-    arguments = parser.parse_args(argv)
-    if arguments.rounds:
-        running.ROUNDS = max(1, arguments.rounds)
-    if arguments.report:
-        print(importlib.import_module("tf_dist.bench.report").targets())
-        return 0
-    names = [name for name in arguments.names if name in NAMES] or NAMES
-    words = [word for word in arguments.names if word not in NAMES]
-    if words and not (len(names) == 1 and names[0] in WITH_WORDS):
-        parser.error(f"{' '.join(words)}: no benchmark; they are {', '.join(NAMES)}")
-    modules = [
-        importlib.import_module(f"tf_dist.bench.{MODULES.get(name, name.replace('-', '_'))}")
-        for name in names
-    ]
-    return max(int(module.main(words) if words else module.main()) for module in modules)
-
+from tf_dist.cli.bench import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -6,13 +6,13 @@
     python scripts/emulate_cluster.py --check            # can this machine do it?
 
 Each host is a set of Linux namespaces: network, host name, /dev/shm and SysV memory are its own, files are
-shared by all (as on a cluster with a network file system), and the cores are dealt out to the hosts. A host
+shared by all (as on a cluster with a network file system), and the hosts divide the cores. A host
 has one link to a switch; it sends and receives at ``--rate`` each. Ranks of one host talk through memory.
 
 Everything lives in namespaces without a name, in a process tree that ends with this script, so nothing
 remains, even after ``kill -9``, and this machine's own network is never touched. SIGINT, SIGTERM and SIGUSR1
-are passed on to mpirun. Needs root, iproute2, util-linux and Open MPI 5. Exit codes: that of mpirun, 64 a
-flag that cannot be right, 69 something is missing, 78 not allowed here.
+are passed on to mpirun. Needs root, iproute2, util-linux and Open MPI 5. Exit codes: that of mpirun, 64
+usage, 69 something is missing, 78 not allowed here.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def flags() -> Parser:
         "--rate", default="1gbit", help="speed of a host's link: 1gbit, 100mbit, 56kbit (1gbit)"
     )
     parser.add_argument("--np", type=int, default=0, help="number of ranks, host by host (all slots)")
-    parser.add_argument("--ulfm", action="store_true", help="ranks may die, and the others go on")
-    parser.add_argument("--check", action="store_true", help="only say whether it can be done here")
+    parser.add_argument("--ulfm", action="store_true", help="fault tolerance: the job survives killed ranks")
+    parser.add_argument("--check", action="store_true", help="only report whether this machine can do it")
     return parser
 
 

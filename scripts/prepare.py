@@ -1,69 +1,12 @@
-"""Turn text into tokens on disk, once, before a job that many ranks will start.
+"""Tokenize text on disk: ``tf-dist prepare``, from a checkout.
 
-    python scripts/prepare.py                # the standard library's sources
-    python scripts/prepare.py tinyshakespeare --tokenizer char
-    python scripts/prepare.py --data 'books/**/*.txt' notes.md.gz
-    python scripts/prepare.py --data reviews.csv --text-column body
-
-``scripts/train.py`` with the same options finds the folder again. Exit codes: 0 done, 64 a flag that
-cannot be right, 65 bad data.
+python scripts/prepare.py tinyshakespeare --tokenizer char
+python scripts/prepare.py --help                 # the rest
 """
 
-from __future__ import annotations
-
 import sys
-from pathlib import Path
 
-from tf_dist import progress, terminal
-from tf_dist.config import Config
-from tf_dist.data.prepared import Prepared
-from tf_dist.flags import flag_values, parser
-from tf_dist.training.corpus import prepared
-
-REGISTRY = Path(__file__).resolve().parent.parent / "data" / "datasets.yaml"
-OPTIONS = (
-    "data", "text_column", "tokenizer", "vocab_size", "val_fraction", "errors", "max_bytes", "prepared_dir",
-    "seed", "progress",
-)  # fmt: skip
-
-
-def parse(arguments: list[str]) -> Config:
-    """The flags, which are those of ``scripts/train.py`` about data, as a configuration."""
-    flags = parser(__doc__ or "", OPTIONS, "[NAME ...] [--data PATH] [options]")
-    flags.add_argument("names", nargs="*", metavar="NAME", help="more values for --data")
-    given = vars(flags.parse_args(arguments))
-    names = given.pop("names")
-    if names:
-        given["data"] = [*names, *given.get("data", [])]
-    return Config(**flag_values(given))
-
-
-def report(corpus: Prepared) -> str:
-    """The folder, and the facts a reader would ask for."""
-    meta = corpus.meta
-    lines = [str(corpus.path)]
-    for side in ("train", "val"):
-        documents, tokens, size = (meta[key][side] for key in ("documents", "tokens", "text_bytes"))
-        lines.append(f"{side:5} {tokens:>13,} tokens, {size:>13,} bytes of text, {documents:,} documents")
-    lines.append(f"tokenizer {meta['tokenizer_kind']}, {meta['vocab_size']:,} ids, stored as {meta['dtype']}")
-    left_out = {**meta["skipped"], "replaced bad bytes": meta["replaced"]}
-    lines.extend(f"{name}: {count:,}" for name, count in left_out.items() if count)
-    return "\n".join(lines)
-
-
-def main(arguments: list[str]) -> int:
-    """Prepare, report, and give the exit code."""
-    return terminal.exit_code_of(lambda: _prepare(arguments))
-
-
-def _prepare(arguments: list[str]) -> int:
-    config = parse(arguments)
-    progress.begin(config.progress)
-    corpus = prepared(config, REGISTRY, terminal.write)
-    progress.end()
-    terminal.write(report(corpus))
-    return 0
-
+from tf_dist.cli.prepare import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

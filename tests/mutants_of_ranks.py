@@ -1,12 +1,15 @@
-"""Faults in what ranks do together: transport, updates, ZeRO, pipelines and tensor parallelism."""
+"""Faults in what ranks do together: transport, strategies, ZeRO, pipelines and tensor parallelism."""
 
 from mutant import Mutant
 
 COMM, PARALLEL, TRAINING = "tf_dist/comm", "tf_dist/parallel", "tf_dist/training"
+STRATEGIES = "tf_dist/strategies"
 CONTRACT, NODE = "np 2: tests/mpi/test_comm_contract.py", "np 2: tests/mpi/test_node_mpi.py"
 ZERO, PIPELINE = "np 2: tests/mpi/test_zero_mpi.py", "np 2: tests/mpi/test_pipeline_mpi.py"
-TREE, LOCAL, COMPRESS = (f"tests/parallel/test_{name}.py" for name in ("tree", "local", "compress"))
-UPDATES, ALONE, SCHEDULE = (f"tests/parallel/test_{name}.py" for name in ("updates", "alone", "schedule"))
+TREE, SCHEDULE, COMPRESS = (f"tests/parallel/test_{name}.py" for name in ("tree", "schedule", "compress"))
+SYNCHRONOUS, LOCAL_SGD, ASYNCHRONOUS = (
+    f"tests/strategies/test_{name}.py" for name in ("synchronous", "local_sgd", "asynchronous")
+)
 
 # fmt: off
 OF_RANKS = (
@@ -66,49 +69,49 @@ OF_RANKS = (
         caught_by="test_tree.py::test_any_ranks_make_the_additions_of_one",
     ),
     Mutant(
-        "no-clipping", f"{PARALLEL}/updates.py",
+        "no-clipping", f"{PARALLEL}/totals.py",
         "return clipping(norm, clip_norm) / max(float(counts[TOKENS]), 1.0)",
         "return 1.0 / max(float(counts[TOKENS]), 1.0)",
-        "gradients are not clipped", (UPDATES,),
-        caught_by="test_updates.py::test_the_mean_gradient_is_clipped_after_the_sum",
+        "gradients are not clipped", (SYNCHRONOUS,),
+        caught_by="test_synchronous.py::test_the_mean_gradient_is_clipped_after_the_sum",
     ),
     Mutant(
-        "mean-of-two-terms", f"{PARALLEL}/updates.py",
+        "mean-of-two-terms", f"{PARALLEL}/totals.py",
         "    for term in terms[1:]:", "    for term in terms[2:]:",
-        "a rank with several terms loses one of them", (LOCAL, COMPRESS),
-        caught_by="test_local.py::test_a_meeting_after_every_step_is_synchronous_sgd",
+        "a rank with several terms loses one of them", (LOCAL_SGD, COMPRESS),
+        caught_by="test_local_sgd.py::test_a_meeting_after_every_step_is_synchronous_sgd",
     ),
     Mutant(
-        "master-keeps-weights", f"{PARALLEL}/updates.py",
+        "master-keeps-weights", f"{STRATEGIES}/parameter_server.py",
         "    if mesh.replicas.rank != 0:", "    if mesh.replicas.rank == 0:",
-        "ranks do not take over the weights of the master", (UPDATES,),
-        caught_by="test_updates.py::test_tokens_are_what_is_weighed_and_not_ranks",
+        "ranks do not take over the weights of the master", (SYNCHRONOUS,),
+        caught_by="test_synchronous.py::test_tokens_are_what_is_weighed_and_not_ranks",
     ),
     Mutant(
-        "outer-momentum-is-not-damped", f"{PARALLEL}/local.py",
-        "momentum *= np.float32(plan.outer_momentum)\n", "momentum *= np.float32(1.0)\n",
-        "DiLoCo's outer momentum never fades", (LOCAL,),
-        caught_by="test_local.py::test_all_that_replicas_do_between_meetings_and_at_them",
+        "outer-momentum-is-not-damped", f"{STRATEGIES}/local_sgd.py",
+        "momentum *= np.float32(self.outer_momentum)\n", "momentum *= np.float32(1.0)\n",
+        "DiLoCo's outer momentum never fades", (LOCAL_SGD,),
+        caught_by="test_local_sgd.py::test_all_that_replicas_do_between_meetings_and_at_them",
     ),
     Mutant(
-        "fragments-meet-at-once", f"{PARALLEL}/local.py",
+        "fragments-meet-at-once", f"{STRATEGIES}/local_sgd.py",
         "offset = fragment * self.sync_every // self.outer_fragments", "offset = 0 * fragment",
-        "all fragments meet in one step", (LOCAL,),
-        caught_by="test_local.py::test_each_fragment_meets_once_in_every_stretch",
+        "all fragments meet in one step", (LOCAL_SGD,),
+        caught_by="test_local_sgd.py::test_each_fragment_meets_once_in_every_stretch",
     ),
     Mutant(
-        "steps-lost-under-way", f"{PARALLEL}/local.py",
+        "steps-lost-under-way", f"{STRATEGIES}/local_sgd.py",
         "weights[one.part] += self._stepped(one, total) - left",
         "weights[one.part] = self._stepped(one, total)",
-        "what replicas did while their change travelled is lost", (LOCAL,),
-        caught_by="test_local.py::test_all_that_replicas_do_between_meetings_and_at_them",
+        "what replicas did while their change travelled is lost", (LOCAL_SGD,),
+        caught_by="test_local_sgd.py::test_all_that_replicas_do_between_meetings_and_at_them",
     ),
     Mutant(
-        "changes-not-averaged", f"{PARALLEL}/local.py",
+        "changes-not-averaged", f"{STRATEGIES}/local_sgd.py",
         "change *= np.float32(one.mine / max(one.all, 1.0))",
         "change *= np.float32(one.mine / max(one.mine, 1.0))",
-        "changes of replicas are summed, not averaged by their tokens", (LOCAL,),
-        caught_by="test_local.py::test_a_meeting_after_every_step_is_synchronous_sgd",
+        "changes of replicas are summed, not averaged by their tokens", (LOCAL_SGD,),
+        caught_by="test_local_sgd.py::test_a_meeting_after_every_step_is_synchronous_sgd",
     ),
     Mutant(
         "sent-and-kept", f"{PARALLEL}/compress.py",
@@ -123,16 +126,16 @@ OF_RANKS = (
         caught_by="test_compress.py::test_what_is_not_sent_stays",
     ),
     Mutant(
-        "centre-runs-away", f"{PARALLEL}/elastic.py",
+        "centre-runs-away", f"{STRATEGIES}/easgd.py",
         "        self._centre += moved", "        self._centre -= moved",
-        "EASGD's centre moves away from its workers", (ALONE,),
-        caught_by="test_alone.py::test_a_worker_and_the_centre_move_towards_each_other",
+        "EASGD's centre moves away from its workers", (ASYNCHRONOUS,),
+        caught_by="test_asynchronous.py::test_a_worker_and_the_centre_move_towards_each_other",
     ),
     Mutant(
-        "gossip-changes-the-mean", f"{PARALLEL}/gossip.py",
+        "gossip-changes-the-mean", f"{STRATEGIES}/gossip.py",
         "weights *= np.float32(share / self.share)", "weights *= np.float32(share)",
-        "a rank mixes in too little of what it was sent", (ALONE,),
-        caught_by="test_alone.py::test_gossip_changes_no_mean",
+        "a rank mixes in too little of what it was sent", (ASYNCHRONOUS,),
+        caught_by="test_asynchronous.py::test_gossip_changes_no_mean",
     ),
     Mutant(
         "staler-by-one", f"{PARALLEL}/dealing.py",
@@ -142,8 +145,8 @@ OF_RANKS = (
     ),
     # ZeRO -----------------------------------------------------------------------------------------------
     Mutant(
-        "shards-not-gathered", f"{PARALLEL}/zero.py",
-        "    if comm.size > 1:", "    if comm.size > 2:",
+        "shards-not-gathered", f"{STRATEGIES}/zero.py",
+        "elif mesh.replicas.size > 1:", "elif mesh.replicas.size > 2:",
         "two ranks never take over each other's shards", (ZERO,),
     ),
     Mutant(

@@ -143,7 +143,7 @@ OF_RUNS = (
         caught_by="test_sampler.py::test_golden_batches_over_the_end_of_an_epoch",
     ),
     Mutant(
-        "shares-overlap", "tf_dist/degrees.py",
+        "shares-overlap", "tf_dist/partition.py",
         "start = rank * each + min(rank, more)", "start = rank * each",
         "ranks train on some rows twice, and on others never", (SAMPLER,),
         caught_by="test_sampler.py::test_shares_are_balanced_and_cover_everything_in_order",

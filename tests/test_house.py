@@ -14,11 +14,13 @@ BASE = {
     "errors",
     "faults",
     "atomic_io",
+    "invocation",
     "import_path",
     "options",
     "partition",
     "processes",
     "progress",
+    "recipes",
     "spelling",
     "terminal",
     "untrusted_files",
@@ -28,7 +30,9 @@ BASE = {
 # What a run is, and how a command says so: they know the options of all strategies.
 RUN = {"config", "degrees", "doctor", "flags", "hosts", "restarts", "run_options", "synonyms"}
 BOTTOM = BASE | RUN
-ROOMS = {"bench", "comm", "data", "keras_fit", "layers", "models", "parallel", "strategies", "training"}
+ROOMS = {
+    "bench", "cli", "comm", "data", "keras_fit", "layers", "models", "parallel", "strategies", "training",
+}  # fmt: skip
 MAY_IMPORT = {
     "comm": BASE,
     "parallel": BASE | {"comm"},
@@ -38,9 +42,11 @@ MAY_IMPORT = {
     "data": BOTTOM,
     "models": BOTTOM,
     "layers": BOTTOM | {"comm", "models", "parallel"},
-    "training": BOTTOM | ROOMS - {"bench", "keras_fit"},
+    "training": BOTTOM | ROOMS - {"bench", "cli", "keras_fit"},
     "keras_fit": BOTTOM | {"comm", "data", "parallel", "training"},
-    "bench": BOTTOM | ROOMS,
+    "bench": BOTTOM | ROOMS - {"cli"},
+    "cli": BOTTOM | ROOMS,
+    "__main__": {"cli"},
 }
 # They build and examine Horovod and other peers, so they import them.
 EXAMINERS = {"build_horovod.py", "check_peers.py"}
@@ -98,7 +104,7 @@ def test_only_comm_talks_to_mpi_and_horovod(path):
 @pytest.mark.parametrize("path", PACKAGE, ids=name_of)
 def test_no_tensorflow_where_none_is_needed(path):
     if (
-        room_of(path) in BOTTOM | {"data", "parallel", "strategies"}
+        room_of(path) in BOTTOM | {"cli", "data", "parallel", "strategies"}
         or name_of(path) == "tf_dist/comm/base.py"
     ):
         assert not foreign(path) & {"tensorflow", "keras"}

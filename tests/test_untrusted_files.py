@@ -203,15 +203,15 @@ ALLOWED = {
     "training/run.py": ({"open": 1}, NEW_ONLY),
     "training/saving.py": ({"open": 1}, NEW_ONLY),
     "training/shards.py": ({"open": 1}, NEW_ONLY),
-    "scripts/train.py": ({"open": 1}, "of a `RunFolder`"),
+    "cli/train.py": ({"open": 1}, "of a `RunFolder`"),
 }
 # Programs for developers of this project, which read what they have just written themselves.
 DEVELOPERS = (
     "bench/",
+    "cli/bench.py",
     "scripts/build_horovod.py",
     "scripts/check_peers.py",
     "scripts/emulate_cluster.py",
-    "scripts/bench.py",
 )
 
 

@@ -1,6 +1,6 @@
 """What a training run is: one frozen dataclass, and everything derived from its fields.
 
-The flags of ``scripts/train.py``, the keys of a YAML file, the validation and ``--print-config`` all
+The flags of ``tf-dist train``, the keys of a YAML file, the validation and ``--print-config`` all
 come from the fields of `Config`, so a new option is one new field; ``flags.py`` reads them. Nothing
 here imports TensorFlow or MPI: ``--help`` answers at once.
 """
@@ -21,7 +21,7 @@ from tf_dist.options import check_value, option
 from tf_dist.parallel.compress import COMPRESSORS
 from tf_dist.spelling import did_you_mean
 from tf_dist.strategies.base import Setting, Strategy
-from tf_dist.strategies.registry import FLAT_OPTIONS, STRATEGIES, own_options, strategy_of
+from tf_dist.strategies.registry import FLAT_OPTIONS, STRATEGIES, by_pace, own_options, strategy_of
 
 # Tokens of a BPE vocabulary where no number is given.
 BPE_DEFAULT_VOCAB = 2048
@@ -43,52 +43,52 @@ class Config:
 
     # fmt: off
     data: tuple[str, ...] = option(("stdlib",), "data", "files, globs, folders, a name of data/datasets.yaml, or `stdlib`: the Python standard library's own sources")  # noqa: E501
-    text_column: str = option("text", "data", "the column that holds the text in .csv .tsv .jsonl .parquet")
+    text_column: str = option("text", "data", "column with the text in .csv .tsv .jsonl .parquet")
     tokenizer: str = option("bpe", "data", "byte, char, bpe (trained on the corpus), or the path of a tokenizer.json")  # noqa: E501
-    vocab_size: int = option(0, "data", "tokens in the vocabulary; 0: as many as needed (bpe: 2048)", least=0)
-    val_fraction: float = option(0.1, "data", "share of the text kept for validation, split by document", least=0)  # noqa: E501
-    errors: str = option("strict", "data", "bytes that are not UTF-8: stop there, or replace and count them", choices=("strict", "replace"))  # noqa: E501
+    vocab_size: int = option(0, "data", "vocabulary size; 0: as many tokens as needed (bpe: 2048)", least=0)
+    val_fraction: float = option(0.1, "data", "fraction of the text held out for validation, split by document", least=0)  # noqa: E501
+    errors: str = option("strict", "data", "on bytes that are not UTF-8: stop, or replace and count them", choices=("strict", "replace"))  # noqa: E501
     max_bytes: int = option(4_000_000, "data", "use at most this much of the stdlib corpus; 0: all of it", least=0)  # noqa: E501
-    prepared_dir: str = option("data/prepared", "data", "where prepared tokens are kept and found again")
+    prepared_dir: str = option("data/prepared", "data", "cache folder of tokenized data")
 
     model: str = option("transformer", "model", "transformer, lstm, or package.module:function, called with the configuration, returning a keras.Model")  # noqa: E501
     layers: int = option(4, "model", "number of layers", least=1)
     width: int = option(128, "model", "width of the residual stream, or units of each LSTM layer", least=1)
     heads: int = option(4, "model", "attention heads; must divide the width", least=1)
     seq_len: int = option(64, "model", "tokens in a sequence", least=1)
-    dropout: float = option(0.0, "model", "share of activations dropped in training", least=0)
-    tie_embeddings: bool = option(True, "model", "use the embedding matrix again as the output layer")
-    precision: str = option("float32", "model", "what the model computes in; weights, optimizer, loss and sums stay float32", choices=("float32", "bfloat16"))  # noqa: E501
+    dropout: float = option(0.0, "model", "dropout rate of activations in training", least=0)
+    tie_embeddings: bool = option(True, "model", "tie the output layer to the embedding matrix")
+    precision: str = option("float32", "model", "compute precision of the model; weights, optimizer, loss and reductions stay float32", choices=("float32", "bfloat16"))  # noqa: E501
 
-    global_batch_size: int = option(32, "batch and steps", "sequences in one optimizer step, over all ranks", least=1)  # noqa: E501
-    micro_batch_size: int = option(0, "batch and steps", "sequences in one forward and backward pass; must divide the global batch; 0: chosen, see the banner", least=0)  # noqa: E501
-    steps: int = option(0, "batch and steps", "optimizer steps; 0: as many as the epochs take, or 400", least=0)  # noqa: E501
+    global_batch_size: int = option(32, "batch and steps", "sequences per optimizer step, over all ranks", least=1)  # noqa: E501
+    micro_batch_size: int = option(0, "batch and steps", "sequences per forward and backward pass; must divide the global batch; 0: automatic, see the banner", least=0)  # noqa: E501
+    steps: int = option(0, "batch and steps", "optimizer steps; 0: as many as --epochs takes, or 400", least=0)  # noqa: E501
     epochs: int = option(0, "batch and steps", "passes over the training data, when steps is 0", least=0)
-    seed: int = option(1, "batch and steps", "of the split, the order, the initial weights and dropout", least=0)  # noqa: E501
+    seed: int = option(1, "batch and steps", "random seed for split, data order, initial weights and dropout", least=0)  # noqa: E501
 
-    optimizer: str = option("adamw", "optimizer", "the name of a Keras optimizer: adam, adamw, sgd, lion, ...")  # noqa: E501
-    optimizer_args: dict[str, Any] = option({}, "optimizer", "more arguments for it, as in beta_2=0.99,epsilon=1e-8")  # noqa: E501
-    learning_rate: float = option(1e-3, "optimizer", "the peak learning rate", least=0)
-    min_learning_rate: float = option(1e-4, "optimizer", "where linear, cosine and 1cycle end", least=0)
-    schedule: str = option("cosine", "optimizer", "how the learning rate falls after the warm-up", choices=("constant", "linear", "cosine", "1cycle"))  # noqa: E501
-    warmup_steps: int = option(20, "optimizer", "steps of linear growth from 0 to the peak", least=0)
-    weight_decay: float = option(0.1, "optimizer", "decoupled decay of matrices (not of biases and gains)", least=0)  # noqa: E501
-    clip_norm: float = option(1.0, "optimizer", "largest global norm of the mean gradient; 0: no clipping", least=0)  # noqa: E501
-    on_spike: str = option("off", "checks", "when the training loss jumps: nothing, warn, or roll back to a checkpoint before and pass over the batches from there on", choices=("off", "warn", "rollback"))  # noqa: E501
-    spike_factor: float = option(10.0, "checks", "a jump: so many times the spread of the last 64 losses above their median", least=0)  # noqa: E501
-    spike_skip: int = option(100, "checks", "batches that are passed over after that of a jump", least=0)
-    max_bad_steps: int = option(10, "checks", "steps in a row that are skipped because a gradient is not finite; the next one ends the run. 0: the first one does", least=0)  # noqa: E501
+    optimizer: str = option("adamw", "optimizer", "name of a Keras optimizer: adam, adamw, sgd, lion, ...")
+    optimizer_args: dict[str, Any] = option({}, "optimizer", "extra arguments of the optimizer, as in beta_2=0.99,epsilon=1e-8")  # noqa: E501
+    learning_rate: float = option(1e-3, "optimizer", "peak learning rate", least=0)
+    min_learning_rate: float = option(1e-4, "optimizer", "final learning rate of linear, cosine and 1cycle", least=0)  # noqa: E501
+    schedule: str = option("cosine", "optimizer", "learning-rate decay after the warm-up", choices=("constant", "linear", "cosine", "1cycle"))  # noqa: E501
+    warmup_steps: int = option(20, "optimizer", "steps of linear warm-up from 0 to the peak", least=0)
+    weight_decay: float = option(0.1, "optimizer", "decoupled weight decay of matrices (not of biases and gains)", least=0)  # noqa: E501
+    clip_norm: float = option(1.0, "optimizer", "gradient clipping: maximum global norm of the mean gradient; 0: none", least=0)  # noqa: E501
+    on_spike: str = option("off", "checks", "on a training-loss spike: nothing, warn, or roll back to an earlier checkpoint and skip the batches since", choices=("off", "warn", "rollback"))  # noqa: E501
+    spike_factor: float = option(10.0, "checks", "spike threshold: median of the last 64 losses plus this many times their spread", least=0)  # noqa: E501
+    spike_skip: int = option(100, "checks", "further batches to skip after a spike", least=0)
+    max_bad_steps: int = option(10, "checks", "consecutive steps skipped for non-finite gradients; the next one ends the run. 0: the first one does", least=0)  # noqa: E501
 
-    tensor_parallel: int = option(1, "parallelism", "ranks that share every layer: heads, units and vocabulary are divided among them", least=1)  # noqa: E501
-    pipeline_parallel: int = option(1, "parallelism", "ranks that share the layers, one after another", least=1)  # noqa: E501
-    sequence_parallel: int = option(1, "parallelism", "ranks that share the tokens of a sequence (transformer)", least=1)  # noqa: E501
-    pipeline_schedule: str = option("1f1b", "parallelism", "in which order a pipeline's ranks take micro-batches forward and backward", choices=("gpipe", "1f1b", "interleaved", "zero-bubble"))  # noqa: E501
-    pipeline_cuts: str = option("", "parallelism", "layers with which a stage begins, as in 2,4; empty: stages of equal cost")  # noqa: E501
-    virtual_stages: int = option(2, "parallelism", "stages of each rank with the interleaved schedule", least=2)  # noqa: E501
-    micro_batches_in_flight: int = option(0, "parallelism", "micro-batches whose activations a pipeline's rank keeps at most; 0: as the schedule has it", least=0)  # noqa: E501
-    recompute: str = option("off", "parallelism", "compute a pipeline stage's activations again on the way back, instead of keeping them", choices=("on", "off"))  # noqa: E501
+    tensor_parallel: int = option(1, "parallelism", "tensor parallelism: ranks that shard every layer (heads, units, vocabulary)", least=1)  # noqa: E501
+    pipeline_parallel: int = option(1, "parallelism", "pipeline parallelism: ranks that split the layers into consecutive stages", least=1)  # noqa: E501
+    sequence_parallel: int = option(1, "parallelism", "context parallelism: ranks that split the tokens of a sequence (transformer)", least=1)  # noqa: E501
+    pipeline_schedule: str = option("1f1b", "parallelism", "pipeline schedule: order of forward and backward passes of micro-batches", choices=("gpipe", "1f1b", "interleaved", "zero-bubble"))  # noqa: E501
+    pipeline_cuts: str = option("", "parallelism", "first layer of each stage after the first, as in 2,4; empty: stages of equal cost")  # noqa: E501
+    virtual_stages: int = option(2, "parallelism", "stages per rank with the interleaved schedule", least=2)
+    micro_batches_in_flight: int = option(0, "parallelism", "maximum micro-batches whose activations a pipeline rank keeps; 0: as the schedule needs", least=0)  # noqa: E501
+    recompute: str = option("off", "parallelism", "activation checkpointing: recompute a pipeline stage's activations in the backward pass", choices=("on", "off"))  # noqa: E501
 
-    strategy: str = option("allreduce", "strategy", f"how gradients become new weights, the same everywhere or until ranks meet: {', '.join(STRATEGIES)}; or package.module:Class of your own")  # noqa: E501
+    strategy: str = option("allreduce", "strategy", f"how ranks synchronize: {by_pace()}; or package.module:Class of your own")  # noqa: E501
     zero_stage: int = of_a_strategy("zero_stage")
     staleness: int = of_a_strategy("staleness")
     staleness_aware: str = of_a_strategy("staleness_aware")
@@ -101,34 +101,34 @@ class Config:
     outer_fragments: int = of_a_strategy("outer_fragments")
     outer_precision: str = of_a_strategy("outer_precision")
     outer_delay: int = of_a_strategy("outer_delay")
-    compression: str = option("none", "compression", "how gradients are compressed before they are summed, with strategy allreduce; what is not sent waits for the next step", choices=("none", *COMPRESSORS))  # noqa: E501
+    compression: str = option("none", "compression", "gradient compression before the all-reduce, with strategy allreduce; error feedback keeps what is not sent for the next step", choices=("none", *COMPRESSORS))  # noqa: E501
     compression_rank: int = of_a_strategy("compression_rank")
     compression_least_rate: float = of_a_strategy("compression_least_rate")
     compression_density: float = of_a_strategy("compression_density")
     compression_momentum: float = of_a_strategy("compression_momentum")
     compression_start: int = of_a_strategy("compression_start")
-    backend: str = option("mpi", "strategy", "who carries the bytes", choices=("mpi", "horovod"))
-    allreduce: str = option("auto", "performance", "what carries the sums of gradients: a shared window, messages, or what is faster", choices=("auto", "window", "messages"))  # noqa: E501
-    chunk_bytes: int = option(0, "performance", "pieces in which sums travel between ranks by messages; 0: what is faster, measured at the start", least=0)  # noqa: E501
-    overlap: str = option("auto", "performance", "let gradients leave during the backward pass: auto (where ranks span nodes), on, off", choices=("auto", "on", "off"))  # noqa: E501
-    autotune: str = option("exact", "performance", "what is timed before the first step: what changes no bit of the result, fully (also whether XLA compiles the model: other bits), or nothing", choices=("exact", "full", "off"))  # noqa: E501
-    xla: str = option("auto", "performance", "compile forward and backward by XLA: on, off, or as autotune or the checkpoint has it", choices=("auto", "on", "off"))  # noqa: E501
-    check_every: int = option(100, "checks", "steps between comparisons of all ranks' weights and optimizers, bit for bit; 0: only in the first steps", least=0)  # noqa: E501
-    on_mismatch: str = option("stop", "checks", "when a rank differs: stop, or restore it from a majority of the others", choices=("stop", "restore"))  # noqa: E501
-    min_ranks: int = option(1, "checkpoints and recovery", "where ranks may die and the others go on (mpirun --with-ft ulfm): with fewer the run ends", least=1)  # noqa: E501
-    replicate: int = option(0, "checkpoints and recovery", "where ranks may die and a step cannot be finished without them (ZeRO, master, grids): steps between copies in memory of what each rank has, at another one; 0: checkpoints do", least=0)  # noqa: E501
-    stall_warn: float = option(60.0, "checkpoints and recovery", "seconds that ranks wait for another one before they name it, and say what it does; 0: never", least=0)  # noqa: E501
+    backend: str = option("mpi", "strategy", "communication library", choices=("mpi", "horovod"))
+    allreduce: str = option("auto", "performance", "all-reduce transport: shared-memory window, messages, or the faster one", choices=("auto", "window", "messages"))  # noqa: E501
+    chunk_bytes: int = option(0, "performance", "chunk size of all-reduce by messages; 0: the fastest, measured at the start", least=0)  # noqa: E501
+    overlap: str = option("auto", "performance", "overlap all-reduce with the backward pass: auto (if ranks span nodes), on, off", choices=("auto", "on", "off"))  # noqa: E501
+    autotune: str = option("exact", "performance", "what to time before the first step: only what changes no bit of the result, also whether XLA pays off (which changes bits), or nothing", choices=("exact", "full", "off"))  # noqa: E501
+    xla: str = option("auto", "performance", "JIT-compile forward and backward with XLA; auto: keep the checkpoint's choice, else decide by --autotune", choices=("auto", "on", "off"))  # noqa: E501
+    check_every: int = option(100, "checks", "steps between consistency checks of all ranks' weights and optimizers, bit for bit; 0: only in the first steps", least=0)  # noqa: E501
+    on_mismatch: str = option("stop", "checks", "when a rank differs: stop, or restore it from the majority", choices=("stop", "restore"))  # noqa: E501
+    min_ranks: int = option(1, "checkpoints and recovery", "with fault tolerance (mpirun --with-ft ulfm): end the run if fewer ranks survive", least=1)  # noqa: E501
+    replicate: int = option(0, "checkpoints and recovery", "steps between peer (buddy) copies of each rank's state in memory, for recovery where a step cannot be finished without a rank (ZeRO, master, grids); 0: checkpoints only", least=0)  # noqa: E501
+    stall_warn: float = option(60.0, "checkpoints and recovery", "seconds that ranks wait for another one before they report it, and what it does; 0: never", least=0)  # noqa: E501
     stall_abort: float = option(600.0, "checkpoints and recovery", "seconds after which they end the job, with 70; 0: never. A rank that still prepares or compiles is given time", least=0)  # noqa: E501
-    threads_per_rank: int = option(0, "performance", "TensorFlow threads in each rank; 0: this rank's share of the node's cores", least=0)  # noqa: E501
+    threads_per_rank: int = option(0, "performance", "TensorFlow threads per rank; 0: this rank's share of the node's cores", least=0)  # noqa: E501
 
-    run_dir: str = option("", "checkpoints and recovery", "folder of this run; empty: a new one under runs/")
-    resume: str = option("auto", "checkpoints and recovery", "auto: go on from the newest checkpoint of the run folder; never: start anew, older files are moved aside; or the path of a run folder or checkpoint")  # noqa: E501
+    run_dir: str = option("", "checkpoints and recovery", "run folder; empty: a new one under runs/")
+    resume: str = option("auto", "checkpoints and recovery", "auto: resume from the newest checkpoint of the run folder; never: start from scratch, older files are moved aside; or the path of a run folder or checkpoint")  # noqa: E501
     save_every: int = option(200, "checkpoints and recovery", "steps between checkpoints; 0: only at the end", least=0)  # noqa: E501
-    async_save: str = option("on", "checkpoints and recovery", "write checkpoints while training goes on; off: stop until they are on the disk", choices=("on", "off"))  # noqa: E501
-    keep: int = option(3, "checkpoints and recovery", "newest checkpoints kept", least=1)
-    eval_every: int = option(100, "output", "steps between validations; 0 is never", least=0)
-    log_every: int = option(10, "output", "steps between lines of progress", least=1)
-    progress: str = option("auto", "output", "plain lines, a bar (auto: where one process has a terminal), or nothing", choices=("auto", "plain", "bar", "none"))  # noqa: E501
+    async_save: str = option("on", "checkpoints and recovery", "write checkpoints in the background; off: block until they are on disk", choices=("on", "off"))  # noqa: E501
+    keep: int = option(3, "checkpoints and recovery", "number of newest checkpoints to keep", least=1)
+    eval_every: int = option(100, "output", "steps between validations; 0: never", least=0)
+    log_every: int = option(10, "output", "steps between progress lines", least=1)
+    progress: str = option("auto", "output", "plain lines, a bar (auto: if rank 0's output is a terminal), or nothing", choices=("auto", "plain", "bar", "none"))  # noqa: E501
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -178,7 +178,7 @@ class Config:
         strategy = self.chosen_strategy()
         strategy.check(Setting(in_use(self), self.backend, self.optimizer.lower()))
         if self.on_spike != "off" and not strategy.traits.replicas_equal:
-            fit = [name for name, one in STRATEGIES.items() if one.traits.replicas_equal]
+            fit = [name for name, one in STRATEGIES.items() if one().traits.replicas_equal]
             raise UsageError(
                 f"on_spike is {self.on_spike}, but with strategy {strategy} not all ranks take each step "
                 f"together. Use --strategy {' or '.join(fit)}, or --on-spike off"

@@ -1,4 +1,4 @@
-"""`python -m tf_dist doctor`: what dead jobs have left in memory and in folders for temporary files.
+"""`tf-dist doctor`: what dead jobs have left in memory and in folders for temporary files.
 
 A process that is killed cannot remove what it has made: Open MPI's memory for messages (16 MB for each
 rank), and folders of its launcher. Only files of this user are looked at, by names that we know. One is a
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tf_dist import processes
+from tf_dist.invocation import command
 
 SHARED = Path("/dev/shm")  # noqa: S108 - looked into
 # Files of the ranks of a job, which its name tells; and what bears the number of the process that made it.
@@ -104,7 +105,7 @@ def report(where: Sequence[Path], clean: bool, proc: Path = processes.PROC) -> t
     size = sum(one.size for one in found)
     total = f"{len(found)} leftover{'s' * (len(found) > 1)} of dead jobs, {size / 1e6:.1f} MB"
     if not clean:
-        return [*lines, f"{total}. `python -m tf_dist doctor --clean` removes them"], True
+        return [*lines, f"{total}. `{command('doctor')} --clean` removes them"], True
     failed = remove(found)
     return [*lines, *failed, f"{total}: removed{f', but for {len(failed)}' if failed else ''}"], not failed
 

@@ -68,7 +68,7 @@ class BackendMissing(TfDistError, ImportError):
 
 
 class OutOfMemory(TfDistError, MemoryError):
-    """A rank has not got the memory that it asked for."""
+    """A rank could not allocate memory."""
 
     exit_code = 71
 

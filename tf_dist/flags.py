@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from tf_dist.config import Config
 from tf_dist.errors import LaunchError, UsageError
+from tf_dist.recipes import config_file
 from tf_dist.run_options import RENAMED, check_named, in_its_own_folder, lies_in_a_run, renamed, still_hold
 from tf_dist.spelling import did_you_mean
 from tf_dist.synonyms import hint, ours
@@ -33,15 +34,15 @@ GROUPS = {
     "model": "",
     "batch and steps": "",
     "optimizer": "",
-    "strategy": "how ranks train together; the next groups belong to one strategy each",
-    "local SGD and DiLoCo": "of --strategy local-sgd and diloco (--sync-every also of easgd and gossip)",
-    "Downpour": "of --strategy downpour (--master-trains also of easgd)",
-    "EASGD and gossip": "of --strategy easgd; gossip has --sync-every alone",
-    "parallelism": "ranks that share one model; the rest of them is data-parallel",
-    "compression": "of gradients, with --strategy allreduce",
+    "strategy": "how ranks synchronize; the next groups apply to one strategy each",
+    "local SGD and DiLoCo": "for --strategy local-sgd and diloco (--sync-every also for easgd and gossip)",
+    "Downpour": "asynchronous parameter server, for --strategy downpour (--master-trains also for easgd)",
+    "EASGD and gossip": "for --strategy easgd; gossip only has --sync-every",
+    "parallelism": "model parallelism; the remaining ranks are data-parallel",
+    "compression": "of gradients, for --strategy allreduce",
     "performance": "",
     "checkpoints and recovery": "",
-    "checks": "what is compared while it trains, and what happens then",
+    "checks": "consistency, non-finite gradients, loss spikes: detection and reaction",
     "output": "",
 }
 ALIASES = {"strategy": ("--update",)}
@@ -200,9 +201,11 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
         return f"{', '.join(action.option_strings)} {value}"
 
 
-def parser(description: str, names: Sequence[str] = (), usage: str = "[options]") -> argparse.ArgumentParser:
+def parser(
+    description: str, names: Sequence[str] = (), usage: str = "[options]", prog: str = ""
+) -> argparse.ArgumentParser:
     """Flags for the fields of `Config`: all of them, or those that are named."""
-    made = Parser(description, usage)
+    made = Parser(description, usage, prog)
     fields = [field for field in dataclasses.fields(Config) if not names or field.name in names]
     present = {field.metadata["group"] for field in fields}
     headings = {
@@ -274,21 +277,23 @@ class CommandLine(NamedTuple):
     only_print: bool
 
 
-def read_command_line(argv: Sequence[str], description: str) -> CommandLine:
+def read_command_line(argv: Sequence[str], description: str, prog: str = "") -> CommandLine:
     """The flags of a training.
 
     Raises:
         UsageError: an unknown flag, or a value of another type.
         SystemExit: ``--help`` was asked for, and has been answered.
     """
-    flags = parser(description, usage="[--data PATH] [--run-dir FOLDER] [options]")
-    flags.add_argument("--config", metavar="FILE.yaml", help="read options from a file; flags override it")
+    flags = parser(description, usage="[--data PATH] [--run-dir FOLDER] [options]", prog=prog)
+    flags.add_argument(
+        "--config", metavar="FILE.yaml", help="read options from a file, or `nanogpt`; flags override it"
+    )
     flags.add_argument(
         "--print-config", action="store_true", help="print the resolved options as YAML and stop"
     )
     given = vars(flags.parse_args(list(argv)))
     path, only_print = given.pop("config"), given.pop("print_config")
-    return CommandLine(flag_values(given), path or "", only_print)
+    return CommandLine(flag_values(given), config_file(path or ""), only_print)
 
 
 def options_of_run(line: CommandLine) -> dict[str, Any]:
@@ -328,14 +333,14 @@ def resolved(line: CommandLine, of_run: Mapping[str, Any]) -> Config:
     return Config(**{**below, **line.given})
 
 
-def from_command_line(argv: Sequence[str], description: str) -> tuple[Config, bool]:
+def from_command_line(argv: Sequence[str], description: str, prog: str = "") -> tuple[Config, bool]:
     """The Config that a command line asks for, and whether only to print it.
 
     Raises:
         UsageError: see `from_mapping`; also an unknown flag.
         SystemExit: ``--help`` was asked for, and has been answered.
     """
-    line = read_command_line(argv, description)
+    line = read_command_line(argv, description, prog)
     return resolved(line, options_of_run(line)), line.only_print
 
 
@@ -354,7 +359,7 @@ def options_among(words: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
     asked = [word for word in words if word not in ("-h", "--help")]
     given = vars(flags.parse_known_args(asked)[0])
     path = given.pop("config")
-    line = CommandLine(flag_values(given), path, False)
+    line = CommandLine(flag_values(given), config_file(path), False)
     in_file: dict[str, Any] = {}
     with contextlib.suppress(UsageError, LaunchError):  # whoever reads all of it says what is wrong
         in_file = read_config_file(line.file) if line.file else options_of_run(line)

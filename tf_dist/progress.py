@@ -23,7 +23,7 @@ from typing import Any, TypeVar, overload
 from tf_dist import processes, terminal
 
 KINDS = ("auto", "plain", "bar", "none")
-HELP = "bars, plain lines, nothing, or what fits: bars on a terminal, also under mpirun [auto]"
+HELP = "bars, plain lines, none; auto: bars on a terminal, also under mpirun [auto]"
 # Seconds until a line is said of a task, and between two: of a long one at most every 2 % of its time.
 EVERY_S = 5.0
 SHARE = 0.02

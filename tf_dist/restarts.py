@@ -36,7 +36,7 @@ HOPELESS = {
     for kind in (UsageError, DataError, BackendMissing, NumericError, CheckpointError, LaunchError)
 }
 RUN_DIR = "--run-dir"
-# mpirun may wait for ever for a host that cannot be reached: it may live so much longer than the job.
+# Grace period before an mpirun that outlives its job is killed: it may wait forever for an unreachable host.
 DEAF_S = 60.0
 LOOK_EVERY_S = 1.0
 # These mean that the job is to end, not to begin again.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from tf_dist.invocation import command
 from tf_dist.spelling import nearest
 
 # An option of ours, and what others call it. A name that stands twice means the first that a program has.
@@ -108,7 +109,7 @@ stall-abort: timeout nccl-timeout distributed-timeout-minutes ddp-timeout
 config: config-file cfg conf yaml config-path job.config-file deepspeed-config deepspeed c
 print-config: show-config dump-config print-options
 """
-_RANKS = "the number of ranks is the launcher's: mpirun -np N python scripts/train.py"
+_RANKS = f"the number of ranks is the launcher's: mpirun -np N {command('train')}"
 _DEVICES = "TensorFlow finds the devices by itself: leave it out"
 _MICRO = "micro-batches are accumulated: --micro-batch-size is global batch / (ranks x accumulation steps)"
 # What is no option here, and what to do instead.

@@ -21,8 +21,8 @@ def imported(name: str, flag: str) -> Any:
         UsageError: it cannot be found.
     """
     module_name, _, attribute = name.partition(":")
-    # `python scripts/train.py` puts scripts/ on the path, not the folder the user stands in. It is the last:
-    # a file in that folder, which may be a stranger's, is not taken for an installed package.
+    # `tf-dist` and scripts have their own folders on the path, not the one the user stands in. That comes
+    # last: a file in that folder, which may be a stranger's, is not taken for an installed package.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:

@@ -1,24 +1,17 @@
 """Jobs that fail, peers that are not there, and words that mean nothing."""
 
-import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
 
 from tf_dist.bench import memory, models, nanogpt, running, step
+from tf_dist.cli import bench
 
 sys.path.insert(0, str(Path(__file__).parent))
 import canned
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "bench.py"
-
-
-def bench():
-    spec = importlib.util.spec_from_file_location("bench_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def test_a_job_that_fails_is_said_with_the_end_of_its_log(tmp_path, capsys):
@@ -115,13 +108,13 @@ def test_unknown_models_are_refused():
 
 
 def test_unknown_benchmarks_are_refused(capsys):
-    assert bench().main(["stp"]) == 64
+    assert bench.main(["stp"]) == 64
     assert "stp: no benchmark; they are exact" in capsys.readouterr().err
 
 
 def test_every_benchmark_is_in_the_documentation():
-    text = (SCRIPT.parents[1] / "docs" / "benchmarks.md").read_text()
-    assert [name for name in bench().NAMES if f"bench-{name}`" not in text] == []
+    text = (DOCS / "benchmarks.md").read_text()
+    assert [name for name in bench.NAMES if f"bench-{name}`" not in text] == []
 
 
 def test_nanogpt_without_a_text_is_skipped(monkeypatch, tmp_path, capsys):

@@ -256,7 +256,7 @@ def test_nothing_there(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.bin", "a", "a.gz", "a.parquet.gz"])
 def test_unknown_suffix(tmp_path, name):
-    assert "has a suffix that says nothing: we read .txt" in refused(write(tmp_path / name, b"x"))
+    assert "is of an unsupported file type: we read .txt" in refused(write(tmp_path / name, b"x"))
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.jsonl", "a.txt.gz"])

@@ -3,15 +3,12 @@
 import json
 import re
 import shlex
-from pathlib import Path
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 WORDS = ["河很宽", "船很小", "桥", "水是绿色的", "夜里的灯", "石头"]
 EVALUATE = """
-import shutil, sys
+import shutil
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-import evaluate
+from tf_dist.cli import evaluate
 from tf_dist.errors import TfDistError
 
 def ask(*flags):
@@ -56,7 +53,7 @@ def test_a_run_keeps_to_its_own_tokens(launcher, small, tmp_path):
     assert written.code == 0, written.output
 
     (tmp_path / "ask.py").write_text(EVALUATE)
-    asked = launcher.start(0, "ask.py", SCRIPTS, cwd=tmp_path).wait()
+    asked = launcher.start(0, "ask.py", cwd=tmp_path).wait()
     assert asked.code == 0, asked.output
     before, after, no_column, table, unknown, gone, foreign = asked.output.split("-----\n")[:-1]
     own = [json.loads(said.strip().splitlines()[-1]) for said in (before, after)]

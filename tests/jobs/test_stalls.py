@@ -7,12 +7,11 @@ import time
 
 # What `docs/reliability.md` promises.
 ORPHANS_S = 2.0
-# `scripts/train.py`, with a rank that takes its time before each step.
+# `tf-dist train`, with a rank that takes its time before each step.
 SLOW = """
 import os, sys, time
 
-sys.path.insert(0, sys.argv[1])
-import train as script
+from tf_dist.cli import train as script
 from tf_dist.comm.launch import launched_rank
 
 train = script.train
@@ -30,7 +29,7 @@ def slow(*arguments):
     train(*arguments)
 
 script.train = slow
-script.main(sys.argv[2:])
+script.main(sys.argv[1:])
 """
 # Ranks that have nothing to do with MPI for the moment: it cannot tell them that the launcher is gone.
 ASLEEP = """
@@ -46,12 +45,10 @@ time.sleep(1000)
 
 def test_a_slow_rank_and_a_stopped_one_are_named(start_job, small, tmp_path):
     """The first one in the status as well; the second is no obstacle to the end of the job."""
-    from conftest import SCRIPTS
-
     (tmp_path / "slow.py").write_text(SLOW)
     flags = ["--steps", "100000", "--save-every", "10", "--stall-warn", "2", "--stall-abort", "5"]
     run = tmp_path / "run"
-    job = start_job(3, tmp_path / "slow.py", SCRIPTS, *small, *flags, "--run-dir", run)
+    job = start_job(3, tmp_path / "slow.py", *small, *flags, "--run-dir", run)
 
     def status():
         return json.loads((run / "status.json").read_text())

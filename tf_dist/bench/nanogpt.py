@@ -1,9 +1,9 @@
 """Time to a validation loss: nanoGPT's recipe for a CPU on tinyshakespeare, against PyTorch on all cores.
 
-    python scripts/bench.py nanogpt                    # two rounds, some ten minutes
-    python scripts/bench.py nanogpt text.txt steps=100 every=25 rounds=1
+    tf-dist bench nanogpt                    # two rounds, some ten minutes
+    tf-dist bench nanogpt text.txt steps=100 every=25 rounds=1
 
-Ours is ``scripts/train.py`` with data/nanogpt.yaml on two ranks, so a checkout is needed; PyTorch's is
+Ours is ``tf-dist train --config nanogpt`` on two ranks; PyTorch's is
 `torch_nanogpt`: the same model, optimizer, schedule, rows and steps, and the same held-out text. They run one
 after the other, by turns, each round with another seed. Counted is the time of training: all steps, with
 what the first of them compiles, but neither evaluations nor what comes before the first step, which is shown
@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any
 
 from tf_dist.bench import pictures, running
+from tf_dist.invocation import command as program
 from tf_dist.restarts import own_mpirun
 
 FOLDER = running.FOLDER / "nanogpt"
-RECIPE = Path("data/nanogpt.yaml")
 TEXTS = (Path("../shared/data/tinyshakespeare.txt"), Path("data/downloads/tinyshakespeare/train.txt"))
 TORCH_MODULE = "tf_dist.bench.torch_nanogpt"
 RANKS = 2
@@ -53,7 +53,7 @@ def main(words: Sequence[str] = ()) -> int:
     if text is None:
         print(
             f"bench-nanogpt: skipped, for there is no text: none of {', '.join(map(str, [*paths, *TEXTS]))}. "
-            "`python scripts/prepare.py tinyshakespeare` downloads it, or name a file: "
+            f"`{program('prepare')} tinyshakespeare` downloads it, or name a file: "
             "make bench-nanogpt ARGS=text.txt"
         )
         return 0
@@ -81,10 +81,20 @@ def measure(text: Path, options: dict[str, int]) -> dict[str, Any]:
 
 
 def ours(text: Path, seed: int, steps: int, every: int) -> dict[str, Any]:
-    """A run of ``scripts/train.py``, read from its folder."""
+    """A run of ``tf-dist train``, read from its folder."""
     folder = FOLDER / f"run-{seed}"
     shutil.rmtree(folder, ignore_errors=True)
-    command = [own_mpirun(), "-np", str(RANKS), sys.executable, "scripts/train.py", "--config", str(RECIPE)]
+    command = [
+        own_mpirun(),
+        "-np",
+        str(RANKS),
+        sys.executable,
+        "-m",
+        "tf_dist",
+        "train",
+        "--config",
+        "nanogpt",
+    ]
     command += ["--data", str(text), "--seed", str(seed), "--run-dir", str(folder), "--progress", "none"]
     command += ["--steps", str(steps), "--eval-every", str(every), "--save-every", "0"]
     command += ["--log-every", str(every)]  # so that each evaluation has the time of its step beside it

@@ -24,7 +24,7 @@ from tf_dist.errors import LaunchError, RankLost, UsageError
 
 # What `Comm.carried_by` says where sums are made in memory that ranks share.
 WINDOW = "a shared window"
-# What a rank is said to wait in where it waits for all who live (`Comm.regroup`).
+# Label shown while a rank waits in `Comm.regroup`.
 AGREEMENT = "an agreement of all ranks"
 # Sums of terms travel in one piece (of as much as MPI can count): on one node each piece costs a meeting of
 # the ranks. Between nodes smaller ones are faster: see `tf_dist.parallel.carrier`.

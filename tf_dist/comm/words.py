@@ -1,4 +1,4 @@
-"""Ranks, as people are told of them."""
+"""Format lists of ranks for messages."""
 
 from __future__ import annotations
 

@@ -15,6 +15,8 @@ from tf_dist.data.sources import STDLIB
 from tf_dist.errors import DataError
 from tf_dist.untrusted_files import parsed_yaml, shown
 
+# In a checkout a link to data/datasets.yaml; in an installed package that file itself.
+REGISTRY = Path(__file__).with_name("datasets.yaml")
 REGISTRY_LIMIT_BYTES = 1 << 20
 READ_TIMEOUT_S = 30.0
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")

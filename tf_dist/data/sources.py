@@ -60,7 +60,7 @@ def find_files(values: Sequence[str], passed_over: Counter[str] | None = None) -
     Args:
         values: ``stdlib``, files, globs or folders. In folders and globs files of other suffixes are
             passed over, and so are hidden files and folders inside a folder.
-        passed_over: counts the files, hidden ones apart, of each suffix that says nothing.
+        passed_over: counts the files, except hidden ones, of each unsupported suffix.
 
     Raises:
         DataError: nothing there, an unknown suffix, a loop of links, not a regular file, not readable.
@@ -94,7 +94,7 @@ def _expand_path(path: Path, passed_over: Counter[str]) -> list[SourceFile]:
         return files
     if not kind_of(path):
         remedy = "Unpack it first." if split_name(path.name)[0] in ARCHIVES else "Rename or convert it."
-        raise DataError(f"{path} has a suffix that says nothing: we read {_known()}. {remedy}")
+        raise DataError(f"{path} is of an unsupported file type: we read {_known()}. {remedy}")
     return [_source(path, named=True)]
 
 

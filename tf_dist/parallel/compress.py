@@ -112,14 +112,14 @@ class TopKOptions:
     density: float = option(
         0.01,
         GROUP,
-        "share of the elements that compression topk sends",
+        "fraction of the elements that topk sends",
         least=0,
         flag="compression_density",
     )
     momentum: float = option(
         0.0,
         GROUP,
-        "momentum of each rank's gradients before topk (DGC); use it with optimizer sgd",
+        "local momentum of gradients before topk (DGC); use it with optimizer sgd",
         least=0,
         flag="compression_momentum",
     )
@@ -221,13 +221,11 @@ class _Matrix(NamedTuple):
 class PowerSGDOptions:
     """How much smaller. rank: r. least_rate: how many times smaller a matrix must become."""
 
-    rank: int = option(
-        4, GROUP, "rank of the matrices of compression powersgd", least=1, flag="compression_rank"
-    )
+    rank: int = option(4, GROUP, "rank of the powersgd factors", least=1, flag="compression_rank")
     least_rate: float = option(
         2.0,
         GROUP,
-        "how many times smaller powersgd must make a matrix; else it travels whole",
+        "minimum compression ratio of a matrix for powersgd; else it is sent uncompressed",
         least=1,
         flag="compression_least_rate",
     )

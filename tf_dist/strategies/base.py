@@ -154,7 +154,7 @@ class Report(NamedTuple):
 
 def steps_between(default: int) -> Any:
     """The option of strategies whose ranks step by themselves between exchanges."""
-    text = "steps that a rank takes by itself between exchanges"
+    text = "local steps between synchronizations"
     return option(default, "local SGD and DiLoCo", text, least=1)
 
 

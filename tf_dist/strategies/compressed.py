@@ -57,7 +57,7 @@ class CompressedOptions:
     """When compression begins. start: first steps whose gradients are summed whole."""
 
     start: int = option(
-        0, "compression", "first steps whose gradients are summed whole", least=0, flag="compression_start"
+        0, "compression", "first steps without compression", least=0, flag="compression_start"
     )
 
 

@@ -24,10 +24,8 @@ class DiLoCoOptions(LocalSGDOptions):
     """
 
     sync_every: int = steps_between(50)
-    outer_lr: float = option(0.7, GROUP, "learning rate of the outer steps of strategy diloco", least=0)
-    outer_momentum: float = option(
-        0.9, GROUP, "Nesterov momentum of the outer steps of strategy diloco", least=0
-    )
+    outer_lr: float = option(0.7, GROUP, "learning rate of diloco's outer optimizer", least=0)
+    outer_momentum: float = option(0.9, GROUP, "Nesterov momentum of diloco's outer optimizer", least=0)
 
 
 class DiLoCo(LocalSGD):

@@ -48,14 +48,14 @@ class DownpourOptions:
     staleness: int = option(
         1,
         "Downpour",
-        "global batches by which the fastest worker of strategy downpour may lead the slowest; 0: as "
+        "maximum global batches by which the fastest downpour worker may lead the slowest; 0: as "
         "allreduce, bit for bit",
         least=0,
     )
     staleness_aware: str = option(
         "off",
         "Downpour",
-        "divide the learning rate of a gradient of strategy downpour by its staleness",
+        "divide the learning rate of a downpour gradient by its staleness",
         choices=("on", "off"),
     )
     master_trains: str = master_trains()

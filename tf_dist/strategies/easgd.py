@@ -66,7 +66,7 @@ class EASGDOptions:
     elastic_force: float = option(
         0.0,
         "EASGD and gossip",
-        "how far worker and centre of strategy easgd move towards each other, as a part of their distance; "
+        "fraction of their distance by which easgd worker and center variable move towards each other; "
         "0: 0.9 / workers",
         least=0,
     )

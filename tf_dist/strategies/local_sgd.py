@@ -71,22 +71,24 @@ class LocalSGDOptions:
     """
 
     sync_every: int = steps_between(8)
-    sync_warmup_steps: int = option(
-        0, GROUP, "synchronous steps before the first that ranks take by themselves", least=0
-    )
+    sync_warmup_steps: int = option(0, GROUP, "synchronous steps before the first local step", least=0)
     outer_fragments: int = option(
         1,
         GROUP,
-        "parts of the weights that meet at steps of their own, so that less travels at once",
+        "fragments of the weights, each synchronized at its own steps (streaming), so that less is sent at "
+        "once",
         least=1,
     )
     outer_precision: str = option(
-        "float32", GROUP, "in which changes of weights travel at meetings", choices=("float32", "bfloat16")
+        "float32",
+        GROUP,
+        "precision in which outer gradients (weight changes) are sent",
+        choices=("float32", "bfloat16"),
     )
     outer_delay: int = option(
         0,
         GROUP,
-        "steps that ranks take while changes of weights travel, which they do not wait for then",
+        "steps by which outer gradients are applied late, overlapping communication with compute",
         least=0,
     )
 

@@ -76,6 +76,17 @@ def _flat_options() -> dict[str, FlatOption]:
 FLAT_OPTIONS = _flat_options()
 
 
+def by_pace() -> str:
+    """All names, by how often ranks synchronize, for ``--help``."""
+    all_traits = {name: one().traits for name, one in STRATEGIES.items()}
+    names = {
+        "every step": [name for name, has in all_traits.items() if has.replicas_equal],
+        "every N steps": [n for n, has in all_traits.items() if has.lockstep and not has.replicas_equal],
+        "or asynchronously": [name for name, has in all_traits.items() if not has.lockstep],
+    }
+    return ", ".join(f"{pace} ({', '.join(found)})" for pace, found in names.items())
+
+
 def strategy_of(wanted: Strategy | str, options: Mapping[str, Any]) -> Strategy:
     """The strategy that somebody wants.
 

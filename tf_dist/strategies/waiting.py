@@ -91,7 +91,7 @@ def wait_until(done: Callable[[], bool], look: Callable[[], bool], missing: Call
 
 def master_trains() -> Any:
     """The option of strategies with a master."""
-    text = "whether the master of strategy downpour or easgd also computes gradients"
+    text = "let the parameter server (rank 0) of downpour or easgd compute gradients too"
     return option("off", "Downpour", text, choices=("on", "off"))
 
 

@@ -68,8 +68,8 @@ class ZeroOptions:
 
     stage: int = option(
         1,
-        text="what --strategy zero divides among the data-parallel ranks: 1 optimizer state, 2 also "
-        "gradients, 3 also weights",
+        text="what --strategy zero shards over data-parallel ranks: 1 optimizer state, 2 also gradients, "
+        "3 also weights",
         least=1,
         most=3,
         flag="zero_stage",

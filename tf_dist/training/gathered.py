@@ -252,7 +252,7 @@ def _with_held(part: Any, held: Any) -> Any:
 
 
 class Rooms:
-    """Memory into which the weights of one segment after another are gathered.
+    """Reusable all-gather buffer for the parameters of one segment.
 
     Args:
         replica: its shard, segments and ranks.

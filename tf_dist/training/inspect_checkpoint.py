@@ -27,7 +27,7 @@ def found_at(path: Path) -> list[Path]:
         found = checkpoint.listing(path / "checkpoints") or checkpoint.listing(path)
     if not found or not found[0].is_dir():
         raise CheckpointError(
-            f"there is no checkpoint at {path}. Give a run folder, as --run-dir of scripts/train.py, its "
+            f"there is no checkpoint at {path}. Give a run folder, as a training's --run-dir, its "
             "checkpoints folder, or a folder step-NNNNNNNN in it"
         )
     return found

@@ -20,6 +20,7 @@ from tf_dist.config import Config
 from tf_dist.data.prepared import Prepared
 from tf_dist.data.prompt import example_prompt
 from tf_dist.errors import CheckpointError, SavedAndStopped
+from tf_dist.invocation import command
 from tf_dist.parallel.buckets import spent
 from tf_dist.training import checkpoint, shards, state
 from tf_dist.training.begin_again import Deaths
@@ -43,7 +44,7 @@ SAMPLE_TOKENS_OF_TRAVELLERS = 20
 
 
 class Job:
-    """One run of ``scripts/train.py``. Every method is called on every rank.
+    """One run of ``tf-dist train``. Every method is called on every rank.
 
     Attributes:
         last: the newest value of each metric.
@@ -367,10 +368,10 @@ class Job:
         picture = run.path / "loss.png"
         missing = loss_curve(run.metrics, picture, f"{self.config.model}, {self.comm.size} ranks")
         say(f"no picture of the loss: {missing}" if missing else f"loss curve   {picture}")
-        say(f"sample       (after the words before the arrow)\n{sample}", as_it_is=True)
+        say(f"sample       (prompt => continuation)\n{sample}", as_it_is=True)
         prompt = example_prompt(self.corpus.tokenizer, self.corpus.train)
         given = f" --prompt={shlex.quote(prompt)}" if prompt else ""
-        say(f"more text    python scripts/generate.py --run-dir {shlex.quote(str(run.path))}{given}")
+        say(f"more text    {command('generate')} --run-dir {shlex.quote(str(run.path))}{given}")
 
     def _report_strategy(self) -> None:
         """What the strategy has cost, where it tells; facts are kept beside the metrics."""

@@ -15,6 +15,7 @@ from tf_dist.data.prepared import sha256_of_file
 from tf_dist.data.tokenizer import Tokenizer, load_tokenizer
 from tf_dist.errors import CheckpointError, UsageError
 from tf_dist.flags import from_mapping, read_config_file
+from tf_dist.invocation import command
 from tf_dist.models.build import build
 from tf_dist.run_options import check_named
 from tf_dist.training import checkpoint, state
@@ -77,7 +78,7 @@ def model_of_run(run_dir: str, model: str = "") -> LoadedRun:
 def _config_of(folder: Path, named: str) -> Config:
     path = folder / "config.yaml"
     if not os.path.lexists(path):
-        raise CheckpointError(f"{folder} holds no run (no config.yaml). Train one: python scripts/train.py")
+        raise CheckpointError(f"{folder} holds no run (no config.yaml). Train one: {command('train')}")
     config = from_mapping(read_config_file(str(path), follow=False), str(path))
     check_named(config.model, named, str(path))
     if named and named != config.model:

@@ -25,8 +25,8 @@ from tf_dist.training.pieces import Piece, variable_piece
 # A variable of this many elements is a block of its own. To start a compiled pass takes some 20 us; to copy
 # this much weight into a vector and out of it takes as long.
 ALONE_FROM = 1 << 17
-# Small variables come together up to this many elements: so much memory is still used again by the next step,
-# where more would be given back to the system, and zeroed by it, each time.
+# Small variables are concatenated up to this many elements: up to this size the allocator reuses the buffer;
+# larger ones are returned to the OS and zero-filled again on every step.
 TOGETHER = 1 << 21
 # From this many parameters on, a step of each variable by itself is compiled by XLA, as a whole: one pass
 # over each weight and its state, where TensorFlow alone makes a pass, and a new array, for each operation.

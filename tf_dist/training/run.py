@@ -230,7 +230,7 @@ class RunFolder:
                 write_whole(self.path / "status.json", text.encode(), LaunchError)
 
     def failed(self, code: int, message: str) -> None:
-        """Note in ``status.json`` that the job ends badly; may be called on any rank, by its last breath."""
+        """Note in ``status.json`` that the job ends badly; may be called on any rank while it is failing."""
         with contextlib.suppress(Exception):  # it has its own failure to tell of
             self.later.drain()
         with contextlib.suppress(Exception):

@@ -15,7 +15,7 @@ from tf_dist.training.trainer import Trainer
 
 
 def _nothing(row: dict[str, Any]) -> None:
-    """Nobody listens."""
+    """No-op callback."""
 
 
 @dataclass

@@ -37,7 +37,7 @@ def position(trainer: Trainer) -> dict[str, Any]:
 
 
 def _unsaid(line: str) -> None:
-    """Nobody listens."""
+    """No-op callback."""
 
 
 class Saver:

@@ -27,7 +27,7 @@ from tf_dist.training.whole import Entry
 WEIGHTS = "weights/"
 # Of an option in a message: it may be anybody's.
 LONGEST_SHOWN = 300
-# A checkpoint of another value for one of these is of another run. The rest may change on resume.
+# Options that must not change on resume; a mismatch is an error. All others may.
 FIXED = (
     "model", "layers", "width", "heads", "seq_len", "tie_embeddings", "vocab_size", "global_batch_size",
     "seed", "optimizer",
@@ -182,7 +182,7 @@ def check_same_run(
     Raises:
         CheckpointError: the model, the data or the batches are others.
     """
-    # An option that the checkpoint does not have is newer than it: what it did was the default.
+    # Options missing from an older checkpoint take their default, which is what that version did.
     before, now = {**Config().as_dict(), **renamed(saved["config"])}, config.as_dict()
     # Weights that came from elsewhere know of no data.
     before["data's SHA-256"], now["data's SHA-256"] = (

@@ -1,9 +1,9 @@
-"""What is found out before the first step: whether XLA makes forward and backward faster.
+"""XLA autotuning before the first step: whether XLA makes forward and backward faster.
 
-XLA fuses what stands between matrix products, which helps models of Keras's own layers, and less our own.
-It also rounds otherwise, and its generator makes dropout drop others. A choice by a clock could fall one way
-on two ranks and the other way on four, and then the number of ranks would change the result: it is made only
-where it was asked for, and checkpoints keep it.
+XLA fuses the operations between matrix products, which helps models of Keras's own layers, and our own less.
+It also rounds differently, and its random generator gives different dropout masks. A timed choice could fall
+one way on two ranks and the other way on four, and then the number of ranks would change the result: it is
+made only on request, and checkpoints keep it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ XLA = ("auto", "on", "off")
 TIMED = 5
 # XLA must save this share of the time: less is noise, and its bits are not those of other runs.
 WORTH_IT = 0.03
-UNTRIED = "which was not tried: --autotune full finds out whether it is faster, with other last bits"
+UNTRIED = "which was not timed: --autotune full compares both, but changes rounding"
 
 
 def talks_inside(model: keras.Model) -> str:

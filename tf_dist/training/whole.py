@@ -126,7 +126,7 @@ class Whole:
                 yield number, entry.name, array
 
     def _assembled(self, entry: Entry, to: int = 0) -> np.ndarray:
-        """A tensor, put together on one rank; elsewhere an array of no use."""
+        """Gather one tensor to rank ``to``; on other ranks the returned array is meaningless."""
         comm = self.mesh.all
         mine = {(p.part, p.start, p.stop): p for p in entry.pieces}
         whole = np.zeros(entry.shape if comm.rank == to else (), entry.dtype)

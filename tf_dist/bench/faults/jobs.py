@@ -1,10 +1,10 @@
-"""What `faults` does to whole jobs of ``scripts/train.py``: kills from outside, and other numbers of ranks.
+"""What `faults` does to whole jobs of ``tf-dist train``: kills from outside, and other numbers of ranks.
 
-    python scripts/bench.py faults restarts            # 50 jobs on 2 ranks, started again by `tf_dist run`
-    python scripts/bench.py faults resume              # stopped on 1 to 4 ranks, gone on with on 1 to 4
-    python scripts/bench.py faults others              # ZeRO, a master and grids under ULFM
-    python scripts/bench.py faults hosts               # two emulated hosts of two ranks each, under ULFM
-    python scripts/bench.py faults goodput             # four minutes on 4 ranks, one kill a minute
+    tf-dist bench faults restarts            # 50 jobs on 2 ranks, started again by `tf_dist run`
+    tf-dist bench faults resume              # stopped on 1 to 4 ranks, gone on with on 1 to 4
+    tf-dist bench faults others              # ZeRO, a master and grids under ULFM
+    tf-dist bench faults hosts               # two emulated hosts of two ranks each, under ULFM
+    tf-dist bench faults goodput             # four minutes on 4 ranks, one kill a minute
 
 Each must end with the weights of a job that nobody disturbed.
 """
@@ -29,9 +29,9 @@ from tf_dist.bench import running
 from tf_dist.restarts import own_mpirun
 
 FOLDER = running.FOLDER / "faults" / "jobs"
-SCRIPT = str(Path(__file__).resolve().parents[3] / "scripts" / "train.py")
+TRAIN = ("-m", "tf_dist", "train")
 CLUSTER = [
-    *(sys.executable, str(Path(SCRIPT).with_name("emulate_cluster.py"))),
+    *(sys.executable, str(Path(__file__).resolve().parents[3] / "scripts" / "emulate_cluster.py")),
     *("--hosts", "2", "--slots", "2"),
 ]
 ULFM = ("--with-ft", "ulfm")
@@ -145,15 +145,15 @@ def _pids(run_dir: str, rank: str = r"\d+") -> Iterator[int]:
 
 
 def mpirun(ranks: int, *flags: str, ulfm: bool = False) -> list[str]:
-    """The command line of a job of ``scripts/train.py``."""
-    return [own_mpirun(), *(ULFM if ulfm else ()), "-np", str(ranks), sys.executable, SCRIPT, *flags]
+    """The command line of a job of ``tf-dist train``."""
+    return [own_mpirun(), *(ULFM if ulfm else ()), "-np", str(ranks), sys.executable, *TRAIN, *flags]
 
 
 def restarted(seed: int, ranks: int = 2) -> Ended:
     """A job of `tf_dist run`, of which a random rank is killed at a random step."""
     chance = random.Random(f"restart {seed}")  # noqa: S311 - nothing secret
     step, rank, pause_s = chance.randrange(1, STEPS - 2), chance.randrange(ranks), 0.02 * chance.random()
-    by = [sys.executable, "-m", "tf_dist", "run", "-np", str(ranks), "--", SCRIPT, *SMALL]
+    by = [sys.executable, "-m", "tf_dist", "run", "-np", str(ranks), "--", *TRAIN, *SMALL]
     job = Job(by, FOLDER / f"restart-{seed}")
     if job.wait_for(lambda: len(job.rows()) >= step):
         time.sleep(pause_s)
@@ -187,7 +187,7 @@ def over_hosts(flags: Sequence[str], seed: int, whole_host: bool) -> Ended:
     """A job on two emulated hosts under ULFM, of which one rank is killed, or both of the second host."""
     chance = random.Random(f"hosts {flags} {seed}")  # noqa: S311 - nothing secret
     step, dead = chance.randrange(1, STEPS - 2), (2, 3) if whole_host else (chance.randrange(4),)
-    command = [*CLUSTER, "--ulfm", "--", sys.executable, SCRIPT, *SMALL, *flags]
+    command = [*CLUSTER, "--ulfm", "--", sys.executable, *TRAIN, *SMALL, *flags]
     job = Job(command, FOLDER / f"hosts-{len(dead)}-{seed}")
     if job.wait_for(lambda: len(job.rows()) >= step):
         for rank in dead:

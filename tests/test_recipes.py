@@ -1,0 +1,27 @@
+"""`--config NAME` of a configuration that comes with the package."""
+
+from pathlib import Path
+
+from tf_dist import recipes
+from tf_dist.flags import from_command_line
+from tf_dist.hosts import ranks_of_a_model
+
+DATA = Path(__file__).parents[1] / "data"
+
+
+def test_every_name_is_a_configuration_of_the_folder_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in recipes.NAMES:
+        by_name, by_path = (
+            from_command_line(["--config", config], "")[0] for config in (name, str(DATA / f"{name}.yaml"))
+        )
+        assert by_name == by_path
+    assert from_command_line(["--config", "nanogpt", "--steps", "7"], "")[0].steps == 7
+
+
+def test_what_lies_there_is_meant_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("nanogpt").write_text("tensor_parallel: 2\n")
+    assert recipes.config_file("nanogpt") == "nanogpt"
+    assert from_command_line(["--config", "nanogpt"], "")[0].tensor_parallel == 2
+    assert ranks_of_a_model(["scripts/train.py", "--config", "nanogpt"]) == 2

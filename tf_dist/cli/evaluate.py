@@ -1,0 +1,116 @@
+"""Evaluate a trained model on held-out text: loss, perplexity, accuracy, bits per byte.
+
+    tf-dist evaluate               # the newest run, its held-out text
+    mpirun -np 2 tf-dist evaluate --run-dir runs/one     # faster
+    tf-dist evaluate --run-dir runs/one --data other.txt
+    tf-dist evaluate --data reviews.csv --text-column body
+
+Text is tokenized by the run's own tokenizer. The default is the text that training held out, even if the
+files have changed since.
+
+The last line is JSON. Exit codes: those of a training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+from tf_dist import progress, terminal
+from tf_dist.comm import launch, threads
+from tf_dist.data.registry import REGISTRY
+from tf_dist.errors import DataError
+from tf_dist.flags import Parser
+from tf_dist.invocation import program, spelled
+
+
+def main(argv: list[str]) -> int:
+    """Read the run, prepare the text, evaluate on all ranks; the exit code."""
+    terminal.tolerate_any_text()
+    if {"-h", "--help"} & set(argv):
+        launch.only_the_first_answers()
+        parse(argv)
+    comm = launch.join()
+    flags = parse(argv)
+    threads.set_threads(comm)
+    progress.begin(flags.progress, comm.rank == 0)
+    with progress.task("loading TensorFlow"):
+        threads.load_tensorflow()
+
+    from tf_dist.training import optimizers
+    from tf_dist.training.corpus import corpus_of_run, other_corpus
+    from tf_dist.training.load import load_run
+    from tf_dist.training.trainer import Trainer
+
+    say = terminal.write if comm.rank == 0 else (lambda line: True)
+    with progress.task("reading the checkpoint"):
+        run = load_run(flags.run_dir, say, flags.checkpoint, flags.model)
+    config = dataclasses.replace(run.config, prepared_dir=flags.prepared_dir or run.config.prepared_dir)
+    folder = Path(flags.run_dir)
+    if flags.data:
+        config = dataclasses.replace(
+            config,
+            data=tuple(flags.data),
+            text_column=flags.text_column or config.text_column,
+            errors=flags.errors or config.errors,
+        )
+        corpus = other_corpus(config, comm, REGISTRY, lambda line: None, folder)
+    else:
+        corpus = corpus_of_run(config, run.content_sha256, comm, REGISTRY, say, folder)
+    side = "train" if flags.data else "val"
+    if corpus.meta["tokens"][side] < 2:
+        raise DataError(
+            f"{'that text' if flags.data else 'the held-out text of the run'} has no two tokens: "
+            + ("give more text" if flags.data else "it was trained with --val-fraction 0. Use --data FILE")
+        )
+    trainer = Trainer(
+        run.model,
+        optimizers.build(config, run.model, 1),
+        comm,
+        global_batch_size=config.global_batch_size,
+        micro_batch_size=config.micro_batch_rows,
+        seq_len=config.seq_len,
+    )
+    tokens = corpus.train if flags.data else corpus.val
+    result = trainer.validate(tokens, corpus.meta["text_bytes"][side])
+    if comm.rank == 0:
+        what = " ".join(flags.data) if flags.data else "the held-out text of the run"
+        terminal.write(f"step {run.step}, {what}: {corpus.meta['tokens'][side]:,} tokens")
+        terminal.write(json.dumps({"step": run.step, **result}))
+    return 0
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The flags."""
+    parser = Parser(spelled(__doc__ or ""), "[--run-dir FOLDER] [--data PATH] [options]", program("evaluate"))
+    parser.add_argument(
+        "--run-dir", default="runs/latest", metavar="FOLDER", help="folder of the run [runs/latest]"
+    )
+    parser.add_argument(
+        "--checkpoint",
+        default="latest",
+        metavar="latest|best|PATH",
+        help="latest, best (by validation loss), or a path [latest]",
+    )
+    parser.add_argument(
+        "--model",
+        default="",
+        metavar="PACKAGE.MODULE:FUNCTION",
+        help="function that builds the model, if the run was trained with --model: name it again to run it",
+    )
+    parser.add_argument("--data", nargs="+", metavar="SOURCE", help="other text to evaluate on, all of it")
+    parser.add_argument(
+        "--text-column", metavar="COLUMN", help="text column of tables in --data [as in training]"
+    )
+    parser.add_argument(
+        "--errors",
+        choices=("strict", "replace"),
+        help="bytes of --data that are not UTF-8: stop, or U+FFFD [as in training]",
+    )
+    parser.add_argument(
+        "--prepared-dir", metavar="FOLDER", help="cache folder of tokenized data [as in training]"
+    )
+    parser.add_argument("--progress", choices=progress.KINDS, default="auto", help=progress.HELP)
+    return parser.parse_args(argv)

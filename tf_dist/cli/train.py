@@ -1,0 +1,226 @@
+"""Train a Keras language model on every MPI rank.
+
+    tf-dist train                    # one process, built-in corpus
+    mpirun -np 2 tf-dist train       # two ranks: same result, faster
+    mpirun -np 2 tf-dist train --data tinyshakespeare --steps 2000
+    mpirun -np 4 tf-dist train --config run.yaml --strategy master
+    mpirun -np 2 tf-dist train --model mine:build --data 'books/*'
+    mpirun -np 2 tf-dist train --run-dir runs/latest     # resume
+
+A run folder holds config.yaml, metrics.jsonl, status.json, tokenizer.json, checkpoints/, logs/ and
+loss.png. Rerun with the same --run-dir to resume; options not given come from its config.yaml.
+
+Exit codes: 0 done, 64 usage, 65 bad data, 69 backend missing, 70 a rank failed, 71 out of
+memory, 75 saved on a signal (rerun to resume), 76 not a number, 77 no usable checkpoint, 78 launch or
+configuration error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from tf_dist import progress, terminal
+from tf_dist.comm import launch, threads
+from tf_dist.comm.agree import agree, on_root, versions
+from tf_dist.comm.settings import settings
+from tf_dist.config import Config
+from tf_dist.data.registry import REGISTRY
+from tf_dist.flags import from_command_line, options_of_run, read_command_line, resolved
+from tf_dist.invocation import program, spelled
+from tf_dist.parallel.mesh import Mesh, data_ranks
+
+if TYPE_CHECKING:
+    from tf_dist.comm.base import Comm
+    from tf_dist.comm.signals import Signals
+    from tf_dist.data.prepared import Prepared
+    from tf_dist.training.begin_again import Deaths
+    from tf_dist.training.run import Foreword, RunFolder
+    from tf_dist.training.trainer import Trainer
+
+DEFAULT_STEPS = 400
+
+
+def main(argv: list[str]) -> int:
+    """Flags -> ranks -> data -> model -> training -> text; the exit code."""
+    terminal.tolerate_any_text()
+    if {"-h", "--help", "--print-config"} & set(argv):
+        answer(argv)
+    signals = launch.end_on_signals()
+    comm = launch.join()
+    config, of_run = options(argv, comm)
+    shown = progress.begin(config.progress, comm.rank == 0)
+    launch.on_failure(lambda code, message: progress.end())
+    agree(comm, {**config.as_dict(), **versions(), **settings()}, "the run")
+    threads.set_threads(comm, config.threads_per_rank)
+    comm = launch.use_backend(comm, config.backend)
+
+    from tf_dist.training.corpus import shared_corpus
+    from tf_dist.training.run import Foreword, check_folder
+
+    data_ranks(comm.size, *degrees(config))  # what does not fit is refused before anything is read
+    on_root(comm, lambda: check_folder(config))
+    launch.limit_stalls(config.stall_warn, config.stall_abort)
+    foreword = Foreword(comm)
+    if of_run:
+        foreword.say(f"options that are not given here are those of {config.run_dir}/config.yaml")
+    corpus = shared_corpus(
+        config, comm, REGISTRY, foreword.say, Path(config.run_dir) if config.run_dir else None
+    )
+    config = dataclasses.replace(config, vocab_size=corpus.tokenizer.vocab_size)
+    with progress.task("loading TensorFlow"):
+        threads.load_tensorflow()  # only now: a mistake in the flags or the data was said at once
+    from tf_dist.training.begin_again import in_spite_of_deaths
+    from tf_dist.training.neighbours import Neighbours
+
+    begin, together = partial(train, config, corpus, foreword, signals, shown), prod(degrees(config))
+    in_spite_of_deaths(comm, begin, config.min_ranks, together, Neighbours(foreword.say))
+    return 0
+
+
+def run_of(config: Config, foreword: Foreword, comm: Comm) -> RunFolder:
+    """The run folder, made as late as this: a start that fails leaves none."""
+    from tf_dist.training.run import RunFolder, choose_folder
+
+    if foreword.run is not None:  # ranks have died, and the others begin again
+        return foreword.run
+    run = RunFolder(choose_folder(config, comm), comm)
+    run.open(foreword)
+    launch.on_failure(lambda code, message: failed(run, code, message))
+    launch.limit_stalls(config.stall_warn, config.stall_abort, run.path / "logs")
+    return run
+
+
+def options(argv: list[str], comm: Comm) -> tuple[Config, bool]:
+    """What is asked for, and whether some of it stands in the config.yaml of a run that is gone on with."""
+    line = read_command_line(argv, spelled(__doc__ or ""), program("train"))
+    # Read by rank 0: a node with a disk of its own has no such file.
+    of_run = on_root(comm, lambda: options_of_run(line))
+    return resolved(line, of_run), bool(of_run)
+
+
+def failed(run: RunFolder, code: int, message: str) -> None:
+    """Leave the terminal and the run folder so that they tell why."""
+    progress.end()
+    run.failed(code, message)
+
+
+def answer(argv: list[str]) -> NoReturn:
+    """Answer --help and --print-config, once, without MPI and TensorFlow."""
+    launch.only_the_first_answers()
+    raise SystemExit(terminal.exit_code_of(lambda: _shown(argv)))
+
+
+def _shown(argv: list[str]) -> int:
+    config = from_command_line(argv, spelled(__doc__ or ""), program("train"))[0].as_yaml()
+    return 0 if terminal.write(config, end="") else terminal.CLOSED_PIPE
+
+
+def degrees(config: Config) -> tuple[int, int, int]:
+    """How many ranks share layers, the tokens of a row, and each layer."""
+    return config.pipeline_parallel, config.sequence_parallel, config.tensor_parallel
+
+
+def train(
+    config: Config,
+    corpus: Prepared,
+    foreword: Foreword,
+    signals: Signals,
+    shown: str,
+    comm: Comm,
+    deaths: Deaths,
+) -> None:
+    """Build what was asked for, resume, train, and leave text and a picture."""
+    from tf_dist.training import run_callbacks, stopping
+    from tf_dist.training.banner import banner
+    from tf_dist.training.job import Job
+    from tf_dist.training.progress import ShowSteps, display
+
+    mesh = Mesh(comm, *degrees(config))
+    steps = planned_steps(config, len(corpus.train))
+    trainer = trainer_for(config, mesh, steps)
+    run = run_of(config, foreword, comm)
+    config = dataclasses.replace(config, run_dir=str(run.path))
+    job = Job(config, comm, corpus, run, trainer, deaths)
+    job.resume()
+    with progress.task("trying how to compile the model"):
+        trainer.tuning.choose()
+    steps_per_epoch = trainer.sampler(trainer.sequences(corpus.train)).steps_per_epoch
+    run.say(banner(config, comm, corpus, trainer, steps, steps_per_epoch))
+    signals.finish(stopping.finish(trainer, run))
+    show = display(shown, steps, run.say)
+    show_steps = ShowSteps(show, lambda: trainer.step)
+    job.begin()
+
+    def fit() -> None:
+        trainer.fit(
+            corpus.train,
+            steps=steps,
+            validation=corpus.val if len(corpus.val) > 1 else None,
+            validation_bytes=corpus.meta["text_bytes"]["val"],
+            eval_every=config.eval_every,
+            callbacks=[
+                run_callbacks.LogRun(
+                    trainer, run, config.log_every, steps_per_epoch, job.tally, job.heard, show
+                ),
+                run_callbacks.SaveRun(
+                    trainer, config.save_every, job.save, job.finish, job.look, job.saved, job.is_elsewhere
+                ),
+                show_steps,
+                run_callbacks.KeepCopies(trainer, config.replicate * job.keeps_copies, job.keep_copies),
+            ],
+        )
+
+    with contextlib.closing(show_steps):
+        job.train(fit)
+    job.end(steps)
+
+
+def trainer_for(config: Config, mesh: Mesh, steps: int) -> Trainer:
+    """The model of a run, on its grid of ranks, and what trains it."""
+    from tf_dist.training import optimizers
+    from tf_dist.training.beginning import agree_on_weights
+    from tf_dist.training.model import model_for
+    from tf_dist.training.pipeline import options_of
+    from tf_dist.training.spikes import Spikes
+    from tf_dist.training.state_room import check_room
+    from tf_dist.training.trainer import Trainer
+
+    model = model_for(config, mesh)
+    agree_on_weights(model, mesh)
+    check_room(model, config, mesh)
+    return Trainer(
+        model,
+        optimizers.build(config, model, steps),
+        mesh.all,
+        config.chosen_strategy(),
+        global_batch_size=config.global_batch_size,
+        micro_batch_size=config.micro_batch_rows,
+        seq_len=config.seq_len,
+        clip_norm=config.clip_norm,
+        seed=config.seed,
+        check_every=config.check_every,
+        on_mismatch=config.on_mismatch,
+        allreduce=config.allreduce,
+        autotune=config.autotune,
+        xla=config.xla,
+        overlap=config.overlap,
+        chunk_bytes=config.chunk_bytes,
+        mesh=mesh,
+        min_ranks=config.min_ranks,
+        max_bad_steps=config.max_bad_steps,
+        spikes=Spikes(config.on_spike, config.spike_factor, config.spike_skip),
+        pipeline=options_of(config),
+    )
+
+
+def planned_steps(config: Config, tokens: int) -> int:
+    """Optimizer steps of the whole run: --steps, or --epochs in steps, or 400."""
+    if not config.epochs:
+        return config.steps or DEFAULT_STEPS
+    sequences = -(-(tokens - 1) // config.seq_len)
+    return config.epochs * -(-sequences // config.global_batch_size)
