@@ -58,7 +58,7 @@ def _over_ranks(make: Callable[..., Any], kind: str) -> Callable[..., Any]:
     def make_function(self: Any, force: bool = False) -> Any:
         session, known = session_of(self), getattr(self, name)
         over_ranks = session is not None and (kind == "train" or session.evaluation_is_shared)
-        if getattr(known, "_over_ranks", over_ranks) != over_ranks:
+        if known is not None and getattr(known, "_over_ranks", False) != over_ranks:
             force = True  # made for the other way of evaluating
         if not over_ranks or (known is not None and not force):
             return make(self, force)
