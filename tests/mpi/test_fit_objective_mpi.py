@@ -467,6 +467,73 @@ def test_an_objective_that_no_law_explains_is_refused(connected):
     assert (np.asarray(model.weights[0].value).reshape(-1) == before[0]).all()
 
 
+def test_a_dry_run_leaves_metrics_as_they_were(connected, everyone):
+    """Those that compile was given as objects have their variables before the model knows them."""
+    import keras
+
+    import tf_dist
+
+    def run(optimizer):
+        keras.utils.set_random_seed(1)
+        model = dense(activity_regularizer="l2")  # tried before the first step
+        recall = keras.metrics.Recall(thresholds=0.1, name="recall")
+        model.compile(optimizer, loss="mse", metrics=[recall, "mae"])
+        return model.fit(X, (Y > 0).astype("float32"), batch_size=G, verbose=0, shuffle=False).history
+
+    expected = of_one_process(lambda: run(keras.optimizers.SGD(0.01)))
+    found = run(tf_dist.distribute(keras.optimizers.SGD(0.01), connected))
+    assert found == {name: pytest.approx(values, rel=1e-5) for name, values in expected.items()}
+
+
+def test_a_small_term_that_adds_up_otherwise_is_not_taken_for_rounding(connected, everyone):
+    """A user's penalty, whose mean is each rank's own, beside a loss of Keras's; ranks have other rows."""
+    import keras
+
+    import tf_dist
+
+    class Penalized(keras.Model):
+        def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+            loss = super().compute_loss(x, y, y_pred, sample_weight, training)
+            return loss + 1e-3 * keras.ops.mean(keras.ops.square(y_pred))
+
+    def run(optimizer):
+        keras.utils.set_random_seed(1)
+        inputs = keras.Input((4,))
+        model = Penalized(inputs, keras.layers.Dense(2)(inputs))
+        model.compile(optimizer, loss="mse")
+        model.fit(X, 3 * Y, batch_size=N // 2, epochs=30, verbose=0, shuffle=False)
+        return [np.asarray(one.value) for one in model.weights]
+
+    expected = of_one_process(lambda: run(keras.optimizers.SGD(0.1)))
+    found = run(tf_dist.distribute(keras.optimizers.SGD(0.1), connected))
+    for one, other in zip(expected, found, strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-6)
+
+
+def test_two_outputs_and_as_many_rows_in_steps_of_several(connected, everyone):
+    """Keras takes a target of two rows for a list of two, where it knows the rows: not those of a rank."""
+    import keras
+
+    import tf_dist
+
+    def run(optimizer):
+        keras.utils.set_random_seed(1)
+        x = keras.Input((4,))
+        outputs = [keras.layers.Dense(2, name="a")(x), keras.layers.Dense(1, name="b")(x)]
+        model = keras.Model(x, outputs)
+        model.compile(optimizer, loss=["mse", "mae"], steps_per_execution=2)
+        rows = 2 * connected.size
+        model.fit(
+            X[: 2 * rows], [Y[: 2 * rows], Y[: 2 * rows, :1]], batch_size=rows, verbose=0, shuffle=False
+        )
+        return [np.asarray(one.value) for one in model.weights]
+
+    expected = of_one_process(lambda: run(keras.optimizers.SGD(0.1)))
+    found = run(tf_dist.distribute(keras.optimizers.SGD(0.1), connected))
+    for one, other in zip(expected, found, strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-6)
+
+
 def test_a_dry_run_that_fails_on_one_rank_alone_holds_up_nobody(connected, everyone):
     """By the first law, losses of all rows meet weights of this rank's: one row fits any number of them."""
     import keras

@@ -108,6 +108,7 @@ def _scoped(model: Any, step: Function, session: FitSession, training: bool) -> 
     @wraps(step)
     def scoped(data: Any) -> Any:
         data, rows = counted(data)
+        data = _of_any_rows(data)
         law = _law(session, training, own, data)
         scope = StepScope(session.reduction, law, training, data, rows, model)
         leaves = [leaf for leaf in tf.nest.flatten(data, expand_composites=True) if tf.is_tensor(leaf)]
@@ -125,6 +126,23 @@ def _scoped(model: Any, step: Function, session: FitSession, training: bool) -> 
                 return of_all_rows(logs, scope)
 
     return scoped
+
+
+def _of_any_rows(data: Any) -> Any:
+    """The same batch, whose number of rows is not known while a graph is traced.
+
+    Keras takes a target of as many rows as a model has outputs for a list of targets, where it knows how many
+    rows there are; this rank has others than one process.
+    """
+    if tf.executing_eagerly():
+        return data
+
+    def relaxed(leaf: Any) -> Any:
+        if not isinstance(leaf, tf.Tensor) or not leaf.shape.rank or leaf.shape[0] is None:
+            return leaf
+        return tf.compat.v1.placeholder_with_default(leaf, [None, *leaf.shape[1:]])
+
+    return tf.nest.map_structure(relaxed, data)
 
 
 def _law(session: FitSession, training: bool, own: bool, data: Any) -> Law:
