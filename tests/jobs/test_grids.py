@@ -93,7 +93,8 @@ def test_a_run_goes_on_with_another_grid(run_job, runs, small, tmp_path, first, 
 def test_text_from_a_grids_checkpoint(run_job, runs):
     written = run_job(1, "generate.py", "--run-dir", runs(8, "2x2x2"), "--prompt", "the ", "--tokens", 5)
     assert written.code == 0, written.output
-    assert written.output.startswith("the ")
+    # A machine that is busy shows progress first, on stderr.
+    assert [line for line in written.output.splitlines() if line.startswith("the ")], written.output
 
 
 def test_degrees_that_do_not_divide_the_ranks_are_refused_before_tensorflow(run_job, small, tmp_path):
