@@ -258,6 +258,12 @@ def of_one_process(train):
     return MPI.COMM_WORLD.bcast(result)
 
 
+def near(found, expected, atol):
+    """Weights are those that one process has."""
+    for one, other in zip(expected, found, strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-5, atol=atol)
+
+
 @pytest.mark.parametrize("case", SHOWN)
 def test_the_objective_is_that_of_one_process(connected, everyone, case):
     import keras
@@ -270,8 +276,7 @@ def test_the_objective_is_that_of_one_process(connected, everyone, case):
 
     expected, logs = of_one_process(lambda: trained(case, optimizer(), 1))
     found, found_logs = trained(case, tf_dist.distribute(optimizer(), connected), 1)
-    for one, other in zip(expected, found, strict=True):
-        np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-5)
+    near(found, expected, 1e-5)
     assert len(set(everyone(b"".join(one.tobytes() for one in found)))) == 1
     if case not in LOCAL_LOGS:
         for name, values in logs.items():
@@ -506,8 +511,7 @@ def test_a_small_term_that_adds_up_otherwise_is_not_taken_for_rounding(connected
 
     expected = of_one_process(lambda: run(keras.optimizers.SGD(0.1)))
     found = run(tf_dist.distribute(keras.optimizers.SGD(0.1), connected))
-    for one, other in zip(expected, found, strict=True):
-        np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-6)
+    near(found, expected, 1e-6)
 
 
 def test_two_outputs_and_as_many_rows_in_steps_of_several(connected, everyone):
@@ -530,8 +534,7 @@ def test_two_outputs_and_as_many_rows_in_steps_of_several(connected, everyone):
 
     expected = of_one_process(lambda: run(keras.optimizers.SGD(0.1)))
     found = run(tf_dist.distribute(keras.optimizers.SGD(0.1), connected))
-    for one, other in zip(expected, found, strict=True):
-        np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-6)
+    near(found, expected, 1e-6)
 
 
 def test_a_dry_run_that_fails_on_one_rank_alone_holds_up_nobody(connected, everyone):
@@ -564,8 +567,7 @@ def test_a_dry_run_that_fails_on_one_rank_alone_holds_up_nobody(connected, every
 
     expected = of_one_process(lambda: run(keras.optimizers.SGD(0.01)))
     found = run(tf_dist.distribute(keras.optimizers.SGD(0.01), connected))
-    for one, other in zip(expected, found, strict=True):
-        np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-5)
+    near(found, expected, 1e-5)
 
 
 def test_dropout_is_another_on_each_rank(connected, everyone):

@@ -19,6 +19,7 @@ import json
 from pathlib import Path
 
 from tf_dist import progress, terminal
+from tf_dist.cli.run_flags import add_run_flags
 from tf_dist.comm import launch, threads
 from tf_dist.data.registry import REGISTRY
 from tf_dist.errors import DataError
@@ -85,21 +86,7 @@ def main(argv: list[str]) -> int:
 def parse(argv: list[str]) -> argparse.Namespace:
     """The flags."""
     parser = Parser(spelled(__doc__ or ""), "[--run-dir FOLDER] [--data PATH] [options]", program("evaluate"))
-    parser.add_argument(
-        "--run-dir", default="runs/latest", metavar="FOLDER", help="folder of the run [runs/latest]"
-    )
-    parser.add_argument(
-        "--checkpoint",
-        default="latest",
-        metavar="latest|best|PATH",
-        help="latest, best (by validation loss), or a path [latest]",
-    )
-    parser.add_argument(
-        "--model",
-        default="",
-        metavar="PACKAGE.MODULE:FUNCTION",
-        help="function that builds the model, if the run was trained with --model: name it again to run it",
-    )
+    add_run_flags(parser)
     parser.add_argument("--data", nargs="+", metavar="SOURCE", help="other text to evaluate on, all of it")
     parser.add_argument(
         "--text-column", metavar="COLUMN", help="text column of tables in --data [as in training]"

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from itertools import chain, islice
 
 from tf_dist import progress, terminal
+from tf_dist.cli.run_flags import add_run_flags
 from tf_dist.comm import threads
 from tf_dist.comm.base import SerialComm
 from tf_dist.flags import Parser
@@ -82,21 +83,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(
         spelled(__doc__ or ""), "[--run-dir FOLDER] [--prompt TEXT] [options]", program("generate")
     )
-    parser.add_argument(
-        "--run-dir", default="runs/latest", metavar="FOLDER", help="folder of the run [runs/latest]"
-    )
-    parser.add_argument(
-        "--checkpoint",
-        default="latest",
-        metavar="latest|best|PATH",
-        help="latest, best (by validation loss), or a path [latest]",
-    )
-    parser.add_argument(
-        "--model",
-        default="",
-        metavar="PACKAGE.MODULE:FUNCTION",
-        help="function that builds the model, if the run was trained with --model: name it again to run it",
-    )
+    add_run_flags(parser)
     parser.add_argument(
         "--prompt", metavar="TEXT", help="text to continue [a new line, or the start of a text]"
     )

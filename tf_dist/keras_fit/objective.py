@@ -102,7 +102,7 @@ def decided(model: Any, step: Step, data: Any, session: FitSession) -> Law:
     closest = min(range(len(LAWS)), key=tried.__getitem__)
     if tried[closest] <= _tolerance(model):
         return LAWS[closest]
-    raise UsageError(_refusal(model, min(tried), failures))
+    raise UsageError(_refusal(model, tried[closest], failures))
 
 
 def _rows_to_try(model: Any, ranks: int) -> int:
@@ -165,8 +165,7 @@ def _tried(model: Any, step: Step, scope: StepScope) -> Gradients:
     with _put_back(model), _eagerly(), rank_randomness.none(), deferred_starts(), entered(scope):
         step(scope.data)
         for optimizer, variables, grads in scope.captured or []:
-            names = [name_of(variable) for variable in variables]
-            means = scope.reduction.mean(by_law(grads, scope), names)
+            means = scope.reduction.mean(by_law(grads, scope), [name_of(variable) for variable in variables])
             name = type(optimizer).__name__
             for variable, mean in zip(variables, means, strict=True):
                 value = None if mean is None else np.asarray(tf.convert_to_tensor(mean))

@@ -77,7 +77,7 @@ class StepScope:
     def share(self) -> tuple[Any, Any]:
         """The part B / G of the rows that this rank has, () float32, and whether it is above 0."""
         if self._rows is None:
-            rows = tf.cast(rows_of(self.data) if self.rows is None else self.rows, tf.float32)
+            rows = tf.cast(self._counting(), tf.float32)
             (everyone,) = self.reduction.sums([rows], "the count of rows")
             self._rows = tf.math.divide_no_nan(rows, everyone), rows > 0
         return self._rows
@@ -85,7 +85,10 @@ class StepScope:
     @property
     def any_rows(self) -> Any:
         """Whether rows of this rank count, () bool."""
-        return (rows_of(self.data) if self.rows is None else self.rows) > 0
+        return self._counting() > 0
+
+    def _counting(self) -> Any:
+        return rows_of(self.data) if self.rows is None else self.rows
 
     def that_count(self, tensor: Any) -> Any:
         """The rows of a tensor (B, ...) that count: all or none."""
