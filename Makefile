@@ -17,7 +17,7 @@ TEST_TIMEOUT ?= 1500
 
 # `make test-fast`: all that needs no TensorFlow, and of real ranks what each update, ZeRO and `fit` stand on.
 FAST_PURE := $(wildcard tests/test_*.py) tests/comm tests/data tests/parallel
-FAST_MPI := $(addprefix tests/mpi/test_,comm_contract.py node_mpi.py beginning_mpi.py training_mpi.py zero_mpi.py)
+FAST_MPI := $(addprefix tests/mpi/test_,comm_contract.py shared_memory_mpi.py preflight_mpi.py training_mpi.py zero_mpi.py)
 # What `make docs` needs besides: the extra `docs` of setup.cfg.
 DOCS = $(shell sed -n '/^docs =/,/^[^ ]/s/^ \+//p' setup.cfg | sed 's/.*/"&"/')
 
@@ -45,7 +45,7 @@ test: install lint test-pure test-mpi-1 test-mpi-2 test-mpi-3 test-mpi-4 test-jo
 
 test-fast: install lint ## what to run while you work, some 3 minutes: lint, pure tests, a core of real ranks
 	$(PY) -m pytest $(FAST_PURE) -n auto --maxprocesses 4
-	$(RUN) timeout -k 10 $(TEST_TIMEOUT) $(MPIRUN) -np 2 $(MPIFLAGS) $(PY) -m pytest --color=no $(FAST_MPI)
+	$(RUN) TF_DIST_TESTS=all timeout -k 10 $(TEST_TIMEOUT) $(MPIRUN) -np 2 $(MPIFLAGS) $(PY) -m pytest --color=no $(FAST_MPI)
 
 test-pure: install ## tests without MPI, on all cores
 	$(PY) -m pytest tests --ignore tests/mpi --ignore tests/jobs -n auto --maxprocesses 4

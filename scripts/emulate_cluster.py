@@ -34,7 +34,7 @@ from typing import Any
 
 from tf_dist.errors import BackendMissing, LaunchError, TfDistError, UsageError
 from tf_dist.flags import Parser
-from tf_dist.restarts import own_mpirun
+from tf_dist.ops.supervisor import own_mpirun
 
 INSIDE = "--inside"
 # One process tree that ends with its first process, and a network and mounts that nobody else sees.

@@ -65,7 +65,12 @@ def command_of(tests: str) -> list[str]:
 
 def verdict(tests: str, folder: Path) -> tuple[str, str]:
     """Run tests on a copy: "passed", "failed", "hung" or "no verdict"; and what failed first, or why."""
-    environment = {**os.environ, "PYTHONPATH": str(folder), "TMPDIR": str(folder / "tmp")}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(folder),
+        "TMPDIR": str(folder / "tmp"),
+        "TF_DIST_TESTS": "all",
+    }
     (folder / "tmp").mkdir(exist_ok=True)
     sourced = ["bash", "-c", 'source scripts/mpi_environment.sh && exec "$@"', "bash", *command_of(tests)]
     process = subprocess.Popen(

@@ -4,69 +4,74 @@ from mutant import Mutant
 
 COMM, PARALLEL, TRAINING = "tf_dist/comm", "tf_dist/parallel", "tf_dist/training"
 STRATEGIES = "tf_dist/strategies"
-CONTRACT, NODE = "np 2: tests/mpi/test_comm_contract.py", "np 2: tests/mpi/test_node_mpi.py"
+CONTRACT, NODE = "np 2: tests/mpi/test_comm_contract.py", "np 2: tests/mpi/test_shared_memory_mpi.py"
 ZERO, PIPELINE = "np 2: tests/mpi/test_zero_mpi.py", "np 2: tests/mpi/test_pipeline_mpi.py"
-TREE, SCHEDULE, COMPRESS = (f"tests/parallel/test_{name}.py" for name in ("tree", "schedule", "compress"))
+TREE, SCHEDULE, COMPRESS = (
+    f"tests/parallel/test_{name}.py" for name in ("reduction_tree", "pipeline_schedules", "compress")
+)
 SYNCHRONOUS, LOCAL_SGD, ASYNCHRONOUS = (
     f"tests/strategies/test_{name}.py" for name in ("synchronous", "local_sgd", "asynchronous")
 )
+
+OBJECTIVE = "np 3: tests/mpi/test_fit_objective_mpi.py"
 
 # fmt: off
 OF_RANKS = (
     # Transport ------------------------------------------------------------------------------------------
     Mutant(
-        "additions-backwards", f"{COMM}/sums.py",
+        "additions-backwards", "tf_dist/comm/transport/reduction_order.py",
         "        for i, j in additions:", "        for i, j in reversed(additions):",
         "sums of several ranks are not those of the tree", (TREE,),
-        caught_by="test_tree.py::test_any_ranks_make_the_additions_of_one",
+        caught_by="test_reduction_tree.py::test_any_ranks_make_the_additions_of_one",
     ),
     Mutant(
-        "slice-not-copied", f"{COMM}/exchange.py",
+        "slice-not-copied", "tf_dist/comm/transport/pipelined_allreduce.py",
         "if total.ctypes.data != target.ctypes.data:", "if total.ctypes.data == target.ctypes.data:",
         "the slice that a rank has added is not the one it sends", (CONTRACT,),
         caught_by="np 2: test_comm_contract.py::test_terms_are_added_in_the_order_of_one_rank",
     ),
     Mutant(
-        "window-never-turns", f"{COMM}/node.py",
+        "window-never-turns", "tf_dist/comm/transport/shared_memory.py",
         "        self._turn = 1 - self._turn", "        self._turn = self._turn",
         "a fast rank writes the terms of the next step over a sum that others still read", (NODE,),
-        caught_by="np 2: test_node_mpi.py::test_the_bits_of_one_rank",
+        caught_by="np 2: test_shared_memory_mpi.py::test_the_bits_of_one_rank",
     ),
     Mutant(
-        "squares-of-other-blocks", f"{COMM}/node.py",
+        "squares-of-other-blocks", "tf_dist/comm/transport/shared_memory.py",
         "part, at = parts[self._result], first + start // SQUARES_BLOCK",
         "part, at = parts[self._result], start // SQUARES_BLOCK",
         "all ranks of a node write their sums of squares to the first one's place", (NODE,),
-        caught_by="np 2: test_node_mpi.py::test_the_bits_of_one_rank",
+        caught_by="np 2: test_shared_memory_mpi.py::test_the_bits_of_one_rank",
     ),
     Mutant(
-        "reduced-to-rank-0", f"{COMM}/mpi.py",
+        "reduced-to-rank-0", "tf_dist/comm/transport/mpi.py",
         "parts = [whole if r == root else nothing for r in range(self.size)]",
         "parts = [whole if r == 0 else nothing for r in range(self.size)]",
         "a reduction goes to rank 0, whoever is its root", (CONTRACT,),
     ),
     Mutant(
-        "broadcast-from-0", f"{COMM}/mpi.py",
+        "broadcast-from-0", "tf_dist/comm/transport/mpi.py",
         "self._mpi.Bcast(part, root=root)", "self._mpi.Bcast(part, root=0)",
         "a broadcast comes from rank 0, whoever is its root", (CONTRACT,),
     ),
     Mutant(
-        "order-of-two-not-compared", f"{COMM}/debug.py",
+        "order-of-two-not-compared", "tf_dist/comm/runtime/collective_order.py",
         "if len(set(everyone)) > 1:", "if len(set(everyone)) > 2:",
-        "TF_DIST_DEBUG lets two ranks be in different collectives", ("np 2: tests/mpi/test_sentinel_mpi.py",),
+        "TF_DIST_DEBUG lets two ranks be in different collectives",
+        ("np 2: tests/mpi/test_consistency_check_mpi.py",),
     ),
     Mutant(
-        "calls-not-counted", f"{COMM}/base.py",
+        "calls-not-counted", "tf_dist/comm/transport/base.py",
         "        self.calls += 1\n", "        self.calls += 0\n",
         "a collective that one rank leaves out is not found", (CONTRACT,),
     ),
     # Updates --------------------------------------------------------------------------------------------
     Mutant(
-        "tree-in-halves", f"{PARALLEL}/tree.py",
+        "tree-in-halves", "tf_dist/parallel/reduction_tree.py",
         "middle = node.start + (1 << ((len(node) - 1).bit_length() - 1))",
         "middle = node.start + (len(node) + 1) // 2",
         "ranks add in another order than one rank does", (TREE,),
-        caught_by="test_tree.py::test_any_ranks_make_the_additions_of_one",
+        caught_by="test_reduction_tree.py::test_any_ranks_make_the_additions_of_one",
     ),
     Mutant(
         "no-clipping", f"{PARALLEL}/totals.py",
@@ -121,7 +126,7 @@ OF_RANKS = (
     ),
     Mutant(
         "no-error-feedback", f"{PARALLEL}/compress.py",
-        "        gradient += self.residual\n", "        gradient += 0.0 * self.residual\n",
+        "np.add(gradient, self.residual, out=out)", "np.add(gradient, 0.0 * self.residual, out=out)",
         "what was not sent is lost", (COMPRESS,),
         caught_by="test_compress.py::test_what_is_not_sent_stays",
     ),
@@ -138,10 +143,11 @@ OF_RANKS = (
         caught_by="test_asynchronous.py::test_gossip_changes_no_mean",
     ),
     Mutant(
-        "staler-by-one", f"{PARALLEL}/dealing.py",
+        "staler-by-one", "tf_dist/parallel/work_queue.py",
         "unit.step - self.done > self.staleness", "unit.step - self.done > self.staleness + 1",
-        "Downpour's workers may be a batch further ahead than was said", ("tests/parallel/test_dealing.py",),
-        caught_by="test_dealing.py::test_every_unit_once_and_nobody_too_far_ahead",
+        "Downpour's workers may be a batch further ahead than was said",
+        ("tests/parallel/test_work_queue.py",),
+        caught_by="test_work_queue.py::test_every_unit_once_and_nobody_too_far_ahead",
     ),
     # ZeRO -----------------------------------------------------------------------------------------------
     Mutant(
@@ -150,48 +156,49 @@ OF_RANKS = (
         "two ranks never take over each other's shards", (ZERO,),
     ),
     Mutant(
-        "shards-all-from-rank-0", f"{TRAINING}/sharded.py",
+        "shards-all-from-rank-0", "tf_dist/zero/sharded_replica.py",
         "comm.broadcast(room[start - first : stop - first], owner)",
         "comm.broadcast(room[start - first : stop - first], 0)",
         "weights of another owner's shard are spread by rank 0", (ZERO,),
     ),
     Mutant(
-        "decay-inverted", f"{TRAINING}/shard_step.py",
+        "decay-inverted", "tf_dist/zero/sharded_optimizer.py",
         "if not decays[one.number]]", "if decays[one.number]]",
-        "a sharded optimizer decays biases and spares matrices", ("tests/training/test_shard_step.py",),
-        caught_by="test_shard_step.py::test_shards_have_the_bits_of_whole_variables",
+        "a sharded optimizer decays biases and spares matrices", ("tests/zero/test_sharded_optimizer.py",),
+        caught_by="test_sharded_optimizer.py::test_shards_have_the_bits_of_whole_variables",
     ),
     Mutant(
-        "parts-not-restored", f"{TRAINING}/sharded.py",
-        "        self.optimizer_step.take_parts()  #", "        #",
+        "parts-not-restored", "tf_dist/zero/sharded_replica.py",
+        "        self.optimizer_step.copy_from_model()  #", "        #",
         "after a resume a shard's ends are those of the first weights", (ZERO,),
     ),
     Mutant(
-        "blocks-of-a-run-shifted", f"{PARALLEL}/norms.py",
+        "blocks-of-a-run-shifted", "tf_dist/parallel/global_norm.py",
         "skip = start + first * SQUARES_BLOCK - whole", "skip = start",
-        "the norm of divided gradients takes other blocks than one rank", ("tests/parallel/test_norms.py",),
-        caught_by="test_norms.py::test_what_is_not_finite_stays_so",
+        "the norm of divided gradients takes other blocks than one rank",
+        ("tests/parallel/test_global_norm.py",),
+        caught_by="test_global_norm.py::test_what_is_not_finite_stays_so",
     ),
     # Pipelines and tensor parallelism -------------------------------------------------------------------
     Mutant(
-        "weights-put-off-too-long", f"{PARALLEL}/schedule.py",
+        "weights-put-off-too-long", "tf_dist/parallel/pipeline_schedules.py",
         "late = min(rank, limit - ahead)", "late = rank",
         "zero-bubble keeps more micro-batches than it may", (SCHEDULE,),
-        caught_by="test_schedule.py::test_every_grid_runs_to_its_end",
+        caught_by="test_pipeline_schedules.py::test_every_grid_runs_to_its_end",
     ),
     Mutant(
-        "tags-meet", f"{PARALLEL}/schedule.py",
+        "tags-meet", "tf_dist/parallel/pipeline_schedules.py",
         "return 2 * self.chunk + (self.kind == B)", "return self.chunk + (self.kind == B)",
         "messages of two boundaries have one tag", (SCHEDULE,),
-        caught_by="test_schedule.py::test_every_grid_runs_to_its_end",
+        caught_by="test_pipeline_schedules.py::test_every_grid_runs_to_its_end",
     ),
     Mutant(
-        "tied-gradient-of-one-rank", f"{TRAINING}/pipeline.py",
+        "tied-gradient-of-one-rank", "tf_dist/pipeline/runner.py",
         "            for rank in ranks[1:]:", "            for rank in ranks[2:]:",
         "a tied table gets the gradient of the first stage alone", (PIPELINE,),
     ),
     Mutant(
-        "dropout-by-place", f"{TRAINING}/pipeline.py",
+        "dropout-by-place", "tf_dist/pipeline/runner.py",
         "self.replica.random_states((self._step, batch.number))",
         "self.replica.random_states((self._step, i))",
         "pipelines beside each other draw one mask", ("np 4: tests/mpi/test_pipeline_mpi.py",),
@@ -199,6 +206,23 @@ OF_RANKS = (
     Mutant(
         "losses-count-twice", f"{PARALLEL}/mesh.py",
         " and self.at[TENSOR] == 0", "",
-        "each tensor-parallel rank counts the loss", ("np 2: tests/mpi/test_tensor_mpi.py",),
+        "each tensor-parallel rank counts the loss", ("np 2: tests/mpi/test_tensor_parallel_mpi.py",),
+    ),
+    # model.fit ------------------------------------------------------------------------------------------
+    Mutant(
+        "metrics-of-own-rows", "tf_dist/keras_fit/user_metrics.py",
+        "    return own or is_users_code(function) or", "    return own or",
+        "a metric function that divides by a count is averaged over ranks", (OBJECTIVE,),
+    ),
+    Mutant(
+        "laws-where-all-is-zero", "tf_dist/keras_fit/objective.py",
+        "    moved = True\n", "    moved = False\n",
+        "a penalty that vanishes in the dry run is weighed by ranks", (OBJECTIVE,),
+    ),
+    Mutant(
+        "residual-not-folded", f"{STRATEGIES}/compressed_sum.py",
+        "        self._folded = False\n        measured", "        measured",
+        "a checkpoint keeps what rank 0 has not sent, and forgets the others",
+        ("np 3: tests/mpi/test_compress_mpi.py",),
     ),
 )

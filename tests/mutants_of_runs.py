@@ -3,8 +3,8 @@
 from mutant import Mutant
 
 TRAINING, FIT = "tf_dist/training", "tf_dist/keras_fit"
-CHECKPOINT, SAVING = "tests/training/test_checkpoint.py", "tests/training/test_saving.py"
-IN_PLACE, AGAIN = "tests/training/test_in_place.py", "tests/training/test_begin_again.py"
+CHECKPOINT, SAVING = "tests/checkpoint/test_store.py", "tests/training/test_checkpoint_manager.py"
+IN_PLACE, AGAIN = "tests/training/test_in_place_recovery.py", "tests/training/test_restart.py"
 TRAINER, SAMPLER = "tests/training/test_trainer.py", "tests/data/test_sampler.py"
 FITS, OBJECTIVE = "np 2: tests/mpi/test_fit_mpi.py", "np 2: tests/mpi/test_fit_objective_mpi.py"
 CALLBACKS, TRAININGS = "np 2: tests/mpi/test_callbacks_mpi.py", "np 2: tests/mpi/test_training_mpi.py"
@@ -13,118 +13,119 @@ CALLBACKS, TRAININGS = "np 2: tests/mpi/test_callbacks_mpi.py", "np 2: tests/mpi
 OF_RUNS = (
     # Checkpoints ----------------------------------------------------------------------------------------
     Mutant(
-        "sums-not-compared", f"{TRAINING}/checkpoint.py",
+        "sums-not-compared", "tf_dist/checkpoint/store.py",
         'if there != entry["bytes"] or crc != entry["crc32"]:', 'if there != entry["bytes"]:',
         "a damaged checkpoint is taken for a sound one", (CHECKPOINT,),
-        caught_by="test_checkpoint.py::test_newest_walks_back_to_the_last_sound_one",
+        caught_by="test_store.py::test_newest_walks_back_to_the_last_sound_one",
     ),
     Mutant(
-        "overlaps-in-shards", f"{TRAINING}/manifest.py",
+        "overlaps-in-shards", "tf_dist/checkpoint/manifest.py",
         "offset != ends.get(file, 0)", "offset > ends.get(file, 0)",
         "a manifest may name bytes of a shard twice, and others never", (CHECKPOINT,),
-        caught_by="test_checkpoint.py::test_hostile_manifests",
+        caught_by="test_store.py::test_hostile_manifests",
     ),
     Mutant(
-        "manifest-unsorted", f"{TRAINING}/shards.py",
+        "manifest-unsorted", "tf_dist/checkpoint/shards.py",
         "for _, entry in sorted(numbered, key=lambda one: int(one[0]))]", "for _, entry in numbered]",
         "tensors stand in the order of those who wrote them", (CHECKPOINT,),
-        caught_by="test_checkpoint.py::test_it_does_not_matter_how_many_have_written",
+        caught_by="test_store.py::test_it_does_not_matter_how_many_have_written",
     ),
     Mutant(
-        "one-too-few-kept", f"{TRAINING}/checkpoint.py",
-        "if _step_of(path) <= step][:-keep]:", "if _step_of(path) <= step][: 1 - keep or None]:",
+        "one-too-few-kept", "tf_dist/checkpoint/store.py",
+        "if step_of(path) <= step][:-keep]:", "if step_of(path) <= step][: 1 - keep or None]:",
         "one checkpoint too many is removed", (CHECKPOINT,),
-        caught_by="test_checkpoint.py::test_prune_keeps_the_newest_and_removes_what_is_half_written",
+        caught_by="test_store.py::test_prune_keeps_the_newest_and_removes_what_is_half_written",
     ),
     Mutant(
-        "copies-overlap", f"{TRAINING}/saving.py",
+        "copies-overlap", "tf_dist/training/checkpoint_manager.py",
         "            offset += tensor.nbytes\n", "            offset += 0\n",
         "copies of what is saved lie in one place", (SAVING,),
-        caught_by="test_saving.py::test_what_is_saved_is_of_its_moment",
+        caught_by="test_checkpoint_manager.py::test_what_is_saved_is_of_its_moment",
     ),
     Mutant(
-        "tokens-forgotten", f"{TRAINING}/state.py",
-        'trainer.resume_counting(facts["tokens"])', "trainer.resume_counting(0)",
+        "tokens-forgotten", "tf_dist/training/train_state.py",
+        'self.count_from(saved["tokens"])', "self.count_from(0)",
         "a resumed run counts its tokens anew", (TRAININGS,),
     ),
     Mutant(
-        "first-part-for-all", f"{TRAINING}/whole.py",
-        "piece.write(part.reshape(-1)[piece.start : piece.stop])",
-        "piece.write(part.reshape(-1)[: piece.stop - piece.start])",
+        "first-part-for-all", "tf_dist/checkpoint/sharded_state.py",
+        "values = part.reshape(-1)[piece.start : piece.stop]",
+        "values = part.reshape(-1)[: piece.stop - piece.start]",
         "a resumed shard takes the beginning of a tensor for its own part",
         ("np 2: tests/mpi/test_zero_mpi.py",),
     ),
     Mutant(
-        "parts-that-nobody-waits-for", f"{TRAINING}/whole.py",
+        "parts-that-nobody-waits-for", "tf_dist/checkpoint/sharded_state.py",
         "entry.given = all_of_it or entry.given", "entry.given = entry.given or all_of_it",
         "saving a tied weight's divided state sends parts that nobody takes",
-        ("tests/training/test_whole.py",),
-        caught_by="test_whole.py::test_a_tensor_that_one_rank_has_and_others_have_in_parts",
+        ("tests/checkpoint/test_sharded_state.py",),
+        caught_by="test_sharded_state.py::test_a_tensor_that_one_rank_has_and_others_have_in_parts",
     ),
     # Recovery -------------------------------------------------------------------------------------------
     Mutant(
-        "behind-without-state", f"{TRAINING}/in_place.py",
+        "behind-without-state", "tf_dist/training/in_place_recovery.py",
         "        if min(steps) < max(steps):", "        if min(steps) > max(steps):",
         "after a death a rank that is a step behind keeps its old weights", (IN_PLACE,),
-        caught_by="test_in_place.py::test_who_is_behind_takes_over_all_that_a_step_has_changed",
+        caught_by="test_in_place_recovery.py::test_who_is_behind_takes_over_all_that_a_step_has_changed",
     ),
     Mutant(
-        "nothing-shared-anew", f"{TRAINING}/in_place.py",
-        "        trainer.share_anew()\n", "",
+        "nothing-shared-anew", "tf_dist/training/in_place_recovery.py",
+        "        self._redistribute()\n", "",
         "nobody takes over the micro-batches of a rank that has died", (IN_PLACE,),
-        caught_by="test_in_place.py::test_a_phase_is_begun_again_together",
+        caught_by="test_in_place_recovery.py::test_a_phase_is_begun_again_together",
     ),
     Mutant(
-        "too-few-go-on", f"{TRAINING}/begin_again.py",
+        "too-few-go-on", "tf_dist/training/restart.py",
         "        if comm.size < min_ranks:", "        if comm.size < min_ranks - 1:",
         "a run goes on with fewer ranks than --min-ranks", (AGAIN, IN_PLACE),
-        caught_by="test_begin_again.py::test_too_few_are_left",
+        caught_by="test_restart.py::test_too_few_are_left",
     ),
     Mutant(
-        "half-a-copy", f"{TRAINING}/neighbours.py",
+        "half-a-copy", "tf_dist/training/in_memory_checkpoint.py",
         "whole = [when for when in found if owners[when] <= set(found[when].holder_of)]",
         "whole = list(found)",
-        "copies in memory of which a part is lost are gone on from", ("tests/training/test_neighbours.py",),
-        caught_by="test_neighbours.py::test_a_rank_and_who_has_its_copy",
+        "copies in memory of which a part is lost are gone on from",
+        ("tests/training/test_in_memory_checkpoint.py",),
+        caught_by="test_in_memory_checkpoint.py::test_a_rank_and_who_has_its_copy",
     ),
     Mutant(
-        "bad-steps-add-up", f"{TRAINING}/trainer.py",
-        "            self.bad.in_a_row = 0\n", "            self.bad.in_a_row += 0\n",
+        "bad-steps-add-up", f"{TRAINING}/nonfinite_gradients.py",
+        "            state.skipped.in_a_row = 0\n", "            state.skipped.in_a_row += 0\n",
         "skipped steps with good ones between them end a run", (TRAINER,),
         caught_by="test_trainer.py::test_a_bad_step_uses_up_its_batch_and_changes_nothing",
     ),
     Mutant(
-        "spike-taken-again", f"{TRAINING}/spikes.py",
-        "first = self.batch_of(spike - 1) + 1 + self.skip", "first = self.batch_of(spike - 1) + self.skip",
-        "after a roll-back one batch too few is passed over", ("tests/training/test_spikes.py",),
-        caught_by="test_spikes.py::test_batches_that_are_passed_over",
+        "spike-taken-again", "tf_dist/training/loss_spikes.py",
+        "batch_of(spike - 1) + 1 + self.skip", "batch_of(spike - 1) + self.skip",
+        "after a roll-back one batch too few is passed over", ("tests/training/test_loss_spikes.py",),
+        caught_by="test_loss_spikes.py::test_batches_that_are_passed_over",
     ),
     Mutant(
-        "restored-from-whoever-differs", f"{TRAINING}/sentinel.py",
-        "for rank in group if rank not in found.astray)", "for rank in group if rank in found.astray)",
+        "restored-from-whoever-differs", "tf_dist/training/consistency_check.py",
+        "for rank in group if rank not in found.outvoted)", "for rank in group if rank in found.outvoted)",
         "the rank that differs is the one that the others are restored from",
-        ("tests/training/test_sentinel.py", "np 3: tests/mpi/test_sentinel_mpi.py"),
+        ("tests/training/test_consistency_check.py", "np 3: tests/mpi/test_consistency_check_mpi.py"),
     ),
     # Callbacks ------------------------------------------------------------------------------------------
     Mutant(
-        "only-rank-0-stops", f"{TRAINING}/callback_list.py",
+        "only-rank-0-stops", "tf_dist/keras_callbacks/callback_list.py",
         "shared[0] = self._held_back or self.model.stop_training",
         "shared[0] = self.comm.rank == 0 and self.model.stop_training",
         "a wish to stop of another rank than the first is not heard", (CALLBACKS,),
     ),
     Mutant(
-        "all-ranks-write", f"{TRAINING}/callback_list.py",
+        "all-ranks-write", "tf_dist/keras_callbacks/callback_list.py",
         "if comm.rank == 0 or not is_writer(one)]", "if comm.rank >= 0 or not is_writer(one)]",
         "every rank writes the files of callbacks", (CALLBACKS,),
     ),
     Mutant(
-        "row-not-weighed", f"{TRAINING}/run_callbacks.py",
+        "row-not-weighed", "tf_dist/training/train_state.py",
         "self.loss_sum += loss * tokens", "self.loss_sum += loss",
         "the loss of a row of metrics is not the mean over its tokens",
-        ("tests/training/test_run_callbacks.py",),
+        ("tests/run/test_run_callbacks.py",),
     ),
     Mutant(
-        "epoch-not-weighed", f"{TRAINING}/fit.py",
+        "epoch-not-weighed", "tf_dist/training/loop.py",
         'sums[name] += logs[name] * logs["tokens"]', "sums[name] += logs[name]",
         "the loss of an epoch is not the mean over its tokens", (TRAINER,),
         caught_by="test_trainer.py::test_the_loss_of_an_epoch_is_weighed_by_tokens",
@@ -157,7 +158,7 @@ OF_RUNS = (
     # model.fit ------------------------------------------------------------------------------------------
     Mutant(
         "sum-for-mean", f"{FIT}/gradient_reduction.py",
-        "            buffer_P /= self.comm.size\n", "",
+        "np.divide(total_P, self.comm.size, out=buffer_P)", "np.copyto(buffer_P, total_P)",
         "model.fit steps with the sum of all ranks' gradients", (FITS,),
     ),
     Mutant(
@@ -191,7 +192,7 @@ OF_RUNS = (
     Mutant(
         "compared-too-seldom", f"{FIT}/fit_consistency.py",
         "(step < EVERY_STEPS and step & (step - 1) == 0)", "(step < EVERY_STEPS and step & (step + 1) == 0)",
-        "ranks of model.fit are compared after other steps than is said", ("tests/training/test_laws.py",),
+        "ranks of model.fit are compared after other steps than is said", ("tests/keras_fit/test_laws.py",),
         caught_by="test_laws.py::test_when_the_state_is_compared",
     ),
     Mutant(

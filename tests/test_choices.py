@@ -61,7 +61,7 @@ def test_an_option_of_another_strategy_is_refused(name):
         ({"strategy": "downpour", "staleness": -1}, "at least 0"),
         ({"strategy": "downpour", "tensor_parallel": 2}, "a worker has the whole model"),
         ({"strategy": "downpour", "backend": "horovod"}, "use backend mpi"),
-        ({"strategy": "master", "compression": "bf16"}, "only sums of strategy allreduce"),
+        ({"strategy": "master", "compression": "bf16"}, "only sums of strategies allreduce"),
         ({"compression": "topk", "pipeline_parallel": 2}, "pipeline_parallel 2"),
         ({"compression": "topk", "compression_density": 1.5}, "at most 1"),
         ({"compression": "topk", "compression_density": 0.0}, "a share above 0"),

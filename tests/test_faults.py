@@ -71,7 +71,7 @@ def test_nothing_armed_is_nothing_done():
     faults.begin(1, [])
     faults.at("save")
     terms = [np.ones(3, np.float32)]
-    faults.spoil(terms)
+    faults.inject_nan(terms)
     assert faults.said() == "" and terms[0].tolist() == [1, 1, 1]
 
 
@@ -113,13 +113,13 @@ def test_nan_is_put_into_one_element_the_same_one_where_a_step_is_taken_again():
     for step in (1, 2, 3, 4, 2):
         terms = [np.ones(50, np.float32), np.ones(50, np.float32)]
         armed.begin(step, [])
-        armed.spoil(terms)
+        armed.inject_nan(terms)
         assert np.isfinite(terms[1]).all()
         places.append(np.flatnonzero(np.isnan(terms[0])).tolist())
     assert list(map(len, places)) == [0, 1, 1, 0, 1]
     assert places[1] == places[4] != places[2]
     armed.begin(2, [])
-    armed.spoil([])  # a rank without a micro-batch
+    armed.inject_nan([])  # a rank without a micro-batch
 
 
 class Value(SimpleNamespace):
@@ -153,7 +153,7 @@ from pathlib import Path
 from tf_dist import faults
 from tf_dist.errors import CheckpointError, LaunchError
 from tf_dist.atomic_io import write_whole
-from tf_dist.training import checkpoint
+from tf_dist.checkpoint import store
 import numpy as np
 
 folder = Path(sys.argv[1])
@@ -165,7 +165,7 @@ for step in (1, 2):
     faults.at("save")
     (folder.parent / f"beside-{step}").write_text("not meant")
     try:
-        checkpoint.save(folder, step, tensors, {})
+        store.save(folder, step, tensors, {})
         write_whole(folder / "status.json", b"{}", LaunchError)
     except (CheckpointError, LaunchError) as error:
         print(error)
@@ -175,7 +175,7 @@ for step in (1, 2):
         os.write(handle, b"12345678")
     except OSError as error:
         print("raw:", error.strerror)
-print("found", [path.name for path in checkpoint.listing(folder)])
+print("found", [path.name for path in store.listing(folder)])
 """
 
 
@@ -200,7 +200,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
 
 def test_a_write_is_cut_in_the_middle(tmp_path):
     """The first calls of a save are those of its tensors, of which the first is larger than a buffer."""
-    from tf_dist.training import checkpoint
+    from tf_dist.checkpoint import store
 
     sizes = []
     for call in (1, 2):
@@ -210,6 +210,6 @@ def test_a_write_is_cut_in_the_middle(tmp_path):
         assert done.returncode == -9, done.stdout + done.stderr
         (cut,) = folder.glob(".tmp-step-00000002*")
         sizes.append(sum(path.stat().st_size for path in cut.iterdir()))
-        assert checkpoint.newest(folder).name == "step-00000001"
+        assert store.newest(folder).name == "step-00000001"
         assert json.loads((folder / "status.json").read_text()) == {}
     assert 0 < sizes[0] < sizes[1]

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 from tf_dist import processes, progress
-from tf_dist.progress import Counted, Lines, Task, fitted
+from tf_dist.progress import CountedSequence, Task, TaskLines, fitted
 
 
 @pytest.fixture(autouse=True)
@@ -128,13 +128,13 @@ def test_short_work_is_not_spoken_of(capsys):
     with progress.task("tokenizing"):
         pass
     assert capsys.readouterr() == ("", "")
-    assert isinstance(progress._shown, Lines) and not progress._shown._over
+    assert isinstance(progress._shown, TaskLines) and not progress._shown._over
 
 
 def test_nothing_is_shown_until_a_program_asks_for_it(capsys):
     with progress.task("x") as task:
         task.advance()
-    assert isinstance(progress._shown, progress.Nothing) and capsys.readouterr() == ("", "")
+    assert isinstance(progress._shown, progress.NoTask) and capsys.readouterr() == ("", "")
 
 
 def test_an_error_ends_a_task(monkeypatch):
@@ -169,7 +169,7 @@ def test_a_resumed_run_is_not_taken_for_a_fast_one():
 
 def test_a_sequence_that_counts_how_far_it_was_read():
     task = Task("x", 6)
-    items = Counted("abcdef", task)
+    items = CountedSequence("abcdef", task)
     assert items[2:4] == "cd" and task.done == 2
     assert items[1] == "b" and task.done == 2
     assert list(items) == list("abcdef") and task.done == 5

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from tf_dist import recipes
 from tf_dist.flags import from_command_line
-from tf_dist.hosts import ranks_of_a_model
+from tf_dist.ops.hostfile import ranks_of_a_model
 
 DATA = Path(__file__).parents[1] / "data"
 

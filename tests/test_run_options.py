@@ -5,7 +5,7 @@ import pytest
 from tf_dist.config import Config
 from tf_dist.errors import LaunchError, UsageError
 from tf_dist.flags import from_command_line
-from tf_dist.hosts import ranks_of_a_model
+from tf_dist.ops.hostfile import ranks_of_a_model
 
 
 @pytest.fixture

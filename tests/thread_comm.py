@@ -6,8 +6,8 @@ from collections import defaultdict
 
 import numpy as np
 
-from tf_dist.comm.base import Comm
-from tf_dist.comm.sums import Sum, add_in_order
+from tf_dist.comm.transport.base import Comm
+from tf_dist.comm.transport.reduction_order import Reduced, add_in_order
 from tf_dist.errors import TfDistError
 
 LIMIT_S = 30.0
@@ -37,14 +37,14 @@ class ThreadComm(Comm):
         everyone = self._everyone([term.copy() for term in terms])
         assert tuple(len(theirs) for theirs in everyone) == order.counts
         out[:] = add_in_order([term.copy() for theirs in everyone for term in theirs], order.additions)
-        return Sum(out)
+        return Reduced(out)
 
     def _reduce_terms(self, terms, order, out, root):
         total = np.empty_like(out)
         self._allreduce_terms(terms, order, total)
         if self.rank == root:
             out[:] = total
-            return Sum(out)
+            return Reduced(out)
         return None
 
     def _broadcast(self, array, root):

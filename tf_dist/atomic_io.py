@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, under a name of our own until they are.
+"""Atomic file writes: a random temporary name, fsync, rename.
 
 A temporary name is random and must not be there yet (O_EXCL), and takes the place of the file by a rename: so
 nothing is written through a link that somebody has put in a folder. Reading is `tf_dist.untrusted_files`'s.

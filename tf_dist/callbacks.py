@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from tf_dist.training.callbacks import AverageMetrics as AverageMetrics
-from tf_dist.training.callbacks import BroadcastWeights as BroadcastWeights
-from tf_dist.training.callbacks import LearningRateWarmup as LearningRateWarmup
-from tf_dist.training.callbacks import SyncCheck as SyncCheck
-from tf_dist.training.callbacks import Throughput as Throughput
+from tf_dist.keras_callbacks.callbacks import AverageMetrics as AverageMetrics
+from tf_dist.keras_callbacks.callbacks import BroadcastWeights as BroadcastWeights
+from tf_dist.keras_callbacks.callbacks import LearningRateWarmup as LearningRateWarmup
+from tf_dist.keras_callbacks.callbacks import SyncCheck as SyncCheck
+from tf_dist.keras_callbacks.callbacks import Throughput as Throughput
 
 __all__ = ["AverageMetrics", "BroadcastWeights", "LearningRateWarmup", "SyncCheck", "Throughput"]

@@ -1,4 +1,4 @@
-"""What can go wrong, and the exit code each kind ends the job with.
+"""Exception classes, and the exit code that each ends the job with.
 
 The codes follow BSD's sysexits where one fits. ``docs/exit-codes.md`` lists them for users; scripts and
 job systems may rely on them. An error's text says what happened, why, and what to do about it.

@@ -18,10 +18,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tf_dist.config import Config
+from tf_dist.config import FIELDS, Config
 from tf_dist.errors import LaunchError, UsageError
 from tf_dist.recipes import config_file
-from tf_dist.run_options import RENAMED, check_named, in_its_own_folder, lies_in_a_run, renamed, still_hold
+from tf_dist.run_options import (
+    CODE,
+    RENAMED,
+    check_named,
+    in_its_own_folder,
+    lies_in_a_run,
+    renamed,
+    still_hold,
+)
 from tf_dist.spelling import did_you_mean
 from tf_dist.synonyms import hint, ours
 from tf_dist.untrusted_files import CONFIG_LIMIT_BYTES, parsed_yaml, read_bytes, shown
@@ -39,19 +47,12 @@ GROUPS = {
     "Downpour": "asynchronous parameter server, for --strategy downpour (--master-trains also for easgd)",
     "EASGD and gossip": "for --strategy easgd; gossip only has --sync-every",
     "parallelism": "model parallelism; the remaining ranks are data-parallel",
-    "compression": "of gradients, for --strategy allreduce",
+    "compression": "of gradients, for --strategy allreduce; of outer gradients, for local-sgd and diloco",
     "performance": "",
     "checkpoints and recovery": "",
     "checks": "consistency, non-finite gradients, loss spikes: detection and reaction",
     "output": "",
 }
-ALIASES = {"strategy": ("--update",)}
-# Options that may name a user's code.
-CODE = ("model", "strategy")
-METAVARS = {
-    "run_dir": "FOLDER", "prepared_dir": "FOLDER", "text_column": "COLUMN", "resume": "auto|never|PATH",
-    "tokenizer": "byte|char|bpe|PATH", "pipeline_cuts": "LAYERS",
-}  # fmt: skip
 # Characters of choices beside a flag; more are told in its text.
 MOST_CHOICES = 48
 KINDS = {int: "N", float: "X", str: "NAME"}
@@ -107,16 +108,11 @@ def _convert(name: str, value: Any, kind: Any, source: str) -> Any:
             return float(value)
         except (ValueError, OverflowError):
             pass
-    elif kind is str and isinstance(value, bool) and "on" in _choices_of(name):
+    elif kind is str and isinstance(value, bool) and "on" in FIELDS[name].metadata["choices"]:
         return "on" if value else "off"  # as YAML 1.1 reads these words without quotes
     elif type(value) is kind:
         return value
     raise UsageError(f"{source}: {name} is {shown(value)}, which is not of type {_type_name(kind)}")
-
-
-def _choices_of(name: str) -> tuple[str, ...]:
-    """What an option may be; nothing where it may be anything of its type."""
-    return next(tuple(f.metadata["choices"]) for f in dataclasses.fields(Config) if f.name == name)
 
 
 def _type_name(kind: Any) -> str:
@@ -206,7 +202,7 @@ def parser(
 ) -> argparse.ArgumentParser:
     """Flags for the fields of `Config`: all of them, or those that are named."""
     made = Parser(description, usage, prog)
-    fields = [field for field in dataclasses.fields(Config) if not names or field.name in names]
+    fields = [field for field in FIELDS.values() if not names or field.name in names]
     present = {field.metadata["group"] for field in fields}
     headings = {
         group: made.add_argument_group(group, text or None)
@@ -220,7 +216,7 @@ def parser(
 
 
 def _add_flag(heading: Any, field: dataclasses.Field[Any], kind: Any) -> None:
-    flag = "--" + field.name.replace("_", "-")
+    flags = ["--" + name.replace("_", "-") for name in (field.name, *field.metadata["formerly"])]
     default = field.default if field.default is not dataclasses.MISSING else ""
     shown = " ".join(default) if isinstance(default, tuple) else default
     choices = "|".join(field.metadata["choices"])
@@ -235,9 +231,9 @@ def _add_flag(heading: Any, field: dataclasses.Field[Any], kind: Any) -> None:
     elif typing.get_origin(kind) is dict:
         settings.update(type=_key_values, metavar="KEY=VALUE,...")
     else:
-        metavar = METAVARS.get(field.name) or KINDS[kind]
+        metavar = field.metadata["metavar"] or KINDS[kind]
         settings.update(type=kind, metavar=metavar if many or not choices else choices)
-    heading.add_argument(flag, *ALIASES.get(field.name, ()), dest=field.name, **settings)
+    heading.add_argument(*flags, dest=field.name, **settings)
 
 
 def _key_values(text: str) -> dict[str, Any]:
@@ -344,16 +340,19 @@ def from_command_line(argv: Sequence[str], description: str, prog: str = "") -> 
     return resolved(line, options_of_run(line)), line.only_print
 
 
-def options_among(words: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
-    """Some options that a command line, and the file or run it names, ask for; other words are passed over.
+def options_among(words: Sequence[str], component: type) -> dict[str, Any]:
+    """Options of a component that a command line, and the file or run it names, ask for.
+
+    Other words are passed over: they may be of a script that is not ours.
 
     Args:
         words: a script, its flags, and what else there may be.
-        names: of fields of `Config`.
+        component: a dataclass of options.
 
     Raises:
         UsageError: one has no value, or one of another type.
     """
+    names = [field.name for field in dataclasses.fields(component)]
     flags = parser("", (*names, "run_dir", "resume", *CODE))
     flags.add_argument("--config", default="")
     asked = [word for word in words if word not in ("-h", "--help")]

@@ -1,4 +1,4 @@
-"""``python -m tf_dist`` imports nothing out of the current folder, which may be a run that somebody sent.
+"""Keep the current folder off the import path: it may be a run folder from somebody else.
 
 Python puts that folder before all others for ``-m``: a file ``yaml.py`` in it would be taken for the package
 of that name. Imported before anything else, and only this command is meant: where another program is started

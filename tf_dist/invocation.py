@@ -1,4 +1,4 @@
-"""How the user has started this process, so that help and hints name commands that exist where they stand.
+"""How this process was started, so that help and hints name commands that exist.
 
 The same programs are started as ``tf-dist NAME``, as ``python -m tf_dist NAME``, and in a checkout as
 ``python scripts/NAME.py``. Texts in the sources say ``tf-dist NAME``; `spelled` puts in what was typed.

@@ -1,14 +1,18 @@
-"""Options of a component: a frozen dataclass, whose fields are the only home of default, help and bounds."""
+"""Options of a component: fields of a frozen dataclass carry default, help and bounds."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from tf_dist.errors import UsageError
 from tf_dist.spelling import did_you_mean
+
+# What a resumed run may do with an option: it must be "same"; another value is "told"; or it is "free" to
+# differ without a word. One "of a start" is free, and no start repeats it because it only names the run.
+OnResume = Literal["same", "told", "free", "of a start"]
 
 
 @dataclass(frozen=True)
@@ -26,8 +30,12 @@ def option(
     most: float | None = None,
     flag: str = "",
     may_be_idle: bool = False,
+    on_resume: OnResume = "told",
+    metavar: str = "",
+    formerly: tuple[str, ...] = (),
+    names_code: bool = False,
 ) -> Any:
-    """Declare an option of a component: the only home of its default, its help and its bounds.
+    """Declare an option of a component: the only home of its default, its help, its bounds and its rules.
 
     Args:
         default: where nobody says anything.
@@ -38,10 +46,15 @@ def option(
         most: the largest value.
         flag: its name as a field of `tf_dist.config.Config`; empty: that of the field.
         may_be_idle: it may be given where nothing that was chosen has it.
+        on_resume: what a resumed run may do with it, see `OnResume`.
+        metavar: what stands for its value in ``--help``; empty: a word for its type.
+        formerly: older names, which flags and files may still use.
+        names_code: a value with a colon names code of a user, which runs only where a command line names it.
     """
     metadata = {
         "group": group, "text": text, "choices": choices, "least": least, "most": most, "flag": flag,
-        "may_be_idle": may_be_idle,
+        "may_be_idle": may_be_idle, "on_resume": on_resume, "metavar": metavar, "formerly": formerly,
+        "names_code": names_code,
     }  # fmt: skip
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
@@ -69,6 +82,26 @@ def check_value(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
         raise UsageError(f"{name} is {value}: it must be at most {metadata['most']:g}")
     if isinstance(value, float) and value in (float("inf"), float("-inf")):
         raise UsageError(f"{name} is {value}: it must be finite")
+
+
+class Options:
+    """Base of a frozen dataclass of options: checks each value, then those that must hold together.
+
+    Raises:
+        UsageError: a value is out of range, or two values cannot hold together.
+    """
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            check_value(field.metadata["flag"] or field.name, getattr(self, field.name), field.metadata)
+        self.check()
+
+    def check(self) -> None:
+        """Refuse values that cannot hold together.
+
+        Raises:
+            UsageError: with values that can.
+        """
 
 
 class Configured:

@@ -1,4 +1,4 @@
-"""Which part of some work each rank has, and what a number of ranks must divide."""
+"""Block partition of work over ranks, and divisibility checks."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -27,10 +28,11 @@ class Process(NamedTuple):
     started: int
 
 
-def find(pid: int, proc: Path = PROC) -> Process | None:
+def find(pid: int) -> Process | None:
     """A process by its number; None where there is no such one, or no /proc."""
+    # Not by psutil: a watchdog asks this four times a second, and its time of creation moves with the clock.
     try:
-        text = (proc / str(pid) / "stat").read_text(errors="replace")
+        text = (PROC / str(pid) / "stat").read_text(errors="replace")
     except OSError:
         return None
     front, _, rest = text.rpartition(")")  # a name may hold anything, also brackets
@@ -38,44 +40,39 @@ def find(pid: int, proc: Path = PROC) -> Process | None:
     return Process(pid, front.partition("(")[2], fields[0], int(fields[1]), int(fields[19]))
 
 
-def state_of(pid: int, started: int, proc: Path = PROC) -> str:
+def state_of(pid: int, started: int) -> str:
     """The state of the process that had this number at that time.
 
     Returns:
         One letter: R, S, D: alive; T, t: stopped; Z: it has ended, and its parent has not noticed. Empty: it
         is gone. ``?``: there is no /proc to look into.
     """
-    if not proc.joinpath("self").exists():
+    if not PROC.joinpath("self").exists():
         return UNKNOWN
-    found = find(pid, proc)
+    found = find(pid)
     if found is None or (started and found.started != started):
         return ""
     return "Z" if found.state in "ZX" else found.state
 
 
-def has_terminal(pid: int, proc: Path = PROC) -> bool:
-    """Whether a process was started from a terminal, and can be reached by the keys typed there."""
+def has_terminal() -> bool:
+    """Whether this process was started from a terminal, and can be reached by the keys typed there."""
     try:
-        text = (proc / str(pid) / "stat").read_text(errors="replace")
+        os.close(os.open(os.ctermid(), os.O_RDONLY | os.O_NOCTTY | os.O_CLOEXEC))
     except OSError:
         return False
-    return int(text.rpartition(")")[2].split()[4]) != 0
+    return True
 
 
-def ancestors(pid: int, proc: Path = PROC) -> Iterator[Process]:
+def ancestors(pid: int) -> Iterator[Process]:
     """The parent of a process, its parent, and so on."""
-    process = find(pid, proc)
+    process = find(pid)
     while process is not None and process.parent > 0:
-        process = find(process.parent, proc)
+        process = find(process.parent)
         if process is not None:
             yield process
 
 
-def launcher_above(pid: int, proc: Path = PROC) -> Process | None:
+def launcher_above(pid: int) -> Process | None:
     """The process of a launcher that has started this one, by whatever scripts in between; None: none has."""
-    return next((process for process in ancestors(pid, proc) if process.name in LAUNCHERS), None)
-
-
-def all_pids(proc: Path = PROC) -> list[int]:
-    """All processes, of all users."""
-    return [int(entry.name) for entry in proc.iterdir() if entry.name.isdigit()]
+    return next((process for process in ancestors(pid) if process.name in LAUNCHERS), None)

@@ -1,4 +1,4 @@
-"""Progress of long work: bars on a terminal, a line every few seconds elsewhere, nothing on ranks above 0.
+"""Progress of long work: bars on a terminal, periodic lines elsewhere, silent on ranks above 0.
 
     with progress.task("tokenizing", total=size, unit="bytes") as task:
         task.advance(n)
@@ -114,7 +114,7 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
 
 
-class Counted(Sequence[Item]):
+class CountedSequence(Sequence[Item]):
     """A sequence that counts as done, for a task, how far it has been read."""
 
     def __init__(self, items: Sequence[Item], task: Task) -> None:
@@ -137,7 +137,7 @@ class Counted(Sequence[Item]):
         return item
 
 
-class Nothing:
+class NoTask:
     """Shows nothing."""
 
     def add(self, task: Task) -> None:
@@ -147,7 +147,7 @@ class Nothing:
         """Show nothing."""
 
 
-class Lines:
+class TaskLines:
     """A line of a task every few seconds, from a thread: most of the work is one long call."""
 
     def __init__(self) -> None:
@@ -174,7 +174,7 @@ def _whatever_the_terminal_does() -> contextlib.suppress:
     return contextlib.suppress(OSError, ValueError)
 
 
-class Bars:
+class TaskBars:
     """Bars of all tasks under way, at the bottom of a terminal; gone when they are done.
 
     Args:
@@ -249,7 +249,7 @@ class Bars:
                         self._live.refresh()
 
 
-_shown: Nothing | Lines | Bars = Nothing()
+_shown: NoTask | TaskLines | TaskBars = NoTask()
 _width = 0
 
 
@@ -273,18 +273,18 @@ def begin(kind: str = "auto", first: bool = True) -> str:
     width = _width or terminal_width(2)
     if kind == "bar" or (kind == "auto" and width):
         with contextlib.suppress(ImportError):
-            _shown = Bars(1 if _width else 2, width or NARROW)
+            _shown = TaskBars(1 if _width else 2, width or NARROW)
             # Rows are lines where they go to a file, though a terminal shows the rest.
             return "bar" if _width or kind == "bar" else "plain"
-    _shown = Lines()
+    _shown = TaskLines()
     return "plain"
 
 
 def end() -> None:
     """Show nothing from now on, and leave the terminal as it was found."""
     global _shown
-    before, _shown = _shown, Nothing()
-    if isinstance(before, Bars):
+    before, _shown = _shown, NoTask()
+    if isinstance(before, TaskBars):
         for task, _ in list(before._shown.values()):
             before.remove(task)
 

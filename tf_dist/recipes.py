@@ -1,4 +1,4 @@
-"""Configurations that come with this package, for ``--config NAME``.
+"""Configurations shipped with this package, for ``--config NAME``.
 
 In a checkout they are links to ``data/*.yaml``; an installed package has the files themselves.
 """

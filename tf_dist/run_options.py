@@ -1,4 +1,4 @@
-"""Options of an existing run, where a command line goes on with it: what it does not say is as it was.
+"""Options of an existing run when a command line resumes it: what is not given stays as it was.
 
 A run folder may have come from elsewhere: its file gives values, and gets no code run.
 """
@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from tf_dist import terminal
-from tf_dist.config import BPE_DEFAULT_VOCAB
+from tf_dist.config import BPE_DEFAULT_VOCAB, FIELDS, on_resume
 from tf_dist.errors import LaunchError
 from tf_dist.strategies.registry import FLAT_OPTIONS
 from tf_dist.untrusted_files import shown
 
-# Of a start, not of a run: --resume never must not be repeated by a start that only names the folder.
-OF_A_START = ("run_dir", "resume", "progress")
 # Keys of older files, and what they are called now.
-RENAMED = {"update": "strategy"}
+RENAMED = {old: name for name, field in FIELDS.items() for old in field.metadata["formerly"]}
+# Options that may name a user's code.
+CODE = tuple(name for name, field in FIELDS.items() if field.metadata["names_code"])
 # Of two options that say the same, the one that is given puts the other out of force.
 INSTEAD = {"steps": "epochs", "epochs": "steps"}
 # Who has one of these beside it is a run's file.
@@ -39,7 +39,9 @@ def still_hold(of_run: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str,
         of_run: its config.yaml, as read.
         given: the options among the flags.
     """
-    held = {name: value for name, value in of_run.items() if name not in OF_A_START}
+    # --resume never must not be repeated by a start that only names the folder.
+    of_a_start = on_resume("of a start")
+    held = {name: value for name, value in of_run.items() if name not in of_a_start}
     for name, other in INSTEAD.items():
         if given.get(name):
             held.pop(other, None)

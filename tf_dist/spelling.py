@@ -1,4 +1,4 @@
-"""The known word that is nearest to a wrong one, for "did you mean"."""
+"""Nearest known word, for "did you mean"."""
 
 from __future__ import annotations
 

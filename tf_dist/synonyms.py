@@ -1,4 +1,4 @@
-"""What other tools call our options: for "did you mean", on the command line and in YAML files.
+"""Option names of other tools, for "did you mean" on the command line and in YAML files.
 
 Names of PyTorch, Hugging Face, Megatron-LM, DeepSpeed, Lightning, nanoGPT, fairseq and Horovod's examples.
 """

@@ -1,4 +1,4 @@
-"""The one place that writes text to terminals and logs, most of which is not ours.
+"""The only module that writes to terminals and logs: it escapes untrusted text.
 
 It comes from corpora, file names, models that write, and messages that quote configurations. Characters that
 a terminal obeys (escape sequences can hide text, rename the window, or type) and characters that reorder what

@@ -1,4 +1,4 @@
-"""The one place where files are opened that may be somebody else's: runs, checkpoints, corpora, settings.
+"""The only module that opens files that may be somebody else's: runs, checkpoints, corpora, settings.
 
 A run folder can come out of an archive that a stranger packed, and a corpus out of a download. So a file is
 opened without waiting (a named pipe, a device), must be a regular file, is read up to a limit of its kind,

@@ -1,4 +1,4 @@
-"""Code of a user, by ``package.module:name``: only what a command line names (`run_options.check_named`)."""
+"""Import user code by ``package.module:name``: only what a command line names (`run_options.check_named`)."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ def test_faults_take_turns_and_anybody_may_have_them():
     ],
 )
 def test_a_job_has_to_end_in_time_and_name_the_rank(code, ended, output, sound):
-    fault = culprits.Fault("exception", 1, 3, "before")
+    fault = culprits.HangFault("exception", 1, 3, "before")
     assert culprits.judged(fault, code, ended, output)["sound"] is sound
 
 
@@ -131,7 +131,7 @@ def test_one_job_that_does_not_is_enough():
 
 
 def test_parts_that_are_wanted_are_done_and_kept(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(campaign.running, "FOLDER", tmp_path)
+    monkeypatch.setattr(campaign.runner, "FOLDER", tmp_path)
     parts = {
         "files": lambda options: ({"seeds": options.get("seeds")}, "a table", True),
         "numbers": lambda options: ([], "another", False),

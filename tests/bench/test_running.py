@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tf_dist.bench import memory, models, nanogpt, running, step
+from tf_dist.bench import memory, models, nanogpt, runner, step
 from tf_dist.cli import bench
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -17,22 +17,22 @@ DOCS = Path(__file__).parents[2] / "docs"
 def test_a_job_that_fails_is_said_with_the_end_of_its_log(tmp_path, capsys):
     log = tmp_path / "logs" / "job.log"
     with pytest.raises(SystemExit, match=r"ended with 3; see .*job\.log"):
-        running.run([sys.executable, "-c", "print('the last words'); raise SystemExit(3)"], log)
+        runner.run([sys.executable, "-c", "print('the last words'); raise SystemExit(3)"], log)
     assert "the last words" in capsys.readouterr().err
 
 
 def test_a_job_that_hangs_is_stopped_and_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(running, "LIMIT_S", 0.5)
+    monkeypatch.setattr(runner, "LIMIT_S", 0.5)
     with pytest.raises(SystemExit, match=r"was not over after 0\.5 s"):
-        running.run([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "job.log")
+        runner.run([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "job.log")
 
 
 def test_launch_starts_ranks_by_mpirun_or_by_another_command(tmp_path, monkeypatch):
     commands = []
-    monkeypatch.setattr(running, "run", lambda command, log: commands.append([str(w) for w in command]))
-    running.launch(2, "a.module", "word", log=tmp_path / "log")
-    running.launch(2, "a.module", log=tmp_path / "log", by=["starter", "--"])
-    running.launch(0, "a.module", log=tmp_path / "log", python="other")
+    monkeypatch.setattr(runner, "run", lambda command, log: commands.append([str(w) for w in command]))
+    runner.launch(2, "a.module", "word", log=tmp_path / "log")
+    runner.launch(2, "a.module", log=tmp_path / "log", by=["starter", "--"])
+    runner.launch(0, "a.module", log=tmp_path / "log", python="other")
     assert commands[0][1:] == ["-np", "2", sys.executable, "-m", "a.module", "word"]
     assert Path(commands[0][0]).name == "mpirun"
     assert commands[1] == ["starter", "--", sys.executable, "-m", "a.module"]
@@ -40,15 +40,15 @@ def test_launch_starts_ranks_by_mpirun_or_by_another_command(tmp_path, monkeypat
 
 
 def test_without_pytorch_it_is_said_how_to_get_it(monkeypatch, tmp_path):
-    monkeypatch.setattr(running, "TORCH", tmp_path / "no-python")
-    with pytest.raises(running.Absent, match="make torch"):
-        running.torch_python()
+    monkeypatch.setattr(runner, "TORCH", tmp_path / "no-python")
+    with pytest.raises(runner.Absent, match="make torch"):
+        runner.torch_python()
 
 
 def test_without_horovod_it_is_said_how_to_get_it(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(running.Absent, match="make horovod"):
-        running.need_horovod()
+    with pytest.raises(runner.Absent, match="make horovod"):
+        runner.need_horovod()
 
 
 class Jobs:
@@ -56,7 +56,7 @@ class Jobs:
 
     def __init__(self, monkeypatch, failing=()):
         self.started, self.failing = [], failing
-        monkeypatch.setattr(running, "measured", self)
+        monkeypatch.setattr(runner, "measured", self)
 
     def __call__(self, ranks, module, kind, name, *words, folder, python=sys.executable):
         self.started.append((kind, *words))
@@ -68,7 +68,7 @@ class Jobs:
 
 
 def test_peers_that_are_absent_or_fail_are_said_and_not_fatal(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(running, "TORCH", tmp_path / "no-python")
+    monkeypatch.setattr(runner, "TORCH", tmp_path / "no-python")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     jobs = Jobs(monkeypatch, failing=("mwms",))
     found = step.measure("tiny-gpt")
@@ -84,7 +84,7 @@ def test_peers_that_are_absent_or_fail_are_said_and_not_fatal(monkeypatch, tmp_p
 
 def test_jobs_take_turns(monkeypatch, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    monkeypatch.setattr(running, "TORCH", Path(sys.executable))
+    monkeypatch.setattr(runner, "TORCH", Path(sys.executable))
     jobs = Jobs(monkeypatch)
     found = step.measure("tiny-gpt")
     half = len(jobs.started) // 2

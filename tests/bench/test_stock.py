@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from tf_dist.bench import models, ways
+from tf_dist.bench import models, systems
 
 
 @pytest.mark.parametrize("name", ["tiny-gpt", "tiny-lstm"])
 def test_the_same_weights_give_the_same_logits(name):
     sizes, rows = models.RECIPES[name][:2]
-    ours, _, batches = ways.stock_model(sizes, rows, our_layers=True)
-    theirs, _, _ = ways.stock_model(sizes, rows)
+    ours, _, batches = systems.stock_model(sizes, rows, our_layers=True)
+    theirs, _, _ = systems.stock_model(sizes, rows)
     assert [weight.shape for weight in ours.weights] == [weight.shape for weight in theirs.weights]
     theirs.set_weights(ours.get_weights())
     x, _ = batches[0]

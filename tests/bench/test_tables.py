@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tf_dist.bench import comm, exact, exact_cost, memory, nanogpt, parallel, report, running, scaling, step
+from tf_dist.bench import comm, exact, exact_cost, memory, nanogpt, parallel, report, runner, scaling, step
 
 sys.path.insert(0, str(Path(__file__).parent))
 import canned
@@ -20,13 +20,13 @@ def lines(text):
 
 def test_times_of_all_rounds_make_one_median_and_only_the_best_setting_stays():
     done = {
-        step.Job(1, "ranks"): [canned.step_job(ours=[20.0], gemm=[100.0])],
-        step.Job(2, "ranks"): [canned.step_job(ours=[10.0, 12.0], gemm=[90.0])] * 2,
-        step.Job(2, "horovod"): [canned.step_job(horovod=[50.0]), canned.step_job(horovod=[70.0])],
-        step.Job(2, "horovod", "A=1"): [canned.step_job(horovod=[40.0])],
-        step.Job(2, "horovod", "HOROVOD_A=1"): [canned.step_job(horovod=[40.0])],
-        step.Job(2, "horovod", "HOROVOD_A=2"): [canned.step_job(horovod=[30.0])],
-        step.Job(0, "fit", "plain"): [canned.step_job(fit=[25.0])],
+        step.StepJob(1, "ranks"): [canned.step_job(ours=[20.0], gemm=[100.0])],
+        step.StepJob(2, "ranks"): [canned.step_job(ours=[10.0, 12.0], gemm=[90.0])] * 2,
+        step.StepJob(2, "horovod"): [canned.step_job(horovod=[50.0]), canned.step_job(horovod=[70.0])],
+        step.StepJob(2, "horovod", "A=1"): [canned.step_job(horovod=[40.0])],
+        step.StepJob(2, "horovod", "HOROVOD_A=1"): [canned.step_job(horovod=[40.0])],
+        step.StepJob(2, "horovod", "HOROVOD_A=2"): [canned.step_job(horovod=[30.0])],
+        step.StepJob(0, "fit", "plain"): [canned.step_job(fit=[25.0])],
     }
     found = step.summary("tiny-gpt", done)
     medians = {(row["ranks"], row["way"]): row["median_ms"] for row in found["rows"]}
@@ -113,7 +113,11 @@ def saved(folder, name, found, stamp="20260101-000000"):
 def grid_rows():
     job = {"steps_ms": [10.0, 20.0, 30.0], "talk_ms": 4.0, "sent": 2e6, "held": 3e6, "bubble": 0.25}
     job["parameters"] = 1_000_000
-    ways = [parallel.Way(), parallel.Way(tensor=2), parallel.Way(pipeline=2, schedule="gpipe")]
+    ways = [
+        parallel.GridOption(),
+        parallel.GridOption(tensor=2),
+        parallel.GridOption(pipeline=2, schedule="gpipe"),
+    ]
     return [parallel.summary(2, way, [job, job]) for way in ways]
 
 
@@ -199,6 +203,6 @@ def test_every_benchmark_has_a_picture(draw, tmp_path):
 
 
 def test_a_report_is_saved_with_the_machine(tmp_path, monkeypatch):
-    monkeypatch.setattr(running, "FOLDER", tmp_path)
-    found = json.loads(running.save("step", {"models": {}}).read_text())
+    monkeypatch.setattr(runner, "FOLDER", tmp_path)
+    found = json.loads(runner.save("step", {"models": {}}).read_text())
     assert found["machine"]["cores"] and found["models"] == {}

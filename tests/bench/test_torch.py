@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tf_dist.bench import models, running
+from tf_dist.bench import models, runner
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.skipif(not running.TORCH.exists(), reason=running.HOW_TO_GET["torch"])
+pytestmark = pytest.mark.skipif(not runner.TORCH.exists(), reason=runner.HOW_TO_GET["torch"])
 
 
 @pytest.mark.parametrize("name", ["tiny-gpt", "tiny-lstm"])
@@ -35,7 +35,7 @@ def test_the_same_weights_give_the_same_loss_and_gradient(name, tmp_path):
     file = tmp_path / "weights.npz"
     weights = {variable.path: np.asarray(variable.value) for variable in model.trainable_variables}
     np.savez(file, x=x, y=y, **weights)
-    command = [running.TORCH, "-m", "tf_dist.bench.torch_ways", "loss", name, file]
+    command = [runner.TORCH, "-m", "tf_dist.bench.torch_ways", "loss", name, file]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tf_dist.comm import launch
-from tf_dist.comm.base import SerialComm
+from tf_dist.comm.runtime import launch
+from tf_dist.comm.transport.base import SerialComm
 from tf_dist.errors import LaunchError, UsageError
 
 
@@ -93,7 +93,7 @@ def joining(path, rank):
         "OMPI_COMM_WORLD_SIZE": "4",
         "OMPI_COMM_WORLD_RANK": rank,
     }
-    command = [sys.executable, "-c", "from tf_dist.comm import launch; launch.join()"]
+    command = [sys.executable, "-c", "from tf_dist.comm.runtime import launch; launch.join()"]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
 
 

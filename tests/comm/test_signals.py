@@ -10,8 +10,8 @@ import pytest
 
 PROGRAM = """
 import threading, time
-from tf_dist.comm import launch
-signals = launch.end_on_signals()
+from tf_dist.comm.runtime import launch
+signals = launch.handle_stop_signals()
 stop = threading.Event()
 def finish(name):
     print("finishing on", name, flush=True)
@@ -80,7 +80,7 @@ def test_a_typo_ends_no_interactive_interpreter():
         "1/0\nimport threading\nt = threading.Thread(target=lambda: [].pop()); t.start(); t.join()\n"
         "print('still here')\n"
     )
-    program = [sys.executable, "-i", "-c", "from tf_dist.comm import launch; launch.join()"]
+    program = [sys.executable, "-i", "-c", "from tf_dist.comm.runtime import launch; launch.join()"]
     ended = subprocess.run(program, input=typed, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 0 and ended.stdout == "still here\n"
     assert "ZeroDivisionError" in ended.stderr and "IndexError" in ended.stderr
@@ -88,7 +88,7 @@ def test_a_typo_ends_no_interactive_interpreter():
 
 def test_a_thread_may_end_itself():
     program = (
-        "import sys, threading; from tf_dist.comm import launch; launch.join()\n"
+        "import sys, threading; from tf_dist.comm.runtime import launch; launch.join()\n"
         "thread = threading.Thread(target=lambda: sys.exit(3)); thread.start(); thread.join(); print('here')"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
@@ -97,10 +97,14 @@ def test_a_thread_may_end_itself():
 
 @pytest.mark.parametrize("closed", ["1", "2"])
 def test_streams_may_be_closed(closed):
-    program = f"{sys.executable} -c 'from tf_dist.comm import launch; print(launch.join().size)' {closed}>&-"
+    child = "from tf_dist.comm.runtime import launch; print(launch.join().size)"
+    program = f"{sys.executable} -c '{child}' {closed}>&-"
     assert subprocess.run(["bash", "-c", program], timeout=60, env=dict(os.environ)).returncode in (0, 120)
 
 
 def test_mpi_that_somebody_else_has_begun():
-    program = "from mpi4py import MPI; assert MPI.Is_initialized(); import tf_dist.comm.launch as l; l.join()"
+    program = (
+        "from mpi4py import MPI; assert MPI.Is_initialized(); "
+        "from tf_dist.comm.runtime import launch as l; l.join()"
+    )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

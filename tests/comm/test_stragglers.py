@@ -1,7 +1,7 @@
 """Who is slow, from the numbers alone."""
 
-from tf_dist.comm.record import Pace, Record
-from tf_dist.comm.stragglers import WINDOW_STEPS, Stragglers
+from tf_dist.comm.health.stragglers import WINDOW_STEPS, Stragglers
+from tf_dist.comm.timers import CommTimers, WorkRate
 
 
 def named(ways, steps=20, every=WINDOW_STEPS):
@@ -10,13 +10,13 @@ def named(ways, steps=20, every=WINDOW_STEPS):
     Args:
         ways: for each rank the seconds and the units of a step, or a function of the step that gives them.
     """
-    watch, paces, found = Stragglers(), {rank: Pace() for rank in range(len(ways))}, []
+    watch, paces, found = Stragglers(), {rank: WorkRate() for rank in range(len(ways))}, []
     watch.look(paces)
     for step in range(1, steps + 1):
         for rank, way in enumerate(ways):
             own_s, units = way(step) if callable(way) else way
             before = paces[rank]
-            paces[rank] = Pace(step, before.own_s + own_s, before.units + units)
+            paces[rank] = WorkRate(step, before.own_s + own_s, before.units + units)
         if step % every == 0:
             found += [(step, one) for one in watch.look(paces)]
     return found
@@ -57,25 +57,25 @@ def test_ranks_without_comparable_work_are_left_out():
 def test_a_rank_that_dies_begins_it_all_anew():
     watch = Stragglers()
     for step in (0, 10, 20):
-        watch.look({0: Pace(step, step, step), 1: Pace(step, 3 * step, step)})
-    assert watch.look({0: Pace(21, 21, 21)}) == []
+        watch.look({0: WorkRate(step, step, step), 1: WorkRate(step, 3 * step, step)})
+    assert watch.look({0: WorkRate(21, 21, 21)}) == []
 
 
 def test_a_record_keeps_what_is_spent_outside_collectives(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    record = Record()
+    record = CommTimers()
     record.begin_step(1)
     now[0] += 3.0
     record.comm_s += 0.5
     record.wait_s += 1.5
     record.end_step(4)
-    assert record.pace == Pace(1, 1.0, 4) and record.step == 1
+    assert record.pace == WorkRate(1, 1.0, 4) and record.step == 1
     now[0] += 2.0  # a callback
     record.begin_step(2)
     now[0] += 1.0
     record.end_step(4)
-    assert record.pace == Pace(2, 4.0, 8)
+    assert record.pace == WorkRate(2, 4.0, 8)
     record.next_step()
     now[0] += 1.0
     record.next_step()

@@ -9,15 +9,15 @@ import threading
 import pytest
 
 from tf_dist import processes
-from tf_dist.comm import watchdog
-from tf_dist.comm.base import SerialComm
-from tf_dist.comm.slots import Board, Pulse, bytes_needed, place_of, private_board
-from tf_dist.comm.stalls import AT_THE_END, Limits
-from tf_dist.comm.watchdog import FLOOR_S, GAP_S, WRITING_S, Watchdog
+from tf_dist.comm.health import watchdog
+from tf_dist.comm.health.hang_detector import AT_THE_END, Limits
+from tf_dist.comm.health.status_board import Heartbeat, StatusBoard, bytes_needed, place_of, private_board
+from tf_dist.comm.health.watchdog import FLOOR_S, GAP_S, WRITING_S, Watchdog
+from tf_dist.comm.transport.base import SerialComm
 
 
 class Voice:
-    """An `Ending` that only takes note."""
+    """An `JobExit` that only takes note."""
 
     def __init__(self):
         self.said, self.ended, self.apart = [], [], set()
@@ -284,7 +284,7 @@ def test_the_kernel_ends_who_has_lost_its_parent(tmp_path):
     """Also where it is stopped, and cannot see to it itself."""
     script = (
         "import os, signal, subprocess, sys, time\n"
-        "from tf_dist.comm.watchdog import die_with_parent\n"
+        "from tf_dist.comm.health.watchdog import die_with_parent\n"
         "parent = os.getpid()\n"
         "pid = os.fork()\n"
         "if pid == 0:\n"
@@ -305,22 +305,22 @@ def test_the_kernel_ends_who_has_lost_its_parent(tmp_path):
 
 def test_a_board_is_what_was_written():
     memory = bytearray(bytes_needed(3))
-    here, there = Board(memory, 3), Board(memory, 3)
+    here, there = StatusBoard(memory, 3), StatusBoard(memory, 3)
     comm = OneOf(1, 3)
     comm.record.waiting = ("allreduce", 12.5)
     comm.record.begin_step(5)
-    pulse = Pulse(here, 1, threading.get_ident())
+    pulse = Heartbeat(here, 1, threading.get_ident())
     pulse.beat(comm.record)
     slot = there.slots[1]
     assert (slot["pid"], slot["verb"], slot["since"], slot["step"]) == (os.getpid(), b"allreduce", 12.5, 5)
     assert slot["where"] == b"" and slot["beats"] == 1 and not there.slots["pid"][[0, 2]].any()
     comm.record.waiting = None
     pulse.beat(comm.record)
-    assert slot["verb"] == b"" and slot["since"] == 0 and b"slots.py" in slot["where"]
-    assert there.stacks_wanted == 0
-    here.want_stacks(2)
-    here.want_stacks(1)
-    assert there.stacks_wanted == 2
+    assert slot["verb"] == b"" and slot["since"] == 0 and b"status_board.py" in slot["where"]
+    assert there.stacks_requested == 0
+    here.request_stacks(2)
+    here.request_stacks(1)
+    assert there.stacks_requested == 2
 
 
 def test_a_place_is_the_users_line():

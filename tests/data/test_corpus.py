@@ -121,7 +121,7 @@ BPE = train_tokenizer("bpe", ["ab a bab \n\n ba\n aé ab\tb  a\r\n ab a"] * 5, 3
 
 
 def test_long_document_in_pieces(monkeypatch, tmp_path):
-    monkeypatch.setattr(corpus_module, "PIECE_CHARACTERS", 100)
+    monkeypatch.setattr(corpus_module, "CHUNK_CHARACTERS", 100)
     monkeypatch.setattr(decoding, "READ_BYTES", 64)
     text = "".join(f"word {number}\n" for number in range(500)) + "x" * 1000
     path = write(tmp_path / "a.txt", text.encode())

@@ -11,9 +11,9 @@ import pytest
 
 from tf_dist.data import corpus as corpus_module
 from tf_dist.data import prepare as prepare_function
-from tf_dist.data import prepared as prepared_module
+from tf_dist.data import prepared_dataset as prepared_module
 from tf_dist.data.corpus import Corpus
-from tf_dist.data.prepared import files_changed, find_prepared, open_prepared
+from tf_dist.data.prepared_dataset import files_changed, find_prepared, open_prepared
 from tf_dist.data.tokenizer import train_tokenizer
 from tf_dist.errors import DataError, UsageError
 
@@ -28,10 +28,9 @@ def texts(folder, *contents):
     return str(folder)
 
 
-def run(tmp_path, source, said=None, **options):
-    say = (said if said is not None else []).append
+def run(tmp_path, source, **options):
     options = {"tokenizer": "byte", **options}
-    return prepare_function((source,), folder=tmp_path / "prepared", say=say, **options)
+    return prepare_function((source,), folder=tmp_path / "prepared", **options)
 
 
 def only(tmp_path):
@@ -58,18 +57,17 @@ def test_documents_are_joined_by_end_of_text(tmp_path):
 
 
 @pytest.mark.parametrize("tokenizer", ["byte", "char", "bpe"])
-def test_one_document_is_cut_and_gets_no_end(tmp_path, tokenizer):
-    said = []
+def test_one_document_is_cut_and_gets_no_end(tmp_path, told, tokenizer):
     text = "To be, or not to be: é! " * 50
     (tmp_path / "one.txt").write_text(text, encoding="utf-8")
-    done = run(tmp_path, str(tmp_path / "one.txt"), said, tokenizer=tokenizer)
+    done = run(tmp_path, str(tmp_path / "one.txt"), tokenizer=tokenizer)
     at = int(len(text) * 0.9)
     assert done.tokenizer.decode(done.train) == text[:at]
     assert done.tokenizer.decode(done.val) == text[at:]
     assert done.tokenizer.end_of_text not in [*done.train, *done.val]
     assert done.meta["split"] == "position"
     assert done.meta["documents"] == {"train": 1, "val": 1}
-    assert any(f"first {at:,} characters" in line for line in said)
+    assert any(f"first {at:,} characters" in line for line in told.messages)
 
 
 @pytest.mark.parametrize("contents", [["a" * 30], ["a" * 30, "b" * 5]])
@@ -84,12 +82,12 @@ def test_pieces_of_long_documents_give_the_same_tokens(monkeypatch, tmp_path):
     text = "".join(f"line {number} of\n\n  it, and on\n" for number in range(300))
     source = texts(tmp_path / "t", text, text[::-1])
     whole = run(tmp_path, source, tokenizer="bpe", vocab_size=300)
-    monkeypatch.setattr(corpus_module, "PIECE_CHARACTERS", 200)
+    monkeypatch.setattr(corpus_module, "CHUNK_CHARACTERS", 200)
     monkeypatch.setattr(prepare_module, "BATCH_CHARACTERS", 500)
-    other = prepare_function((source,), tokenizer="bpe", vocab_size=300, folder=tmp_path / "q", say=str)
+    other = prepare_function((source,), tokenizer="bpe", vocab_size=300, folder=tmp_path / "q")
     assert other.meta["content_sha256"] == whole.meta["content_sha256"]
     one = tmp_path / "t" / "000.txt"
-    cut = prepare_function((str(one),), tokenizer="byte", folder=tmp_path / "q", say=str)
+    cut = prepare_function((str(one),), tokenizer="byte", folder=tmp_path / "q")
     assert cut.tokenizer.decode(cut.train) + cut.tokenizer.decode(cut.val) == text
 
 
@@ -108,7 +106,7 @@ def test_found_again_and_made_anew_when_a_file_or_option_changes(tmp_path):
 
 @pytest.mark.parametrize("victim", ["train.bin", "val.bin", "meta.json", "tokenizer.json"])
 @pytest.mark.parametrize("damage", ["cut", "gone"])
-def test_damaged_folder_is_made_again(tmp_path, victim, damage):
+def test_damaged_folder_is_made_again(tmp_path, told, victim, damage):
     source = texts(tmp_path / "t", "aaa", "bbb", "ccc")
     first = run(tmp_path, source)
     digest = first.meta["content_sha256"]
@@ -119,9 +117,9 @@ def test_damaged_folder_is_made_again(tmp_path, victim, damage):
         path.unlink()
     with pytest.raises(DataError):
         open_prepared(first.path)
-    said = []
-    again = run(tmp_path, source, said)
-    assert "preparing again" in said[0]
+    told.clear()
+    again = run(tmp_path, source)
+    assert "preparing again" in told.messages[0]
     assert (again.path, again.meta["content_sha256"]) == (first.path, digest)
     assert only(tmp_path) == first.path
 
@@ -209,6 +207,11 @@ META_CHANGES = [
     ("tokens", {"train": -1, "val": 0}, "tokens"),
     ("tokens", {"train": True, "val": 0}, "tokens"),
     ("tokens", {"train": 1, "val": 0}, "holds 12 tokens"),
+    ("tokens", {"train": 1, "val": 0, "test": 0}, "tokens"),
+    ("skipped", {"nulls": 0, "empty": 0, "not_utf8": 0}, "skipped"),
+    ("val_fraction", float("nan"), "val_fraction"),
+    ("key", "0" * 64 + "\n", "key"),
+    ("seed", True, "seed"),
     ("vocab_size", 0, "vocab_size"),
     ("vocab_size", 300, "differ in vocab_size"),
     ("content_sha256", "zz", "content_sha256"),
@@ -342,7 +345,7 @@ def test_names_that_are_no_utf8(tmp_path):
 
 
 def test_an_unknown_character_is_where_the_message_says(monkeypatch, tmp_path):
-    monkeypatch.setattr(corpus_module, "PIECE_CHARACTERS", 100)
+    monkeypatch.setattr(corpus_module, "CHUNK_CHARACTERS", 100)
     train_tokenizer("char", [" \nabcdefghijklmnopqrstuvwxyz0123456789"]).save(tmp_path / "few.json")
     text = "".join(f"line {number}\n" for number in range(100))
     at = text.index("line 70") + 4
@@ -361,7 +364,7 @@ def test_an_unknown_character_is_where_the_message_says(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("side", ["train", "val"])
-def test_other_tokens_beside_the_same_facts(tmp_path, side):
+def test_other_tokens_beside_the_same_facts(tmp_path, told, side):
     source = texts(tmp_path / "t", "aaa", "bbb", "ccc", "ddd")
     first = run(tmp_path, source, val_fraction=0.25)
     path = first.path / f"{side}.bin"
@@ -371,9 +374,9 @@ def test_other_tokens_beside_the_same_facts(tmp_path, side):
     with pytest.raises(DataError, match=rf"the tokens in .* have changed .* {side}\.bin") as caught:
         open_prepared(first.path)
     assert str(first.path.absolute()) in str(caught.value)
-    said = []
-    again = run(tmp_path, source, said, val_fraction=0.25)
-    assert "have changed since they were prepared" in said[0]
+    told.clear()
+    again = run(tmp_path, source, val_fraction=0.25)
+    assert "have changed since they were prepared" in told.messages[0]
     assert again.path == first.path
     again.verify()
 
@@ -409,13 +412,13 @@ def test_files_that_have_changed_since(tmp_path):
     assert "cannot be read any more" in files_changed(made, 0)
 
 
-def test_what_is_left_out_is_said(tmp_path):
+def test_what_is_left_out_is_said(tmp_path, told):
     source = texts(tmp_path / "t", "aaa", "bbb", "")
     for name in ("a.pdf", "b.PDF", "c.tar.gz", "README", ".hidden.pdf"):
         (tmp_path / "t" / name).write_bytes(b"x")
     (tmp_path / "t" / "bad.txt").write_bytes(b"ccc \xff\xff")
-    said = []
-    run(tmp_path, source, said, errors="replace")
+    run(tmp_path, source, errors="replace")
+    said = told.messages
     assert "files of other suffixes, passed over: 2 .pdf, 1 without one, 1 .tar.gz" in said
     assert "documents without text, left out: 1" in said
     assert "bytes that are not UTF-8, now U+FFFD: in 2 places" in said

@@ -77,7 +77,7 @@ def get(server, tmp_path):
         urls = [f"http://127.0.0.1:{port}/{page}" for page in pages]
         registry = tmp_path / "datasets.yaml"
         registry.write_text(yaml.safe_dump({"small": {"files": {"train": {"urls": urls, **fields}}}}))
-        return fetch("small", registry, tmp_path / "downloads", lambda _: None, timeout_s=timeout_s)
+        return fetch("small", registry, tmp_path / "downloads", timeout_s=timeout_s)
 
     return run
 
@@ -166,7 +166,7 @@ def test_no_server(tmp_path):
     registry = tmp_path / "r.yaml"
     registry.write_text("small: {files: {train: {urls: ['http://127.0.0.1:1/x']}}}")
     with pytest.raises(DataError, match=r"could not download http://127\.0\.0\.1:1/x"):
-        fetch("small", registry, tmp_path, str)
+        fetch("small", registry, tmp_path)
 
 
 def test_second_address(server, get):
@@ -227,7 +227,7 @@ def test_names_become_paths(server, get, tmp_path):
     own = tmp_path / "own.txt"
     own.write_text("x")
     values = ["small", str(own), "stdlib", "*.txt", "small/train"]
-    resolved = resolve_sources(values, registry, tmp_path / "downloads", str)
+    resolved = resolve_sources(values, registry, tmp_path / "downloads")
     assert resolved == (str(path), str(own), "stdlib", "*.txt", str(path))
 
 
@@ -243,13 +243,13 @@ def test_names_become_paths(server, get, tmp_path):
 def test_unknown_names(get, tmp_path, value, message):
     get("text")
     with pytest.raises(DataError) as caught:
-        resolve_sources([value], tmp_path / "datasets.yaml", tmp_path, str)
+        resolve_sources([value], tmp_path / "datasets.yaml", tmp_path)
     assert message in str(caught.value)
 
 
 def test_no_registry(tmp_path):
     with pytest.raises(DataError, match="no such file or folder: small"):
-        resolve_sources(["small"], tmp_path / "none.yaml", tmp_path, str)
+        resolve_sources(["small"], tmp_path / "none.yaml", tmp_path)
 
 
 @pytest.mark.parametrize(

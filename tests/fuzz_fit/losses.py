@@ -107,7 +107,8 @@ def compile_arguments(plan, rng, chosen):
         choices = METRICS["one hot" if chosen.one_hot else table]
         picked = list(dict.fromkeys(rng.choices(choices, k=rng.choice((0, 1, 1, 2)))))
         if plan.dtype == "float64":
-            picked = [one for one in picked if one != "keras.metrics.R2Score()"]  # Keras mixes dtypes there
+            mixed = ("keras.metrics.R2Score()", "keras.metrics.SparseTopKCategoricalAccuracy(2)")
+            picked = [one for one in picked if one not in mixed]  # Keras mixes dtypes there
         if plan.step == "own loss":
             picked = []  # nobody would update them
         if plan.weighted_metrics and picked and picked[-1] != "masked_accuracy":  # a scalar has no weights

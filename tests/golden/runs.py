@@ -7,11 +7,11 @@ run's ``status.json``, so this survives any change inside.
 import importlib.metadata
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cases import CASES, HALF, RANKS, STEPS
+from cases import CASES, HALF, RANKS, STEPS, Case
 
 HASHES = Path(__file__).with_name("hashes.json")
 WORDS = "the a quick brown fox cat dog tree sat ran jumps over under on lazy mat and then".split()
@@ -27,33 +27,38 @@ PACKAGES = ("tensorflow", "tensorflow-cpu", "keras", "numpy")
 INSTRUCTIONS = "avx avx2 fma avx512f avx512_vnni avx512_bf16 amx_bf16 asimd sve bf16".split()
 
 
-def hashes(start: Callable[[int, list[list[str]], Path], Any], folder: Path) -> dict[str, str]:
-    """Train every case; the SHA-256 of its weights, by its key.
+def hashes(
+    start: Callable[[int, list[list[str]], Path], Any], folder: Path, cases: Sequence[Case] = CASES
+) -> dict[str, str]:
+    """Train the cases; the SHA-256 of the weights of each, by its key.
 
     Args:
         start: trains lists of flags on some ranks, one after another in one launch, and returns the job:
             how it ended is its ``code``, and what it said its ``output``.
         folder: for the runs.
+        cases: to be trained, with those that they resume.
     """
     corpus = folder / "corpus.txt"
     rng = random.Random(1)
     corpus.write_text("".join(" ".join(rng.choices(WORDS, k=8)) + ".\n" for _ in range(200)))
     found = {}
     for ranks in RANKS:
-        keys = [case.key for case in CASES if case.ranks == ranks]
-        job = start(ranks, list(_all_flags(ranks, folder)), folder)
+        of_ranks = [case for case in cases if case.ranks == ranks]
+        keys = [case.key for case in of_ranks]
+        if not keys:
+            continue
+        job = start(ranks, list(_all_flags(of_ranks, folder)), folder)
         assert job.code == 0, job.output
         found.update({key: _weights(_run(folder, key)) for key in keys})
     return found
 
 
-def _all_flags(ranks: int, folder: Path) -> Iterator[list[str]]:
+def _all_flags(cases: Sequence[Case], folder: Path) -> Iterator[list[str]]:
     own = ("--data", str(folder / "corpus.txt"), "--prepared-dir", str(folder / "prepared"))
-    for case in CASES:
-        if case.ranks == ranks:
-            saved = _run(folder, case.resumes) / "checkpoints" / f"step-{HALF:08d}"
-            resumes = ("--resume", str(saved)) if case.resumes else ()
-            yield [*COMMON, *own, *case.flags, *resumes, "--run-dir", str(_run(folder, case.key))]
+    for case in cases:
+        saved = _run(folder, case.resumes) / "checkpoints" / f"step-{HALF:08d}"
+        resumes = ("--resume", str(saved)) if case.resumes else ()
+        yield [*COMMON, *own, *case.flags, *resumes, "--run-dir", str(_run(folder, case.key))]
 
 
 def _run(folder: Path, key: str) -> Path:

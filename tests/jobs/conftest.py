@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "scripts"
+WARM = Path(__file__).with_name("warm.py")
 # A job of these tests takes some ten seconds. One that takes this long hangs.
 HANGS_S = 240
 # How long after its end a job may still have processes.
@@ -91,6 +93,7 @@ class Job:
             time.sleep(0.005)
 
     def pid_of_rank(self, rank):
+        assert WARM.name not in " ".join(self.command), "who looks for a rank's process starts it cold"
         wanted = f"OMPI_COMM_WORLD_RANK={rank}".encode()
         for pid in self._members():
             try:
@@ -140,11 +143,50 @@ class Job:
         return "`" + " ".join(self.command) + "`"
 
 
+class WarmPython:
+    """A process that has TensorFlow loaded, and forks ranks (`warm.py`); begun when first asked for.
+
+    Args:
+        environment: of a user, in which it loads.
+    """
+
+    def __init__(self, environment):
+        self._environment, self._process, self._folder = environment, None, None
+
+    def python(self):
+        """What to start in place of this Python."""
+        if self._process is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="warm-")
+            self._socket = Path(self._folder.name) / "socket"
+            self._process = subprocess.Popen(
+                [sys.executable, WARM, "serve", self._socket],
+                env=self._environment | {"TF_CPP_MIN_LOG_LEVEL": "2", "KERAS_BACKEND": "tensorflow"},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            assert self._process.stdout.readline() == b"ready\n"
+        return [sys.executable, "-S", "-E", WARM, self._socket]
+
+    def end(self):
+        if self._process is not None:
+            self._process.stdin.close()
+            self._process.stdout.close()
+            self._process.wait()
+            self._folder.cleanup()
+
+
 class Launcher:
-    """Starts jobs in a folder, and ends those that a failing test left running."""
+    """Starts jobs in a folder, and ends those that a failing test left running.
+
+    Attributes:
+        is_cold: each rank is a new interpreter, as of a user; else it may be forked from a warm one.
+    """
 
     def __init__(self, mpirun, environment):
         self._mpirun, self._environment, self._jobs = mpirun, environment, []
+        self._warm, self.is_cold = WarmPython(environment), False
 
     def start(self, np, *args, cwd, env=None):
         """Start ``python *args`` on ``np`` ranks; 0 is without mpirun."""
@@ -153,14 +195,23 @@ class Launcher:
     def start_parts(self, parts, *, cwd, env=None):
         """Start ``mpirun -np N python ... : -np M python ...``; each part may begin with mpirun options."""
         command = []
+        python = self._python(parts, env or {})
         for np, args in parts:
             options = [word for word in args if isinstance(word, tuple)]
             words = [self._word(word) for word in args if not isinstance(word, tuple)]
             launch = ["-np", np, *sum(options, ())] if np else []
-            command += [*([":"] if command else []), *launch, sys.executable, *words]
+            command += [*([":"] if command else []), *launch, *python, *words]
         if parts[0][0]:
             command.insert(0, self._mpirun)
         return self.start_command(command, cwd=cwd, env=env)
+
+    def _python(self, parts, env):
+        """A new interpreter, or one that has TensorFlow loaded where that makes no difference."""
+        scripts = [next(str(word) for word in args if not isinstance(word, tuple)) for _, args in parts]
+        foreign = [name for name in env if not name.startswith("TF_DIST_")]
+        if self.is_cold or foreign or not all(script.endswith(".py") for script in scripts):
+            return [sys.executable]
+        return self._warm.python()
 
     def start_command(self, command, *, cwd, env=None):
         self._jobs.append(Job(command, cwd, self._environment | (env or {})))
@@ -177,6 +228,7 @@ class Launcher:
     def end_all(self):
         for job in self._jobs:
             job.kill()
+        self._warm.end()
 
     @staticmethod
     def _word(word):
@@ -209,6 +261,13 @@ def launcher():
     made = launcher_here()
     yield made
     made.end_all()
+
+
+@pytest.fixture(autouse=True)
+def _cold_or_warm(request):
+    """Let jobs of a test that is marked ``cold`` start as a user's, whatever that costs."""
+    if "launcher" in request.fixturenames:
+        request.getfixturevalue("launcher").is_cold = request.node.get_closest_marker("cold") is not None
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from tf_dist.training import checkpoint
+from tf_dist.checkpoint import store
 
 STEPS = 60  # of `first_run`, which MPI carried
 
@@ -26,7 +26,7 @@ def test_horovod_trains_as_mpi_does(run_job, first_run, tmp_path):
         )
     assert ours[-1]["val_loss"] == pytest.approx(theirs[-1]["val_loss"], abs=1e-6)
     folder = f"checkpoints/step-{STEPS:08d}"
-    tensors = [checkpoint.load(path / folder)[0].values() for path in (tmp_path / "run", first_run.path)]
+    tensors = [store.load(path / folder)[0].values() for path in (tmp_path / "run", first_run.path)]
     for mine, other in zip(*tensors, strict=True):
         np.testing.assert_allclose(mine, other, rtol=0, atol=1e-5)
 

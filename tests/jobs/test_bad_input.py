@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from tf_dist.training import checkpoint
+from tf_dist.checkpoint import store
 
 
 @pytest.fixture
@@ -75,9 +75,9 @@ def test_not_a_number(run_job, small, one_error):
 
 
 def test_no_checkpoint_that_is_sound(run_job, first_run, copy_of_first, one_error):
-    damaged = checkpoint.listing(copy_of_first / "checkpoints")
+    damaged = store.listing(copy_of_first / "checkpoints")
     (damaged[0] / "manifest.json").write_text("{")
-    tensors = damaged[1] / "shard-0000.bin"
+    tensors = damaged[1] / "shard-0000.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:-1])
     before = (copy_of_first / "metrics.jsonl").read_bytes()
     job = run_job(2, "train.py", *first_run.flags, "--run-dir", copy_of_first)
@@ -121,7 +121,7 @@ def test_mistake_with_another_script(run_job, one_error, name):
 
 def test_evaluate_with_a_damaged_checkpoint(run_job, copy_of_first):
     """It falls back to the one before, and says so once."""
-    *_, newest = checkpoint.listing(copy_of_first / "checkpoints")
+    *_, newest = store.listing(copy_of_first / "checkpoints")
     shutil.rmtree(newest)
     newest.mkdir()
     job = run_job(2, "evaluate.py", "--run-dir", copy_of_first)

@@ -2,10 +2,13 @@
 
 import json
 
+import pytest
+
 from tf_dist.bench import memory, step, strategies
 from tf_dist.bench.faults import in_place
 
 
+@pytest.mark.extended
 def test_ways_that_share_a_job(run_job, tmp_path):
     out = tmp_path / "out.json"
     ended = run_job(2, "-m", step.MODULE, "ranks", "tiny-gpt", str(out))
@@ -13,7 +16,7 @@ def test_ways_that_share_a_job(run_job, tmp_path):
     found = json.loads(out.read_text())
     assert {"ours", "ours xla", "alone", "compute", "mpi4py", "gemm"} <= set(found["times_ms"])
     assert all(time > 0 for times in found["times_ms"].values() for time in times)
-    summary = step.summary("tiny-gpt", {step.Job(2, "ranks"): [found]})
+    summary = step.summary("tiny-gpt", {step.StepJob(2, "ranks"): [found]})
     assert step.tables("tiny-gpt", summary | {"absent": {}})
     assert set(found["parts_ms"]) == {*step.PARTS, "step"}  # every clock was passed
 
@@ -26,6 +29,7 @@ def test_multi_worker_mirrored_strategy_trains_alike_on_its_workers(run_job, tmp
     assert len(json.loads(out.read_text())["times_ms"]["mwms"]) == 5
 
 
+@pytest.mark.extended
 def test_memory_of_every_rank(run_job, tmp_path):
     out = tmp_path / "out.json"
     ended = run_job(2, "-m", memory.MODULE, "tiny-gpt", str(out))
@@ -38,6 +42,7 @@ def test_memory_of_every_rank(run_job, tmp_path):
     assert memory.table([job])
 
 
+@pytest.mark.extended
 def test_ranks_that_kill_themselves_change_nothing(run_job, tmp_path):
     found = []
     for ranks, deaths in ((3, 2), (1, 0)):
@@ -50,6 +55,7 @@ def test_ranks_that_kill_themselves_change_nothing(run_job, tmp_path):
     assert killed["weights_sha256"] == calm["weights_sha256"]
 
 
+@pytest.mark.extended
 def test_strategies_learn(run_job, corpus, tmp_path):
     names = ["allreduce", "powersgd 4", "diloco 50 delayed", "downpour 4"]
     what = {"text": str(corpus), "names": names, "steps": 8, "every": 4, "ranks": 2, "rows": 8}

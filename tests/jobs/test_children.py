@@ -1,15 +1,19 @@
 """Processes that ranks start: they end, whatever they are, and none takes itself for the rank."""
 
+import pytest
+
+pytestmark = pytest.mark.cold
+
 CHILDREN = """
 import multiprocessing, os, subprocess, sys
 import numpy as np
-from tf_dist.comm import launch
+from tf_dist.comm.runtime import launch
 
 def work():
     pass
 
 def join():
-    from tf_dist.comm import launch
+    from tf_dist.comm.runtime import launch
     launch.join()
 
 def fail():
@@ -31,7 +35,7 @@ if __name__ == "__main__":
             leave()
             sys.exit(0)
         said("os.fork", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-    joins = [sys.executable, "-c", "from tf_dist.comm import launch; print(launch.join().size)"]
+    joins = [sys.executable, "-c", "from tf_dist.comm.runtime import launch; print(launch.join().size)"]
     said("subprocess", subprocess.run(joins, stdout=subprocess.PIPE, timeout=60).stdout.split())
     nested = [sys.argv[1], "-np", "2", *joins]
     said("nested", subprocess.run(nested, stdout=subprocess.PIPE, timeout=60).stdout.split())

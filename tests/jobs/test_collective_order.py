@@ -13,7 +13,7 @@ TOGETHER_S = LIMIT_S + 5
 PROGRAM = """
 import os, sys, time
 import numpy as np
-from tf_dist.comm import launch
+from tf_dist.comm.runtime import launch
 
 comm = launch.join()
 small, large = np.ones(10), np.ones(1000)
@@ -28,7 +28,7 @@ def gathers(array):
     comm.gather(array)  # GATHER
 
 for i in range(40):
-    astray = i == 20 and comm.rank == 1
+    outvoted = i == 20 and comm.rank == 1
     if i == 20 and comm.rank == 1:
         open("injected.txt", "w").write(str(time.time()))
     {body}
@@ -40,34 +40,34 @@ ORDERLY = "sums(); sends(); gathers(small)"
 # name: (what a loop does, words that are said once, the lines of both call sites)
 INJECTED = {
     "one skipped": (
-        "astray or sums(); sends(); gathers(small)",
+        "outvoted or sums(); sends(); gathers(small)",
         ["rank 1 left the common order of collectives at number 61", "ranks 0, 2: allreduce of 10 float64",
          "rank 1: broadcast of 1,000 float64 with root 0"],
         ["SUM", "SEND"],
     ),
     "two swapped": (
-        "(sends(), sums()) if astray else (sums(), sends()); gathers(small)",
+        "(sends(), sums()) if outvoted else (sums(), sends()); gathers(small)",
         ["rank 1 left the common order", "ranks 0, 2: allreduce of 10", "rank 1: broadcast of 1,000 float64"],
         ["SUM", "SEND"],
     ),
     "another type": (
-        "sums(); sends(); gathers(small.astype(np.float32) if astray else small)",
+        "sums(); sends(); gathers(small.astype(np.float32) if outvoted else small)",
         ["rank 1 left the common order", "ranks 0, 2: gather of 10 float64", "rank 1: gather of 10 float32"],
         ["GATHER"],
     ),
     "another count": (
-        "sums(); sends(); gathers(large if astray else small)",
+        "sums(); sends(); gathers(large if outvoted else small)",
         ["rank 1 left the common order", "ranks 0, 2: gather of 10 float64", "rank 1: gather of 1,000 "],
         ["GATHER"],
     ),
     "a rank that sleeps": (
-        "sums(); astray and time.sleep(60); sends(); gathers(small)",
+        "sums(); outvoted and time.sleep(60); sends(); gathers(small)",
         [f"rank 1 did not come to collective number 62 within {LIMIT_S} s",
          "ranks 0, 2: waiting in broadcast of 1,000 float64", "rank 1: last seen in allreduce of 10 float64"],
         ["SEND", "SUM"],
     ),
     "rank 1 never comes again": (
-        "sums(); astray and launch._import_mpi().COMM_WORLD.recv(source=0); sends()",
+        "sums(); outvoted and launch._import_mpi().COMM_WORLD.recv(source=0); sends()",
         ["rank 1 did not come to collective number 42", "ranks 0, 2: waiting in broadcast"],
         ["SEND", "SUM"],
     ),
@@ -127,15 +127,15 @@ def test_a_limit_that_is_no_number(run_job, tmp_path, one_error):
 
 COUNTED = """
 import numpy as np
-from tf_dist.comm import launch
-from tf_dist.training.sentinel import Group, Sentinel
+from tf_dist.comm.runtime import launch
+from tf_dist.training.consistency_check import ConsistencyCheck, ReplicaGroup
 
 comm = launch.join()
-sentinel = Sentinel(comm, [Group(comm, [])], every=10)
+sentinel = ConsistencyCheck(comm, [ReplicaGroup(comm, [])], every=10)
 for step in range(40):
     sentinel.watch(step)
     told = np.full(4, float(step))
-    if not (comm.rank == {astray} and step == 12):
+    if not (comm.rank == {outvoted} and step == 12):
         comm.{verb}(told)
     if told[0] != step:
         print(f"told {{told[0]:g}} in step {{step}}", flush=True)
@@ -158,8 +158,8 @@ SKIPPED = {
 @pytest.mark.parametrize("name", SKIPPED)
 def test_a_collective_that_one_rank_leaves_out_is_counted(run_job, tmp_path, one_error, name):
     """And the count itself is not taken for one of the messages that are left over."""
-    ranks, verb, astray, said = SKIPPED[name]
-    (tmp_path / "job.py").write_text(COUNTED.format(verb=verb, astray=astray))
+    ranks, verb, outvoted, said = SKIPPED[name]
+    (tmp_path / "job.py").write_text(COUNTED.format(verb=verb, outvoted=outvoted))
     job = run_job(ranks, "job.py", timeout=60)
     one_error(job, 78, f"before step 21 the ranks have called different numbers of collectives: {said}")
     assert job.output.count("told ") == (7 if verb == "broadcast" else 0), job.output

@@ -11,7 +11,7 @@ ULFM = ("--with-ft", "ulfm")
 # Ends ranks in the middle of a step; then all numbers that the others find, on one line.
 SCRIPT = """
 import json, os, signal, sys
-from tf_dist.comm import launch
+from tf_dist.comm.runtime import launch
 
 update, deaths, options = (json.loads(word) for word in sys.argv[1:])
 comm = launch.connect()
@@ -23,7 +23,7 @@ from tf_dist.training.trainer import Trainer
 model = build(Config(layers=1, width=16, heads=2, seq_len=8, vocab_size=17))
 trainer = Trainer(
     model, keras.optimizers.Adam(1e-2), comm, update,
-    global_batch_size=16, micro_batch_size=2, seq_len=8, **options,
+    global_batch_size=16, micro_batch_size=2, seq_len=8, clip_norm=0.0, **options,
 )
 gradients, last = trainer.replica.gradients, deaths.get(str(comm.rank), 1000)
 
@@ -156,6 +156,7 @@ def killed(launcher, first_run, tmp_path):
     return start
 
 
+@pytest.mark.cold
 def test_a_run_goes_on_without_its_first_rank(killed, first_run):
     """The next one writes its files, and on the terminal."""
     run = killed(0)
@@ -189,7 +190,7 @@ def test_what_only_the_dead_had_is_read_from_the_newest_checkpoint(train_with, f
     """The one that dies while it writes its shard of the next one, in the background, had a third of the
     optimizer. No process is started."""
     run = train_with("partial:rank=1,step=35", "--update", "zero", "--save-every", "5")
-    assert "rank 1 died: 2 ranks begin again from the newest checkpoint" in run.job.output
+    assert "rank 1 died: 2 ranks restart from the newest checkpoint" in run.job.output
     assert "resumed at step 30" in run.job.output and "done at step 60" in run.job.output
     assert run.status["ranks_lost"] == [1] and run.status["ranks"] == 2
     assert [one["lost"] for one in run.status["recoveries"]] == [[1]]
@@ -200,13 +201,15 @@ def test_what_only_the_dead_had_is_read_from_the_newest_checkpoint(train_with, f
 def test_what_only_the_dead_had_is_at_a_neighbour(train_with, first_run):
     """No step is lost, and nothing is read; the metrics are those of a run that nobody left."""
     run = train_with("kill:rank=0,step=37,phase=update", "--update", "zero", "--replicate", "1")
-    assert "rank 0 died: 2 ranks begin again from copies in memory" in run.job.output
+    assert "rank 0 died: 2 ranks restart from peer copies in memory" in run.job.output
     assert "resumed at step 36 from memory" in run.job.output and "done at step 60" in run.job.output
     assert run.status["ranks_lost"] == [0]
     assert run.status["weights_sha256"] == first_run.status["weights_sha256"]
     assert rows_of(run) == rows_of(first_run)
 
 
+@pytest.mark.extended
+@pytest.mark.cold
 def test_ranks_that_share_a_model_go_on_in_whole_groups(killed, first_run):
     """Of four ranks, which share two models, two go on; the third waits for the end."""
     run = killed(1, "--tensor-parallel", "2", ranks=4)

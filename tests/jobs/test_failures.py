@@ -12,7 +12,7 @@ TOGETHER_S = 5
 BEFORE = """
 import os, sys, threading, time
 import numpy as np
-from tf_dist.comm import launch
+from tf_dist.comm.runtime import launch
 from tf_dist.errors import DataError
 
 def fail():
@@ -117,11 +117,12 @@ import os, signal, sys, time
 if os.environ["OMPI_COMM_WORLD_RANK"] == "1":
     time.sleep(1.5)
     {death}
-from tf_dist.comm import launch
+from tf_dist.comm.runtime import launch
 launch.join()
 """
 
 
+@pytest.mark.cold
 @pytest.mark.parametrize("launcher_flags", [(), ULFM], ids=["plain", "ulfm"])
 @pytest.mark.parametrize("death", ["sys.exit(0)", "sys.exit(3)", "os.kill(os.getpid(), signal.SIGTERM)"])
 def test_a_rank_that_ends_before_mpi_begins(run_job, tmp_path, launcher_flags, death):
@@ -228,7 +229,8 @@ tokens = keras.Input((8,), dtype="int32")
 x = keras.layers.Dense(64)(keras.layers.Dense(64)(keras.layers.Embedding(29, 64)(tokens)))
 model = keras.Model(tokens, keras.layers.Dense(29)(x))
 trainer = tf_dist.Trainer(
-    model, keras.optimizers.Adam(), comm, global_batch_size=12, micro_batch_size=2, overlap="on"
+    model, keras.optimizers.Adam(), comm, global_batch_size=12, micro_batch_size=2,
+    clip_norm=0.0, overlap="on",
 )
 steps, add = 0, buckets.Buckets.add
 
@@ -244,7 +246,13 @@ trainer.fit(np.arange(5000) % 29, steps=10)
 """
 
 
-@pytest.mark.parametrize("where", ["comm.rank == 1", "comm.rank == 0", "True"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        "comm.rank == 1",
+        *(pytest.param(one, marks=pytest.mark.extended) for one in ("comm.rank == 0", "True")),
+    ],
+)
 def test_a_failure_inside_the_backward_pass_while_gradients_leave(run_job, tmp_path, where):
     """Some buckets are on their way, others will never be: on one rank, or on all of them."""
     (tmp_path / "job.py").write_text(OVERLAPPED.format(where=where))

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from tf_dist.training.manifest import read_manifest
+from tf_dist.checkpoint.manifest import read_manifest
 
 STEPS, HALF = 8, 4
 FOUR = {
@@ -64,7 +64,9 @@ def layout(path):
     return [(re.sub(r"adam_w_\d+", "adam_w", one["name"]), one["shape"]) for one in manifest["tensors"]]
 
 
-@pytest.mark.parametrize(("ranks", "name"), [*((4, name) for name in FOUR), (8, "2x2x2")])
+@pytest.mark.parametrize(
+    ("ranks", "name"), [*((4, name) for name in FOUR), pytest.param(8, "2x2x2", marks=pytest.mark.extended)]
+)
 def test_a_grid_trains_and_validates_as_one_rank(runs, ranks, name):
     path, alone = runs(ranks, name), runs(1, LIKE.get(name, "one"))
     near(rows(path), rows(alone))

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.cold
+
 pytest.importorskip("resource")
 
 LAYERS, WIDTH, ROWS, T = 4, 1088, 2, 16
@@ -131,6 +133,7 @@ def test_two_ranks_train_and_save(two_ranks, limit):
     assert len(two_ranks.peaks) == 2 and max(two_ranks.peaks) <= limit
 
 
+@pytest.mark.extended
 def test_two_ranks_go_on_from_what_they_saved(run_limited, two_ranks, limit):
     assert two_ranks.job.code == 0, two_ranks.job.output
     before = two_ranks.losses

@@ -11,6 +11,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "oracle"))
 from jobs import Runs
 from verdict import CRASHED, DIFFERENT, EQUAL, INVALID, LATE, REFUSED, compared, difference
 
+# Of the oracle itself, which changes seldom.
+pytestmark = pytest.mark.extended
+
 BEGIN = "import tf_dist\ncomm = tf_dist.connect()\nplain = tf_dist.__version__ == 'plain'\n"
 IMPORT = "from tf_dist.errors import UsageError"
 FIT = """

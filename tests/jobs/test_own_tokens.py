@@ -72,6 +72,6 @@ def test_a_run_keeps_to_its_own_tokens(launcher, small, tmp_path):
 
     resumed = launcher.start(0, *flags, "--steps", "8", cwd=tmp_path).wait()
     assert resumed.code == 0, resumed.output
-    assert "it goes on with the tokens it began with" in resumed.output
+    assert "it continues with its own tokens" in resumed.output
     assert "resumed at step 4" in resumed.output
     assert len(list((tmp_path / "prepared").glob("text-*"))) == 1, "tokens were made that nobody asked for"

@@ -49,6 +49,7 @@ def report(tmp_path_factory):
     return json.loads(path.read_text()) | {"stdout": done.stdout}
 
 
+@pytest.mark.extended
 def test_every_claim_asked_for_has_a_result(report):
     assert [row["name"] for row in report["results"]] == QUICK
     for row in report["results"]:
@@ -56,6 +57,7 @@ def test_every_claim_asked_for_has_a_result(report):
         assert row["result"] in (check_peers.HOLDS, check_peers.GONE, check_peers.NOT_CHECKED)
 
 
+@pytest.mark.extended
 def test_every_result_has_its_evidence(report, capsys):
     for row in report["results"]:
         assert row["seen"].strip(), row
@@ -64,6 +66,7 @@ def test_every_result_has_its_evidence(report, capsys):
                 print(f"\nLOOK: {row['name']}: {row['result']}: {row['seen']}")
 
 
+@pytest.mark.extended
 def test_only_a_missing_horovod_may_leave_a_claim_unchecked(report):
     unchecked = [row["name"] for row in report["results"] if row["result"] == check_peers.NOT_CHECKED]
     if report["versions"]["horovod"] == "missing":
@@ -71,6 +74,7 @@ def test_only_a_missing_horovod_may_leave_a_claim_unchecked(report):
     assert not unchecked, [row for row in report["results"] if row["name"] in unchecked]
 
 
+@pytest.mark.extended
 def test_versions_are_named(report):
     assert set(report["versions"]) >= {"python", "tensorflow", "keras", "mpi4py", "mpirun", "horovod"}
     assert f"tensorflow {report['versions']['tensorflow']}" in report["stdout"]

@@ -5,6 +5,8 @@ import os
 import shutil
 import signal
 
+import pytest
+
 ULFM = ("--with-ft", "ulfm")
 
 
@@ -14,6 +16,7 @@ def steps_of(path):
     return [json.loads(line)["step"] for line in (path / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.cold
 def test_whoever_waits_for_a_folder_does_not_get_it_from_the_dead(start_job, small, tmp_path):
     """The first rank, which has made the lock, is killed while another job waits; the others go on."""
     path = tmp_path / "run"

@@ -11,8 +11,9 @@ import signal
 import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import load_file
 
-from tf_dist.training import checkpoint
+from tf_dist.checkpoint import store
 
 STEPS = 60
 ROWS, T = 8, 16  # of `small`
@@ -28,12 +29,12 @@ def read_status(path):
 
 def weights(path, step=STEPS):
     """The weights that a run saved at a step, flat, in order of creation."""
-    tensors, _, _ = checkpoint.load(path / "checkpoints" / f"step-{step:08d}")
+    tensors, _, _ = store.load(path / "checkpoints" / f"step-{step:08d}")
     return np.concatenate([t.astype("<f4").ravel() for name, t in tensors.items() if name[:8] == "weights/"])
 
 
 def steps_saved(path):
-    return [int(folder.name[5:]) for folder in checkpoint.listing(path / "checkpoints")]
+    return [int(folder.name[5:]) for folder in store.listing(path / "checkpoints")]
 
 
 # What a run leaves behind --------------------------------------------------------------------------
@@ -107,6 +108,7 @@ def test_output_of_each_rank(first_run):
 # How a run goes on ---------------------------------------------------------------------------------
 
 
+@pytest.mark.cold
 def test_a_run_with_accidents_is_the_run_without(first_run, small, start_job, run_job, tmp_path, one_error):
     """Stopped by a signal, resumed, killed, its newest checkpoint damaged, resumed: the same weights."""
     path = tmp_path / "run"
@@ -136,7 +138,7 @@ def test_a_run_with_accidents_is_the_run_without(first_run, small, start_job, ru
     assert read_status(path)["state"] != "done"
 
     # The newest checkpoint is damaged as well. Another folder, --resume from the killed one.
-    *_, sound, newest = checkpoint.listing(path / "checkpoints")
+    *_, sound, newest = store.listing(path / "checkpoints")
     damage(newest)
     resumed = run_job(2, "train.py", *flags, "--run-dir", tmp_path / "again", "--resume", path)
     assert resumed.code == 0, resumed.output
@@ -158,10 +160,20 @@ def test_a_run_with_accidents_is_the_run_without(first_run, small, start_job, ru
 
 def damage(path):
     """Flip one bit in the middle of the tensors of a checkpoint."""
-    file = path / "shard-0000.bin"
+    file = path / "shard-0000.safetensors"
     raw = bytearray(file.read_bytes())
     raw[len(raw) // 2] ^= 1
     file.write_bytes(raw)
+
+
+def test_others_read_the_shards_of_a_run(first_run):
+    """With safetensors alone: all tensors, as tf_dist reads them."""
+    (path, *_) = reversed(store.listing(first_run.path / "checkpoints"))
+    wanted, found = store.load(path)[0], {}
+    for shard in path.glob("*.safetensors"):
+        found |= load_file(shard)
+    assert found.keys() == wanted.keys() and len(wanted) > 10
+    assert all(found[name].tobytes() == wanted[name].tobytes() for name in wanted)
 
 
 def test_a_run_that_is_done_and_one_that_begins_anew(copy_of_first, first_run, launcher, tmp_path):

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.cold
+
 TRAIN = Path(__file__).parents[2] / "scripts" / "train.py"
 
 

@@ -5,6 +5,10 @@ import os
 import signal
 import time
 
+import pytest
+
+pytestmark = pytest.mark.cold
+
 # What `docs/reliability.md` promises.
 ORPHANS_S = 2.0
 # `tf-dist train`, with a rank that takes its time before each step.
@@ -12,12 +16,12 @@ SLOW = """
 import os, sys, time
 
 from tf_dist.cli import train as script
-from tf_dist.comm.launch import launched_rank
+from tf_dist.comm.runtime.launch import launched_rank
 
 train = script.train
 
 def slow(*arguments):
-    from tf_dist.training import run_callbacks
+    from tf_dist.run import run_callbacks
 
     begin = run_callbacks.LogRun.on_train_batch_begin
 
@@ -34,7 +38,7 @@ script.main(sys.argv[1:])
 # Ranks that have nothing to do with MPI for the moment: it cannot tell them that the launcher is gone.
 ASLEEP = """
 import time
-from tf_dist.comm import launch
+from tf_dist.comm.runtime import launch
 
 comm = launch.join()
 comm.barrier()
@@ -56,12 +60,14 @@ def test_a_slow_rank_and_a_stopped_one_are_named(start_job, small, tmp_path):
     job.wait_until(lambda: (run / "status.json").exists() and status().get("stragglers"))
     (slow,) = status()["stragglers"]
     assert slow["rank"] == 2 and slow["ratio"] > 1.5 and slow["ms"] > 50
-    pid = job.pid_of_rank(1)
+    pid, before = job.pid_of_rank(1), len(job.output())
     os.kill(pid, signal.SIGSTOP)
     ended = job.wait(60)
     assert ended.code == 70, ended.output
     assert ended.output.count("rank 2 (pid") == 1 and "is slow: it takes" in ended.output
-    lines = [line for line in ended.output.splitlines() if f"rank 1 (pid {pid} on " in line]
+    # On a busy machine ranks that still load TensorFlow are named as well, before.
+    since = ended.output[before:]
+    lines = [line for line in since.splitlines() if f"rank 1 (pid {pid} on " in line]
     said = f"it is stopped (SIGSTOP). kill -CONT {pid} lets it go on"
     assert lines and all("has not come to" in line and " of step " in line and said in line for line in lines)
     assert [line.startswith("error: ") for line in lines].count(True) == 1

@@ -2,6 +2,10 @@
 
 import re
 
+import pytest
+
+pytestmark = pytest.mark.cold
+
 # Counted inside the ranks, around TensorFlow's first operation, which starts its pool.
 MODEL = """
 import os
@@ -27,7 +31,7 @@ def build(config):
 
 
 def test_threads_are_those_of_the_banner(run_job, small, tmp_path):
-    """How many there are where none are asked for is arithmetic: `tests/comm/test_threads.py`."""
+    """How many there are where none are asked for is arithmetic: `tests/comm/test_thread_budget.py`."""
     asked = 3
     (tmp_path / "counting.py").write_text(MODEL)
     flags = [*small, "--steps", "1", "--model", "counting:build", "--threads-per-rank", asked]

@@ -77,8 +77,24 @@ def _stand_in(*names):
                 setattr(sys.modules[parent], child, sys.modules[name])
 
 
+def _stand_in_for_conftest():
+    """What tests import of Keras's own conftest.py, which its wheel does not have."""
+    conftest = sys.modules["conftest"] = ModuleType("conftest")
+    conftest.skip_if_backend = lambda backend, reason: pytest.mark.skipif(
+        keras.backend.backend() == backend, reason=reason
+    )
+
+
+def _draw_alike():
+    """Where a test wants random data of no seed, all ranks have the same: they run one script."""
+    seed = np.random.seed
+    np.random.seed = lambda given=None: seed(1 if given is None else given)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config):
+    _stand_in_for_conftest()
+    _draw_alike()
     _stand_in("jax", "jax.numpy", "jax.experimental", "jax.experimental.sparse", "torch", "scipy", "requests")
     if RANK:
         config.pluginmanager.unregister(name="terminalreporter")

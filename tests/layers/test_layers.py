@@ -16,12 +16,12 @@ from tf_dist.layers import (
     ParallelSelfAttention,
     RowParallelDense,
     VocabularyParallelEmbedding,
-    collectives,
+    mappings,
 )
 from tf_dist.layers.cross_entropy import cross_entropy
 from tf_dist.models.fast_lstm import LSTM
 from tf_dist.models.transformer import CausalSelfAttention
-from tf_dist.parallel.parts import part_of
+from tf_dist.parallel.sharding import part_of
 from tf_dist.partition import share
 
 B, T, D = 2, 5, 12
@@ -203,11 +203,11 @@ def test_collectives_keep_the_type(name):
     def on_rank(comm):
         x = tf.cast(tf.range(6), name) + tf.cast(comm.rank, name)
         parts = [range(0, 2), range(2, 6)]
-        own = collectives.own_part(comm, tf.cast(tf.range(6), name), parts)
+        own = mappings.own_part(comm, tf.cast(tf.range(6), name), parts)
         return (
-            collectives.summed(comm, x),
-            collectives.gathered(comm, own, parts),
-            collectives.stacked(comm, x),
+            mappings.summed(comm, x),
+            mappings.gathered(comm, own, parts),
+            mappings.stacked(comm, x),
         )
 
     for summed, gathered, stacked in on_ranks(2, on_rank):

@@ -7,13 +7,13 @@ import keras
 import numpy as np
 import pytest
 
-from tf_dist.comm.base import SerialComm
+from tf_dist.comm.transport.base import SerialComm
 from tf_dist.config import Config
 from tf_dist.errors import LaunchError, behind
 from tf_dist.layers import tensor_parallel
 from tf_dist.models.build import build
-from tf_dist.training import loss
-from tf_dist.training.replica import Replica
+from tf_dist.runners import loss
+from tf_dist.runners.replica import Replica
 
 B, T, V = 2, 12, 13
 
@@ -43,7 +43,7 @@ def replica_of(comm, name):
     return Replica(build(config, tensor_parallel(comm)), keras.optimizers.SGD(0.1), B, T, 1)
 
 
-@pytest.mark.parametrize("chunks", [1, 5])
+@pytest.mark.parametrize("chunks", [pytest.param(1, marks=pytest.mark.extended), 5])
 @pytest.mark.parametrize("name", ["transformer", "lstm"])
 def test_one_order(name, chunks, monkeypatch):
     """With Grappler's dependency optimizer every few runs of the LSTM differ: see `keep_order`."""

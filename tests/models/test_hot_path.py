@@ -134,7 +134,7 @@ def test_attention():
 
 
 @pytest.mark.parametrize("compiled", ["eager", "graph", "xla"])
-@pytest.mark.parametrize("block", [1, 5, 8, 15, 16, 99])
+@pytest.mark.parametrize("block", [pytest.param(1, marks=pytest.mark.extended), 5, 8, 15, 16, 99])
 def test_attention_in_blocks(block, compiled):
     inputs = [normal(B, H, T, 8, seed=i) for i in range(3)]
 

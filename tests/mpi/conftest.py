@@ -1,5 +1,8 @@
 """Tests that run on N ranks at once: ``mpirun -np N python -m pytest tests/mpi``, or plainly on one.
 
+A module says by its mark ``ranks`` which numbers of ranks show what it tests; `make test` runs it on those.
+``TF_DIST_TESTS=all`` runs everything on any number.
+
 A test is one test for all ranks. After each of its phases the ranks compare notes: where one failed, all
 fail, and rank 0 shows the report of the one that did. So the ranks always run the same tests, and none
 waits in a collective for a rank that has gone on. A test that fails in the middle of its own
@@ -14,11 +17,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from extended import EVERYTHING
 from mpi4py import MPI
 
-from tf_dist.comm import launch
-from tf_dist.comm.base import SerialComm
-from tf_dist.comm.debug import keep_order
+from tf_dist.comm.runtime import launch
+from tf_dist.comm.runtime.collective_order import keep_order
+from tf_dist.comm.transport.base import SerialComm
 
 # How long a rank that failed waits for the others to come out of the test.
 AGREE_S = 60
@@ -35,6 +39,16 @@ def pytest_configure(config):
     """Rank 0 alone reports; it tells what failed on the others."""
     if WORLD.rank:
         config.pluginmanager.unregister(name="terminalreporter")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what other numbers of ranks show; on more than four, nothing."""
+    marks = {item: item.get_closest_marker("ranks") for item in items}
+    if EVERYTHING or WORLD.size > 4:
+        return
+    others = [item for item, mark in marks.items() if mark and WORLD.size not in mark.args]
+    config.hook.pytest_deselected(items=others)
+    items[:] = [item for item in items if item not in set(others)]
 
 
 def pytest_unconfigure(config):
@@ -84,6 +98,12 @@ def everyone():
     return WORLD.allgather
 
 
+@pytest.fixture
+def one_folder(tmp_path):
+    """A temporary folder, the same one on all ranks."""
+    return Path(WORLD.bcast(str(tmp_path)))
+
+
 # The node of each rank: this machine; one for each; two, rank by rank or in halves.
 NODES = {
     "one node": lambda rank, size: 0,
@@ -100,7 +120,7 @@ def ranks(request, connected):
     nodes = [NODES[request.param](rank, world.size) for rank in range(world.size)]
     if len(set(Counter(nodes).values())) > 1:
         pytest.skip("nodes would have different numbers of ranks")
-    from tf_dist.comm.mpi import MPIComm
+    from tf_dist.comm.transport.mpi import MPIComm
 
     return MPIComm(node=world.Split(nodes[world.rank]))
 
@@ -115,7 +135,7 @@ def made(kind, connected):
         pytest.importorskip("horovod", reason="Horovod is not installed: `make horovod`")
         new = launch.use_backend(connected, "horovod")
     else:
-        from tf_dist.comm.mpi import MPIComm
+        from tf_dist.comm.transport.mpi import MPIComm
 
         new = MPIComm()
     return keep_order(new, {"TF_DIST_DEBUG": "1"}, WORLD.Dup) if kind.endswith(DEBUGGING) else new

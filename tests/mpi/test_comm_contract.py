@@ -8,11 +8,13 @@ import time
 import numpy as np
 import pytest
 
-from tf_dist.comm.agree import agree, on_root
-from tf_dist.comm.base import SerialComm
+from tf_dist.comm.runtime.consensus import agree, on_root
+from tf_dist.comm.transport.base import SerialComm
 from tf_dist.data.sampler import share
 from tf_dist.errors import DataError, LaunchError
-from tf_dist.parallel.tree import BlockSum, TreeSum, order
+from tf_dist.parallel.reduction_tree import BlockSum, TreeSum, order
+
+pytestmark = pytest.mark.ranks(1, 3)
 
 THREE_MB = 3 << 20  # more than a chunk of MPIComm, and, with a few elements more, no multiple of it
 DTYPES = [np.float32, np.float64]

@@ -5,9 +5,11 @@ import pytest
 from mpi4py import MPI
 
 import tf_dist
-from tf_dist.comm import communicators, launch
-from tf_dist.comm.communicators import as_comm
+from tf_dist.comm.runtime import communicators, launch
+from tf_dist.comm.runtime.communicators import as_comm
 from tf_dist.errors import UsageError
+
+pytestmark = pytest.mark.ranks(2, 3)
 
 
 @pytest.fixture(autouse=True)

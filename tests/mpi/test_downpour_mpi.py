@@ -7,8 +7,10 @@ import pytest
 from mpi4py import MPI
 from test_training_mpi import HELD_OUT, TOKENS, flat, steps_of, trainer
 
-from tf_dist.comm.base import SerialComm
+from tf_dist.comm.transport.base import SerialComm
 from tf_dist.errors import LaunchError
+
+pytestmark = pytest.mark.ranks(3)
 
 N = MPI.COMM_WORLD.size
 several = pytest.mark.skipif(N == 1, reason="one rank has no workers")
@@ -24,14 +26,16 @@ def same(everyone, trained):
 
 
 @pytest.mark.parametrize("trains", ["on", "off"])
-@pytest.mark.parametrize("rows", [1, 3, 4])  # 12, 4 and 3 micro-batches
+@pytest.mark.parametrize(
+    "rows", [pytest.param(1, marks=pytest.mark.extended), 3, 4]
+)  # 12, 4, 3 micro-batches
 def test_no_staleness_is_allreduce_to_the_bit(connected, everyone, trains, rows):
     alone = trainer(SerialComm(), rows=rows)
     expected = steps_of(alone, 6)
     trained = downpour(connected, staleness=0, master_trains=trains, rows=rows)
     logs = steps_of(trained, 6)
     assert logs == expected
-    trained.meet()
+    trained.synchronize()
     assert all(everyone(bool((flat(trained.model) == flat(alone.model)).all())))
     if trained.comm.rank == 0:
         assert set(trained.strategy.load.staleness) == {0}
@@ -93,16 +97,15 @@ def test_one_rank_s_wish_to_stop_stops_all_at_one_step(connected, everyone):
 
 
 @pytest.mark.parametrize("staleness", [0, 2])
-def test_a_run_goes_on_from_a_checkpoint(connected, tmp_path, everyone, staleness):
-    from tf_dist.training import state
+def test_a_run_goes_on_from_a_checkpoint(connected, one_folder, everyone, staleness):
+    from tf_dist.training import state_dict
 
-    folder = type(tmp_path)(MPI.COMM_WORLD.bcast(str(tmp_path)))
     first = downpour(connected, staleness=staleness)
     steps_of(first, 3)
-    state.save(first, folder, 1, {})
+    state_dict.save(first, one_folder, 1, {})
     assert int(first.optimizer.iterations) == 3
     second = downpour(connected, staleness=staleness, seed=2)
-    state.restore(second, folder / "step-00000003")
+    state_dict.restore(second, one_folder / "step-00000003")
     assert all(everyone(bool((flat(first.model) == flat(second.model)).all())))
     logs = steps_of(second, 2)
     assert second.step == 5 and everyone(logs) == [everyone(logs)[0]] * N
@@ -138,7 +141,7 @@ def test_stale_gradients_may_count_less(connected, everyone):
 def test_a_rank_that_differs_after_all_have_met_is_named(connected):
     trained = downpour(connected, check_every=2)
     steps_of(trained, 2)
-    trained.meet()
+    trained.synchronize()
     if connected.rank == N - 1:
         weight = trained.model.weights[0]
         weight.assign(weight + np.float32(1e-3))

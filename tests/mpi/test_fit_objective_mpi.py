@@ -10,6 +10,8 @@ from mpi4py import MPI
 
 from tf_dist.errors import LaunchError, UsageError
 
+pytestmark = pytest.mark.ranks(3)
+
 N, T, V, G = 18, 6, 7, 8  # rows, tokens, vocabulary, global rows: batches of 8, 8 and 2
 RNG = np.random.default_rng(3)
 X = RNG.normal(size=(N, 4)).astype(np.float32)
@@ -65,6 +67,12 @@ def contrast(y_true, y_pred):
     return keras.losses.sparse_categorical_crossentropy(tf.range(tf.shape(near)[0]), near, from_logits=True)
 
 
+def keras_sum():
+    import keras
+
+    return keras.losses.MeanSquaredError(reduction="sum")
+
+
 def two_outputs():
     import keras
 
@@ -86,6 +94,21 @@ def variational(scale):
             return x
 
     return keras.Sequential([keras.Input((4,)), keras.layers.Dense(5), Penalty(), keras.layers.Dense(2)])
+
+
+def penalized(normalize=False):
+    """A penalty that vanishes with the weights of the first step, and adds up otherwise than the loss."""
+    import keras
+
+    class Penalized(keras.Model):
+        def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+            loss = super().compute_loss(x, y, y_pred, sample_weight, training)
+            return loss + 0.3 * keras.ops.mean(keras.ops.square(keras.ops.cast(y_pred, loss.dtype)))
+
+    x = keras.Input((4,))
+    h = keras.layers.Dense(5, activation="tanh")(x)
+    h = keras.layers.BatchNormalization()(h) if normalize else h
+    return Penalized(x, keras.layers.Dense(2, kernel_initializer="zeros")(h))
 
 
 def stepping(reduce):
@@ -202,12 +225,27 @@ CASES = {
     "a step's sum": lambda: (stepping(sum_of_squares), {}, {"x": X, "y": Y}),
     "a step's loss": lambda: (stepping(keras_loss), {}, {"x": X, "y": Y}),
     "a step's root": lambda: (stepping(root_of_mean), {}, {"x": X, "y": Y}),
+    "a penalty": lambda: (penalized(), {"loss": "mse"}, {"x": X, "y": Y}),
+    "a penalty on a sum": lambda: (
+        penalized(normalize=True), {"loss": keras_sum(), "metrics": ["mae"]}, {"x": X, "y": Y},
+    ),
+    "across rows": lambda: (
+        dense(), {"loss": "dice", "metrics": across_rows()}, {"x": X, "y": (Y > 0).astype("float32")},
+    ),
     "batch norm": lambda: (normalized(), {"loss": "mse", "steps_per_execution": 2}, {"x": X, "y": Y}),
     "convolution": lambda: (
         convolution(), {"loss": "mse", "metrics": ["mae", f1()]}, {"x": X, "y": (Y > 0).astype("float32")},
     ),
     "positions": lambda: (positions(), {"loss": cross_entropy()}, {"x": IDS, "y": NEXT}),
     "F1": lambda: (dense(), {"loss": "mse", "metrics": [f1()]}, {"x": X, "y": (Y > 0).astype("float32")}),
+    "metrics of the user": lambda: (
+        language(mask=False), {"loss": cross_entropy(), "metrics": own_metrics()}, {"x": IDS, "y": NEXT},
+    ),
+    "eager metrics": lambda: (
+        dense(),
+        {"loss": "mse", "metrics": [nearest, largest_error()], "run_eagerly": True},
+        {"x": X, "y": Y},
+    ),
 }  # fmt: skip
 RNG_WEIGHTS_NT = RNG.uniform(0, 2, (N, T)).astype(np.float32)
 # The logs of a train_step that returns what one rank has computed are a mean over ranks, not over rows.
@@ -224,6 +262,74 @@ def f1():
     import keras
 
     return keras.metrics.F1Score(threshold=0.3)
+
+
+def masked_accuracy(y_true, y_pred):
+    """One number, as TensorFlow's tutorials on text have it."""
+    import tensorflow as tf
+
+    right = tf.cast(tf.argmax(y_pred, -1) == tf.cast(y_true, tf.int64), tf.float32)
+    mask = tf.cast(y_true != 0, tf.float32)
+    return tf.reduce_sum(right * mask) / tf.reduce_sum(mask)
+
+
+def per_class(y_true, y_pred):
+    """A value for each class and none for a row."""
+    import tensorflow as tf
+
+    return tf.reduce_max(tf.nn.softmax(y_pred), axis=(0, 1))
+
+
+def nearest(y_true, y_pred):
+    """A value for each row that depends on all rows."""
+    import tensorflow as tf
+
+    near = tf.matmul(y_pred, y_true, transpose_b=True)
+    return tf.cast(tf.argmax(near, -1) == tf.range(tf.shape(near)[0], dtype=tf.int64), tf.float32)
+
+
+def summed(y_true, y_pred):
+    import keras
+
+    return keras.losses.sparse_categorical_crossentropy(y_true, y_pred, from_logits=True)
+
+
+summed.sums_over_ranks = True
+
+
+def largest_error():
+    """A metric of the user, whose state is no sum."""
+    import keras
+
+    class LargestError(keras.metrics.Metric):
+        def __init__(self):
+            super().__init__(name="largest")
+            self.largest = self.add_weight(shape=(), initializer="zeros", name="largest")
+
+        def update_state(self, y_true, y_pred, sample_weight=None):
+            error = keras.ops.max(keras.ops.abs(y_true - y_pred))
+            self.largest.assign(keras.ops.maximum(self.largest, error))
+
+        def result(self):
+            return keras.ops.convert_to_tensor(self.largest)
+
+    return LargestError()
+
+
+def across_rows():
+    import keras
+
+    return [keras.losses.dice, keras.losses.tversky]
+
+
+def own_metrics():
+    import keras
+
+    class Right(keras.metrics.Mean):
+        def update_state(self, y_true, y_pred, sample_weight=None):
+            return super().update_state(masked_accuracy(y_true, y_pred))
+
+    return [masked_accuracy, per_class, summed, Right(name="right")]
 
 
 def trained(case, optimizer, seed):
@@ -243,6 +349,8 @@ def trained(case, optimizer, seed):
 # is Keras by itself.
 WITH_EMPTY_RANKS = [
     "mask_zero", "none", "a masked mean", "add_loss mean", "a step's mean", "batch norm", "convolution", "F1",
+    "metrics of the user", "eager metrics", "a penalty", "a penalty on a sum",
+    "across rows",
 ]  # fmt: skip
 SHOWN = {1: ["mask_zero", "a step's mean"], 2: list(CASES)}.get(MPI.COMM_WORLD.size, WITH_EMPTY_RANKS)
 
@@ -281,6 +389,51 @@ def test_the_objective_is_that_of_one_process(connected, everyone, case):
     if case not in LOCAL_LOGS:
         for name, values in logs.items():
             np.testing.assert_allclose(found_logs[name], values, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_metrics_of_the_user_share_the_rows_of_all_ranks(connected, monkeypatch):
+    """Targets and outputs are transferred once in a step, however many metrics want them."""
+    import keras
+
+    import tf_dist
+    from tf_dist.keras_fit.gradient_reduction import Reduction
+
+    gather, gathered = Reduction.gather_rows, []
+
+    def counted(self, tensor, what):
+        gathered.append(tensor.graph)
+        return gather(self, tensor, what)
+
+    monkeypatch.setattr(Reduction, "gather_rows", counted)
+    model = dense()
+    optimizer = tf_dist.distribute(keras.optimizers.SGD(0.1), connected)
+    model.compile(optimizer, "mse", metrics=[nearest, largest_error()])
+    model.fit(X, Y, batch_size=N, verbose=0)
+    assert {gathered.count(graph) for graph in gathered} == {2}
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_a_step_of_the_user_in_half_precision_is_known(connected, everyone, policy):
+    """What rounding makes of its gradients must not pass for another objective."""
+    import keras
+
+    import tf_dist
+
+    def train(optimizer):
+        keras.utils.set_random_seed(1)
+        model = penalized()
+        model.compile(optimizer, loss="mse")
+        model.fit(X, Y, batch_size=G, epochs=1, shuffle=False, verbose=0)
+        return [np.asarray(one.value) for one in model.weights]
+
+    keras.config.set_dtype_policy(policy)
+    try:
+        expected = of_one_process(lambda: train(keras.optimizers.SGD(0.1)))
+        found = train(tf_dist.distribute(keras.optimizers.SGD(0.1), connected))
+    finally:
+        keras.config.set_dtype_policy("float32")
+    near(found, expected, 5e-3)
+    assert len(set(everyone(b"".join(one.tobytes() for one in found)))) == 1
 
 
 FORMS = ["arrays", "DataFrame", "dataset", "endless dataset", "PyDataset", "generator", "unknown length"]
@@ -323,8 +476,16 @@ def forms():
     }
 
 
+# The others in tests/fuzz_fit as well.
+FEW_FORMS = ("DataFrame", "PyDataset", "unknown length")
+SHOWN_FORMS = [
+    form if form in FEW_FORMS else pytest.param(form, marks=pytest.mark.extended) for form in FORMS
+]
+
+
 @pytest.mark.filterwarnings("ignore:Your input ran out of data")
-@pytest.mark.parametrize("form", FORMS if MPI.COMM_WORLD.size > 1 else FORMS[:1])
+@pytest.mark.ranks(2)  # rows that do not divide: above
+@pytest.mark.parametrize("form", SHOWN_FORMS)
 def test_the_form_of_the_data(connected, everyone, form):
     """Also by `shard`, where it takes that form."""
     import keras
@@ -353,6 +514,26 @@ def test_the_form_of_the_data(connected, everyone, form):
         for one, other in zip(expected[0], weights, strict=True):
             np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-6)
         assert logs == {name: pytest.approx(values, rel=1e-5) for name, values in expected[1].items()}
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
+def test_accumulated_gradients_of_a_step_of_the_user(connected, optimizer):
+    """They cross inside of a branch, and the logs of the step after it, on all ranks in this order."""
+    import keras
+
+    import tf_dist
+
+    def train(distribute):
+        keras.utils.set_random_seed(1)
+        model = stepping(mean_of_squares)
+        model.compile(distribute(getattr(keras.optimizers, optimizer)(0.01, gradient_accumulation_steps=2)))
+        history = model.fit(X, Y, batch_size=G, epochs=2, shuffle=False, verbose=0).history
+        return [np.asarray(one.value) for one in model.weights], history
+
+    expected = of_one_process(lambda: train(lambda plain: plain))
+    found = train(lambda plain: tf_dist.distribute(plain, connected))
+    near(found[0], expected[0], 1e-5)
+    assert found[1] == {name: pytest.approx(values, rel=1e-5) for name, values in expected[1].items()}
 
 
 def differing(kind, rank):

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from tf_dist.comm.base import SerialComm
+from tf_dist.comm.transport.base import SerialComm
 from tf_dist.config import Config
 from tf_dist.errors import LaunchError
 from tf_dist.parallel.mesh import Mesh
+
+pytestmark = pytest.mark.ranks(2, 4)
 
 V, T, G, B = 30, 12, 8, 2
 SIZES = {"vocab_size": V, "seq_len": T, "layers": 4, "width": 24, "heads": 12, "seed": 7}
@@ -29,7 +31,7 @@ def grids():
 
 
 def trainer(comm, pipeline=1, tensor=1, sequence=1, model="transformer", **more):
-    from tf_dist.training import optimizers
+    from tf_dist.optim import optimizers
     from tf_dist.training.model import model_for
     from tf_dist.training.trainer import Trainer
 
@@ -79,7 +81,7 @@ def serial(connected):
             if connected.rank == 0:
                 alone = trainer(SerialComm(), model=model)
                 logs = steps_of(alone)
-                known[model] = logs, alone.validate(HELD_OUT), alone.passes.logits(ROW), tensors(alone)
+                known[model] = logs, alone.validate(HELD_OUT), alone.runner.logits(ROW), tensors(alone)
             known[model] = MPI.COMM_WORLD.bcast(known.get(model))
         return known[model]
 
@@ -100,7 +102,7 @@ def test_a_grid_is_one_rank(connected, everyone, serial, model, pipeline, tensor
     for mine, theirs in zip(logs, logs_alone, strict=True):
         near(mine, theirs, 1e-5)
     near(trained.validate(HELD_OUT), result_alone, 1e-5)
-    logits = trained.passes.logits(ROW)
+    logits = trained.runner.logits(ROW)
     worst = max(everyone(float(np.abs(logits - logits_alone).max())))
     assert worst < 1e-3
     found = tensors(trained)
@@ -124,21 +126,22 @@ RESUMED = {
 }
 
 
+# Resumes on other grids are in tests/jobs/test_grids.py as well.
+@pytest.mark.extended
 @pytest.mark.parametrize("chain", RESUMED[N] if N in RESUMED else [])
-def test_a_checkpoint_knows_no_grid(connected, tmp_path, chain):
+def test_a_checkpoint_knows_no_grid(connected, one_folder, chain):
     """Saved on a grid, gone on with on one rank, on data ranks alone, and on the other grids."""
-    from tf_dist.training import state
+    from tf_dist.training import state_dict
 
-    folder = MPI.COMM_WORLD.bcast(str(tmp_path))
     saved = trainer(connected, *chain[0], update="zero")
     steps_of(saved, 2)
     before = tensors(saved)
-    state.save(saved, type(tmp_path)(folder), 1, {})
-    path = type(tmp_path)(folder) / "step-00000002"
+    state_dict.save(saved, one_folder, 1, {})
+    path = one_folder / "step-00000002"
     expected = steps_of(saved, 1)
     for other in chain[1:]:
         resumed = trainer(connected, *other)
-        state.restore(resumed, path)
+        state_dict.restore(resumed, path)
         assert resumed.step == 2
         after = tensors(resumed)
         if connected.rank == 0:
@@ -146,7 +149,7 @@ def test_a_checkpoint_knows_no_grid(connected, tmp_path, chain):
         near(steps_of(resumed, 1)[0], expected[0], 1e-5)
     if connected.rank == 0:
         alone = trainer(SerialComm())
-        state.restore(alone, path)
+        state_dict.restore(alone, path)
         near(steps_of(alone, 1)[0], expected[0], 1e-5)
 
 
@@ -158,7 +161,7 @@ def test_a_rank_that_differs_is_named_on_the_whole_grid(connected, everyone, pip
         whole = [v for v in trained.replica.variables if v.path.endswith("norm/gamma")]
         whole[0].assign(whole[0] + np.float32(1e-6))
     try:
-        trained.sentinel.compare(1)
+        trained.consistency_check.compare(1)
         said = "nothing"
     except LaunchError as error:
         said = str(error)
@@ -174,12 +177,12 @@ def test_copies_of_a_tied_table_are_compared_along_a_pipeline(connected, everyon
     assert len(trained.replica.tied) == 1
     table = trained.replica.tied[0]
     assert everyone(trained.replica.holds(table)) == [rank in (0, N - 1) for rank in range(N)]
-    trained.sentinel.compare(0)
+    trained.consistency_check.compare(0)
     if connected.rank == N - 1:
         table.assign(table + np.float32(1e-6))
     said = ""
     try:
-        trained.sentinel.compare(1)
+        trained.consistency_check.compare(1)
     except LaunchError as error:
         said = str(error)
     assert everyone(said) == [said] * N

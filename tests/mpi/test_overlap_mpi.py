@@ -4,14 +4,16 @@ import numpy as np
 import pytest
 from conftest import made
 from mpi4py import MPI
-from test_node_mpi import leaf, whole
+from test_shared_memory_mpi import leaf, whole
 from test_training_mpi import G, flat, refused_everywhere, steps_of, trainer
 
-from tf_dist.comm.base import SerialComm
+from tf_dist.comm.transport.base import SerialComm
 from tf_dist.data.sampler import share
 from tf_dist.errors import LaunchError
 from tf_dist.parallel import buckets
-from tf_dist.parallel.tree import BlockSum, order
+from tf_dist.parallel.reduction_tree import BlockSum, order
+
+pytestmark = pytest.mark.ranks(4)
 
 STEPS = 6
 ROWS = [1, 2, 3, 4, G]  # 12, 6, 4, 3 micro-batches and one: also ranks with none, and uneven ones
@@ -71,7 +73,9 @@ def test_parts_have_the_bits_of_one_rank(ranks, everyone, leaves, window):
 
 
 @several
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(
+    "rows", [pytest.param(n, marks=[pytest.mark.extended] * (n in (2, 4))) for n in ROWS]
+)
 @pytest.mark.parametrize("allreduce", ["messages", "window"])
 def test_a_trainer_has_the_bits_of_one_rank(connected, serial, everyone, small_buckets, rows, allreduce):
     logs_serial, weights_serial = serial(rows)
@@ -79,8 +83,8 @@ def test_a_trainer_has_the_bits_of_one_rank(connected, serial, everyone, small_b
     logs = steps_of(trained, STEPS)
     same = logs == logs_serial and (flat(trained.model) == weights_serial).all()
     assert all(everyone(bool(same)))
-    assert "gradients leave during the backward pass, in " in trained.passes.said
-    assert "in pieces of 0.25 KiB, as was asked for" in trained.arrangement.said
+    assert "gradients leave during the backward pass, in " in trained.runner.said
+    assert "in pieces of 0.25 KiB, as was asked for" in trained.arrangement.description
 
 
 @several
@@ -105,7 +109,7 @@ def test_over_nodes_it_is_the_default(ranks, serial, everyone, small_buckets):
     logs = steps_of(trained, STEPS)
     same = logs == logs_serial and (flat(trained.model) == weights_serial).all()
     assert all(everyone(bool(same)))
-    assert trained.passes.overlap.active == (ranks.nodes() > 1)
+    assert trained.runner.overlap.active == (ranks.nodes() > 1)
 
 
 @several
@@ -133,7 +137,7 @@ def test_not_a_number_on_one_rank_stops_all(connected, everyone, small_buckets):
         weight = trained.model.weights[-1]
         weight.assign(np.full(weight.shape, np.nan, np.float32))
     before = flat(trained.model)
-    trained.sentinel.watch = lambda step: None  # not before the step: it is asked after the norm is no number
+    trained.consistency_check.watch = lambda step: None  # asked only after a norm that is not finite
     found = refused_everywhere(trained, everyone)
     assert ("not finite" if connected.size == 1 else "no longer hold the same model") in found
     assert all(everyone(flat(trained.model).tobytes() == before.tobytes()))
@@ -145,7 +149,7 @@ def test_xla_and_master_do_without(connected, serial, everyone):
         trainer(connected, "master", overlap="on")
     trained = trainer(connected, overlap="on")
     trained.replica.use_xla(True)
-    assert not trained.passes.overlap.active
-    assert "because XLA compiles it" in trained.passes.said
+    assert not trained.runner.overlap.active
+    assert "because XLA compiles it" in trained.runner.said
     steps_of(trained, 1)
     trained.check_equal()

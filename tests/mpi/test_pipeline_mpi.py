@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from tf_dist.comm.base import SerialComm
+from tf_dist.comm.transport.base import SerialComm
 from tf_dist.parallel.mesh import Mesh
+
+pytestmark = pytest.mark.ranks(2)
 
 WORLD = MPI.COMM_WORLD.Dup()
 V, T, D, B = 13, 6, 8, 2  # vocabulary, tokens, width, rows of a micro-batch
@@ -60,7 +62,7 @@ def trained(name, comm, micro_batches=5, mesh=None, **pipeline):
     """A trainer after some steps, and all that it was told."""
     import keras
 
-    from tf_dist.models.outline import outline
+    from tf_dist.models.meta_init import outline
     from tf_dist.training.trainer import Trainer
 
     keras.utils.set_random_seed(1)
@@ -74,7 +76,7 @@ def trained(name, comm, micro_batches=5, mesh=None, **pipeline):
     sequences = made.sequences(TOKENS)
     sampler = made.sampler(sequences)
     logs = [made.train_step(sequences, sampler) for _ in range(STEPS)]
-    return made, logs, made.validate(HELD_OUT), made.passes.logits(ROW)
+    return made, logs, made.validate(HELD_OUT), made.runner.logits(ROW)
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +114,7 @@ def pipelined(name, comm, micro_batches=5, **pipeline):
     return trained(name, comm, micro_batches, Mesh(comm, pipeline=comm.size), **pipeline)
 
 
+@pytest.mark.ranks(2, 3)  # a stage between two others
 @pytest.mark.parametrize("schedule", ["interleaved", "zero-bubble"])
 def test_schedules_are_one_rank(connected, alone, everyone, schedule):
     """The other two: `test_activations_kept_and_bytes_sent`."""
@@ -157,6 +160,7 @@ def check_the_ends_have_one_table(made, everyone):
     assert held[0] == held[-1]
 
 
+@pytest.mark.ranks(3)
 def test_fewer_micro_batches_than_stages(connected, alone, everyone):
     outcome = pipelined("chain", connected, 1, pipeline_schedule="interleaved")
     assert_equal(outcome, alone("chain", 1), everyone)
@@ -179,7 +183,7 @@ def test_activations_kept_and_bytes_sent(connected, alone, everyone):
     for schedule, more in (("gpipe", {}), ("gpipe", {"micro_batches_in_flight": 2}), ("1f1b", {})):
         outcome = pipelined("chain", connected, m, pipeline_schedule=schedule, **more)
         assert_equal(outcome, alone("chain", m), everyone)
-        passes = outcome[0].passes
+        passes = outcome[0].runner
         assert passes.kept_bytes == 0, "after a step nothing is kept"
         assert 0 <= passes.spent.waited_s <= passes.spent.elapsed_s
         kept[schedule, *more] = passes.peak_kept_bytes
@@ -201,11 +205,12 @@ def check_bytes_sent(made, micro_batches):
         def add(self, number, sums):
             pass
 
-    made.passes.train(9, batches, Nowhere())
+    made.runner.forward_backward(9, batches, Nowhere())
     neighbours = (made.comm.rank > 0) + (made.comm.rank < made.comm.size - 1)
     assert made.comm.sent_bytes - before == neighbours * micro_batches * 4 * B * T * D
 
 
+@pytest.mark.ranks(3)
 def test_cuts_by_hand(connected, alone, everyone):
     """Stages as uneven as can be."""
     cuts = ",".join(str(2 * i + 1) for i in range(connected.size - 1))

@@ -1,6 +1,6 @@
 """Every strategy against what it claims of itself (`Traits`), and one that is written here.
 
-``finishes_without_dead`` is shown by killed ranks, in tests/jobs/test_deaths.py; here only who asks is seen.
+``survives_failures`` is shown by killed ranks, in tests/jobs/test_deaths.py; here only who asks is seen.
 """
 
 import time
@@ -34,7 +34,7 @@ from tf_dist.strategies import (
 
 N = MPI.COMM_WORLD.size
 # Every strategy has ranks that differ at 2, and an odd one at 3.
-pytestmark = pytest.mark.skipif(N > 3, reason="two and three ranks show it")
+pytestmark = pytest.mark.ranks(3)
 several = pytest.mark.skipif(N == 1, reason="one rank agrees with itself")
 
 
@@ -73,6 +73,7 @@ MADE = {
     "bf16": lambda: Compressed(AllReduce(), BFloat16()),
     "topk, whole first": lambda: Compressed(AllReduce(), TopK(density=0.1), start=2),
     "powersgd": lambda: Compressed(AllReduce(), PowerSGD(rank=1, least_rate=1.5)),
+    "diloco, powersgd": lambda: Compressed(DiLoCo(sync_every=3), PowerSGD(rank=1, least_rate=1.5)),
     "a user's": SignVote,
 }
 every_strategy = pytest.mark.parametrize("name", MADE)
@@ -95,7 +96,7 @@ def trained_by(connected):
     def of(name):
         if name not in made:
             made[name] = trainer(connected, MADE[name](), autotune="off")
-        made[name].meet()
+        made[name].synchronize()
         return made[name]
 
     return of
@@ -168,7 +169,7 @@ def test_losses_of_each_rank_add_up_when_all_meet(connected, everyone, trained_b
     trained = trained_by(name)
     before, expected = trained.tokens, targets(trained, 4)
     together(trained, 4)
-    trained.meet()
+    trained.synchronize()
     assert everyone(trained.tokens - before) == [expected] * N
     assert everyone(trained.of_all({"rank": float(connected.rank)}))[0] in (
         {"rank": 0.0},
@@ -182,16 +183,16 @@ def test_lockstep(connected, everyone, trained_by, name):
     """Nobody ends a step before the slowest rank has its gradients; and all have made as many collectives."""
     trained = trained_by(name)
     together(trained)
-    train, computed = trained.passes.train, []
+    train, computed = trained.runner.forward_backward, []
 
     def slowly(*arguments):
         train(*arguments)
         time.sleep(0.1 if connected.rank == N - 1 else 0.0)
         computed.append(time.monotonic())  # of one clock on a node
 
-    trained.passes.train = slowly
+    trained.runner.forward_backward = slowly
     together(trained)
-    ended, trained.passes.train = time.monotonic(), train
+    ended, trained.runner.forward_backward = time.monotonic(), train
     assert min(everyone(ended)) >= max(everyone(computed[-1]))
 
 
@@ -228,7 +229,7 @@ def test_overlaps(connected, everyone, trained_by, name):
     traits = MADE[name]().traits
     if traits.overlaps:
         trained = trainer(connected, MADE[name](), autotune="off", overlap="on", allreduce="messages")
-        assert "gradients leave during the backward pass" in trained.passes.said
+        assert "gradients leave during the backward pass" in trained.runner.said
         together(trained, 2)
         assert len(set(everyone(trained.check_equal()))) == 1
     elif traits.sharding < 2:  # the others have ways of their own
@@ -239,7 +240,7 @@ def test_overlaps(connected, everyone, trained_by, name):
 @every_strategy
 def test_who_can_finish_without_the_dead(connected, trained_by, name):
     trained = trained_by(name)
-    assert trained.in_place.can == (connected.survives and trained.strategy.traits.finishes_without_dead)
+    assert trained.in_place.can == (connected.survives and trained.strategy.traits.survives_failures)
 
 
 @pytest.mark.parametrize("name", claimed(lockstep=True))
@@ -249,13 +250,12 @@ def test_atomic_step(connected, everyone, trained_by, name):
     The last test of each trainer.
     """
     trained = trained_by(name)
-    trained.bad.say = lambda line: None
     together(trained)
     before = state_of(trained)
     faults.arm(f"nan:rank={N - 1},step={trained.step + 1},times=1", connected.rank)
     if trained.strategy.traits.atomic_step:
         [logs] = together(trained)
-        assert not np.isfinite(logs["grad_norm"]) and trained.bad.counters == [1, 1]
+        assert not np.isfinite(logs["grad_norm"]) and trained.state.counters[2:] == [1, 1]
         outcome = "skipped"
     else:
         with pytest.raises(NumericError):

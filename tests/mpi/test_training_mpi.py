@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from tf_dist import faults
-from tf_dist.comm import launch, threads
-from tf_dist.comm.base import SerialComm
+from tf_dist.comm.runtime import launch, thread_budget
+from tf_dist.comm.transport.base import SerialComm
 from tf_dist.errors import LaunchError, NumericError
+
+pytestmark = pytest.mark.ranks(1, 3)
 
 V, T, G, B = 29, 8, 12, 3  # vocabulary, tokens, global rows, rows of a micro-batch: 4 micro-batches
 STEPS = 12
@@ -96,6 +98,7 @@ def test_parallel_is_serial(connected, carried, serial, everyone, update):
     assert set(result) == {"val_loss", "val_accuracy", "perplexity", "bits_per_byte"}
 
 
+@pytest.mark.ranks(2)
 def test_parallel_is_serial_with_xla(connected, everyone):
     """Other bits than without it, and the same on any number of ranks."""
     weights = []
@@ -106,6 +109,7 @@ def test_parallel_is_serial_with_xla(connected, everyone):
     assert all(everyone(bool((weights[0] == weights[1]).all())))
 
 
+@pytest.mark.ranks(2)
 def test_parallel_is_serial_in_bfloat16(connected, everyone):
     """Gradients leave the model as float32 and are summed as such: the order, and the bits, are the same."""
     alone, parallel = (trainer(comm, policy="mixed_bfloat16") for comm in (SerialComm(), connected))
@@ -232,15 +236,14 @@ def serial_with_bad_steps(connected):
     ("update", "stage"), [("allreduce", 1), ("master", 1), ("zero", 1), ("zero", 2), ("zero", 3)]
 )
 def test_bad_steps_are_skipped_alike_on_any_number_of_ranks(
-    connected, everyone, serial_with_bad_steps, update, stage
+    connected, everyone, serial_with_bad_steps, told, update, stage
 ):
     """NaN in the gradients of the last rank, in two steps: their batches are used up, and nothing else is."""
     last = connected.size - 1
     faults.arm(f"nan:rank={last},step=4,times=2", connected.rank)
     trained = trainer(connected, update, zero_stage=stage)
-    lines = []
-    trained.bad.say = lines.append
     logs = steps_of(trained, 7)
+    lines = told.messages
     faults.arm("", 0)
     assert (
         everyone([log["grad_norm"] for log in logs if np.isfinite(log["grad_norm"])])
@@ -250,25 +253,26 @@ def test_bad_steps_are_skipped_alike_on_any_number_of_ranks(
     assert [line.split(" was")[0] for line in lines] == ["step 4", "step 5"]
     assert all("first in " in line for line in lines)
     assert stage > 1 or all(f"on rank {last}, first in " in line for line in lines)
-    assert (trained.step, trained.bad.total, int(trained.optimizer.iterations.numpy())) == (7, 2, 5)
+    assert (trained.step, trained.state.skipped.total, int(trained.optimizer.iterations.numpy())) == (7, 2, 5)
     sha = trained.check_equal()
     if stage < 3:
         assert all(everyone(bool((flat(trained.model) == serial_with_bad_steps).all())))
     assert len(set(everyone(sha))) == 1
 
 
+@pytest.mark.ranks(2)
 def test_checkpoint_of_all_ranks(connected, everyone, tmp_path_factory):
     """Saved by rank 0, restored everywhere, the training goes on as if it had not stopped."""
-    from tf_dist.training import state
+    from tf_dist.training import state_dict
 
     folder = tmp_path_factory.mktemp("checkpoints")
     folder = type(folder)(everyone(str(folder))[0])
     whole = trainer(connected, "master")
     steps_of(whole, 4)
-    state.save(whole, folder, 2, {})
+    state_dict.save(whole, folder, 2, {})
     rest = steps_of(whole, 4)
     resumed = trainer(connected, "master", seed=9)
-    state.restore(resumed, folder / "step-00000004")
+    state_dict.restore(resumed, folder / "step-00000004")
     assert (resumed.step, resumed.tokens) == (4, 4 * G * T)
     assert steps_of(resumed, 4) == rest
     assert len(set(everyone(flat(resumed.model).tobytes()))) == 1
@@ -283,7 +287,7 @@ def test_connect(connected, everyone):
         (r, len(everyone(0))) for r in range(len(everyone(0)))
     ]
     assert isinstance(connected, SerialComm) == (connected.size == 1)
-    places = threads.places(connected)
+    places = thread_budget.places(connected)
     assert len(places) == connected.size
     assert everyone(repr(places)) == [repr(places)] * connected.size
     assert [place.local_rank for place in places] == list(range(connected.size))

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from tf_dist.comm.post import Post, nodes_of
-from tf_dist.comm.record import Record
-from tf_dist.comm.slots import FOLDERS, PREFIX, Pulse, private_board, shared_board
+from tf_dist.comm.health.board_sync import BoardSync, nodes_of
+from tf_dist.comm.health.status_board import FOLDERS, PREFIX, Heartbeat, private_board, shared_board
+from tf_dist.comm.timers import CommTimers
+
+pytestmark = pytest.mark.ranks(3)
 
 LIMIT_S = 30
 
@@ -24,7 +26,7 @@ def test_ranks_of_a_node_see_each_other_and_leave_no_file(world):
     node = world.Split_type(MPI.COMM_TYPE_SHARED)
     board = shared_board(node, world.size)
     assert board is not None
-    Pulse(board, world.rank, 0)
+    Heartbeat(board, world.rank, 0)
     world.Barrier()
     pids = np.empty(world.size, np.int64)
     world.Allgather(np.array([os.getpid()], np.int64), pids)
@@ -37,7 +39,7 @@ def test_ranks_of_a_node_see_each_other_and_leave_no_file(world):
 
 def test_no_memory_to_share_is_no_error(world, monkeypatch):
     """Where one of the ranks cannot open the file, none uses it."""
-    import tf_dist.comm.slots as slots
+    import tf_dist.comm.health.status_board as slots
 
     if world.rank == world.size - 1:
         monkeypatch.setattr(slots, "_opened", lambda path, size: None)
@@ -50,12 +52,12 @@ def test_boards_of_nodes_become_alike(world):
     board = private_board(world.size)
     nodes = nodes_of(world, MPI.COMM_SELF)
     assert nodes == [[rank] for rank in range(world.size)]
-    record = Record(waiting=("allreduce", time.monotonic() - 5.0))
-    post, pulse = Post(world, board, nodes), Pulse(board, world.rank, 0)
+    record = CommTimers(waiting=("allreduce", time.monotonic() - 5.0))
+    post, pulse = BoardSync(world, board, nodes), Heartbeat(board, world.rank, 0)
     if world.rank == world.size - 1:
-        board.want_stacks(3)
+        board.request_stacks(3)
     deadline = time.monotonic() + LIMIT_S
-    while not (board.slots["beats"] > 2).all() or board.stacks_wanted != 3:
+    while not (board.slots["beats"] > 2).all() or board.stacks_requested != 3:
         assert time.monotonic() < deadline, board.slots
         pulse.beat(record)
         post.exchange()

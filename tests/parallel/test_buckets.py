@@ -5,12 +5,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tf_dist.comm.base import Overlapped, SerialComm
+from tf_dist.comm.transport.base import Overlapped, SerialComm
 from tf_dist.data.sampler import share
 from tf_dist.errors import LaunchError
 from tf_dist.parallel.buckets import Buckets, choose, divide
-from tf_dist.parallel.flat import FlatLayout
-from tf_dist.parallel.tree import BlockSum, order
+from tf_dist.parallel.flat_buffer import FlatLayout
+from tf_dist.parallel.reduction_tree import BlockSum, order
 
 
 @given(st.lists(st.integers(0, 400), min_size=1, max_size=30), st.integers(1, 900), st.integers(1, 900))
@@ -59,7 +59,7 @@ def test_the_bits_of_a_gradient_added_whole(data):
                 buckets.add(number, [layout.views(gradient)[variable] for variable in bucket])
         if not block:
             buckets.begin()
-            buckets.add_nothing()
+            buckets.add_empty()
         expected, found = whole.terms(), parts.terms()
         assert [term.tobytes() for term in found] == [term.tobytes() for term in expected]
         assert all(a is b for a, b in zip(found, noted.terms, strict=True))

@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from thread_comm import on_ranks
 
+from tf_dist.comm.transport.base import SerialComm
 from tf_dist.parallel.compress import BFloat16, OneBit, PowerSGD, TopK, gathered, largest
-from tf_dist.parallel.onebit import BLOCK, decode, encode, encoded_bytes
+from tf_dist.parallel.onebit_allreduce import BLOCK, decode, encode, encoded_bytes
 
 SHAPES = [(40, 24), (24,), (6, 5), (3, 16, 8)]
 P = sum(int(np.prod(shape)) for shape in SHAPES)
@@ -21,7 +22,7 @@ MADE = {
 
 
 def ready(compressor, shapes=SHAPES):
-    compressor.setup(shapes)
+    compressor.setup(shapes, SerialComm())
     return compressor
 
 
@@ -36,7 +37,7 @@ def summed(ranks, make, steps=STEPS):
         compressor, seen = make(), []
         for step in range(steps):
             own = gradient(comm.rank, step)
-            found = compressor.sum(own.copy(), comm).copy()
+            found = compressor.aggregate(own, comm, np.empty_like(own)).copy()
             seen.append((own, found, compressor.residual.copy()))
         return seen
 
@@ -98,7 +99,7 @@ def test_power_sgd_finds_a_matrix_of_low_rank():
         compressor = ready(PowerSGD(rank=2), [(40, 24)])
         for _ in range(3):
             compressor.residual.fill(0.0)
-            found = compressor.sum(low.reshape(-1) / comm.size, comm)
+            found = compressor.aggregate(low.reshape(-1) / comm.size, comm, np.empty(40 * 24, np.float32))
         return found.copy()
 
     for found in on_ranks(2, work):
@@ -119,7 +120,7 @@ def test_without_feedback_an_element_would_never_go():
         for _ in range(60):
             own = np.full(10, 0.1, np.float32)
             own[0] = 1.0
-            total += compressor.sum(own, comm)
+            total += compressor.aggregate(own, comm, own)
         return total
 
     total = on_ranks(1, work)[0]
@@ -132,7 +133,8 @@ def test_deep_gradient_compression_forgets_momentum_where_it_sends():
         compressor = ready(TopK(density=0.1, momentum=0.9), [(100,)])
         for step in range(5):
             before = compressor.velocity * np.float32(0.9) + gradient(0, step, 100)
-            sent = compressor.sum(gradient(0, step, 100), comm)
+            own = gradient(0, step, 100)
+            sent = compressor.aggregate(own, comm, own)
             assert not compressor.velocity[sent != 0].any()
             assert np.array_equal(compressor.velocity[sent == 0], before[sent == 0])
         return True

@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from thread_comm import on_ranks
 
-from tf_dist.comm.sums import SQUARES_BLOCK, slices_of_blocks
-from tf_dist.parallel import scatter
-from tf_dist.parallel.scatter import ShardSums, dealt
-from tf_dist.parallel.tree import TreeSum
+from tf_dist.comm.transport.reduction_order import SQUARES_BLOCK, slices_of_blocks
+from tf_dist.parallel import reduce_scatter
+from tf_dist.parallel.reduce_scatter import ShardSums, dealt
+from tf_dist.parallel.reduction_tree import TreeSum
 
 
-def stretches_of(length, cuts):
+def slices_along(length, cuts):
     """The whole array in stretches, the last one first, as a backward pass makes them."""
     edges = sorted({0, *cuts, length})
     return [slice(*pair) for pair in itertools.pairwise(edges)][::-1]
@@ -60,17 +60,17 @@ def shards_of_sum(ranks, gradients, stretches, breadth_first=False, steps=2):
 def test_shards_are_those_of_one_ranks_sum(ranks, count, length, cuts, breadth_first):
     random = np.random.default_rng(length)
     gradients = [random.normal(size=length).astype(np.float32) for _ in range(count)]
-    stretches = stretches_of(length, [cut for cut in cuts if cut < length])
+    stretches = slices_along(length, [cut for cut in cuts if cut < length])
     found = shards_of_sum(ranks, gradients, stretches, breadth_first)
     np.testing.assert_array_equal(found, serial(gradients))
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_large_stretches_travel_in_pieces(monkeypatch, ranks):
-    monkeypatch.setattr(scatter, "PIECE", 1000)
+    monkeypatch.setattr(reduce_scatter, "PIECE", 1000)
     random = np.random.default_rng(1)
     gradients = [random.normal(size=7 * SQUARES_BLOCK + 5).astype(np.float32) for _ in range(5)]
-    found = shards_of_sum(ranks, gradients, stretches_of(gradients[0].size, [9001]))
+    found = shards_of_sum(ranks, gradients, slices_along(gradients[0].size, [9001]))
     np.testing.assert_array_equal(found, serial(gradients))
 
 

@@ -10,8 +10,8 @@ from thread_comm import on_ranks
 
 from tf_dist.errors import LaunchError
 from tf_dist.parallel.mesh import Mesh
+from tf_dist.parallel.reduction_tree import BlockSum, order
 from tf_dist.parallel.totals import Totals
-from tf_dist.parallel.tree import BlockSum, order
 from tf_dist.strategies import EASGD, Gossip, waiting
 
 ONE = order(range(1), [range(1)])

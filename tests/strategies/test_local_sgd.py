@@ -11,10 +11,10 @@ from stepping import set_up, take_step
 from thread_comm import on_ranks
 
 from tf_dist.errors import NumericError
+from tf_dist.parallel.bf16_allreduce import allreduce_bfloat16, from_bfloat16, to_bfloat16
 from tf_dist.parallel.mesh import Mesh, leaves_of
-from tf_dist.parallel.short import allreduce_bfloat16, from_bfloat16, to_bfloat16
+from tf_dist.parallel.reduction_tree import BlockSum, order
 from tf_dist.parallel.totals import Totals
-from tf_dist.parallel.tree import BlockSum, order
 from tf_dist.partition import share
 from tf_dist.strategies import AllReduce, DiLoCo
 
@@ -64,7 +64,7 @@ def plan(sync_every, **more):
     return DiLoCo.Options(sync_every=sync_every, **more)
 
 
-def trained(comm, options, steps, strategy=None, spoil=None):
+def trained(comm, options, steps, strategy=None, inject_nan=None):
     """The replica and its strategy after some steps, and its weights after each."""
     mesh, replica, seen = Mesh(comm), Plain(), []
     leaves, blocks = leaves_of(M, mesh)
@@ -75,7 +75,7 @@ def trained(comm, options, steps, strategy=None, spoil=None):
         totals = Totals(M)
         for number in mine:
             gradient = gradient_of(step, number, replica.weights)
-            if spoil == (comm.rank, step):
+            if inject_nan == (comm.rank, step):
                 gradient[3] = np.nan
             sums.add(gradient)
             totals.add(number, np.array([1.0, tokens_of(step, number), 0.0]))
@@ -193,7 +193,7 @@ def test_fragments_meet_by_turns():
 def test_not_a_number_on_one_rank_stops_all_before_a_weight_has_changed():
     def work(comm):
         with pytest.raises(NumericError, match="no weight has changed"):
-            trained(comm, plan(4), 3, spoil=(1, 0))
+            trained(comm, plan(4), 3, inject_nan=(1, 0))
         return True
 
     assert on_ranks(R, work) == [True] * R

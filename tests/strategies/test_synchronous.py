@@ -8,12 +8,12 @@ from stepping import set_up
 from stepping import take_step as step_of
 from thread_comm import on_ranks
 
-from tf_dist.comm.base import SerialComm
+from tf_dist.comm.transport.base import SerialComm
 from tf_dist.errors import NumericError
-from tf_dist.parallel import flat
+from tf_dist.parallel import flat_buffer
 from tf_dist.parallel.mesh import Mesh
+from tf_dist.parallel.reduction_tree import BlockSum, order
 from tf_dist.parallel.totals import LOSS, STOP, TOKENS, Totals, scale_of
-from tf_dist.parallel.tree import BlockSum, order
 from tf_dist.strategies import AllReduce, ParameterServer
 
 P = 6
@@ -25,7 +25,7 @@ class Momentum:
     """A `Replica`: gradient descent with momentum, so that a second step depends on the first."""
 
     parameters = P
-    norm = staticmethod(flat.norm)
+    norm = staticmethod(flat_buffer.norm)
 
     def complete(self, gradient):
         return gradient

@@ -9,8 +9,9 @@ from tf_dist.config import Config
 from tf_dist.data.tokenizer import ByteTokenizer
 from tf_dist.errors import CheckpointError, LaunchError, UsageError
 from tf_dist.flags import from_command_line
-from tf_dist.training import convert, state
-from tf_dist.training.load import load_run, model_of_run
+from tf_dist.run import convert
+from tf_dist.run.load_run import load_run, model_of_run
+from tf_dist.training import state_dict
 
 BUILD = """
 open("executed", "w").close()
@@ -32,7 +33,7 @@ def gift(tmp_path, monkeypatch):
     own = Config(model="lstm", layers=1, width=16, seq_len=8, vocab_size=257)
     (folder / "config.yaml").write_text(own.as_yaml())
     loaded = model_of_run(str(folder))
-    state.save(convert._trainer_of(loaded), folder / "checkpoints", 1, convert._facts(loaded))
+    state_dict.save(convert._trainer_of(loaded), folder / "checkpoints", 1, convert._facts(loaded))
     (folder / "config.yaml").write_text(own.as_yaml().replace("model: lstm", f"model: {NAME}"))
     (folder / "weights.py").write_text(BUILD)
     yield folder

@@ -6,7 +6,7 @@ from tf_dist.errors import RankLost
 from tf_dist.training.strategy_state import survived
 
 
-class Group:
+class ReplicaGroup:
     """What ranks agree on, as written down beforehand; and what was done, in order."""
 
     def __init__(self, *agreed):
@@ -29,7 +29,7 @@ class Group:
     ],
 )
 def test_order(agreed, fails, done):
-    group, fails = Group(*agreed), list(fails)
+    group, fails = ReplicaGroup(*agreed), list(fails)
 
     def meet():
         group.done.append("meet")
@@ -46,4 +46,4 @@ def test_other_errors_are_not_swallowed():
         raise ValueError("not of a death")
 
     with pytest.raises(ValueError, match="not of a death"):
-        survived(Group(None), meet, print)
+        survived(ReplicaGroup(None), meet, print)

@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 from keras import layers
 
-from tf_dist.comm.base import SerialComm
+from tf_dist.comm.transport.base import SerialComm
 from tf_dist.config import Config
 from tf_dist.data.tokens import Sequences
 from tf_dist.errors import DataError, LaunchError, NumericError, UsageError
@@ -28,7 +28,7 @@ def bigram(seed=0):
 
 
 def trainer_of(model=None, optimizer=None, **values):
-    settings = {"global_batch_size": G, "micro_batch_size": 4, **values}
+    settings = {"global_batch_size": G, "micro_batch_size": 4, "clip_norm": 0.0, **values}
     return Trainer(model or bigram(), optimizer or keras.optimizers.SGD(1.0), SerialComm(), **settings)
 
 
@@ -156,7 +156,7 @@ def test_nothing_is_trained_silently(made):
     for nothing in ({"steps": 0}, {"steps": -1}, {"epochs": 0}, {"steps": 2, "eval_every": -1}):
         with pytest.raises(UsageError, match="at least"):
             made.fit(text(20 * T), **nothing)
-    made.step = 5  # as after a resume
+    made.state.step = 5  # as after a resume
     with pytest.warns(UserWarning, match="step 5 is reached already"):
         assert made.fit(text(20 * T), steps=5) == {}
 
@@ -327,7 +327,10 @@ def test_seq_len_is_what_the_model_says():
         trainer_of(seq_len=5, model=keras.Sequential([keras.Input((None,)), layers.Embedding(V, V)])).seq_len
         == 5
     )
-    assert trainer_of(model=keras.Sequential([keras.Input((None,)), layers.Embedding(V, V)])).seq_len == 128
+    assert (
+        trainer_of(model=keras.Sequential([keras.Input((None,)), layers.Embedding(V, V)])).seq_len
+        == Config.seq_len
+    )
 
 
 def test_the_micro_batch_is_a_quarter_by_default():
@@ -366,8 +369,11 @@ def test_learning_that_explodes_is_a_numeric_error():
     with pytest.raises(NumericError, match="--learning-rate") as caught:
         trainer.fit(text(20 * T), steps=20)
     assert caught.value.exit_code == 76
-    assert (trainer.step, trainer.bad.total) == (12, 11)  # one, ten that were skipped, and one too many
-    assert trainer.step - trainer.bad.total == int(trainer.optimizer.iterations.numpy())
+    assert (trainer.step, trainer.state.skipped.total) == (
+        12,
+        11,
+    )  # one, ten skipped, and one too many
+    assert trainer.step - trainer.state.skipped.total == int(trainer.optimizer.iterations.numpy())
 
 
 def poisoned(trainer, steps):
@@ -385,7 +391,7 @@ def poisoned(trainer, steps):
     return trainer
 
 
-def test_a_bad_step_uses_up_its_batch_and_changes_nothing(capsys):
+def test_a_bad_step_uses_up_its_batch_and_changes_nothing(told):
     """As if the learning rate of that step had been 0, and its optimizer had not counted it."""
     sequences = Sequences(text(60 * T + 1), T)
     bad = poisoned(trainer_of(optimizer=keras.optimizers.Adam(0.1)), {2, 3})
@@ -393,14 +399,14 @@ def test_a_bad_step_uses_up_its_batch_and_changes_nothing(capsys):
     sampler = good.sampler(sequences)
     logs = [bad.train_step(sequences, sampler) for _ in range(6)]
     for step in (0, 1, 4, 5):
-        good.step = step
+        good.state.step = step
         good.train_step(sequences, sampler)
     assert [math.isfinite(log["grad_norm"]) for log in logs] == [True, True, False, False, True, True]
-    assert (bad.step, bad.tokens, bad.bad.counters) == (6, 6 * G * T, [2, 0])
+    assert bad.state.counters == [6, 6 * G * T, 2, 0]
     for one, other in zip(bad.optimizer.variables, good.optimizer.variables, strict=True):
         np.testing.assert_array_equal(one.numpy(), other.numpy())
     assert bad.check_equal() == weights_sha256(good.model)
-    said = capsys.readouterr().out.splitlines()
+    said = told.messages
     assert [line.split(":")[0] for line in said] == [
         "step 3 was skipped (1 in a row, and --max-bad-steps is 10)",
         "step 4 was skipped (2 in a row, and --max-bad-steps is 10)",
@@ -413,19 +419,24 @@ def test_a_bad_step_uses_up_its_batch_and_changes_nothing(capsys):
 def test_too_many_bad_steps_end_the_run_after_what_is_good_was_kept(most):
     trainer = poisoned(trainer_of(max_bad_steps=most), {1, *range(3, 9)})
     kept = []
-    trainer.bad.before_giving_up.append(lambda: kept.append((trainer.step, trainer.check_equal())))
+    trainer.nonfinite_gradients.before_giving_up.append(
+        lambda: kept.append((trainer.step, trainer.check_equal()))
+    )
     with pytest.raises(NumericError, match=f"no weight has changed .*--max-bad-steps is {most}") as caught:
         trainer.fit(text(60 * T), steps=20)
     assert caught.value.exit_code == 76 and "on rank 0, first in " in str(caught.value)
     assert kept == [(2 if most == 0 else 6, weights_sha256(trainer.model))]
-    assert trainer.bad.counters == [1 if most == 0 else 4, 0]  # who goes on from there begins to count anew
+    assert trainer.state.counters[2:] == [
+        1 if most == 0 else 4,
+        0,
+    ]  # who goes on counts anew
 
 
 def test_weights_that_are_not_finite_end_the_run_at_once():
     trainer = trainer_of()
     weight = trainer.model.weights[0]
     weight.assign(np.full(weight.shape, np.nan, np.float32))
-    trainer.bad.before_giving_up.append(lambda: pytest.fail("there is nothing to keep"))
+    trainer.nonfinite_gradients.before_giving_up.append(lambda: pytest.fail("there is nothing to keep"))
     with pytest.raises(NumericError, match=f"in step 1 .*first in {weight.path}.*no later step could be"):
         trainer.fit(text(60 * T), steps=3)
 
@@ -441,7 +452,7 @@ def test_the_loss_of_bad_steps_is_not_in_means():
 
     trainer.replica.gradients = poison
     logs = trainer.fit(text(24 * T + 1), epochs=2)
-    assert trainer.bad.total == 1 and len(logs["loss"]) == 2
+    assert trainer.state.skipped.total == 1 and len(logs["loss"]) == 2
     assert np.isfinite(logs["loss"]).all()
 
 

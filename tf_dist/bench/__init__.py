@@ -1,1 +1,1 @@
-"""What is promised, measured: each module is one benchmark, started by ``scripts/bench.py``."""
+"""Benchmarks of every documented figure; one module each, started by ``scripts/bench.py``."""

@@ -1,4 +1,4 @@
-"""Sums over the ranks of a node, 4 KB to 256 MB: ours, MPI's `Allreduce`, Horovod, and the limit of memory.
+"""All-reduce within a node, 4 KB to 256 MB: ours, MPI's `Allreduce`, Horovod, and the memory-bandwidth limit.
 
 Each kind is timed in turn in one job, on the same sizes. Ours is what a training step does: terms lie in the
 shared window, the sum stays there, and the squares for the norm are taken on the way. The limit is R ranks
@@ -13,13 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tf_dist.bench import pictures, running
+from tf_dist.bench import plots, runner
 
 if TYPE_CHECKING:
-    from tf_dist.comm.base import Comm
+    from tf_dist.comm.transport.base import Comm
 
 MODULE = "tf_dist.bench.comm"
-FOLDER = running.FOLDER / "comm"
+FOLDER = runner.FOLDER / "comm"
 RANKS = (2, 4)
 SIZES_BYTES = tuple(4 << 10 << 2 * power for power in range(9))  # 4 KB, 16 KB .. 256 MB
 DROPPED = 3
@@ -31,10 +31,10 @@ def main() -> int:
     jobs = []
     for ranks in RANKS:
         print(f"{ranks} ranks ...", flush=True)
-        jobs.append(running.measured(ranks, MODULE, folder=FOLDER))
+        jobs.append(runner.measured(ranks, MODULE, folder=FOLDER))
     for job in jobs:
-        print(f"\n{running.ranks_named(job['ranks'])} ranks, ms\n{sums_table(job)}")
-    path = running.save("comm", {"jobs": jobs})
+        print(f"\n{runner.ranks_named(job['ranks'])} ranks, ms\n{sums_table(job)}")
+    path = runner.save("comm", {"jobs": jobs})
     print(f"\nin {path}\nand {picture(jobs, path.with_suffix('.png'))}")
     return 0
 
@@ -48,9 +48,9 @@ def picture(jobs: list[dict[str, Any]], path: Path) -> Path:
             NAMES[kind]: [(found["bytes"] / (1 << 20), found[kind]) for found in job["sums"]]
             for kind in kinds
         }
-        title = f"sums over {running.ranks_named(job['ranks'])} ranks"
-        panels.append(pictures.Lines(title, "MB", "ms", drawn, log="xy"))
-    return pictures.lines(path, panels)
+        title = f"sums over {runner.ranks_named(job['ranks'])} ranks"
+        panels.append(plots.Lines(title, "MB", "ms", drawn, log="xy"))
+    return plots.lines(path, panels)
 
 
 def sums_table(job: dict[str, Any]) -> str:
@@ -63,7 +63,7 @@ def sums_table(job: dict[str, Any]) -> str:
         ratios = [found[kind] / found["ours"] for kind in kinds[2:]]
         cells = [f"{time:.3f}" for time in times] + [f"{found['limit'] / found['ours']:.2f}"]
         rows.append([size_named(found["bytes"]), *cells, *(f"{ratio:.1f}" for ratio in ratios)])
-    return running.table(head, rows)
+    return runner.table(head, rows)
 
 
 def size_named(size_bytes: int) -> str:
@@ -76,7 +76,8 @@ def size_named(size_bytes: int) -> str:
 
 def main_on_ranks(out: Path) -> None:
     """Measure all sizes; rank 0 leaves the medians in a file."""
-    from tf_dist.comm import launch, mpi
+    from tf_dist.comm.runtime import launch
+    from tf_dist.comm.transport import mpi
     from tf_dist.errors import BackendMissing
 
     mpi.CHUNK_BYTES = 1 << 40  # one call, as a user would write it; sums in the window have no messages
@@ -94,8 +95,8 @@ def medians(comm: Comm, horovod: Comm | None, size_bytes: int) -> dict[str, floa
     """Median milliseconds of each kind of sum of float32."""
     import numpy as np
 
-    from tf_dist.parallel.flat import aligned_empty
-    from tf_dist.parallel.tree import one_each
+    from tf_dist.parallel.flat_buffer import aligned_empty
+    from tf_dist.parallel.reduction_tree import one_each
 
     length = size_bytes // 4
     made = one_each(comm.size)
@@ -115,12 +116,12 @@ def medians(comm: Comm, horovod: Comm | None, size_bytes: int) -> dict[str, floa
     if horovod is not None:
         works["horovod"] = lambda: horovod.allreduce(array)
     times = DROPPED + (11 if size_bytes > 32 << 20 else 31)
-    return {"bytes": size_bytes, **running.interleaved(comm, works, times, DROPPED)}
+    return {"bytes": size_bytes, **runner.interleaved(comm, works, times, DROPPED)}
 
 
 def limit(size: int, mine: Any) -> Callable[[], Any]:
     """Read R slices and write one, in memory of this rank's own."""
-    from tf_dist.comm.sums import add_in_order
+    from tf_dist.comm.transport.reduction_order import add_in_order
 
     slices = [mine, *(mine.copy() for _ in range(size - 1))]
     additions = [(0, other) for other in range(1, size)]

@@ -1,4 +1,4 @@
-"""Whether the number of ranks changes a bit of the weights.
+"""Bit-exactness: whether the number of ranks changes a bit of the weights.
 
 Trains {LSTM, Transformer} x {allreduce, master} x {plain, dropout and clipping, resumed from another
 number of ranks} on 1, 2, 3, 4 and 8 ranks and compares the SHA-256 of the final weights with those of one
@@ -14,12 +14,12 @@ import sys
 import time
 from pathlib import Path
 
-from tf_dist.bench import pictures, running
+from tf_dist.bench import plots, runner
 
 MODULE = "tf_dist.bench.exact"
 # Run as a program is, for what it is told and leaves behind; this room does not know it otherwise.
 TRAIN = "tf_dist.cli.train"
-FOLDER = running.FOLDER / "exact"
+FOLDER = runner.FOLDER / "exact"
 RANKS = (1, 2, 3, 4, 8)
 STEPS, HALF = 24, 12
 MODELS = ("lstm", "transformer")
@@ -51,7 +51,7 @@ def main() -> int:
     }
     equal = print_hashes(hashes)
     named = {" / ".join(run): by_ranks for run, by_ranks in hashes.items()}
-    path = running.save("exact", {"hashes": named})
+    path = runner.save("exact", {"hashes": named})
     print(f"\nin {path}\nand {picture(named, path.with_suffix('.png'))}")
     return 0 if equal else 1
 
@@ -60,13 +60,13 @@ def picture(hashes: dict[str, dict[int, str]], path: Path) -> Path:
     """A grid of hashes, a colour for each different one in a line."""
     rows = {run: [sha[:8] for sha in by_ranks.values()] for run, by_ranks in hashes.items()}
     columns = [f"np {ranks}" for ranks in next(iter(hashes.values()))]
-    return pictures.grid(path, "SHA-256 of the weights", columns, rows)
+    return plots.grid(path, "SHA-256 of the weights", columns, rows)
 
 
 def start(ranks: int, *words: str) -> None:
     """One job of this module."""
     print(f"{words[0]} on {ranks} rank{'s' * (ranks > 1)} ...", flush=True)
-    running.launch(ranks, MODULE, *words, log=FOLDER / f"log-{ranks}-{words[0]}.txt")
+    runner.launch(ranks, MODULE, *words, log=FOLDER / f"log-{ranks}-{words[0]}.txt")
 
 
 def run_folder(stamp: str, ranks: int, model: str, update: str, regime: str) -> Path:
@@ -126,7 +126,7 @@ def print_hashes(hashes: dict[tuple[str, str, str], dict[int, str]]) -> bool:
         cells = [f"{sha[:8]}{' ' if ok else '!'}" for sha, ok in zip(by_ranks.values(), equal, strict=True)]
         rows.append([f"{model}, {update}, {regime}", *cells])
         all_equal = all_equal and all(equal)
-    print("\n" + running.table(["SHA-256 of the weights", *(f"np {ranks} " for ranks in RANKS)], rows))
+    print("\n" + runner.table(["SHA-256 of the weights", *(f"np {ranks} " for ranks in RANKS)], rows))
     print("all equal to one rank's" if all_equal else "DIFFERENT from one rank's where marked !")
     return all_equal
 

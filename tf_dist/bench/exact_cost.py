@@ -1,4 +1,4 @@
-"""What it costs that the number of ranks changes no bit, and that the ranks keep watch over each other.
+"""Overhead of bit-exact reduction and of the consistency check.
 
 Trains three models, in turn a step whose gradients are summed in the order of the tree and one with MPI's
 own `Allreduce`, in one job; then times the sentinel's comparison, and both sums alone, on buffers.
@@ -11,16 +11,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tf_dist.bench import models, pictures, running
+from tf_dist.bench import models, plots, runner
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from tf_dist.comm.base import Comm
-    from tf_dist.comm.sums import Order, Sum
+    from tf_dist.comm.transport.base import Comm
+    from tf_dist.comm.transport.reduction_order import Reduced, ReductionOrder
 
 MODULE = "tf_dist.bench.exact_cost"
-FOLDER = running.FOLDER / "exact-cost"
+FOLDER = runner.FOLDER / "exact-cost"
 RANKS = (2, 4)
 DROPPED = 3
 # Model, rows of a rank, and steps of each kind. Each rank computes two micro-batches.
@@ -39,9 +39,9 @@ def main() -> int:
     jobs = []
     for ranks in RANKS:
         print(f"{ranks} ranks ...", flush=True)
-        jobs.append(running.measured(ranks, MODULE, folder=FOLDER))
+        jobs.append(runner.measured(ranks, MODULE, folder=FOLDER))
     print(f"\n{steps_table(jobs)}\n\n{sums_table(jobs)}")
-    path = running.save("exact-cost", {"jobs": jobs})
+    path = runner.save("exact-cost", {"jobs": jobs})
     print(f"\nin {path}\nand {picture(jobs, path.with_suffix('.png'))}")
     return 0
 
@@ -53,9 +53,9 @@ def picture(jobs: list[dict[str, Any]], path: Path) -> Path:
         ratios = {f"a step, {name}": found["tree"] / found["plain"] for name, found in job["steps"].items()}
         for found in job["sums"]:
             ratios[f"a sum of {4e-6 * found['parameters']:.1f} MB"] = found["tree"] / found["plain"]
-        title = f"{running.ranks_named(job['ranks'])} ranks"
-        panels.append(pictures.Bars(title, list(ratios), list(ratios.values()), [True] * len(ratios)))
-    return pictures.bars(path, "tree / Allreduce", panels)
+        title = f"{runner.ranks_named(job['ranks'])} ranks"
+        panels.append(plots.Bars(title, list(ratios), list(ratios.values()), [True] * len(ratios)))
+    return plots.bars(path, "tree / Allreduce", panels)
 
 
 def steps_table(jobs: list[dict[str, Any]]) -> str:
@@ -63,14 +63,14 @@ def steps_table(jobs: list[dict[str, Any]]) -> str:
     head = ["a training step", "ranks", "Allreduce ms", "tree ms", "ratio", "sentinel ms", "per step, %"]
     rows = [
         [
-            *(name, running.ranks_named(job["ranks"]), f"{found['plain']:.1f}", f"{found['tree']:.1f}"),
+            *(name, runner.ranks_named(job["ranks"]), f"{found['plain']:.1f}", f"{found['tree']:.1f}"),
             *(f"{found['tree'] / found['plain']:.3f}", f"{found['sentinel']:.2f}"),
             f"{100 * found['sentinel_share']:.2f}",
         ]
         for job in jobs
         for name, found in job["steps"].items()
     ]
-    return running.table(head, rows)
+    return runner.table(head, rows)
 
 
 def sums_table(jobs: list[dict[str, Any]]) -> str:
@@ -78,13 +78,13 @@ def sums_table(jobs: list[dict[str, Any]]) -> str:
     head = ["a sum of MB", "ranks", "Allreduce ms", "tree ms", "ratio"]
     rows = [
         [
-            *(f"{4e-6 * found['parameters']:.1f}", running.ranks_named(job["ranks"])),
+            *(f"{4e-6 * found['parameters']:.1f}", runner.ranks_named(job["ranks"])),
             *(f"{found['plain']:.2f}", f"{found['tree']:.2f}", f"{found['tree'] / found['plain']:.2f}"),
         ]
         for job in jobs
         for found in job["sums"]
     ]
-    return running.table(head, rows)
+    return runner.table(head, rows)
 
 
 # On the ranks ------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ def sums_table(jobs: list[dict[str, Any]]) -> str:
 
 def main_on_ranks(out: Path) -> None:
     """Measure everything; rank 0 leaves the medians in a file."""
-    from tf_dist.comm import launch
+    from tf_dist.comm.runtime import launch
 
     comm = launch.connect()
     job = {
@@ -106,22 +106,22 @@ def main_on_ranks(out: Path) -> None:
 
 def plain_sum(comm: Comm) -> Any:
     """As `Comm.allreduce_terms`, but each rank adds its own terms, and MPI those of the ranks as it likes."""
-    from tf_dist.comm.sums import Sum
+    from tf_dist.comm.transport.reduction_order import Reduced
 
-    def add(terms: list[np.ndarray], order: Order, out: np.ndarray) -> Sum:
+    def add(terms: list[np.ndarray], order: ReductionOrder, out: np.ndarray) -> Reduced:
         for term in terms[1:]:
             terms[0] += term
         if out is not terms[0]:
             out[:] = terms[0]
         comm.allreduce(out)
-        return Sum(out)
+        return Reduced(out)
 
     return add
 
 
 def step_medians(comm: Comm, sizes: dict[str, Any], rows: int, steps: int) -> dict[str, float]:
     """Median milliseconds of a step with each sum and of the sentinel, and its share at the default."""
-    from tf_dist.bench.ways import trainer_of
+    from tf_dist.bench.systems import trainer_of
 
     trainer, sequences, sampler = trainer_of(comm, sizes, rows, micro_batches=2)
     tree, plain = comm.allreduce_terms, plain_sum(comm)
@@ -133,24 +133,24 @@ def step_medians(comm: Comm, sizes: dict[str, Any], rows: int, steps: int) -> di
     works = {
         "plain": lambda: step(plain),
         "tree": lambda: step(tree),
-        "sentinel": lambda: trainer.sentinel.compare(trainer.step),
+        "sentinel": lambda: trainer.consistency_check.compare(trainer.step),
     }
-    found = running.interleaved(comm, works, DROPPED + steps, DROPPED)
+    found = runner.interleaved(comm, works, DROPPED + steps, DROPPED)
     comm.allreduce_terms = tree  # type: ignore[method-assign]
-    return found | {"sentinel_share": found["sentinel"] / trainer.sentinel.every / found["tree"]}
+    return found | {"sentinel_share": found["sentinel"] / trainer.consistency_check.every / found["tree"]}
 
 
 def sum_medians(comm: Comm, length: int) -> dict[str, float]:
     """Median milliseconds of each sum of ``length`` float32, one term a rank."""
-    from tf_dist.parallel.flat import aligned_empty
-    from tf_dist.parallel.tree import one_each
+    from tf_dist.parallel.flat_buffer import aligned_empty
+    from tf_dist.parallel.reduction_tree import one_each
 
     made = one_each(comm.size)
     array = aligned_empty(length)
     array.fill(0.0)
     sums = {"plain": plain_sum(comm), "tree": comm.allreduce_terms}
     works = {name: (lambda add=add: add([array], made, array)) for name, add in sums.items()}
-    return {"parameters": length, **running.interleaved(comm, works, DROPPED + SUMS, DROPPED)}
+    return {"parameters": length, **runner.interleaved(comm, works, DROPPED + SUMS, DROPPED)}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Floating-point operations of a training step, by formula, and the machine's peak to hold them against.
+"""FLOPs of a training step, by formula, and the measured GEMM peak of the machine.
 
 Only matrix products count, a multiplication and an addition for each pair of numbers; the backward pass has
 two products for each one of the forward pass: for the gradients of the inputs and of the weights. With L

@@ -1,4 +1,4 @@
-"""Rows that ranks share: memory of a rank and time of a step for long rows, on 1, 2 and 4 ranks.
+"""Context parallelism: memory per rank and step time for long rows, on 1, 2 and 4 ranks.
 
 One row of T tokens for all ranks together, a Transformer of 2 layers of 384 with 6 heads, one thread a rank.
 Memory is the peak of PSS in steps that are not the first ones, above what the same process took once a tiny
@@ -20,11 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tf_dist.bench import memory, models, running
-from tf_dist.parallel import cost
+from tf_dist.bench import memory, models, runner
+from tf_dist.parallel import cost_model
 
 MODULE = "tf_dist.bench.long_rows"
-FOLDER = running.FOLDER / "long_rows"
+FOLDER = runner.FOLDER / "long_rows"
 LENGTHS = (1024, 2048, 4096, 8192)
 RANKS = (1, 2, 4)
 SIZES: dict[str, Any] = {"model": "transformer", "layers": 2, "width": 384, "heads": 6}
@@ -33,7 +33,7 @@ WARM_UP, STEPS = 2, 4
 
 def measure(lengths: Sequence[int] = LENGTHS, ranks: Sequence[int] = RANKS) -> list[dict[str, Any]]:
     """Start a job for each length and number of ranks, one after the other; what each found."""
-    return [running.measured(s, MODULE, str(T), folder=FOLDER) for T in lengths for s in ranks]
+    return [runner.measured(s, MODULE, str(T), folder=FOLDER) for T in lengths for s in ranks]
 
 
 def table(jobs: list[dict[str, Any]]) -> str:
@@ -51,8 +51,8 @@ def table(jobs: list[dict[str, Any]]) -> str:
             f"{memory.MB * job['sent']:.1f}",
             f"{memory.MB * sent:.1f}",
         ]
-        rows.append([str(job["tokens"]), running.ranks_named(job["ranks"]), *cells])
-    return running.table(head, rows)
+        rows.append([str(job["tokens"]), runner.ranks_named(job["ranks"]), *cells])
+    return runner.table(head, rows)
 
 
 def formulas(seq_len: int, ranks: int, parameters: int) -> tuple[float, float]:
@@ -62,9 +62,9 @@ def formulas(seq_len: int, ranks: int, parameters: int) -> tuple[float, float]:
     it: 24 P with weights and Adam. Attention's weights are not kept, from 1,024 tokens on.
     """
     layers, width, heads = (SIZES[key] for key in ("layers", "width", "heads"))
-    sent = cost.ring_bytes(1, seq_len, width, layers, ranks)
+    sent = cost_model.ring_bytes(1, seq_len, width, layers, ranks)
     sizes = (1, seq_len, layers, width, heads, models.VOCABULARY)
-    return sent, 24 * parameters + cost.activation_bytes(*sizes, sequence=ranks, weights_kept=False)
+    return sent, 24 * parameters + cost_model.activation_bytes(*sizes, sequence=ranks, weights_kept=False)
 
 
 # On the ranks ------------------------------------------------------------------------------------
@@ -72,14 +72,14 @@ def formulas(seq_len: int, ranks: int, parameters: int) -> tuple[float, float]:
 
 def main_on_ranks(seq_len: int, out: Path) -> None:
     """Take steps with one row of all ranks; the slowest rank's time, the mean rank's memory."""
-    from tf_dist.comm import launch
+    from tf_dist.comm.runtime import launch
 
     comm = launch.connect(threads_per_rank=1)
     import numpy as np
 
-    from tf_dist.bench import ways
+    from tf_dist.bench import systems
     from tf_dist.config import Config
-    from tf_dist.layers.sequence import sequence_parallel
+    from tf_dist.layers.context_parallel import sequence_parallel
     from tf_dist.models.build import build
     from tf_dist.parallel.mesh import Mesh
     from tf_dist.training.trainer import Trainer
@@ -94,7 +94,7 @@ def main_on_ranks(seq_len: int, out: Path) -> None:
         "autotune": "off",
         "check_every": 0,
     }
-    trainer = Trainer(model, ways.adamw(), comm, mesh=mesh, **options)
+    trainer = Trainer(model, systems.adamw(), comm, clip_norm=0.0, mesh=mesh, **options)
     tokens = np.random.default_rng(1).integers(0, models.VOCABULARY, 16 * seq_len + 1).astype(np.uint16)
     sequences = trainer.sequences(tokens)
     sampler = trainer.sampler(sequences)

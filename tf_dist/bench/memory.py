@@ -1,4 +1,4 @@
-"""Memory of a rank in training, against a formula.
+"""Memory of a rank during training, against its formula.
 
     python scripts/bench.py memory              # GPT of 10.7 M and of 0.81 M parameters, on 1 and 2 ranks
     python scripts/bench.py memory gpt-0.81M
@@ -36,13 +36,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tf_dist.bench import models, pictures, running
+from tf_dist.bench import models, plots, runner
 
 if TYPE_CHECKING:
-    from tf_dist.comm.base import Comm
+    from tf_dist.comm.transport.base import Comm
 
 MODULE = "tf_dist.bench.memory"
-FOLDER = running.FOLDER / "memory"
+FOLDER = runner.FOLDER / "memory"
 RANKS = (1, 2)
 MEASURED = ("gpt-10.7M", "gpt-0.81M")
 WARM_UP = 3
@@ -59,9 +59,9 @@ def main(words: Sequence[str] = ()) -> int:
             raise SystemExit(f"error: bench-memory has no formula for {name}, only for Transformers")
         for ranks in RANKS:
             print(f"{name} on {ranks} rank{'s' * (ranks > 1)} ...", flush=True)
-            jobs.append(running.measured(ranks, MODULE, name, folder=FOLDER))
+            jobs.append(runner.measured(ranks, MODULE, name, folder=FOLDER))
     print(f"\n{table(jobs)}")
-    path = running.save("memory", {"jobs": jobs})
+    path = runner.save("memory", {"jobs": jobs})
     print(f"\nin {path}\nand {picture(jobs, path.with_suffix('.png'))}")
     return 0
 
@@ -101,8 +101,8 @@ def table(jobs: list[dict[str, Any]]) -> str:
         total, pss = sum(terms.values()), mean(job, "peak_pss")
         numbers = [*terms.values(), total, pss, mean(job, "peak_rss"), mean(job, "whole_rss")]
         cells = [f"{MB * number:.1f}" for number in numbers]
-        rows.append([job["name"], running.ranks_named(job["ranks"]), *cells, f"{pss / total:.2f}"])
-    return running.table(head, rows) + "\nwith start: peak RSS of the whole process, first steps included"
+        rows.append([job["name"], runner.ranks_named(job["ranks"]), *cells, f"{pss / total:.2f}"])
+    return runner.table(head, rows) + "\nwith start: peak RSS of the whole process, first steps included"
 
 
 def picture(jobs: list[dict[str, Any]], path: Path) -> Path:
@@ -112,7 +112,7 @@ def picture(jobs: list[dict[str, Any]], path: Path) -> Path:
         name = f"{job['name']}, np {job['ranks']}"
         rows[f"{name}, formula"] = [MB * term for term in terms_of(job).values()] + [0.0]
         rows[f"{name}, peak PSS"] = [0.0] * len(TERMS) + [MB * mean(job, "peak_pss")]
-    return pictures.stacked(path, "MB of a rank", [*TERMS, "measured PSS"], rows)
+    return plots.stacked(path, "MB of a rank", [*TERMS, "measured PSS"], rows)
 
 
 # On the ranks ------------------------------------------------------------------------------------
@@ -166,9 +166,9 @@ class Watch:
 
 def used_once(comm: Comm) -> dict[str, int]:
     """What this process takes when every room of TensorFlow that a step needs has been entered once."""
-    from tf_dist.bench import ways
+    from tf_dist.bench import systems
 
-    trainer, sequences, sampler = ways.trainer_of(comm, models.TINY_GPT, 1, micro_batches=1)
+    trainer, sequences, sampler = systems.trainer_of(comm, models.TINY_GPT, 1, micro_batches=1)
     for _ in range(WARM_UP):
         trainer.train_step(sequences, sampler)
     comm.barrier()
@@ -179,14 +179,14 @@ def used_once(comm: Comm) -> dict[str, int]:
 
 def main_on_ranks(name: str, out: Path) -> None:
     """Train; every rank's peaks, gathered by rank 0."""
-    from tf_dist.comm import launch
+    from tf_dist.comm.runtime import launch
 
     comm = launch.connect()
-    from tf_dist.bench import ways
+    from tf_dist.bench import systems
 
     baseline = used_once(comm)
     sizes, rows, steps = models.RECIPES[name]
-    trainer, sequences, sampler = ways.trainer_of(comm, sizes, rows, micro_batches=1)
+    trainer, sequences, sampler = systems.trainer_of(comm, sizes, rows, micro_batches=1)
     for _ in range(WARM_UP):
         trainer.train_step(sequences, sampler)
     whole = peak_rss()

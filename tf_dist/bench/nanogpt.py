@@ -1,4 +1,4 @@
-"""Time to a validation loss: nanoGPT's recipe for a CPU on tinyshakespeare, against PyTorch on all cores.
+"""Time to a validation loss: nanoGPT's CPU recipe on tinyshakespeare, against PyTorch on all cores.
 
     tf-dist bench nanogpt                    # two rounds, some ten minutes
     tf-dist bench nanogpt text.txt steps=100 every=25 rounds=1
@@ -25,16 +25,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tf_dist.bench import pictures, running
+from tf_dist.bench import plots, runner
 from tf_dist.invocation import command as program
-from tf_dist.restarts import own_mpirun
+from tf_dist.ops.supervisor import own_mpirun
 
-FOLDER = running.FOLDER / "nanogpt"
+FOLDER = runner.FOLDER / "nanogpt"
 TEXTS = (Path("../shared/data/tinyshakespeare.txt"), Path("data/downloads/tinyshakespeare/train.txt"))
 TORCH_MODULE = "tf_dist.bench.torch_nanogpt"
 RANKS = 2
 LEVEL = 1.88
-OPTIONS = {"steps": 2000, "every": 250, "rounds": running.ROUNDS}
+OPTIONS = {"steps": 2000, "every": 250, "rounds": runner.ROUNDS}
 NAMES = {"ours": f"tf_dist, {RANKS} ranks", "torch": "PyTorch, one process"}
 
 Point = Sequence[float]  # step, seconds of training, validation loss
@@ -59,7 +59,7 @@ def main(words: Sequence[str] = ()) -> int:
         return 0
     found = measure(text, options)
     print(f"\n{tables(found)}")
-    path = running.save("nanogpt", {"text": text.name, "options": options, **found})
+    path = runner.save("nanogpt", {"text": text.name, "options": options, **found})
     print(f"\nin {path}\nand {picture(found, path.with_suffix('.png'))}")
     return 0
 
@@ -72,10 +72,10 @@ def measure(text: Path, options: dict[str, int]) -> dict[str, Any]:
         print(f"tf_dist, round {seed} of {options['rounds']} ...", flush=True)
         runs["ours"].append(ours(text, seed, options["steps"], options["every"]))
         try:
-            python = running.torch_python()
+            python = runner.torch_python()
             print(f"PyTorch, round {seed} of {options['rounds']} ...", flush=True)
             runs["torch"].append(torch(python, text, seed, options["steps"], options["every"]))
-        except running.Absent as reason:
+        except runner.Absent as reason:
             absent = str(reason)
     return {"runs": {name: found for name, found in runs.items() if found}, "absent": absent}
 
@@ -99,7 +99,7 @@ def ours(text: Path, seed: int, steps: int, every: int) -> dict[str, Any]:
     command += ["--steps", str(steps), "--eval-every", str(every), "--save-every", "0"]
     command += ["--log-every", str(every)]  # so that each evaluation has the time of its step beside it
     begun_at = time.time()
-    running.run(command, FOLDER / f"ours-{seed}.log")
+    runner.run(command, FOLDER / f"ours-{seed}.log")
     ended_at = time.time()
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     points = [[row["step"], row["elapsed_s"], row["val_loss"]] for row in rows if "val_loss" in row]
@@ -112,7 +112,7 @@ def torch(python: str, text: Path, seed: int, steps: int, every: int) -> dict[st
     begun_at = time.time()
     words = (str(text), str(steps), str(every), str(seed))
     out = FOLDER / f"torch-{seed}.json"
-    running.run([python, "-m", TORCH_MODULE, *words, str(out)], FOLDER / f"torch-{seed}.log")
+    runner.run([python, "-m", TORCH_MODULE, *words, str(out)], FOLDER / f"torch-{seed}.log")
     found: dict[str, Any] = json.loads(out.read_text())
     found["startup_s"] = found.pop("begun_at") - begun_at
     return found | {"whole_s": time.time() - begun_at}
@@ -170,9 +170,9 @@ def tables(found: dict[str, Any]) -> str:
         losses = ", ".join(f"{run['points'][-1][2]:.4f}" for run in several)
         numbers = [statistics.median(run[key] for run in several) for key in ("startup_s", "whole_s")]
         cells.append([NAMES[name], losses, *(f"{number:.1f}" for number in numbers)])
-    apart = running.table(["", "last loss of each round", "start-up s", "whole command s"], cells)
+    apart = runner.table(["", "last loss of each round", "start-up s", "whole command s"], cells)
     why = [f"not measured: PyTorch: {found['absent']}"] if found["absent"] else []
-    return "\n\n".join([running.table(head, rows), apart, *why])
+    return "\n\n".join([runner.table(head, rows), apart, *why])
 
 
 def _times(times: dict[str, Any]) -> list[str]:
@@ -188,5 +188,5 @@ def picture(found: dict[str, Any], path: Path) -> Path:
         for name, several in found["runs"].items()
         for number, run in enumerate(several)
     }
-    panel = pictures.Lines("nanoGPT's recipe", "seconds of training", "validation loss", drawn, level=LEVEL)
-    return pictures.lines(path, [panel])
+    panel = plots.Lines("nanoGPT's recipe", "seconds of training", "validation loss", drawn, level=LEVEL)
+    return plots.lines(path, [panel])

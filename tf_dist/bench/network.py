@@ -1,4 +1,4 @@
-"""Two hosts and the network between them: sums of gradients, and training steps, at 1 and 10 Gbit/s.
+"""Two hosts over a network of 1 and 10 Gbit/s: all-reduce and training steps.
 
 The hosts are emulated on this machine (``scripts/emulate_cluster.py``), one rank each, so a checkout, root
 and iproute2 are needed. In one job and in turn: our Trainer with gradients that leave during the backward
@@ -15,16 +15,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tf_dist.bench import models, pictures, running
+from tf_dist.bench import models, plots, runner
 
 if TYPE_CHECKING:
-    from tf_dist.comm.base import Comm
+    from tf_dist.comm.transport.base import Comm
     from tf_dist.data.sampler import Sampler
     from tf_dist.data.tokens import Sequences
     from tf_dist.training.trainer import Trainer
 
 MODULE = "tf_dist.bench.network"
-FOLDER = running.FOLDER / "network"
+FOLDER = runner.FOLDER / "network"
 CLUSTER = Path("scripts/emulate_cluster.py")
 RATES = ("1gbit", "10gbit")
 HOSTS, ROWS = 2, 4
@@ -52,20 +52,20 @@ def main() -> int:
     for rate in RATES:
         by = [*command, "--hosts", str(HOSTS), "--rate", rate, "--"]
         print(f"{HOSTS} hosts at {rate} ...", flush=True)
-        job = running.measured(HOSTS, MODULE, "ranks", rate, folder=FOLDER, by=by)
+        job = runner.measured(HOSTS, MODULE, "ranks", rate, folder=FOLDER, by=by)
         try:
-            running.need_horovod()
-        except running.Absent as reason:
+            runner.need_horovod()
+        except runner.Absent as reason:
             print(f"not measured: Horovod: {reason}")
         else:
-            theirs = running.measured(HOSTS, MODULE, "horovod", rate, folder=FOLDER, by=by)
+            theirs = runner.measured(HOSTS, MODULE, "horovod", rate, folder=FOLDER, by=by)
             for part in ("sums_ms", "steps_ms"):
                 job[part].update(theirs[part])
         found[rate] = job
     print(f"\n{sums_table(found)}\n\n{steps_table(found)}")
     for rate, job in found.items():
         print(f"{rate}: {job['said']}")
-    path = running.save("network", {"rows_per_rank": ROWS, "rates": found})
+    path = runner.save("network", {"rows_per_rank": ROWS, "rates": found})
     print(f"\nin {path}\nand {picture(found, path.with_suffix('.png'))}")
     return 0
 
@@ -74,13 +74,11 @@ def picture(found: dict[str, Any], path: Path) -> Path:
     """Tokens per second of every way; a panel for each rate."""
     panels = []
     for rate, job in found.items():
-        ways = [way for way in STEP_NAMES if way in job["steps_ms"]]
-        speeds = [tokens_per_s(job["steps_ms"][way]) for way in ways]
-        labels = [STEP_NAMES[way] for way in ways]
-        panels.append(
-            pictures.Bars(f"two hosts at {rate}", labels, speeds, [way == "overlap" for way in ways])
-        )
-    return pictures.bars(path, "tokens per second, GPT 10.7 M", panels)
+        known = [way for way in STEP_NAMES if way in job["steps_ms"]]
+        speeds = [tokens_per_s(job["steps_ms"][way]) for way in known]
+        labels = [STEP_NAMES[way] for way in known]
+        panels.append(plots.Bars(f"two hosts at {rate}", labels, speeds, [way == "overlap" for way in known]))
+    return plots.bars(path, "tokens per second, GPT 10.7 M", panels)
 
 
 def tokens_per_s(step_ms: float) -> float:
@@ -96,7 +94,7 @@ def sums_table(found: dict[str, Any]) -> str:
         for rate, job in found.items()
         for kind, time_ms in job["sums_ms"].items()
     ]
-    return running.table([f"a sum of {4e-6 * SUM_LENGTH:.0f} MB", "ms", "it / ours"], rows)
+    return runner.table([f"a sum of {4e-6 * SUM_LENGTH:.0f} MB", "ms", "it / ours"], rows)
 
 
 def steps_table(found: dict[str, Any]) -> str:
@@ -116,7 +114,7 @@ def steps_table(found: dict[str, Any]) -> str:
                 [f"{rate}, {name}", f"{step_ms:.0f}", *cells, f"{tokens_per_s(step_ms):,.0f}", f"{ratio:.2f}"]
             )
     head = ["GPT 10.7 M, ms of a step", "step", "exchange", "exposed", "wait", "tokens/s", "it / ours"]
-    return running.table(head, rows)
+    return runner.table(head, rows)
 
 
 # On the ranks ------------------------------------------------------------------------------------
@@ -124,25 +122,26 @@ def steps_table(found: dict[str, Any]) -> str:
 
 def main_on_ranks(out: Path) -> None:
     """All ways but Horovod, in turn."""
-    from tf_dist.comm import launch, mpi
+    from tf_dist.comm.runtime import launch
+    from tf_dist.comm.transport import mpi
 
     comm = launch.connect()  # sets threads, so before anything that imports Keras
     mpi.CHUNK_BYTES = 1 << 40  # one call, as a user would write it
-    from tf_dist.bench import ways
+    from tf_dist.bench import systems
 
     sums_ms, said = sums(comm)
     works: dict[str, Callable[[], Any]] = {}
     parts: dict[str, Parts] = {}
     for way, wanted in (("overlap", "on"), ("in turn", "off")):
-        made = ways.trainer_of(
+        made = systems.trainer_of(
             comm, models.GPT, ROWS, micro_batches=1, overlap=wanted, chunk_bytes=comm.chunk_bytes
         )
         parts[way] = Parts(comm, *made)
         works[way] = parts[way].step
-        said += f"; {made[0].passes.said}" if made[0].passes.said else ""
-    works["mpi4py"] = ways.plain_mpi4py(comm, models.GPT, ROWS)
-    works["compute"] = ways.compute_alone(models.GPT, ROWS)
-    steps_ms = running.interleaved(comm, works, DROPPED + STEPS, DROPPED)
+        said += f"; {made[0].runner.said}" if made[0].runner.said else ""
+    works["mpi4py"] = systems.plain_mpi4py(comm, models.GPT, ROWS)
+    works["compute"] = systems.compute_alone(models.GPT, ROWS)
+    steps_ms = runner.interleaved(comm, works, DROPPED + STEPS, DROPPED)
     parts_ms = {way: part.medians_ms(DROPPED) for way, part in parts.items()}
     note(comm, out, {"sums_ms": sums_ms, "steps_ms": steps_ms, "parts_ms": parts_ms, "said": said})
 
@@ -175,9 +174,9 @@ class Parts:
 
 def sums(comm: Comm) -> tuple[dict[str, float], str]:
     """Median milliseconds of each kind of sum, and what was chosen."""
-    from tf_dist.parallel.carrier import USUAL_CHUNK_BYTES, choose_chunk
-    from tf_dist.parallel.flat import aligned_empty
-    from tf_dist.parallel.tree import one_each
+    from tf_dist.parallel.flat_buffer import aligned_empty
+    from tf_dist.parallel.reduction_tree import one_each
+    from tf_dist.parallel.transport_tuning import USUAL_CHUNK_BYTES, choose_chunk
 
     made = one_each(comm.size)
     array = aligned_empty(SUM_LENGTH)
@@ -194,27 +193,27 @@ def sums(comm: Comm) -> tuple[dict[str, float], str]:
         "ours 2 MiB": lambda: ours(USUAL_CHUNK_BYTES),
         "mpi": lambda: comm.allreduce(array),
     }
-    medians_ms = running.interleaved(comm, works, DROPPED + SUMS, DROPPED)
+    medians_ms = runner.interleaved(comm, works, DROPPED + SUMS, DROPPED)
     comm.chunk_bytes = chosen
     return medians_ms, said
 
 
 def horovod(out: Path) -> None:
     """Horovod alone."""
-    from tf_dist.comm import launch
+    from tf_dist.comm.runtime import launch
 
     comm = launch.connect("horovod")
-    from tf_dist.bench import ways
-    from tf_dist.parallel.flat import aligned_empty
+    from tf_dist.bench import systems
+    from tf_dist.parallel.flat_buffer import aligned_empty
 
     array = aligned_empty(SUM_LENGTH)
     array.fill(0.0)
-    sums_ms = running.interleaved(comm, {"horovod": lambda: comm.allreduce(array)}, DROPPED + SUMS, DROPPED)
-    works = {"horovod": ways.horovod(comm, models.GPT, ROWS)}
+    sums_ms = runner.interleaved(comm, {"horovod": lambda: comm.allreduce(array)}, DROPPED + SUMS, DROPPED)
+    works = {"horovod": systems.horovod(comm, models.GPT, ROWS)}
     note(
         comm,
         out,
-        {"sums_ms": sums_ms, "steps_ms": running.interleaved(comm, works, DROPPED + STEPS, DROPPED)},
+        {"sums_ms": sums_ms, "steps_ms": runner.interleaved(comm, works, DROPPED + STEPS, DROPPED)},
     )
 
 

@@ -1,4 +1,4 @@
-"""A step of the optimizer from a flat gradient: each variable by itself, as one vector, and in blocks.
+"""Optimizer step from a flat gradient: per variable, as one vector, and in blocks.
 
 All ways to take it are timed in turn in one process, on the same gradient, for two models and three
 optimizers.
@@ -12,13 +12,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tf_dist.bench import models, pictures, running
+from tf_dist.bench import models, plots, runner
 
 if TYPE_CHECKING:
-    from tf_dist.comm.base import Comm
+    from tf_dist.comm.transport.base import Comm
 
 MODULE = "tf_dist.bench.optimizer"
-FOLDER = running.FOLDER / "optimizer"
+FOLDER = runner.FOLDER / "optimizer"
 DROPPED = 3
 # Model, and steps in each way.
 MODELS: dict[str, tuple[dict[str, Any], int]] = {
@@ -33,8 +33,8 @@ OURS = "blocks XLA"
 def main() -> int:
     """Start the process that measures, and print what it found."""
     print("1 process ...", flush=True)
-    job = running.measured(1, MODULE, folder=FOLDER)
-    path = running.save("optimizer", job)
+    job = runner.measured(1, MODULE, folder=FOLDER)
+    path = runner.save("optimizer", job)
     print(f"\n{table(job['steps'])}\n\nin {path}\nand {picture(job['steps'], path.with_suffix('.png'))}")
     return 0
 
@@ -42,7 +42,7 @@ def main() -> int:
 def picture(steps: list[dict[str, Any]], path: Path) -> Path:
     """Milliseconds of a step in each way; a panel for each model and optimizer."""
     panels = [
-        pictures.Bars(
+        plots.Bars(
             f"{found['model']}, {found['optimizer']}",
             list(WAYS),
             [found["ms"][way] for way in WAYS],
@@ -50,7 +50,7 @@ def picture(steps: list[dict[str, Any]], path: Path) -> Path:
         )
         for found in steps
     ]
-    return pictures.bars(path, "ms of a step", panels)
+    return plots.bars(path, "ms of a step", panels)
 
 
 def table(steps: list[dict[str, Any]]) -> str:
@@ -66,7 +66,7 @@ def table(steps: list[dict[str, Any]]) -> str:
         ]
         for found in steps
     ]
-    return running.table(head, rows)
+    return runner.table(head, rows)
 
 
 # On the rank -------------------------------------------------------------------------------------
@@ -74,7 +74,7 @@ def table(steps: list[dict[str, Any]]) -> str:
 
 def main_on_ranks(out: Path) -> None:
     """Measure everything; the medians are left in a file."""
-    from tf_dist.comm import launch
+    from tf_dist.comm.runtime import launch
 
     comm = launch.connect()
     steps = [
@@ -100,7 +100,7 @@ def medians(comm: Comm, sizes: dict[str, Any], optimizer: str, times: int) -> di
         step.apply(gradient, scale)
         first_s[way] = time.perf_counter() - begun
         works[way] = lambda apply=step.apply, gradient=gradient: apply(gradient, scale)
-    return {"ms": running.interleaved(comm, works, DROPPED + times, DROPPED), "first_s": first_s}
+    return {"ms": runner.interleaved(comm, works, DROPPED + times, DROPPED), "first_s": first_s}
 
 
 def step_of(sizes: dict[str, Any], optimizer: str, way: str) -> Any:
@@ -109,7 +109,7 @@ def step_of(sizes: dict[str, Any], optimizer: str, way: str) -> Any:
 
     from tf_dist.config import Config
     from tf_dist.models.build import build
-    from tf_dist.training.optimizer_step import BlockStep, VariableStep
+    from tf_dist.optim.fused_optimizer import BlockStep, VariableStep
 
     kinds = {
         "AdamW": lambda: keras.optimizers.AdamW(1e-4, weight_decay=0.1),

@@ -1,4 +1,4 @@
-"""Every grid of 2 and 4 ranks on one model: tokens/s, talk, bytes, memory, bubbles, and their formulas.
+"""Every grid of 2 and 4 ranks on one model: tokens/s, communication, memory, bubbles, and their formulas.
 
     python scripts/bench.py parallel             # one node, and two emulated hosts where that can be
     python scripts/bench.py parallel one-node    # or hosts, zero (bytes per parameter), rows (long ones)
@@ -21,14 +21,14 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tf_dist.bench import long_rows, memory, models, network, pictures, running, zero_memory
-from tf_dist.parallel import cost
+from tf_dist.bench import long_rows, memory, models, network, plots, runner, zero_memory
+from tf_dist.parallel import cost_model
 
 if TYPE_CHECKING:
-    from tf_dist.comm.base import Comm
+    from tf_dist.comm.transport.base import Comm
 
 MODULE = "tf_dist.bench.parallel"
-FOLDER = running.FOLDER / "parallel"
+FOLDER = runner.FOLDER / "parallel"
 SIZES: dict[str, Any] = {"model": "transformer", "layers": 8, "width": 256, "heads": 8, "seq_len": 128}
 # For the baseline: as many layers and heads, so that it can be divided in the same ways.
 TINY: dict[str, Any] = {"model": "transformer", "layers": 8, "width": 16, "heads": 8, "seq_len": 16}
@@ -38,7 +38,7 @@ RATE = "1gbit"
 PARTS = ("one-node", "hosts", "zero", "rows")
 
 
-class Way(NamedTuple):
+class GridOption(NamedTuple):
     """A grid and how it is used; data is what is left of the ranks."""
 
     pipeline: int = 1
@@ -65,38 +65,52 @@ class Way(NamedTuple):
         return "_".join(map(str, self))
 
 
-def of_word(word: str) -> Way:
+def of_word(word: str) -> GridOption:
     """The way that has this word."""
     *numbers, schedule = word.split("_")
     pipeline, sequence, tensor, zero = map(int, numbers)
-    return Way(pipeline, sequence, tensor, zero, schedule)
+    return GridOption(pipeline, sequence, tensor, zero, schedule)
 
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero-bubble")
 WAYS = {
     2: (
-        *(Way(zero=stage) for stage in range(4)),
-        Way(tensor=2),
-        *(Way(pipeline=2, schedule=schedule) for schedule in SCHEDULES),
-        Way(sequence=2),
+        *(GridOption(zero=stage) for stage in range(4)),
+        GridOption(tensor=2),
+        *(GridOption(pipeline=2, schedule=schedule) for schedule in SCHEDULES),
+        GridOption(sequence=2),
     ),
     4: (
-        *(Way(zero=stage) for stage in range(4)),
-        Way(tensor=2),
-        Way(tensor=2, zero=1),
-        Way(tensor=4),
-        Way(pipeline=2),
-        Way(pipeline=2, zero=1),
-        *(Way(pipeline=4, schedule=schedule) for schedule in SCHEDULES),
-        Way(pipeline=2, tensor=2),
-        Way(sequence=2),
-        Way(sequence=4),
-        Way(sequence=2, tensor=2),
+        *(GridOption(zero=stage) for stage in range(4)),
+        GridOption(tensor=2),
+        GridOption(tensor=2, zero=1),
+        GridOption(tensor=4),
+        GridOption(pipeline=2),
+        GridOption(pipeline=2, zero=1),
+        *(GridOption(pipeline=4, schedule=schedule) for schedule in SCHEDULES),
+        GridOption(pipeline=2, tensor=2),
+        GridOption(sequence=2),
+        GridOption(sequence=4),
+        GridOption(sequence=2, tensor=2),
     ),
 }
 ON_HOSTS = {
-    2: (Way(), Way(zero=1), Way(zero=3), Way(tensor=2), Way(pipeline=2), Way(sequence=2)),
-    4: (Way(), Way(zero=1), Way(tensor=2), Way(pipeline=2), Way(pipeline=2, tensor=2), Way(sequence=2)),
+    2: (
+        GridOption(),
+        GridOption(zero=1),
+        GridOption(zero=3),
+        GridOption(tensor=2),
+        GridOption(pipeline=2),
+        GridOption(sequence=2),
+    ),
+    4: (
+        GridOption(),
+        GridOption(zero=1),
+        GridOption(tensor=2),
+        GridOption(pipeline=2),
+        GridOption(pipeline=2, tensor=2),
+        GridOption(sequence=2),
+    ),
 }
 
 
@@ -117,7 +131,7 @@ def main(words: Sequence[str] = ()) -> int:
         report["zero"] = zero_part()
     if "rows" in wanted:
         report["rows"] = rows_part()
-    path = running.save("parallel", report)
+    path = runner.save("parallel", report)
     print(f"in {path}")
     if drawn := picture(report, path.with_suffix(".png")):
         print(f"and {drawn}")
@@ -153,25 +167,25 @@ def hosts_command() -> list[str]:
     return [*command, "--hosts", "2", "--rate", RATE]
 
 
-def measured(ways: Mapping[int, Sequence[Way]], by: Sequence[str] = ()) -> list[dict[str, Any]]:
+def measured(systems: Mapping[int, Sequence[GridOption]], by: Sequence[str] = ()) -> list[dict[str, Any]]:
     """A job for each way and round; of each way the medians of all rounds."""
-    found: dict[tuple[int, Way], list[dict[str, Any]]] = {}
-    for _ in range(running.ROUNDS):
-        for ranks, of_ranks in ways.items():
+    found: dict[tuple[int, GridOption], list[dict[str, Any]]] = {}
+    for _ in range(runner.ROUNDS):
+        for ranks, of_ranks in systems.items():
             start = [*by, "--slots", str(ranks // 2), "--"] if by else []
             for way in of_ranks:
                 print(f"{way.name(ranks)} ...", flush=True)
-                job = running.measured(ranks, MODULE, way.word, folder=FOLDER, by=start)
+                job = runner.measured(ranks, MODULE, way.word, folder=FOLDER, by=start)
                 found.setdefault((ranks, way), []).append(job)
     return [summary(ranks, way, jobs) for (ranks, way), jobs in found.items()]
 
 
-def summary(ranks: int, way: Way, jobs: list[dict[str, Any]]) -> dict[str, Any]:
+def summary(ranks: int, way: GridOption, jobs: list[dict[str, Any]]) -> dict[str, Any]:
     """One way: medians over rounds, beside what the formulas say."""
     step_ms = statistics.median(time_ms for job in jobs for time_ms in job["steps_ms"])
     tokens = ROWS * MICRO_BATCHES * SIZES["seq_len"]
     shape = way.shape(ranks)
-    by_formula = cost.of_grid(
+    by_formula = cost_model.of_grid(
         sizes_of(jobs[0]["parameters"]),
         MICRO_BATCHES,
         shape,
@@ -195,10 +209,10 @@ def summary(ranks: int, way: Way, jobs: list[dict[str, Any]]) -> dict[str, Any]:
 MEDIANS = ("talk_ms", "sent", "held", "bubble")
 
 
-def sizes_of(parameters: int) -> cost.Sizes:
+def sizes_of(parameters: int) -> cost_model.Sizes:
     """The model, as the formulas want it."""
     shape = {key: int(SIZES[key]) for key in ("layers", "width", "heads", "seq_len")}
-    return cost.Sizes(parameters=parameters, vocabulary=models.VOCABULARY, rows=ROWS, **shape)
+    return cost_model.Sizes(parameters=parameters, vocabulary=models.VOCABULARY, rows=ROWS, **shape)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -214,7 +228,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells.append(
             [
                 row["name"],
-                running.ranks_named(row["ranks"]),
+                runner.ranks_named(row["ranks"]),
                 f"{row['tokens_per_s']:,.0f}",
                 f"{row['tokens_per_s'] / plain[row['ranks']]:.2f}",
                 f"{row['talk_ms']:.0f}",
@@ -223,7 +237,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 *(f"{100 * row[key]:.0f} %" if waits else "" for key in ("bubble", "bubble_formula")),
             ]
         )
-    return running.table(head, cells)
+    return runner.table(head, cells)
 
 
 def picture(report: dict[str, Any], path: Path) -> Path | None:
@@ -237,8 +251,8 @@ def picture(report: dict[str, Any], path: Path) -> Path | None:
             labels = [row["name"] for row in these]
             speeds = [row["tokens_per_s"] for row in these]
             title = f"{where}, {ranks} ranks{crowded}"
-            panels.append(pictures.Bars(title, labels, speeds, [True] * len(these)))
-    return pictures.bars(path, "tokens per second", panels) if panels else None
+            panels.append(plots.Bars(title, labels, speeds, [True] * len(these)))
+    return plots.bars(path, "tokens per second", panels) if panels else None
 
 
 # On the ranks ------------------------------------------------------------------------------------
@@ -246,26 +260,26 @@ def picture(report: dict[str, Any], path: Path) -> Path | None:
 
 def main_on_ranks(word: str, out: Path) -> None:
     """Train in one way; rank 0 writes what was found."""
-    from tf_dist.comm import launch
+    from tf_dist.comm.runtime import launch
 
     comm = launch.connect()
-    from tf_dist.layers import collectives
+    from tf_dist.layers import mappings
 
     way = of_word(word)
-    baseline = Run(comm, way, TINY).peak_pss()
-    run = Run(comm, way, SIZES)
+    baseline = BenchRun(comm, way, TINY).peak_pss()
+    run = BenchRun(comm, way, SIZES)
     found: dict[str, Any] = {"steps_ms": run.steps_ms(), "talk_ms": run.talk_ms(), "bubble": run.bubble()}
     held = comm.allgather_obj(run.peak_pss() - baseline)
     found |= {"held": max(held), "held_of_ranks": held, "parameters": run.parameters()}
     del run
-    collectives.WINDOW_FROM = 1 << 62
-    sent = comm.allgather_obj(Run(comm, way, SIZES, allreduce="messages").sent_bytes())
+    mappings.WINDOW_FROM = 1 << 62
+    sent = comm.allgather_obj(BenchRun(comm, way, SIZES, allreduce="messages").sent_bytes())
     found |= {"sent": max(sent), "sent_of_ranks": sent}
     if comm.rank == 0:
         out.write_text(json.dumps(found))
 
 
-class Run:
+class BenchRun:
     """A trainer of a way, warmed up.
 
     Args:
@@ -275,8 +289,8 @@ class Run:
         options: more for the Trainer.
     """
 
-    def __init__(self, comm: Comm, way: Way, sizes: dict[str, Any], **options: Any) -> None:
-        from tf_dist.bench import ways
+    def __init__(self, comm: Comm, way: GridOption, sizes: dict[str, Any], **options: Any) -> None:
+        from tf_dist.bench import systems
 
         self.comm, self.way = comm, way
         zero: dict[str, Any] = {"update": "zero" if way.zero else "allreduce", "zero_stage": max(1, way.zero)}
@@ -285,7 +299,7 @@ class Run:
             "sequence_parallel": way.sequence,
             "tensor_parallel": way.tensor,
         }
-        self.trainer, sequences, sampler = ways.trainer_of(
+        self.trainer, sequences, sampler = systems.trainer_of(
             comm,
             {**sizes, **degrees, **zero},
             ROWS * MICRO_BATCHES // comm.size,
@@ -296,7 +310,7 @@ class Run:
             **options,
         )
         self._data = sequences, sampler
-        self.trainer.tuning.choose()
+        self.trainer.tune()
         self._talk_ms: list[float] = []
         self._bubbles: list[float] = []
         for _ in range(WARM_UP + 2):  # the first steps are compared by the sentinel
@@ -306,12 +320,12 @@ class Run:
         before = self.comm.comm_s + self.comm.wait_s
         self.trainer.train_step(*self._data)
         self._talk_ms.append(1e3 * (self.comm.comm_s + self.comm.wait_s - before))
-        spent = getattr(self.trainer.passes, "spent", None)
+        spent = getattr(self.trainer.runner, "spent", None)
         self._bubbles.append(spent.waited_s / spent.elapsed_s if spent and spent.elapsed_s else 0.0)
 
     def steps_ms(self) -> list[float]:
         """Milliseconds of steps, each of the slowest rank."""
-        return [running.slowest(self.comm, self._step) for _ in range(STEPS)]
+        return [runner.slowest(self.comm, self._step) for _ in range(STEPS)]
 
     def talk_ms(self) -> float:
         """Median milliseconds of a step in which this rank talks or waits; the mean over ranks."""

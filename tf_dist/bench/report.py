@@ -1,4 +1,4 @@
-"""The targets and what the newest JSON files under runs/bench/ say of them, as a table for Markdown.
+"""Table of targets and measured values from the newest JSON files under runs/bench/, as Markdown.
 
     python scripts/bench.py --report
 
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tf_dist.bench import nanogpt, running, step, strategies
+from tf_dist.bench import nanogpt, runner, step, strategies
 
 STAMP = re.compile(r"\d{8}-\d{6}\.json")
 LARGE, SMALL, LSTM = "gpt-10.7M", "gpt-0.81M", "lstm-1.08M"
@@ -44,7 +44,7 @@ class Target(NamedTuple):
         return f"{100 * ratio:.{1 if self.bound < 0.1 else 0}f} %" if self.percent else f"{ratio:.2f}"
 
 
-def newest(folder: Path = running.FOLDER) -> Reports:
+def newest(folder: Path = runner.FOLDER) -> Reports:
     """The newest report of each benchmark, by name; of parts that it leaves out, the newest that has them."""
     found: Reports = {}
     for place in sorted(folder.glob("*/")):
@@ -58,7 +58,7 @@ def newest(folder: Path = running.FOLDER) -> Reports:
     return found
 
 
-def targets(folder: Path = running.FOLDER) -> str:
+def targets(folder: Path = runner.FOLDER) -> str:
     """The table, and which files it is from."""
     reports = newest(folder)
     lines = ["| ratio in one run | target | reached | |", "|---|---|---|---|"]

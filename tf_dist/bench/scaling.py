@@ -27,10 +27,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tf_dist.bench import models, pictures, running
+from tf_dist.bench import models, plots, runner
 
 MODULE = "tf_dist.bench.scaling"
-FOLDER = running.FOLDER / "scaling"
+FOLDER = runner.FOLDER / "scaling"
 RANKS = (1, 2, 4)
 KINDS = ("weak", "strong")
 DROPPED = 3
@@ -41,13 +41,13 @@ def main(words: Sequence[str] = ()) -> int:
     found = {}
     for name in models.chosen(list(words)):
         done: dict[int, list[dict[str, Any]]] = {}
-        for turn in range(running.ROUNDS):
+        for turn in range(runner.ROUNDS):
             for ranks in RANKS:
-                print(f"{name} on {ranks} ranks, round {turn + 1} of {running.ROUNDS} ...", flush=True)
-                done.setdefault(ranks, []).append(running.measured(ranks, MODULE, name, folder=FOLDER))
+                print(f"{name} on {ranks} ranks, round {turn + 1} of {runner.ROUNDS} ...", flush=True)
+                done.setdefault(ranks, []).append(runner.measured(ranks, MODULE, name, folder=FOLDER))
         found[name] = summary(done)
         print(f"\n{table(name, found[name])}\n", flush=True)
-    path = running.save("scaling", {"models": found})
+    path = runner.save("scaling", {"models": found})
     print(f"in {path}\nand {picture(found, path.with_suffix('.png'))}")
     return 0
 
@@ -83,13 +83,13 @@ def table(name: str, rows: list[dict[str, Any]]) -> str:
     head = [name, "ranks", "ms", "tokens/s", "ceiling ms", "of the ceiling", "efficiency"]
     cells = [
         [
-            *(row["kind"], running.ranks_named(row["ranks"]), f"{row['ours_ms']:.1f}"),
+            *(row["kind"], runner.ranks_named(row["ranks"]), f"{row['ours_ms']:.1f}"),
             *(f"{1e3 * row['tokens'] / row['ours_ms']:,.0f}", f"{row['ceiling_ms']:.1f}"),
             *(f"{row['of_ceiling']:.2f}", f"{row['efficiency']:.2f}"),
         ]
         for row in rows
     ]
-    return running.table(head, cells) + "\n* more ranks than cores"
+    return runner.table(head, cells) + "\n* more ranks than cores"
 
 
 def picture(found: dict[str, list[dict[str, Any]]], path: Path) -> Path:
@@ -101,8 +101,8 @@ def picture(found: dict[str, list[dict[str, Any]]], path: Path) -> Path:
             drawn.setdefault(f"{row['kind']}, tf_dist", []).append((row["ranks"], row["efficiency"]))
             ceiling = row["efficiency"] / row["of_ceiling"]
             drawn.setdefault(f"{row['kind']}, nothing exchanged", []).append((row["ranks"], ceiling))
-        panels.append(pictures.Lines(name, "ranks", "efficiency", drawn, level=1.0, ticks=RANKS))
-    return pictures.lines(path, panels)
+        panels.append(plots.Lines(name, "ranks", "efficiency", drawn, level=1.0, ticks=RANKS))
+    return plots.lines(path, panels)
 
 
 # On the ranks ------------------------------------------------------------------------------------
@@ -110,19 +110,19 @@ def picture(found: dict[str, list[dict[str, Any]]], path: Path) -> Path:
 
 def main_on_ranks(name: str, out: Path) -> None:
     """Both kinds of scaling on these ranks, ours and the ceiling by turns."""
-    from tf_dist.comm import launch
+    from tf_dist.comm.runtime import launch
 
     comm = launch.connect(threads_per_rank=1)
-    from tf_dist.bench import ways
+    from tf_dist.bench import systems
 
     sizes, rows, steps = models.RECIPES[name]
     works, tokens = {}, {}
     for kind, mine in {"weak": rows, "strong": rows // comm.size}.items():
         if mine:
-            works[f"ours {kind}"] = ways.Ours(comm, sizes, mine).step
-            works[f"ceiling {kind}"] = ways.compute_alone(sizes, mine)
+            works[f"ours {kind}"] = systems.Ours(comm, sizes, mine).step
+            works[f"ceiling {kind}"] = systems.compute_alone(sizes, mine)
             tokens[kind] = mine * comm.size * sizes["seq_len"]
-    times_ms = running.timings(comm, works, DROPPED + max(4, steps // 2), DROPPED)
+    times_ms = runner.timings(comm, works, DROPPED + max(4, steps // 2), DROPPED)
     if comm.rank == 0:
         out.write_text(json.dumps({"ranks": comm.size, "tokens": tokens, "times_ms": times_ms}))
 

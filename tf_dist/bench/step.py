@@ -27,14 +27,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tf_dist.bench import flops, models, pictures, running
+from tf_dist.bench import flops, models, plots, runner
 
 if TYPE_CHECKING:
-    from tf_dist.comm.base import Comm
+    from tf_dist.comm.transport.base import Comm
 
 MODULE = "tf_dist.bench.step"
 TORCH_MODULE = "tf_dist.bench.torch_ways"
-FOLDER = running.FOLDER / "step"
+FOLDER = runner.FOLDER / "step"
 RANKS = 2
 DROPPED = 3
 # The model that is large enough for bfloat16 to pay.
@@ -61,7 +61,7 @@ CEILINGS = ("alone", "compute")
 PARTS = ("input", "forward+backward", "pack", "wait", "reduce", "update")
 
 
-class Job(NamedTuple):
+class StepJob(NamedTuple):
     """What is started: ranks (0: one process with all cores), its first word, and another if it has one."""
 
     ranks: int
@@ -84,12 +84,12 @@ class Row(NamedTuple):
     steps: int
 
 
-def jobs() -> list[Job]:
+def jobs() -> list[StepJob]:
     """All jobs of a model in the order of a round."""
-    found = [Job(1, "ranks"), Job(RANKS, "ranks"), Job(RANKS, "horovod")]
-    found += [Job(RANKS, "horovod", setting) for setting in HOROVOD_SETTINGS]
-    found += [Job(RANKS, "mwms"), Job(RANKS, "ddp")]
-    return [*found, Job(0, "fit", "plain"), Job(0, "fit", "xla"), Job(0, "one")]
+    found = [StepJob(1, "ranks"), StepJob(RANKS, "ranks"), StepJob(RANKS, "horovod")]
+    found += [StepJob(RANKS, "horovod", setting) for setting in HOROVOD_SETTINGS]
+    found += [StepJob(RANKS, "mwms"), StepJob(RANKS, "ddp")]
+    return [*found, StepJob(0, "fit", "plain"), StepJob(0, "fit", "xla"), StepJob(0, "one")]
 
 
 def main(words: Sequence[str] = ()) -> int:
@@ -98,24 +98,24 @@ def main(words: Sequence[str] = ()) -> int:
     for name in models.chosen(list(words)):
         found[name] = measure(name)
         print(f"\n{tables(name, found[name])}\n", flush=True)
-    path = running.save("step", {"models": found})
+    path = runner.save("step", {"models": found})
     print(f"in {path}\nand {picture(found, path.with_suffix('.png'))}")
     return 0
 
 
 def measure(name: str) -> dict[str, Any]:
     """All rounds of a model: its rows, the parts of our step, and what could not be measured and why."""
-    done: dict[Job, list[dict[str, Any]]] = {}
+    done: dict[StepJob, list[dict[str, Any]]] = {}
     absent: dict[str, str] = {}
-    for turn in range(running.ROUNDS):
+    for turn in range(runner.ROUNDS):
         for job in jobs():
             label = f"{name}: {' '.join(filter(None, [job.kind, job.word]))} on {where(job.ranks)}"
             if absent.get(job.kind) is None:
-                print(f"{label}, round {turn + 1} of {running.ROUNDS} ...", flush=True)
+                print(f"{label}, round {turn + 1} of {runner.ROUNDS} ...", flush=True)
                 try:
                     found = run(name, job)
                     done.setdefault(job, []).append(found)
-                except running.Absent as reason:
+                except runner.Absent as reason:
                     absent[job.kind] = str(reason)
                 except SystemExit as failure:
                     if not job.peer:
@@ -130,16 +130,16 @@ def where(ranks: int) -> str:
     return f"{ranks} rank{'s' * (ranks > 1)}" if ranks else "one process, all cores"
 
 
-def run(name: str, job: Job) -> dict[str, Any]:
+def run(name: str, job: StepJob) -> dict[str, Any]:
     """Start a job; what it found."""
     python, module, words = sys.executable, MODULE, [job.kind, name, *filter(None, [job.word])]
     if job.kind in ("ddp", "one"):
-        python, module = running.torch_python(), TORCH_MODULE
+        python, module = runner.torch_python(), TORCH_MODULE
     elif job.kind == "horovod":
-        running.need_horovod()
+        runner.need_horovod()
     elif job.kind == "mwms":
         words.append(",".join(map(str, free_ports(job.ranks))))
-    result: dict[str, Any] = running.measured(job.ranks, module, *words, folder=FOLDER, python=python)
+    result: dict[str, Any] = runner.measured(job.ranks, module, *words, folder=FOLDER, python=python)
     return result
 
 
@@ -154,7 +154,7 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def summary(name: str, done: dict[Job, list[dict[str, Any]]]) -> dict[str, Any]:
+def summary(name: str, done: dict[StepJob, list[dict[str, Any]]]) -> dict[str, Any]:
     """Rows from the times of all rounds; of Horovod's settings only the fastest stays."""
     rows: list[Row] = []
     parts: dict[int, dict[str, float]] = {}
@@ -231,7 +231,7 @@ def tables(name: str, found: dict[str, Any]) -> str:
         ]
         for row in found["rows"]
     ]
-    shown = [running.table([name, "ms", "tokens/s", f"ours at np {RANKS} / it"], rows)]
+    shown = [runner.table([name, "ms", "tokens/s", f"ours at np {RANKS} / it"], rows)]
     shown += [f"not measured: {way}: {why}" for way, why in found["absent"].items()]
     cells = [
         [
@@ -241,7 +241,7 @@ def tables(name: str, found: dict[str, Any]) -> str:
         ]
         for ranks, parts in found["parts_ms"].items()
     ]
-    shown.append(running.table(["", *PARTS, "step"], cells))
+    shown.append(runner.table(["", *PARTS, "step"], cells))
     cells = [
         [
             *(at, f"{100 * share['forward+backward']:.0f} %", f"{100 * share['step']:.0f} %"),
@@ -250,7 +250,7 @@ def tables(name: str, found: dict[str, Any]) -> str:
         for at, share in found["gemm"].items()
     ]
     head = ["share of the peak of products", "forward+backward", "step", "peak, GFLOP/s of a rank"]
-    return "\n\n".join([*shown, running.table(head, cells)])
+    return "\n\n".join([*shown, runner.table(head, cells)])
 
 
 def picture(found: dict[str, Any], path: Path) -> Path:
@@ -259,8 +259,8 @@ def picture(found: dict[str, Any], path: Path) -> Path:
     for name, model in found.items():
         labels = [named(row) for row in model["rows"]]
         ours = [row["way"] == "ours" for row in model["rows"]]
-        panels.append(pictures.Bars(name, labels, [row["tokens_per_s"] for row in model["rows"]], ours))
-    return pictures.bars(path, "tokens per second", panels)
+        panels.append(plots.Bars(name, labels, [row["tokens_per_s"] for row in model["rows"]], ours))
+    return plots.bars(path, "tokens per second", panels)
 
 
 # On the ranks ------------------------------------------------------------------------------------
@@ -268,21 +268,21 @@ def picture(found: dict[str, Any], path: Path) -> Path:
 
 def main_on_ranks(name: str, out: Path) -> None:
     """The ways that can share a job, in turn."""
-    from tf_dist.comm import launch
+    from tf_dist.comm.runtime import launch
 
     comm = launch.connect()  # sets threads, so before anything that imports Keras
-    from tf_dist.bench import ways
-    from tf_dist.comm.base import SerialComm
+    from tf_dist.bench import systems
+    from tf_dist.comm.transport.base import SerialComm
 
     sizes, rows, _ = models.RECIPES[name]
-    ours = ways.Ours(comm, sizes, rows)
-    works = {"ours": ours.step, "compute": ways.compute_alone(sizes, rows)}
+    ours = systems.Ours(comm, sizes, rows)
+    works = {"ours": ours.step, "compute": systems.compute_alone(sizes, rows)}
     if comm.size > 1:
-        works["ours xla"] = ways.Ours(comm, sizes, rows, xla="on").step
+        works["ours xla"] = systems.Ours(comm, sizes, rows, xla="on").step
         if name == BFLOAT16:
-            works["ours bfloat16"] = ways.Ours(comm, {**sizes, "precision": "bfloat16"}, rows).step
-        works["alone"] = ways.Ours(SerialComm(), sizes, rows).step
-        works["mpi4py"] = ways.plain_mpi4py(comm, sizes, rows)
+            works["ours bfloat16"] = systems.Ours(comm, {**sizes, "precision": "bfloat16"}, rows).step
+        works["alone"] = systems.Ours(SerialComm(), sizes, rows).step
+        works["mpi4py"] = systems.plain_mpi4py(comm, sizes, rows)
     works["gemm"] = flops.peak_product()
     note(name, comm, works, out, lambda: {"parts_ms": ours.parts_ms(DROPPED)})
 
@@ -292,29 +292,29 @@ def horovod(name: str, *words: str) -> None:
     for setting in words[:-1]:
         key, _, value = setting.partition("=")
         os.environ[key] = value
-    from tf_dist.comm import launch
+    from tf_dist.comm.runtime import launch
 
     comm = launch.connect("horovod")
-    from tf_dist.bench import ways
+    from tf_dist.bench import systems
 
     sizes, rows, _ = models.RECIPES[name]
-    note(name, comm, {"horovod": ways.horovod(comm, sizes, rows)}, Path(words[-1]), dict)
+    note(name, comm, {"horovod": systems.horovod(comm, sizes, rows)}, Path(words[-1]), dict)
 
 
 def mwms(name: str, ports: str, out: Path) -> None:
     """MultiWorkerMirroredStrategy alone; MPI starts the workers and times them."""
-    from tf_dist.comm import launch
+    from tf_dist.comm.runtime import launch
 
     comm = launch.connect()
     workers = [f"127.0.0.1:{port}" for port in ports.split(",")]
     cluster = {"cluster": {"worker": workers}, "task": {"type": "worker", "index": comm.rank}}
     os.environ["TF_CONFIG"] = json.dumps(cluster)
-    from tf_dist.bench import ways
+    from tf_dist.bench import systems
 
     sizes, rows, _ = models.RECIPES[name]
-    step, weights = ways.multi_worker(sizes, rows, comm.rank)
+    step, weights = systems.multi_worker(sizes, rows, comm.rank)
     note(name, comm, {"mwms": step}, out, dict)
-    from tf_dist.comm.agree import agree
+    from tf_dist.comm.runtime.consensus import agree
 
     agree(comm, {"weights": weights()}, "what MultiWorkerMirroredStrategy trained")
     sys.stdout.flush()
@@ -327,7 +327,7 @@ def note(
 ) -> None:
     """Time some ways in turn; rank 0 leaves the milliseconds of each step, and tokens in one, in a file."""
     sizes, rows, steps = models.RECIPES[name]
-    times_ms = running.timings(comm, works, DROPPED + steps, DROPPED)
+    times_ms = runner.timings(comm, works, DROPPED + steps, DROPPED)
     if comm.rank == 0:
         tokens = rows * comm.size * sizes["seq_len"]
         out.write_text(json.dumps({"tokens": tokens, "times_ms": times_ms, **more()}))
@@ -337,13 +337,13 @@ def fit(name: str, xla: str, out: Path) -> None:
     """Keras's own ``fit`` in one process, with a global batch of as many ranks and all cores."""
     cores = len(os.sched_getaffinity(0))
     os.environ["TF_NUM_INTRAOP_THREADS"] = str(cores)
-    from tf_dist.comm import threads
+    from tf_dist.comm.runtime import thread_budget
 
-    threads.load_tensorflow()
-    from tf_dist.bench import ways
+    thread_budget.load_tensorflow()
+    from tf_dist.bench import systems
 
     sizes, rows, steps = models.RECIPES[name]
-    times_ms = ways.keras_fit_ms(sizes, rows * cores, DROPPED + steps, DROPPED, xla == "xla")
+    times_ms = systems.keras_fit_ms(sizes, rows * cores, DROPPED + steps, DROPPED, xla == "xla")
     out.write_text(json.dumps({"tokens": rows * cores * sizes["seq_len"], "times_ms": {"fit": times_ms}}))
 
 

@@ -1,4 +1,4 @@
-"""Every update and compression: validation loss over steps, time and bytes; slow networks, a slow rank.
+"""Every strategy and compressor: validation loss over steps, time and bytes; slow networks, a slow rank.
 
     python scripts/bench.py strategies            # learn, hosts and slow, about an hour
     python scripts/bench.py strategies learn lstm-1.08M steps=300 ranks=4 only=allreduce,diloco-50
@@ -19,11 +19,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tf_dist.bench import memory, models, network, pictures, running
+from tf_dist.bench import memory, models, network, plots, runner
 from tf_dist.bench.nanogpt import TEXTS
 
 MODULE = "tf_dist.bench.strategies_on_ranks"
-FOLDER = running.FOLDER / "strategies"
+FOLDER = runner.FOLDER / "strategies"
 WHAT = "what.json"
 PARTS = ("learn", "hosts", "slow")
 LEARNT, TIMED, SLOWED = ("gpt-0.81M", "lstm-1.08M"), "gpt-10.7M", "gpt-0.81M"
@@ -37,7 +37,7 @@ OPTIONS = {"steps": 500, "every": 100, "ranks": 0, "rows": 0}
 FIRST = ("sync_warmup_steps", "compression_start")
 
 
-class Strategy(NamedTuple):
+class MeasuredStrategy(NamedTuple):
     """An update with its options, by the names of `tf_dist.config.Config`."""
 
     update: str = "allreduce"
@@ -56,26 +56,26 @@ MOMENTUM = {
     "weight_decay": 0.0,
 }
 NAMES = {
-    "allreduce": Strategy(),
-    "allreduce 3x rate": Strategy(options={"learning_rate": 3e-3}),
-    "bf16": Strategy(options={"compression": "bf16"}),
-    "powersgd 4": Strategy(options={"compression": "powersgd", "compression_start": 10}),
-    "allreduce momentum": Strategy(options=MOMENTUM),
-    "powersgd 4 momentum": Strategy(
+    "allreduce": MeasuredStrategy(),
+    "allreduce 3x rate": MeasuredStrategy(options={"learning_rate": 3e-3}),
+    "bf16": MeasuredStrategy(options={"compression": "bf16"}),
+    "powersgd 4": MeasuredStrategy(options={"compression": "powersgd", "compression_start": 10}),
+    "allreduce momentum": MeasuredStrategy(options=MOMENTUM),
+    "powersgd 4 momentum": MeasuredStrategy(
         options={"compression": "powersgd", "compression_start": 200, **MOMENTUM}
     ),
-    "onebit": Strategy(options={"compression": "onebit", "compression_start": 100}),
-    "topk 1 %": Strategy(options={"compression": "topk", "compression_start": 10}),
-    "local-sgd 8": Strategy("local-sgd", {"sync_every": 8}),
-    "diloco 50": Strategy("diloco", {"sync_every": 50}),
-    "diloco 50 tuned": Strategy("diloco", {"sync_every": 50, **TUNED}),
-    "diloco 50 delayed": Strategy(
+    "onebit": MeasuredStrategy(options={"compression": "onebit", "compression_start": 100}),
+    "topk 1 %": MeasuredStrategy(options={"compression": "topk", "compression_start": 10}),
+    "local-sgd 8": MeasuredStrategy("local-sgd", {"sync_every": 8}),
+    "diloco 50": MeasuredStrategy("diloco", {"sync_every": 50}),
+    "diloco 50 tuned": MeasuredStrategy("diloco", {"sync_every": 50, **TUNED}),
+    "diloco 50 delayed": MeasuredStrategy(
         "diloco", {"sync_every": 50, "outer_fragments": 2, "outer_delay": 10, **TUNED}
     ),
-    "easgd 4": Strategy("easgd", {"sync_every": 4, "master_trains": "on"}),
-    "gossip 1": Strategy("gossip", {"sync_every": 1}),
-    "downpour 0": Strategy("downpour", {"staleness": 0, "master_trains": "on"}),
-    "downpour 4": Strategy("downpour", {"staleness": 4, "master_trains": "on"}),
+    "easgd 4": MeasuredStrategy("easgd", {"sync_every": 4, "master_trains": "on"}),
+    "gossip 1": MeasuredStrategy("gossip", {"sync_every": 1}),
+    "downpour 0": MeasuredStrategy("downpour", {"staleness": 0, "master_trains": "on"}),
+    "downpour 4": MeasuredStrategy("downpour", {"staleness": 4, "master_trains": "on"}),
 }
 PLAIN = "allreduce"
 
@@ -112,7 +112,7 @@ def main(words: Sequence[str] = ()) -> int:
         print("one slow rank ...", flush=True)
         report["slow"] = job(4, "slow", SLOWED, what)
         print(f"\n{slow_table(report['slow'])}\n", flush=True)
-    path = running.save("strategies", report)
+    path = runner.save("strategies", report)
     print(f"in {path}")
     for found in report.get("learn", []):
         drawn = path.with_name(f"{path.stem}-{found['model']}-{found['ranks']}.png")
@@ -124,7 +124,7 @@ def job(ranks: int, kind: str, model: str, what: dict[str, Any], *more: str, by:
     """Start a job, which finds in a file what it is to do: the path of a text is no part of a file's name."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     (FOLDER / WHAT).write_text(json.dumps(what))
-    return running.measured(ranks, MODULE, kind, model, *more, folder=FOLDER, by=by)
+    return runner.measured(ranks, MODULE, kind, model, *more, folder=FOLDER, by=by)
 
 
 def learnt(ranks: int, model: str, what: dict[str, Any]) -> dict[str, Any]:
@@ -183,10 +183,10 @@ def learn_table(job: dict[str, Any]) -> str:
             ]
         )
     head = [
-        f"{job['model']}, {running.ranks_named(job['ranks'])} ranks", "val loss", "gap", "accuracy",
+        f"{job['model']}, {runner.ranks_named(job['ranks'])} ranks", "val loss", "gap", "accuracy",
         f"steps to {halfway:.2f}", "s to it", "train s", "tokens/s", "sent MB/step", "fewer", "memory MB",
     ]  # fmt: skip
-    return running.table(head, rows)
+    return runner.table(head, rows)
 
 
 def reached(points: Sequence[Sequence[float]], loss: float) -> tuple[float, float] | None:
@@ -238,7 +238,7 @@ def hosts_table(rate: str, runs: dict[str, Any]) -> str:
         for name, run in runs.items()
     ]
     head = [f"{TIMED}, two hosts at {rate}", "ms", "tokens/s", "sent MB", "to allreduce", "to compute alone"]
-    return running.table(head, rows)
+    return runner.table(head, rows)
 
 
 def slow_table(runs: dict[str, Any]) -> str:
@@ -252,8 +252,8 @@ def slow_table(runs: dict[str, Any]) -> str:
         ]
         for name, run in runs.items()
     ]
-    head = [f"{SLOWED}, {running.ranks_named(4)} ranks, tokens/s", "even", "one slow", "to allreduce"]
-    return running.table(head, rows)
+    head = [f"{SLOWED}, {runner.ranks_named(4)} ranks, tokens/s", "even", "one slow", "to allreduce"]
+    return runner.table(head, rows)
 
 
 def picture(job: dict[str, Any], path: Path) -> Path:
@@ -268,5 +268,5 @@ def picture(job: dict[str, Any], path: Path) -> Path:
         }
         drawn = {name: points for name, points in drawn.items() if points}
         if drawn:
-            panels.append(pictures.Lines(title, axis, "validation loss", drawn, log="x" * (column == 2)))
-    return pictures.lines(path, panels)
+            panels.append(plots.Lines(title, axis, "validation loss", drawn, log="x" * (column == 2)))
+    return plots.lines(path, panels)

@@ -1,4 +1,4 @@
-"""What the ranks of `tf_dist.bench.strategies` do: train by each strategy, or time its steps."""
+"""The ranks of `tf_dist.bench.strategies`: train with one strategy, or time its steps."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tf_dist.bench import memory, models, running
+from tf_dist.bench import memory, models, runner
 from tf_dist.bench.strategies import FIRST, FOLDER, MICRO_BATCHES, NAMES, PLAIN, ROWS, WHAT
 from tf_dist.strategies.registry import STRATEGIES
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from tf_dist.comm.base import Comm
+    from tf_dist.comm.transport.base import Comm
     from tf_dist.training.trainer import Trainer
 
 VALIDATED, WARM_UP, TIMED_STEPS, LOOK_EVERY_S = 128, 4, 12, 0.5
@@ -31,7 +31,7 @@ MEETING_EVERY = 4
 
 def main_on_ranks(kind: str, model: str, out: Path) -> None:
     """Do a part; rank 0 writes what was found."""
-    from tf_dist.comm import launch
+    from tf_dist.comm.runtime import launch
 
     comm = launch.connect()
     what = comm.broadcast_obj(json.loads((FOLDER / WHAT).read_text()))  # another bench may write there
@@ -48,10 +48,10 @@ def main_on_ranks(kind: str, model: str, out: Path) -> None:
         else:
             found[name] = time_with_a_slow_rank(comm, model, name, tokens)
     if kind == "hosts":
-        from tf_dist.bench import ways
+        from tf_dist.bench import systems
 
-        step = ways.compute_alone(models.RECIPES[model].sizes, ROWS[model] // comm.size)
-        taken = [running.slowest(comm, step) for _ in range(WARM_UP + TIMED_STEPS)][WARM_UP:]
+        step = systems.compute_alone(models.RECIPES[model].sizes, ROWS[model] // comm.size)
+        taken = [runner.slowest(comm, step) for _ in range(WARM_UP + TIMED_STEPS)][WARM_UP:]
         tokens_of_a_step = ROWS[model] * models.RECIPES[model].sizes["seq_len"]
         found["compute alone"] = {
             "step_ms": statistics.median(taken),
@@ -82,7 +82,7 @@ def trainer_of(
 
     from tf_dist.config import Config
     from tf_dist.models.build import build
-    from tf_dist.training import optimizers
+    from tf_dist.optim import optimizers
     from tf_dist.training.trainer import Trainer
 
     keras.utils.set_random_seed(1)
@@ -117,12 +117,12 @@ def learn(
     """
     before_pss = memory.memory_now()["pss"]
     trainer = trainer_of(comm, model, name, steps)
-    trainer.tuning.choose()
+    trainer.tune()
     sequences = trainer.sequences(tokens)
     sampler, points = trainer.sampler(sequences), []
     few = held_out[: VALIDATED * trainer.seq_len + 1]
     trainer.last_step = steps
-    trainer.meets_every = {every}
+    trainer.synchronize_every = {every}
     seconds, sent = 0.0, 0
     with memory.Watch(LOOK_EVERY_S) as watch:
         while trainer.step < steps:
@@ -130,7 +130,7 @@ def learn(
             begun, before = time.perf_counter(), comm.sent_bytes
             for _ in range(every):
                 trainer.train_step(sequences, sampler)
-            trainer.meet()
+            trainer.synchronize()
             comm.barrier()
             seconds += time.perf_counter() - begun
             sent += comm.sent_bytes - before
@@ -177,11 +177,11 @@ def time_steps(comm: Comm, model: str, name: str, tokens: np.ndarray) -> dict[st
     every = options.get("sync_every", 1)
     taken, sent, kinds = [], [], []
     for _ in range(WARM_UP + (every if delayed else TIMED_STEPS)):
-        before, travelled = comm.sent_bytes, getattr(trainer.strategy, "travels", False)
-        taken.append(running.slowest(comm, step))
+        before, travelled = comm.sent_bytes, getattr(trainer.strategy, "is_in_flight", False)
+        taken.append(runner.slowest(comm, step))
         sent.append(max(comm.allgather_obj(comm.sent_bytes - before)))
-        kinds.append((travelled, getattr(trainer.strategy, "travels", False)))
-    trainer.meet()
+        kinds.append((travelled, getattr(trainer.strategy, "is_in_flight", False)))
+    trainer.synchronize()
     mean = partial(mean_of_a_cycle, every=every)
     if delayed:
         mean = partial(mean_of_kinds, kinds=kinds[WARM_UP:])
@@ -199,7 +199,7 @@ def stretch(comm: Comm, trainer: Trainer, step: Callable[[], Any], count: int) -
     begun = time.perf_counter()
     for _ in range(count):
         step()
-    trainer.meet()
+    trainer.synchronize()
     comm.barrier()
     return 1e3 * (time.perf_counter() - begun) / count
 

@@ -1,4 +1,4 @@
-"""The models of `tf_dist.models` in PyTorch: the same parameters and numbers, as its users would write them.
+"""The models of `tf_dist.models` in PyTorch: the same parameters and numbers, written idiomatically.
 
 Run by the Python of .venv-torch, which has no TensorFlow; the rest of the project never imports this.
 
@@ -17,7 +17,7 @@ from torch.nn import functional
 from tf_dist.bench import models
 
 
-class Attention(nn.Module):
+class TorchAttention(nn.Module):
     """Causal self-attention, with PyTorch's own fused kernel."""
 
     def __init__(self, width: int, heads: int) -> None:
@@ -41,7 +41,7 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(width, eps=1e-5)
-        self.attention = Attention(width, heads)
+        self.attention = TorchAttention(width, heads)
         self.feed_forward_norm = nn.LayerNorm(width, eps=1e-5)
         self.feed_forward_in = nn.Linear(width, 4 * width)
         self.feed_forward_out = nn.Linear(4 * width, width)
@@ -78,7 +78,7 @@ class Transformer(nn.Module):
         return functional.linear(self.final_norm(x_BxTxD), self.embedding.weight)
 
 
-class LSTM(nn.Module):
+class TorchLSTM(nn.Module):
     """`tf_dist.models.lstm` with tied embeddings and without dropout.
 
     PyTorch's LSTM has two bias vectors where Keras's has one: 4 H L parameters more, with the same gradients.
@@ -98,7 +98,7 @@ class LSTM(nn.Module):
 def build(sizes: Mapping[str, Any], vocab_size: int = models.VOCABULARY) -> nn.Module:
     """The model that `tf_dist.models.build` makes of the same sizes; weights from PyTorch's generator."""
     if sizes["model"] == "lstm":
-        return LSTM(vocab_size, sizes["layers"], sizes["width"])
+        return TorchLSTM(vocab_size, sizes["layers"], sizes["width"])
     shape = (sizes["seq_len"], sizes["layers"], sizes["width"], sizes["heads"])
     return Transformer(vocab_size, *shape)
 

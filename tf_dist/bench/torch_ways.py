@@ -1,4 +1,4 @@
-"""PyTorch's ways to train the models of the benchmarks: DDP with gloo, and one process with all cores.
+"""PyTorch baselines of the benchmarks: DDP with gloo, and one process with all cores.
 
     mpirun -np 2 .venv-torch/bin/python -m tf_dist.bench.torch_ways ddp gpt-0.81M out.json
     .venv-torch/bin/python -m tf_dist.bench.torch_ways one gpt-0.81M out.json

@@ -1,4 +1,4 @@
-"""Memory of a rank with each of ZeRO's stages, in bytes for each parameter, against its formula.
+"""Memory of a rank with each ZeRO stage, in bytes per parameter, against its formula.
 
 PSS counts a page that n processes share as one n-th in each, so that a shared window is counted once over all
 ranks. What is read is the peak over steps that are not the first ones, as everywhere in bench-memory; what
@@ -20,10 +20,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tf_dist.bench import memory, running
+from tf_dist.bench import memory, runner
 
 if TYPE_CHECKING:
-    from tf_dist.comm.base import Comm
+    from tf_dist.comm.transport.base import Comm
 
 MODULE = "tf_dist.bench.zero_memory"
 # 39.4 million parameters, in halves of layers of 1.6 and 3.3 million, which are gathered one at a time.
@@ -46,7 +46,7 @@ def formula(way: str, ranks: int) -> float:
 
 def measured(way: str, ranks: int, folder: Path) -> dict[str, Any]:
     """Start a job; what its ranks take, ``bytes_per_parameter`` of the mean rank, and the formula."""
-    found: dict[str, Any] = running.measured(ranks, MODULE, way, folder=folder)
+    found: dict[str, Any] = runner.measured(ranks, MODULE, way, folder=folder)
     return {**found, "formula": formula(way, ranks)}
 
 
@@ -55,14 +55,14 @@ def table(found: list[dict[str, Any]]) -> str:
     rows = [
         [
             one["way"],
-            running.ranks_named(one["ranks"]),
+            runner.ranks_named(one["ranks"]),
             f"{one['formula']:.1f}",
             f"{one['bytes_per_parameter']:.1f}",
             f"{one['bytes_per_parameter'] - one['formula']:+.1f}",
         ]
         for one in found
     ]
-    return running.table(["bytes of a rank per parameter", "np", "formula", "peak PSS", "beyond"], rows)
+    return runner.table(["bytes of a rank per parameter", "np", "formula", "peak PSS", "beyond"], rows)
 
 
 # On the ranks ------------------------------------------------------------------------------------
@@ -93,11 +93,11 @@ def on_rank(comm: Comm, way: str, sizes: dict[str, Any]) -> dict[str, Any]:
 
 def _trained(comm: Comm, way: str, sizes: dict[str, Any]) -> tuple[int, int]:
     """The peak of PSS in steps that are not the first ones, and the number of parameters."""
-    from tf_dist.bench import ways
+    from tf_dist.bench import systems
 
     options = options_of(way)
     # The model is told as well: with the third stage it is made without its weights.
-    made = ways.trainer_of(
+    made = systems.trainer_of(
         comm, {**sizes, **options}, 1, micro_batches=1, **options, autotune="off", check_every=0
     )
     trainer, sequences, sampler = made
@@ -113,7 +113,7 @@ def _trained(comm: Comm, way: str, sizes: dict[str, Any]) -> tuple[int, int]:
 
 def main_on_ranks(way: str, out: Path) -> None:
     """Train in a way; rank 0 writes what was found."""
-    from tf_dist.comm import launch
+    from tf_dist.comm.runtime import launch
 
     comm = launch.connect()
     found = on_rank(comm, way, SIZES)

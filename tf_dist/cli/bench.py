@@ -29,7 +29,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-from tf_dist.bench import running
+from tf_dist.bench import runner
 from tf_dist.errors import UsageError
 from tf_dist.flags import Parser
 from tf_dist.invocation import program, spelled
@@ -70,7 +70,7 @@ def run(argv: list[str]) -> int:
     )
     arguments = parser.parse_args(argv)
     if arguments.rounds:
-        running.ROUNDS = max(1, arguments.rounds)
+        runner.ROUNDS = max(1, arguments.rounds)
     if arguments.report:
         print(importlib.import_module("tf_dist.bench.report").targets())
         return 0

@@ -21,7 +21,7 @@ from tf_dist.cli.questions import exit_code_of, parsed, shown
 from tf_dist.errors import CheckpointError, UsageError
 from tf_dist.flags import Parser
 from tf_dist.invocation import command, spelled
-from tf_dist.training import convert, inspect_checkpoint
+from tf_dist.run import convert, inspect_checkpoint
 
 
 def main(argv: Sequence[str]) -> int:

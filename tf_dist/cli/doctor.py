@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tf_dist import doctor
 from tf_dist.cli.questions import exit_code_of, parsed, shown
 from tf_dist.errors import TfDistError
 from tf_dist.flags import Parser
 from tf_dist.invocation import command, spelled
+from tf_dist.ops import doctor
 
 
 def main(argv: Sequence[str]) -> int:

@@ -20,7 +20,8 @@ from pathlib import Path
 
 from tf_dist import progress, terminal
 from tf_dist.cli.run_flags import add_run_flags
-from tf_dist.comm import launch, threads
+from tf_dist.comm.runtime import launch, thread_budget
+from tf_dist.comm.runtime.log_handlers import shown_by
 from tf_dist.data.registry import REGISTRY
 from tf_dist.errors import DataError
 from tf_dist.flags import Parser
@@ -31,23 +32,22 @@ def main(argv: list[str]) -> int:
     """Read the run, prepare the text, evaluate on all ranks; the exit code."""
     terminal.tolerate_any_text()
     if {"-h", "--help"} & set(argv):
-        launch.only_the_first_answers()
+        launch.exit_above_rank_0()
         parse(argv)
     comm = launch.join()
     flags = parse(argv)
-    threads.set_threads(comm)
+    thread_budget.set_threads(comm)
     progress.begin(flags.progress, comm.rank == 0)
     with progress.task("loading TensorFlow"):
-        threads.load_tensorflow()
+        thread_budget.load_tensorflow()
 
-    from tf_dist.training import optimizers
-    from tf_dist.training.corpus import corpus_of_run, other_corpus
-    from tf_dist.training.load import load_run
+    from tf_dist.optim import optimizers
+    from tf_dist.run.load_run import load_run
+    from tf_dist.run.prepare_corpus import corpus_of_run, other_corpus
     from tf_dist.training.trainer import Trainer
 
-    say = terminal.write if comm.rank == 0 else (lambda line: True)
-    with progress.task("reading the checkpoint"):
-        run = load_run(flags.run_dir, say, flags.checkpoint, flags.model)
+    with progress.task("reading the checkpoint"), shown_by(terminal.write):
+        run = load_run(flags.run_dir, flags.checkpoint, flags.model)
     config = dataclasses.replace(run.config, prepared_dir=flags.prepared_dir or run.config.prepared_dir)
     folder = Path(flags.run_dir)
     if flags.data:
@@ -57,9 +57,11 @@ def main(argv: list[str]) -> int:
             text_column=flags.text_column or config.text_column,
             errors=flags.errors or config.errors,
         )
-        corpus = other_corpus(config, comm, REGISTRY, lambda line: None, folder)
+        with shown_by(lambda line: None):  # what is prepared is known by its result
+            corpus = other_corpus(config, comm, REGISTRY, folder)
     else:
-        corpus = corpus_of_run(config, run.content_sha256, comm, REGISTRY, say, folder)
+        with shown_by(terminal.write):
+            corpus = corpus_of_run(config, run.content_sha256, comm, REGISTRY, folder)
     side = "train" if flags.data else "val"
     if corpus.meta["tokens"][side] < 2:
         raise DataError(

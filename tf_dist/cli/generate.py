@@ -16,8 +16,9 @@ from itertools import chain, islice
 
 from tf_dist import progress, terminal
 from tf_dist.cli.run_flags import add_run_flags
-from tf_dist.comm import threads
-from tf_dist.comm.base import SerialComm
+from tf_dist.comm.runtime import thread_budget
+from tf_dist.comm.runtime.log_handlers import shown_by
+from tf_dist.comm.transport.base import SerialComm
 from tf_dist.flags import Parser
 from tf_dist.invocation import program, spelled
 
@@ -29,19 +30,19 @@ def main(argv: list[str]) -> int:
 
 def write(flags: argparse.Namespace) -> int:
     """Print the prompt and what the model makes of it, as it comes; the exit code."""
-    threads.set_threads(SerialComm())
+    thread_budget.set_threads(SerialComm())
     progress.begin(flags.progress)
     with progress.task("loading TensorFlow"):
-        threads.load_tensorflow()
+        thread_budget.load_tensorflow()
 
     from tf_dist.data.prompt import start_of_text
     from tf_dist.data.tokens import foreign_token, foreign_tokens_error
-    from tf_dist.training.generate import Sampling, generate
-    from tf_dist.training.load import load_run
+    from tf_dist.run.generate import Sampling, generate
+    from tf_dist.run.load_run import load_run
 
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
-    with progress.task("reading the checkpoint"):
-        run = load_run(flags.run_dir, terminal.write_error, flags.checkpoint, flags.model)
+    with progress.task("reading the checkpoint"), shown_by(terminal.write_error):
+        run = load_run(flags.run_dir, flags.checkpoint, flags.model)
     prompt = start_of_text(run.tokenizer) if flags.prompt is None else run.tokenizer.encode(flags.prompt)
     if found := foreign_token(prompt, run.config.vocab_size):
         raise foreign_tokens_error(*found, run.config.vocab_size)

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 
 from tf_dist import terminal
-from tf_dist.comm import launch
+from tf_dist.comm.runtime import launch
 from tf_dist.errors import UsageError
 from tf_dist.flags import Parser
 from tf_dist.invocation import command, spelled
@@ -46,12 +46,12 @@ def main(argv: Sequence[str]) -> int:
     """Hand the other words to the command that the first one names; its exit code.
 
     Raises:
-        Exception: of `train` and `evaluate`, whose ranks end together (`tf_dist.comm.ending`).
+        Exception: of `train` and `evaluate`, whose ranks end together (`tf_dist.comm.runtime.job_exit`).
     """
     if argv and argv[0] in COMMANDS:
         code: int = importlib.import_module(f"tf_dist.cli.{argv[0]}").main(list(argv[1:]))
         return code
-    launch.only_the_first_answers()
+    launch.exit_above_rank_0()
     return terminal.exit_code_of(lambda: _answer(argv))
 
 

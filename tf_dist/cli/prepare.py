@@ -12,12 +12,13 @@
 from __future__ import annotations
 
 from tf_dist import progress, terminal
+from tf_dist.comm.runtime.log_handlers import shown_by
 from tf_dist.config import Config
-from tf_dist.data.prepared import Prepared
+from tf_dist.data.prepared_dataset import Prepared
 from tf_dist.data.registry import REGISTRY
 from tf_dist.flags import flag_values, parser
 from tf_dist.invocation import program, spelled
-from tf_dist.training.corpus import prepared
+from tf_dist.run.prepare_corpus import prepared
 
 OPTIONS = (
     "data", "text_column", "tokenizer", "vocab_size", "val_fraction", "errors", "max_bytes", "prepared_dir",
@@ -57,7 +58,8 @@ def main(arguments: list[str]) -> int:
 def _prepare(arguments: list[str]) -> int:
     config = parse(arguments)
     progress.begin(config.progress)
-    corpus = prepared(config, REGISTRY, terminal.write)
+    with shown_by(terminal.write):
+        corpus = prepared(config, REGISTRY)
     progress.end()
     terminal.write(report(corpus))
     return 0

@@ -1,4 +1,4 @@
-"""What `run`, `checkpoint` and `doctor` share: they need no ranks and no TensorFlow."""
+"""Shared by `run`, `checkpoint` and `doctor`, which need neither ranks nor TensorFlow."""
 
 from __future__ import annotations
 

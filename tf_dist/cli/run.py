@@ -15,12 +15,13 @@ from pathlib import Path
 
 from tf_dist import terminal
 from tf_dist.cli.questions import exit_code_of, parsed
+from tf_dist.comm.runtime.log_handlers import shown_by
 from tf_dist.errors import UsageError
 from tf_dist.flags import Parser
-from tf_dist.hosts import Launch
 from tf_dist.invocation import CONSOLE_SCRIPT, command, spelled
-from tf_dist.restarts import USUAL, Patience, Restarts, own_mpirun, with_run_dir
-from tf_dist.training.status import correct
+from tf_dist.ops.hostfile import Launch
+from tf_dist.ops.supervisor import USUAL, Patience, Restarts, own_mpirun, with_run_dir
+from tf_dist.run.status import correct
 
 
 def main(argv: Sequence[str]) -> int:
@@ -37,8 +38,9 @@ def _run(argv: Sequence[str]) -> int:
         example = spelled("run -np 4 -- tf-dist train --steps 1000")
         raise UsageError(f"run: give the job after --, as in: {example} (see --help)")
     words, run_dir = with_run_dir(for_python(job))
-    launch = Launch(words, flags.np, flags.min_ranks, flags.mpirun, flags.others, _say)
-    code = Restarts(launch.command, run_dir, Patience(max(1, flags.tries)), _say).run()
+    launch = Launch(words, flags.np, flags.min_ranks, flags.mpirun, flags.others)
+    with shown_by(terminal.write_error, "tf_dist run: %(message)s"):
+        code = Restarts(launch.command, run_dir, Patience(max(1, flags.tries))).run()
     correct(run_dir)
     return code
 
@@ -72,7 +74,3 @@ def _divided(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """What comes before ``--``, and after it."""
     at = argv.index("--") if "--" in argv else len(argv)
     return list(argv[:at]), list(argv[at + 1 :])
-
-
-def _say(line: str) -> None:
-    terminal.write_error(f"tf_dist run: {line}")

@@ -1,4 +1,4 @@
-"""The flags of programs that read a run: which run, which checkpoint, and whose code builds its model."""
+"""Flags of commands that read a run: run folder, checkpoint, and the user code that builds the model."""
 
 from __future__ import annotations
 

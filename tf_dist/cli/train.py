@@ -19,29 +19,33 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from functools import partial
-from math import prod
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from tf_dist import progress, terminal
-from tf_dist.comm import launch, threads
-from tf_dist.comm.agree import agree, on_root, versions
-from tf_dist.comm.settings import settings
+from tf_dist.comm.runtime import launch, thread_budget
+from tf_dist.comm.runtime.consensus import agree, on_root, versions
+from tf_dist.comm.runtime.kernel_settings import settings
 from tf_dist.config import Config
+from tf_dist.config.pipeline import PipelineOptions
 from tf_dist.data.registry import REGISTRY
 from tf_dist.flags import from_command_line, options_of_run, read_command_line, resolved
 from tf_dist.invocation import program, spelled
 from tf_dist.parallel.mesh import Mesh, data_ranks
 
 if TYPE_CHECKING:
-    from tf_dist.comm.base import Comm
-    from tf_dist.comm.signals import Signals
-    from tf_dist.data.prepared import Prepared
-    from tf_dist.training.begin_again import Deaths
-    from tf_dist.training.run import Foreword, RunFolder
+    from tf_dist.comm.runtime.signals import Signals
+    from tf_dist.comm.transport.base import Comm
+    from tf_dist.data.prepared_dataset import Prepared
+    from tf_dist.run.job import Job
+    from tf_dist.run.progress import ProgressDisplay, ShowSteps
+    from tf_dist.run.run_callbacks import LogRun, SavePeerCheckpoints, SaveRun
+    from tf_dist.run.run_folder import Foreword, RunFolder
+    from tf_dist.training.restart import Attempt
     from tf_dist.training.trainer import Trainer
 
+LOG = logging.getLogger(__name__)
 DEFAULT_STEPS = 400
 
 
@@ -50,41 +54,41 @@ def main(argv: list[str]) -> int:
     terminal.tolerate_any_text()
     if {"-h", "--help", "--print-config"} & set(argv):
         answer(argv)
-    signals = launch.end_on_signals()
+    signals = launch.handle_stop_signals()
     comm = launch.join()
     config, of_run = options(argv, comm)
     shown = progress.begin(config.progress, comm.rank == 0)
     launch.on_failure(lambda code, message: progress.end())
     agree(comm, {**config.as_dict(), **versions(), **settings()}, "the run")
-    threads.set_threads(comm, config.threads_per_rank)
+    thread_budget.set_threads(comm, config.threads_per_rank)
     comm = launch.use_backend(comm, config.backend)
 
-    from tf_dist.training.corpus import shared_corpus
-    from tf_dist.training.run import Foreword, check_folder
+    from tf_dist.run.prepare_corpus import shared_corpus
+    from tf_dist.run.run_folder import Foreword, check_folder
 
-    data_ranks(comm.size, *degrees(config))  # what does not fit is refused before anything is read
+    data_ranks(comm.size, *config.degrees)  # what does not fit is refused before anything is read
     on_root(comm, lambda: check_folder(config))
     launch.limit_stalls(config.stall_warn, config.stall_abort)
     foreword = Foreword(comm)
     if of_run:
-        foreword.say(f"options that are not given here are those of {config.run_dir}/config.yaml")
-    corpus = shared_corpus(
-        config, comm, REGISTRY, foreword.say, Path(config.run_dir) if config.run_dir else None
-    )
+        LOG.info(f"options that are not given here are those of {config.run_dir}/config.yaml")
+    corpus = shared_corpus(config, comm, REGISTRY, Path(config.run_dir) if config.run_dir else None)
     config = dataclasses.replace(config, vocab_size=corpus.tokenizer.vocab_size)
     with progress.task("loading TensorFlow"):
-        threads.load_tensorflow()  # only now: a mistake in the flags or the data was said at once
-    from tf_dist.training.begin_again import in_spite_of_deaths
-    from tf_dist.training.neighbours import Neighbours
+        thread_budget.load_tensorflow()  # only now: a mistake in the flags or the data was said at once
+    from tf_dist.training.in_memory_checkpoint import PeerCheckpoints
+    from tf_dist.training.restart import attempts
 
-    begin, together = partial(train, config, corpus, foreword, signals, shown), prod(degrees(config))
-    in_spite_of_deaths(comm, begin, config.min_ranks, together, Neighbours(foreword.say))
+    peers = PeerCheckpoints()
+    for attempt in attempts(comm, config.min_ranks, config.ranks_of_a_model, peers):
+        with attempt.outlived():
+            train(config, corpus, foreword, signals, shown, attempt)
     return 0
 
 
 def run_of(config: Config, foreword: Foreword, comm: Comm) -> RunFolder:
     """The run folder, made as late as this: a start that fails leaves none."""
-    from tf_dist.training.run import RunFolder, choose_folder
+    from tf_dist.run.run_folder import RunFolder, choose_folder
 
     if foreword.run is not None:  # ranks have died, and the others begin again
         return foreword.run
@@ -111,7 +115,7 @@ def failed(run: RunFolder, code: int, message: str) -> None:
 
 def answer(argv: list[str]) -> NoReturn:
     """Answer --help and --print-config, once, without MPI and TensorFlow."""
-    launch.only_the_first_answers()
+    launch.exit_above_rank_0()
     raise SystemExit(terminal.exit_code_of(lambda: _shown(argv)))
 
 
@@ -120,74 +124,79 @@ def _shown(argv: list[str]) -> int:
     return 0 if terminal.write(config, end="") else terminal.CLOSED_PIPE
 
 
-def degrees(config: Config) -> tuple[int, int, int]:
-    """How many ranks share layers, the tokens of a row, and each layer."""
-    return config.pipeline_parallel, config.sequence_parallel, config.tensor_parallel
-
-
 def train(
     config: Config,
     corpus: Prepared,
     foreword: Foreword,
     signals: Signals,
     shown: str,
-    comm: Comm,
-    deaths: Deaths,
+    attempt: Attempt,
 ) -> None:
-    """Build what was asked for, resume, train, and leave text and a picture."""
-    from tf_dist.training import run_callbacks, stopping
-    from tf_dist.training.banner import banner
-    from tf_dist.training.job import Job
-    from tf_dist.training.progress import ShowSteps, display
+    """Build model and trainer, resume, train, and leave text and a picture; on the ranks of an attempt."""
+    from tf_dist.run import stop_signals
+    from tf_dist.run.banner import banner
+    from tf_dist.run.job import Job
+    from tf_dist.run.progress import ShowSteps, display
+    from tf_dist.training.loss_spikes import Spike
 
-    mesh = Mesh(comm, *degrees(config))
+    comm = attempt.ranks()
+    if comm is None:  # a grid has no room for this rank, until others die
+        return
+    mesh = Mesh(comm, *config.degrees)
     steps = planned_steps(config, len(corpus.train))
     trainer = trainer_for(config, mesh, steps)
     run = run_of(config, foreword, comm)
     config = dataclasses.replace(config, run_dir=str(run.path))
-    job = Job(config, comm, corpus, run, trainer, deaths)
+    job = Job(config, comm, corpus, run, trainer, attempt.deaths)
     job.resume()
     with progress.task("trying how to compile the model"):
-        trainer.tuning.choose()
+        trainer.tune()
     steps_per_epoch = trainer.sampler(trainer.sequences(corpus.train)).steps_per_epoch
     run.say(banner(config, comm, corpus, trainer, steps, steps_per_epoch))
-    signals.finish(stopping.finish(trainer, run))
+    signals.finish(stop_signals.finish(trainer, run))
     show = display(shown, steps, run.say)
     show_steps = ShowSteps(show, lambda: trainer.step)
     job.begin()
 
-    def fit() -> None:
-        trainer.fit(
-            corpus.train,
-            steps=steps,
-            validation=corpus.val if len(corpus.val) > 1 else None,
-            validation_bytes=corpus.meta["text_bytes"]["val"],
-            eval_every=config.eval_every,
-            callbacks=[
-                run_callbacks.LogRun(
-                    trainer, run, config.log_every, steps_per_epoch, job.tally, job.heard, show
-                ),
-                run_callbacks.SaveRun(
-                    trainer, config.save_every, job.save, job.finish, job.look, job.saved, job.is_elsewhere
-                ),
-                show_steps,
-                run_callbacks.KeepCopies(trainer, config.replicate * job.keeps_copies, job.keep_copies),
-            ],
-        )
-
     with contextlib.closing(show_steps):
-        job.train(fit)
+        while True:
+            try:
+                trainer.fit(
+                    corpus.train,
+                    steps=steps,
+                    validation=corpus.val if len(corpus.val) > 1 else None,
+                    validation_bytes=corpus.meta["text_bytes"]["val"],
+                    eval_every=config.eval_every,
+                    callbacks=callbacks_of(job, steps_per_epoch, show_steps, show),
+                )
+                break
+            except Spike as spike:
+                job.roll_back(spike)
     job.end(steps)
+
+
+def callbacks_of(
+    job: Job, steps_per_epoch: int, show_steps: ShowSteps, show: ProgressDisplay
+) -> list[LogRun | SaveRun | ShowSteps | SavePeerCheckpoints]:
+    """The callbacks of one `Trainer.fit`: metrics, checkpoints, progress, peer checkpoints."""
+    from tf_dist.run.run_callbacks import LogRun, SavePeerCheckpoints, SaveRun
+
+    trainer, config, at_once = job.trainer, job.config, job.is_elsewhere
+    return [
+        LogRun(trainer, job.run, config.log_every, steps_per_epoch, job.record, show),
+        SaveRun(trainer, config.save_every, job.save, job.finish, job.poll, job.saved, at_once),
+        show_steps,
+        SavePeerCheckpoints(trainer, config.replicate * job.keeps_copies, job.keep_copies),
+    ]
 
 
 def trainer_for(config: Config, mesh: Mesh, steps: int) -> Trainer:
     """The model of a run, on its grid of ranks, and what trains it."""
-    from tf_dist.training import optimizers
-    from tf_dist.training.beginning import agree_on_weights
+    from tf_dist.optim import optimizers
+    from tf_dist.training.loss_spikes import LossSpikes
+    from tf_dist.training.memory_estimate import check_room
     from tf_dist.training.model import model_for
-    from tf_dist.training.pipeline import options_of
-    from tf_dist.training.spikes import Spikes
-    from tf_dist.training.state_room import check_room
+    from tf_dist.training.preflight import agree_on_weights
     from tf_dist.training.trainer import Trainer
 
     model = model_for(config, mesh)
@@ -213,8 +222,8 @@ def trainer_for(config: Config, mesh: Mesh, steps: int) -> Trainer:
         mesh=mesh,
         min_ranks=config.min_ranks,
         max_bad_steps=config.max_bad_steps,
-        spikes=Spikes(config.on_spike, config.spike_factor, config.spike_skip),
-        pipeline=options_of(config),
+        spikes=LossSpikes(config.on_spike, config.spike_factor, config.spike_skip),
+        pipeline=config.part(PipelineOptions),
     )
 
 

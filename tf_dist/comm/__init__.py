@@ -1,1 +1,1 @@
-"""How ranks talk. The only room that imports mpi4py or horovod."""
+"""Communication between ranks. The only package that imports mpi4py or horovod."""

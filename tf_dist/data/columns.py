@@ -1,4 +1,4 @@
-"""The column of a table that holds the text, and what cannot be text in it."""
+"""The text column of a table, and invalid characters in it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NAMES_SHOWN = 20
 
 
 def only_column(names: Sequence[str], column: str, path: Path) -> int:
-    """The place of a column among the names of all.
+    """Index of a column name.
 
     Raises:
         DataError: there is none of that name, or more than one.
@@ -27,7 +27,7 @@ def only_column(names: Sequence[str], column: str, path: Path) -> int:
 
 
 def no_column(path: Path, column: str, names: Sequence[str]) -> DataError:
-    """The error for a table without the wanted column."""
+    """The error for a table without the requested column."""
     shown = [name if name and name == name.strip() else repr(name) for name in names[:NAMES_SHOWN]]
     listed = ", ".join(shown) + (", ..." if len(names) > NAMES_SHOWN else "")
     alone = names[0] if len(names) == 1 else ""
@@ -37,6 +37,6 @@ def no_column(path: Path, column: str, names: Sequence[str]) -> DataError:
 
 
 def without_surrogates(text: str, counts: Counts) -> str:
-    """A text with U+FFFD in place of halves of surrogate pairs, which are counted."""
+    """Replace unpaired surrogates by U+FFFD, and count them."""
     counts.replaced += sum(0xD800 <= ord(sign) < 0xE000 for sign in text)
     return "".join(REPLACEMENT if 0xD800 <= ord(sign) < 0xE000 else sign for sign in text)

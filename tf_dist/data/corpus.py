@@ -1,7 +1,7 @@
-"""Text sources -> a stream of documents that can be read again from the start.
+"""Text sources -> a stream of documents that can be read repeatedly.
 
-A text file is one document; a row of a table is one document. A long document is handed out in
-*pieces*, so that a corpus far larger than the memory can be tokenized.
+A text file is one document; a row of a table is one document. A long document is yielded in
+*chunks*, so that a corpus far larger than the memory can be tokenized.
 """
 
 from __future__ import annotations
@@ -11,17 +11,18 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from tf_dist.config.data import DataOptions
 from tf_dist.data.decoding import Counts, decoded, opened
 from tf_dist.data.sources import SourceFile, cap, find_files
 from tf_dist.data.tables import rows
 from tf_dist.errors import DataError, UsageError
 
-# Small enough that several are tokenized at once, one per core.
-PIECE_CHARACTERS = 1 << 16
+# Small enough that several are tokenized in parallel, one per core.
+CHUNK_CHARACTERS = 1 << 16
 CUT_CHARACTERS = 1 << 13
 
 
-class Piece(NamedTuple):
+class TextChunk(NamedTuple):
     """A part of a document, never empty; ``last`` is True for its end. ``where``: its file, or row of one."""
 
     text: str
@@ -30,26 +31,26 @@ class Piece(NamedTuple):
 
 
 class Corpus:
-    """Documents behind ``--data`` values.
+    """Documents of ``--data`` values.
 
     Args:
         sources: ``stdlib``, files, globs, folders; `find_files` has the rules.
         text_column: which column of a table holds the text.
-        errors: ``strict`` or ``replace``, for bytes that are not UTF-8.
+        errors: ``strict`` or ``replace``, for invalid UTF-8.
         max_bytes: at most this much of the standard library; 0 is all of it. Files are unaffected.
 
     Raises:
         DataError: a source is missing, unreadable or of an unknown kind.
-        UsageError: ``errors`` or ``max_bytes`` cannot be right.
+        UsageError: ``errors`` or ``max_bytes`` is invalid.
     """
 
     def __init__(
         self,
         sources: Sequence[str],
         *,
-        text_column: str = "text",
-        errors: str = "strict",
-        max_bytes: int = 0,
+        text_column: str = DataOptions.text_column,
+        errors: str = DataOptions.errors,
+        max_bytes: int = DataOptions.max_bytes,
     ) -> None:
         if errors not in ("strict", "replace"):
             raise UsageError(f"errors is {errors!r}: it must be strict or replace.")
@@ -58,12 +59,12 @@ class Corpus:
         self.sources = tuple(sources)
         self.text_column = text_column
         self.errors = errors
-        # How many files in folders and globs say by no suffix that they are text.
+        # Number of skipped files in folders and globs, by unsupported suffix.
         self.passed_over: Counter[str] = Counter()
         self.files = cap(find_files(sources, self.passed_over), max_bytes)
 
     def __iter__(self) -> Iterator[str]:
-        """The documents, whole."""
+        """Complete documents."""
         parts: list[str] = []
         for piece in self.pieces(Counts()):
             parts.append(piece.text)
@@ -71,11 +72,11 @@ class Corpus:
                 yield "".join(parts)
                 parts = []
 
-    def pieces(self, counts: Counts) -> Iterator[Piece]:
-        """The documents in pieces of about `PIECE_CHARACTERS`; empty documents are left out.
+    def pieces(self, counts: Counts) -> Iterator[TextChunk]:
+        """The documents in chunks of about `CHUNK_CHARACTERS`; empty documents are skipped.
 
         Args:
-            counts: fresh; filled as the pass goes on.
+            counts: new; filled during the pass.
 
         Raises:
             DataError: text that cannot be read, a named file without text, or no text at all.
@@ -92,7 +93,7 @@ class Corpus:
         if not counts.documents:
             raise DataError(f"no text in {' '.join(self.sources)}: every file or cell is empty.")
 
-    def _file_pieces(self, file: SourceFile, counts: Counts, seen: set[bytes]) -> Iterator[Piece]:
+    def _file_pieces(self, file: SourceFile, counts: Counts, seen: set[bytes]) -> Iterator[TextChunk]:
         if file.stdlib:
             yield from _stdlib_pieces(file, counts, seen)
         elif file.kind in (".txt", ".md", ".py"):
@@ -104,7 +105,7 @@ class Corpus:
                 yield from _document(iter([text]), counts, where)
 
 
-def _stdlib_pieces(file: SourceFile, counts: Counts, seen: set[bytes]) -> Iterator[Piece]:
+def _stdlib_pieces(file: SourceFile, counts: Counts, seen: set[bytes]) -> Iterator[TextChunk]:
     with opened(file.path, file.size_bytes) as stream:
         data = stream.read(file.size_bytes)
     digest = hashlib.sha256(data).digest()
@@ -113,7 +114,7 @@ def _stdlib_pieces(file: SourceFile, counts: Counts, seen: set[bytes]) -> Iterat
         return
     seen.add(digest)
     try:
-        # Its tests hold files in other encodings and files that are broken on purpose.
+        # Its tests contain files in other encodings and deliberately broken files.
         text = data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError:
         counts.not_utf8 += 1
@@ -121,27 +122,27 @@ def _stdlib_pieces(file: SourceFile, counts: Counts, seen: set[bytes]) -> Iterat
     yield from _document(iter([text]), counts, str(file.path))
 
 
-def _document(texts: Iterator[str], counts: Counts, where: str) -> Iterator[Piece]:
-    """One document, given in strings of any length, as pieces."""
+def _document(texts: Iterator[str], counts: Counts, where: str) -> Iterator[TextChunk]:
+    """Chunks of one document, from strings of any length."""
     held = ""
     for text in texts:
         held += text
-        while len(held) >= 2 * PIECE_CHARACTERS:
-            at = cut(held[: PIECE_CHARACTERS + 1])
-            yield Piece(held[:at], False, where)
+        while len(held) >= 2 * CHUNK_CHARACTERS:
+            at = cut(held[: CHUNK_CHARACTERS + 1])
+            yield TextChunk(held[:at], False, where)
             held = held[at:]
     if held:
-        yield Piece(held, True, where)
+        yield TextChunk(held, True, where)
     else:
         counts.empty += 1
 
 
 def cut(text: str) -> int:
-    """Where to cut a long text so that its tokens stay the same: 0 < place < len(text).
+    """Position at which a long text can be cut without changing its tokens: 0 < position < len(text).
 
-    Byte-level BPE looks at words and at runs of whitespace one by one (Radford et al. 2019). So a line
-    feed or a space that stands alone between two visible characters may be cut after, or before, with
-    no change to any token. A text without such a place near its end, which is no text we know, is cut there.
+    Byte-level BPE processes words and runs of whitespace separately (Radford et al. 2019). So cutting after,
+    or before, a single line feed or space between two visible characters changes no token. A text without
+    such a position near its end, which no real text is, is cut there.
     """
     lowest = max(1, len(text) - CUT_CHARACTERS)
     for sign, after in (("\n", 1), (" ", 0)):

@@ -1,8 +1,8 @@
-"""Bytes -> text that is certainly UTF-8, with the place of the first byte that is not.
+"""Decode bytes as strict UTF-8, and report the offset of the first invalid byte.
 
-One policy for every kind of file: a byte order mark at the start is dropped; carriage returns stay as
-they are, so a corpus is the same bytes on every machine; NUL is a character like any other; bytes
-that are not UTF-8 stop the reading (``strict``) or become U+FFFD and are counted (``replace``). Other
+One policy for every kind of file: a byte order mark at the start is dropped; carriage returns are
+kept, so a corpus is the same bytes on every machine; NUL is an ordinary character; invalid
+UTF-8 is an error (``strict``) or becomes U+FFFD and is counted (``replace``). Other
 encodings and formats are refused under either.
 """
 
@@ -32,9 +32,9 @@ from tf_dist.untrusted_files import opened as opened_regular
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 READ_BYTES = 1 << 18
-# A line of a table is held in memory: a file without line feeds is none.
+# A line of a table is held in memory: a file without line feeds is not a table.
 LINE_CHARACTERS = 1 << 27
-# A shorter text says nothing of its encoding.
+# Too short a text to detect its encoding.
 LEAST_CHARACTERS = 256
 # In Latin-1 one letter of twelve may be above ASCII; in GBK or cp1251 more than a third of the text is.
 REPLACED_SHARE = 0.2
@@ -44,11 +44,11 @@ REPLACEMENT = "\ufffd"
 
 @dataclass
 class Counts:
-    """What one pass over a corpus met.
+    """Statistics of one pass over a corpus.
 
-    documents: how many were handed out. text_bytes: their length in UTF-8. replaced: runs of bad bytes
+    documents: number yielded. text_bytes: their length in UTF-8. replaced: runs of invalid bytes
     that became U+FFFD. nulls: cells without a value. empty: documents without a character. not_utf8 and
-    duplicates: files of the standard library left out.
+    duplicates: skipped files of the standard library.
     """
 
     documents: int = 0
@@ -62,16 +62,16 @@ class Counts:
 
 @contextlib.contextmanager
 def opened(path: Path, size_bytes: int | None = None) -> Iterator[BinaryIO]:
-    """Open a file of a corpus for reading its bytes, decompressed where its name says so.
+    """Open a file of a corpus for reading its bytes, decompressed according to its name.
 
     Args:
         path: the file.
-        size_bytes: read no more than this, so that a file which grows while it is read stays the
-            file that was listed. Not for compressed files.
+        size_bytes: read no more than this, so that a file that grows while it is read is read
+            as it was listed. Not for compressed files.
 
     Raises:
-        DataError: the file cannot be opened or read, its compression is damaged, or it only points to
-            the file that was meant.
+        DataError: the file cannot be opened or read, its compression is damaged, or it is only a pointer to
+            the actual file.
     """
     try:
         with opened_regular(path, follow=True) as raw, _decompressed(path, raw) as stream:
@@ -82,7 +82,7 @@ def opened(path: Path, size_bytes: int | None = None) -> Iterator[BinaryIO]:
     except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
         raise _damaged(path, error) from error
     except OSError as error:
-        if error.errno is None:  # of bz2 and zstd, about the data
+        if error.errno is None:  # from bz2 and zstd, about the data
             raise _damaged(path, error) from error
         raise DataError(
             f"cannot read {path}: {error.strerror}. Check the path and its permissions."
@@ -90,7 +90,7 @@ def opened(path: Path, size_bytes: int | None = None) -> Iterator[BinaryIO]:
 
 
 def _decompressed(path: Path, raw: BinaryIO) -> contextlib.AbstractContextManager[Any]:
-    """A buffered stream (it can `peek`) of what is behind the compression that the name tells of."""
+    """A buffered stream (with `peek`) of the decompressed data."""
     compression = split_name(path.name)[1]
     if compression == ".gz":
         return gzip.GzipFile(fileobj=raw)
@@ -118,7 +118,7 @@ def _damaged(path: Path, error: Exception) -> DataError:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """The suffix that says how to read a file, and that of its compression: lower case, may be empty.
+    """The suffix of a file's format, and that of its compression: lower case, may be empty.
 
     ``Notes.TXT.GZ`` gives ``.txt`` and ``.gz``.
     """
@@ -143,14 +143,14 @@ def decoded(stream: BinaryIO, name: str, errors: str, counts: Counts) -> Iterato
     """The text of a byte stream, in strings of up to about `READ_BYTES`.
 
     Args:
-        stream: where the bytes come from.
-        name: what to call it in an error.
+        stream: of bytes.
+        name: for error messages.
         errors: ``strict`` or ``replace``.
-        counts: its ``replaced`` grows.
+        counts: its ``replaced`` is updated.
 
     Raises:
-        DataError: bytes that are not UTF-8, when ``errors`` is ``strict``; says at which offset. Another
-            encoding or format, whatever ``errors`` says.
+        DataError: invalid UTF-8, when ``errors`` is ``strict``, with its offset. Another
+            encoding or format, for any ``errors``.
     """
     tail, offset, final = b"", 0, False
     characters, before = 0, counts.replaced
@@ -164,7 +164,7 @@ def decoded(stream: BinaryIO, name: str, errors: str, counts: Counts) -> Iterato
         check_is_written(read, offset, name)
         text, used = _decode(data, errors, final, name, offset)
         if errors == "replace":
-            # UTF-8 synchronises itself, so a replacement character that stood in the file is always
+            # UTF-8 is self-synchronizing, so a replacement character in the file is always
             # decoded as one: every other one in the text is a replacement.
             counts.replaced += text.count(REPLACEMENT) - data[:used].count(REPLACEMENT.encode())
         if offset == 0 and used and text.startswith(BYTE_ORDER_MARK):
@@ -176,7 +176,7 @@ def decoded(stream: BinaryIO, name: str, errors: str, counts: Counts) -> Iterato
 
 
 def _check_replaced(replaced: int, characters: int, name: str) -> None:
-    """Single bad bytes may be replaced; a text in another encoding is no text any more."""
+    """Isolated invalid bytes may be replaced; a text in another encoding is refused."""
     if characters >= LEAST_CHARACTERS and replaced > REPLACED_SHARE * characters:
         raise DataError(
             f"{name} is in another encoding, or no text: {replaced:,} of its {characters:,} characters are "
@@ -196,11 +196,11 @@ def _decode(data: bytes, errors: str, final: bool, name: str, offset: int) -> tu
 
 
 def lines(texts: Iterator[str], name: str) -> Iterator[str]:
-    """The lines of a text, each with its line feed; a carriage return ends none, nor does any other sign.
+    """Split a text into lines, each with its line feed; no other character ends a line.
 
     Args:
         texts: the text, in strings of any length.
-        name: what to call it in an error.
+        name: for error messages.
 
     Raises:
         DataError: a line that is too long for a row of a table.

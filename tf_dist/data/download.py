@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import logging
 import os
 import time
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -19,6 +20,7 @@ from tf_dist.atomic_io import BLOCK_BYTES, read_capped, sha256_of, sync_folder, 
 from tf_dist.errors import DataError
 from tf_dist.untrusted_files import opened
 
+LOG = logging.getLogger(__name__)
 # Where no size is known, this much is more than any text we name.
 LIMIT_BYTES = 4 << 30
 NOTE_LIMIT_BYTES = 1 << 12
@@ -29,21 +31,14 @@ AGENT = "tf_dist (a language model trainer)"
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ExpectedFile:
     """What is known of a file: its size and SHA-256, or None."""
 
     size_bytes: int | None
     sha256: str | None
 
 
-def obtain(
-    urls: Sequence[str],
-    path: Path,
-    wanted: Wanted,
-    instead: Path,
-    timeout_s: float,
-    say: Callable[[str], object],
-) -> None:
+def obtain(urls: Sequence[str], path: Path, wanted: ExpectedFile, instead: Path, timeout_s: float) -> None:
     """Make ``path`` the file of the first address that gives the right one, unless it is already.
 
     Args:
@@ -53,17 +48,16 @@ def obtain(
             file and holds from then on.
         instead: which file a user may provide when no address answers.
         timeout_s: of each read.
-        say: told what is done.
 
     Raises:
         DataError: no address gave it; names each with the reason.
     """
-    if is_intact(path, wanted, say):
+    if is_intact(path, wanted):
         return
     failures = []
     for url in urls:
         size = f" ({wanted.size_bytes:,} bytes)" if wanted.size_bytes else ""
-        say(f"downloading {url}{size} to {path}")
+        LOG.info(f"downloading {url}{size} to {path}")
         try:
             _download(url, path, wanted, timeout_s)
             return
@@ -78,21 +72,21 @@ def obtain(
     )
 
 
-def is_intact(path: Path, wanted: Wanted, say: Callable[[str], object]) -> bool:
+def is_intact(path: Path, wanted: ExpectedFile) -> bool:
     """Whether the file is there and right. A file put there by hand, of which nothing is known, is."""
     if not path.is_file():
         return False
     try:
         _verify(path, path.stat().st_size, sha256_of(path), wanted)
     except DataError as error:
-        say(f"{path}: {error}; getting it again")
+        LOG.warning(f"{path}: {error}; getting it again")
         return False
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}. Check its permissions.") from error
     return True
 
 
-def _download(url: str, path: Path, wanted: Wanted, timeout_s: float) -> None:
+def _download(url: str, path: Path, wanted: ExpectedFile, timeout_s: float) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     request = urllib.request.Request(url, headers={"User-Agent": AGENT})  # noqa: S310 - http(s), checked
     with _opener().open(request, timeout=timeout_s) as response:
@@ -116,7 +110,7 @@ def _opener() -> urllib.request.OpenerDirector:
     return opener
 
 
-def _store(stream: IO[bytes], path: Path, wanted: Wanted, promised: int | None) -> None:
+def _store(stream: IO[bytes], path: Path, wanted: ExpectedFile, promised: int | None) -> None:
     """Copy a stream to a temporary name, verify it, and give it its name."""
     limit = LIMIT_BYTES if wanted.size_bytes is None else wanted.size_bytes
     temporary = temporary_name(path)
@@ -147,7 +141,7 @@ def _store(stream: IO[bytes], path: Path, wanted: Wanted, promised: int | None) 
         temporary.unlink(missing_ok=True)
 
 
-def _verify(path: Path, size: int, sha256: str, wanted: Wanted) -> None:
+def _verify(path: Path, size: int, sha256: str, wanted: ExpectedFile) -> None:
     """Compare with what is known; what was not known is noted beside the file, and is known from now on."""
     if wanted.size_bytes is not None and size != wanted.size_bytes:
         raise DataError(f"it has {size:,} bytes, and should have {wanted.size_bytes:,}")
@@ -162,13 +156,13 @@ def _verify(path: Path, size: int, sha256: str, wanted: Wanted) -> None:
         raise DataError(f"its SHA-256 is {sha256}, and should be {known}{source}")
 
 
-def unzip(archive: Path, member: str, path: Path, wanted: Wanted, say: Callable[[str], object]) -> None:
+def unzip(archive: Path, member: str, path: Path, wanted: ExpectedFile) -> None:
     """Unpack one member of a zip to ``path``, and nothing else; no name in the archive becomes a path.
 
     Raises:
         DataError: not a zip, no such member, or not the right text.
     """
-    say(f"unpacking {member} from {archive}")
+    LOG.info(f"unpacking {member} from {archive}")
     try:
         with (
             opened(archive, follow=True) as raw,

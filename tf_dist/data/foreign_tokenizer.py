@@ -1,7 +1,7 @@
-"""What a ``tokenizer.json`` of somebody else may say.
+"""Validate an untrusted ``tokenizer.json``.
 
-Patterns that end on every text, ids that a vocabulary can have, replacements that do not make gigabytes of a
-page. The library `tokenizers` does as it is told, and where it cannot it panics, which Python sees as an
+Patterns must terminate on every text, ids must fit a vocabulary, and replacements must not turn a page into
+gigabytes. The library `tokenizers` does not check this, and panics on some files, which Python sees as an
 exception that is no `Exception`.
 """
 
@@ -18,9 +18,9 @@ from tf_dist.untrusted_files import shown
 
 # The largest vocabularies in use have about 260,000 tokens. A model needs a row for each id.
 LARGEST_ID = 1 << 23
-# Of a pattern, prefix or replacement. Tables of normalisation (in Base64) are longer.
+# Length of a pattern, prefix or replacement. Normalization tables (in Base64) are longer.
 LONGEST_TEXT, TABLE = 4096, "precompiled_charsmap"
-# How many times longer replacements may make a text, all of them one after another.
+# How many times longer all replacements in sequence may make a text.
 MOST_GROWTH = 64
 STEPS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 UNBOUNDED = re.compile(r"[*+]|\{\d+,\}")
@@ -35,7 +35,7 @@ def check(fields: dict[str, Any], path: Path) -> None:
         path: of the file.
 
     Raises:
-        DataError: what about it is refused.
+        DataError: with the reason.
     """
     model = fields.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
@@ -62,13 +62,13 @@ def check(fields: dict[str, Any], path: Path) -> None:
 
 
 def is_text(characters: str) -> bool:
-    """Whether these are characters of some text: none is half of one (a surrogate)."""
+    """Whether a string is valid text: it has no unpaired surrogates."""
     return bool(characters) and not any("\ud800" <= one <= "\udfff" for one in characters)
 
 
 @contextlib.contextmanager
 def no_panic(what: str) -> Iterator[None]:
-    """Says of anything that the library raises, a panic too, what it means.
+    """Convert any exception of the library, also a panic, to an error with an explanation.
 
     Raises:
         DataError: instead.
@@ -86,13 +86,13 @@ def no_panic(what: str) -> Iterator[None]:
 
 
 def endless(pattern: str) -> str:
-    """A repeated group of a regular expression in which text can match in many ways; empty: there is none.
+    """A repeated group of a regular expression that can match in many ways; empty if there is none.
 
-    Such a pattern takes time that doubles with each character of an unlucky text. What is looked for is a
-    group repeated without bound that has a choice or another repetition in it: some patterns that would
-    do no harm are refused as well, none that published tokenizers use.
+    Such a pattern (catastrophic backtracking) takes time that doubles with each character of some texts.
+    Detects a group repeated without bound that contains a choice or another repetition: some harmless
+    patterns are refused as well, but none that published tokenizers use.
     """
-    # Escapes and classes become one letter, which quantifiers may follow: (a+)+ is what is looked for.
+    # Escapes and classes become one letter, which quantifiers may follow: the target is (a+)+.
     plain = re.sub(r"\\[pP]\{[^}]*\}|\\x\{[^}]*\}|\\.", "e", pattern, flags=re.DOTALL)
     plain = re.sub(r"\[\^?\]?(?:[^\]\[]|\[:?[^\]]*\])*\]", "c", plain)
     begun: list[int] = []
@@ -109,7 +109,7 @@ def endless(pattern: str) -> str:
 
 
 def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """All texts in a part of a tokenizer, with the key that each stands under."""
+    """All strings in a part of a tokenizer, with the key of each."""
     if isinstance(value, str):
         yield value, key
     elif isinstance(value, dict):
@@ -121,7 +121,7 @@ def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _growth(value: Any) -> float:
-    """How many times longer the replacements in a part of a tokenizer can make a text, at most."""
+    """Maximum growth factor of a text under the replacements in a part of a tokenizer."""
     if isinstance(value, list):
         growth = 1.0
         for one in value:

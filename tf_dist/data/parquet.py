@@ -1,4 +1,4 @@
-"""Cells of one column of a Parquet table. Arrow does not look whether its strings are UTF-8: we do."""
+"""Cells of one column of a Parquet table, with UTF-8 validation, which Arrow skips."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 def parquet_cells(
     raw: BinaryIO, path: Path, column: str, errors: str, counts: Counts, rows_per_chunk: int
 ) -> Iterator[pd.Series[Any]]:
-    """The cells of a column of strings or bytes, decoded; None where there is no value. The index says where.
+    """Decoded cells of a column of strings or bytes; None for null. The index is the row number.
 
     Args:
         raw: the open file.
         path: its name.
         column: which column holds the text.
-        errors: ``strict`` or ``replace``, for bytes that are not UTF-8.
-        counts: its ``replaced`` grows.
-        rows_per_chunk: at most so many cells at once.
+        errors: ``strict`` or ``replace``, for invalid UTF-8.
+        counts: its ``replaced`` is updated.
+        rows_per_chunk: maximum number of cells in memory.
 
     Raises:
         DataError: pyarrow is missing, the table is damaged, no such column or two of that name, a column of
-            something else, bytes that are not UTF-8.
+            another type, invalid UTF-8.
     """
     try:
         import pandas as pd

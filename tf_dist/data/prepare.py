@@ -1,7 +1,8 @@
-"""Documents -> tokens on disk, made once and found again.
+"""Documents -> tokens on disk, prepared once and reused.
 
-A prepared folder is named after everything that decides its content. It is written under a temporary
-name and renamed when whole, so it exists entirely or not at all, also when two jobs prepare at once.
+The name of a prepared folder is derived from everything that determines its content. It is written under a
+temporary name and renamed when complete, so it exists completely or not at all, also when two jobs prepare at
+the same time.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tf_dist import progress, terminal
+from tf_dist import progress
 from tf_dist.atomic_io import sha256_of, sync_folder, temporary_name, write_whole
+from tf_dist.config.batch import BatchOptions
+from tf_dist.config.data import DataOptions
 from tf_dist.data.corpus import Corpus
 from tf_dist.data.decoding import Counts
-from tf_dist.data.prepared import FORMAT, SIDES, VERSION, Prepared, open_prepared, publish
+from tf_dist.data.prepared_dataset import FORMAT, SIDES, VERSION, Prepared, open_prepared, publish
 from tf_dist.data.sources import SourceFile, cap, files_sha256, find_files, fingerprint
 from tf_dist.data.split import check_fraction, choose_validation, train_characters
 from tf_dist.data.tokenizer import (
@@ -38,13 +42,14 @@ from tf_dist.data.tokenizer import (
 from tf_dist.data.tokens import TokenWriter, content_sha256, map_tokens, sample_sha256, token_dtype
 from tf_dist.errors import DataError
 
+LOG = logging.getLogger(__name__)
 KINDS = ("byte", "char", "bpe")
 BATCH_CHARACTERS = 1 << 20
 
 
 @dataclass(frozen=True)
-class Options:
-    """What decides the content of a prepared corpus, besides its files."""
+class PrepareOptions:
+    """Options that determine the content of a prepared corpus, besides its files."""
 
     text_column: str
     tokenizer: str
@@ -56,12 +61,12 @@ class Options:
 
 
 @dataclass
-class Plan:
-    """What the first pass over a corpus found out.
+class PreparePlan:
+    """Results of the first pass over a corpus.
 
-    documents: how many. in_val: True for those kept for validation, shape (documents,). cut_at: for a
-    single document, the number of its characters that are for training; -1 where the split is by
-    document. counts: of that pass.
+    documents: how many. in_val: True for validation documents, shape (documents,). cut_at: for a
+    single document, the number of its training characters; -1 if documents are split as units.
+    counts: of that pass.
     """
 
     documents: int
@@ -72,9 +77,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class Text:
-    """A piece of a document on its way to one side, 0 for train and 1 for val; ``ends`` the document.
+    """A chunk of a document, and its side of the split, 0 for train and 1 for val; ``ends`` the document.
 
-    where: file, and row, of the document. characters, lines: of the document, before this piece.
+    where: file, and row, of the document. characters, lines: of the document, before this chunk.
     """
 
     text: str
@@ -88,17 +93,16 @@ class Text:
 def prepare(
     sources: Sequence[str],
     *,
-    text_column: str = "text",
-    tokenizer: str = "bpe",
-    vocab_size: int = 0,
-    val_fraction: float = 0.1,
-    seed: int = 1,
-    errors: str = "strict",
-    max_bytes: int = 0,
-    folder: Path | str = "data/prepared",
-    say: Callable[[str], object] = terminal.write,
+    text_column: str = DataOptions.text_column,
+    tokenizer: str = DataOptions.tokenizer,
+    vocab_size: int = DataOptions.vocab_size,
+    val_fraction: float = DataOptions.val_fraction,
+    seed: int = BatchOptions.seed,
+    errors: str = DataOptions.errors,
+    max_bytes: int = DataOptions.max_bytes,
+    folder: Path | str = DataOptions.prepared_dir,
 ) -> Prepared:
-    """The corpus as tokens: made now, or the folder that was made before from the same files.
+    """Tokenize a corpus, or reuse the folder that was prepared before from the same files.
 
     Args:
         sources: ``stdlib``, files, globs, folders.
@@ -106,20 +110,19 @@ def prepare(
         tokenizer: ``byte``, ``char``, ``bpe`` (trained on the training documents; ``char`` on all, so
             that validation holds no unknown character), or the path of a ``tokenizer.json``.
         vocab_size: see `train_tokenizer`.
-        val_fraction: share of the text's bytes for validation. A single document is cut at that share
+        val_fraction: fraction of the text's bytes for validation. A single document is cut at that fraction
             of its characters, as nanoGPT does, and then no end-of-text is added.
         seed: chooses the validation documents.
-        errors: ``strict`` or ``replace``, for bytes that are not UTF-8.
+        errors: ``strict`` or ``replace``, for invalid UTF-8.
         max_bytes: at most this much of ``stdlib``; 0 is all.
         folder: where prepared folders are kept.
-        say: told what is done, a line at a time.
 
     Raises:
         DataError: the text cannot be read, is too short to be split, or cannot be written.
-        UsageError: an option cannot be right.
+        UsageError: an invalid option.
     """
     check_fraction(val_fraction)
-    options = Options(text_column, tokenizer, vocab_size or 0, val_fraction, seed, errors, max_bytes)
+    options = PrepareOptions(text_column, tokenizer, vocab_size or 0, val_fraction, seed, errors, max_bytes)
     corpus = Corpus(sources, text_column=text_column, errors=errors, max_bytes=max_bytes)
     key = _key(options, corpus.files)
     target = Path(folder) / f"{_name(corpus.sources[0])}-{key[:12]}"
@@ -127,8 +130,8 @@ def prepare(
         try:
             return open_prepared(target)
         except DataError as error:
-            say(f"preparing again: {error}")
-    return _make(corpus, options, key, target, say)
+            LOG.warning(f"preparing again: {error}")
+    return _make(corpus, options, key, target)
 
 
 def _name(source: str) -> str:
@@ -136,7 +139,7 @@ def _name(source: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]+", "-", stem)[:40].strip("-") or "data"
 
 
-def _key(options: Options, files: Sequence[SourceFile]) -> str:
+def _key(options: PrepareOptions, files: Sequence[SourceFile]) -> str:
     parts: dict[str, Any] = {"version": VERSION, "options": dataclasses.asdict(options)}
     if options.tokenizer not in KINDS:
         # The file's content counts, not its name.
@@ -156,11 +159,11 @@ def _file_sha256(tokenizer: str) -> str:
         raise DataError(f"cannot read {tokenizer}: {error.strerror}. Check its permissions.") from error
 
 
-def _make(corpus: Corpus, options: Options, key: str, target: Path, say: Callable[[str], object]) -> Prepared:
+def _make(corpus: Corpus, options: PrepareOptions, key: str, target: Path) -> Prepared:
     temporary = temporary_name(target)
     try:
         temporary.mkdir(parents=True)
-        _write(corpus, options, key, temporary, say)
+        _write(corpus, options, key, temporary)
         sync_folder(temporary)
         return publish(temporary, target)
     except OSError as error:
@@ -172,9 +175,9 @@ def _make(corpus: Corpus, options: Options, key: str, target: Path, say: Callabl
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write(corpus: Corpus, options: Options, key: str, folder: Path, say: Callable[[str], object]) -> None:
-    plan = _plan(corpus, options, say)
-    tokenizer = _tokenizer(corpus, options, plan, say)
+def _write(corpus: Corpus, options: PrepareOptions, key: str, folder: Path) -> None:
+    plan = _plan(corpus, options)
+    tokenizer = _tokenizer(corpus, options, plan)
     tokenizer.save(folder / "tokenizer.json")
     facts = _write_tokens(corpus, plan, tokenizer, folder)
     _check_unchanged(corpus, options)
@@ -204,18 +207,18 @@ def _write(corpus: Corpus, options: Options, key: str, folder: Path, say: Callab
         "skipped": {name: getattr(counts, name) for name in ("nulls", "empty", "not_utf8", "duplicates")},
     }
     spelled = json.dumps(meta, indent=1, ensure_ascii=False)
-    # Names of files may hold bytes that are no UTF-8: Python writes them as JSON does, \udce9.
+    # File names may contain invalid UTF-8: Python writes it in JSON syntax, \udce9.
     write_whole(folder / "meta.json", spelled.encode("utf-8", "backslashreplace"))
 
 
-def _split_name(plan: Plan) -> str:
+def _split_name(plan: PreparePlan) -> str:
     if plan.cut_at >= 0:
         return "position"
     return "document" if plan.in_val.any() else "none"
 
 
-def _plan(corpus: Corpus, options: Options, say: Callable[[str], object]) -> Plan:
-    """The first pass: sizes only, 8 bytes for each document."""
+def _plan(corpus: Corpus, options: PrepareOptions) -> PreparePlan:
+    """The first pass: sizes only, 8 bytes per document."""
     counts, sizes, size, characters = Counts(), [], 0, 0
     with progress.task("reading the text", _size_on_disk(corpus), "bytes") as task:
         for piece in corpus.pieces(counts):
@@ -234,18 +237,18 @@ def _plan(corpus: Corpus, options: Options, say: Callable[[str], object]) -> Pla
                 f"the only document has the length {characters}: too short to split. "
                 "Use --val-fraction 0, or more text."
             )
-        say(
+        LOG.info(
             f"one document: its first {cut_at:,} characters are for training, "
             f"the last {characters - cut_at:,} for validation"
         )
-    say(f"{len(sizes):,} document{'s' * (len(sizes) != 1)}, {sum(sizes):,} bytes of text")
+    LOG.info(f"{len(sizes):,} document{'s' * (len(sizes) != 1)}, {sum(sizes):,} bytes of text")
     for line in _left_out(corpus, counts):
-        say(line)
-    return Plan(len(sizes), in_val, cut_at, counts)
+        LOG.info(line)
+    return PreparePlan(len(sizes), in_val, cut_at, counts)
 
 
 def _left_out(corpus: Corpus, counts: Counts) -> Iterator[str]:
-    """What of the corpus is not trained on, or not as it stood."""
+    """Messages about parts of the corpus that are skipped or changed."""
     others = corpus.passed_over
     if others:
         kinds = ", ".join(f"{count:,} {suffix or 'without one'}" for suffix, count in others.most_common(5))
@@ -257,7 +260,7 @@ def _left_out(corpus: Corpus, counts: Counts) -> Iterator[str]:
         yield f"bytes that are not UTF-8, now U+FFFD: in {counts.replaced:,} places"
 
 
-def _tokenizer(corpus: Corpus, options: Options, plan: Plan, say: Callable[[str], object]) -> Tokenizer:
+def _tokenizer(corpus: Corpus, options: PrepareOptions, plan: PreparePlan) -> Tokenizer:
     if options.tokenizer not in KINDS:
         tokenizer = load_tokenizer(options.tokenizer)
         check_vocab_size(options.tokenizer, options.vocab_size, tokenizer.vocab_size)
@@ -265,12 +268,12 @@ def _tokenizer(corpus: Corpus, options: Options, plan: Plan, say: Callable[[str]
     texts = (part.text for part in _texts(corpus, plan) if options.tokenizer == "char" or part.side == 0)
     with progress.task("reading text for the tokenizer", plan.counts.text_bytes, "bytes") as task:
         tokenizer = train_tokenizer(options.tokenizer, _read_by(task, texts), options.vocab_size)
-    say(f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens")
+    LOG.info(f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens")
     return tokenizer
 
 
 def _read_by(task: progress.Task, texts: Iterator[str]) -> Iterator[str]:
-    """The texts, with progress; how long it takes to learn from them nobody knows beforehand."""
+    """The texts, with progress; the duration of tokenizer training is not known in advance."""
     for text in texts:
         yield text
         task.advance(len(text.encode()))
@@ -278,20 +281,20 @@ def _read_by(task: progress.Task, texts: Iterator[str]) -> Iterator[str]:
 
 
 def _size_on_disk(corpus: Corpus) -> int:
-    """Bytes of the files, about as many as of their text; 0 where some are compressed."""
+    """Bytes of the files, about the size of their text; 0 if some are compressed."""
     packed = any(str(file.path).lower().endswith((".gz", ".parquet")) for file in corpus.files)
     return 0 if packed else sum(file.size_bytes for file in corpus.files)
 
 
-def _texts(corpus: Corpus, plan: Plan) -> Iterator[Text]:
-    """The pieces of the corpus, each with its side."""
+def _texts(corpus: Corpus, plan: PreparePlan) -> Iterator[Text]:
+    """The chunks of the corpus, each with its side of the split."""
     document, characters, lines = 0, 0, 0
     for piece in corpus.pieces(Counts()):
         if document >= plan.documents:
             raise DataError("there are more documents than a moment ago: the data changed. Try again.")
         if plan.cut_at < 0:
             side = int(plan.in_val[document])
-            # A document alone has no neighbour that end-of-text would keep it apart from.
+            # A single document has no other one from which end-of-text would separate it.
             ends = piece.last and plan.documents > 1
             yield Text(piece.text, side, ends, piece.where, characters, lines)
         else:
@@ -306,7 +309,7 @@ def _texts(corpus: Corpus, plan: Plan) -> Iterator[Text]:
         document += piece.last
 
 
-def _write_tokens(corpus: Corpus, plan: Plan, tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
+def _write_tokens(corpus: Corpus, plan: PreparePlan, tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
     dtype = token_dtype(tokenizer.vocab_size)
     text_bytes = [0, 0]
     end = np.array([tokenizer.end_of_text], dtype=np.uint32)
@@ -328,7 +331,7 @@ def _write_tokens(corpus: Corpus, plan: Plan, tokenizer: Tokenizer, folder: Path
     }
 
 
-def _counted_batches(corpus: Corpus, plan: Plan) -> Iterator[list[Text]]:
+def _counted_batches(corpus: Corpus, plan: PreparePlan) -> Iterator[list[Text]]:
     with progress.task("tokenizing", plan.counts.text_bytes, "bytes") as task:
         for batch in _batches(_texts(corpus, plan)):
             yield batch
@@ -360,8 +363,8 @@ def _encode(tokenizer: Tokenizer, batch: list[Text]) -> list[Ids]:
         raise
 
 
-def _check_unchanged(corpus: Corpus, options: Options) -> None:
-    """A corpus that was written to while we read it belongs to no key."""
+def _check_unchanged(corpus: Corpus, options: PrepareOptions) -> None:
+    """Refuse a corpus that changed while it was read: its key would be wrong."""
     now = fingerprint(cap(find_files(corpus.sources), options.max_bytes))
     for was, is_now in itertools.zip_longest(fingerprint(corpus.files), now):
         if was != is_now:

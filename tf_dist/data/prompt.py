@@ -1,4 +1,4 @@
-"""Prompts that a run's own tokenizer has tokens for."""
+"""Prompts that a run's own tokenizer can encode."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ PROMPT_CHARACTERS = 12
 
 
 def example_prompt(tokenizer: Tokenizer, tokens: TokenArray) -> str:
-    """A word of a text, or the beginning of a long one, to be shown as a prompt; empty where none will do.
+    """An example prompt: a word of a text, shortened if it is long; empty if no word is suitable.
 
     Args:
         tokenizer: that made the tokens.
         tokens: of the text, shape (tokens,).
     """
     words = tokenizer.decode(tokens[:LOOKED_AT_TOKENS]).split()
-    # Words are easier to type than signs.
+    # Words are easier to type than punctuation.
     for word in sorted((word[:PROMPT_CHARACTERS] for word in words), key=lambda word: not word[0].isalpha()):
         if word.isprintable() and REPLACEMENT not in word and _can_encode(tokenizer, word):
             return word
@@ -29,7 +29,7 @@ def example_prompt(tokenizer: Tokenizer, tokens: TokenArray) -> str:
 
 
 def start_of_text(tokenizer: Tokenizer) -> Ids:
-    """What a model goes on from where nothing is given: a new line, or what stands before a text."""
+    """Default prompt: a line feed, or end-of-text."""
     if _can_encode(tokenizer, "\n"):
         return tokenizer.encode("\n")
     return np.array([tokenizer.end_of_text], dtype=np.uint32)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from tf_dist import terminal
+import msgspec
+
 from tf_dist.atomic_io import read_capped
 from tf_dist.data.sources import STDLIB
 from tf_dist.errors import DataError
@@ -20,23 +21,26 @@ REGISTRY = Path(__file__).with_name("datasets.yaml")
 REGISTRY_LIMIT_BYTES = 1 << 20
 READ_TIMEOUT_S = 30.0
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-FILE_KEYS = {"urls", "size_bytes", "sha256", "member", "text_size_bytes", "text_sha256"}
+Url = Annotated[str, msgspec.Meta(pattern=r"^https?://[!-~]+\Z")]
+Size = Annotated[int, msgspec.Meta(ge=0)]
+Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
+# Of what is wrong with an entry that may be anybody's.
+LONGEST_REASON = 300
 
 
-@dataclass(frozen=True)
-class RemoteFile:
+class RemoteFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One split of a corpus: where it lies, and what is known of it; None where nothing is.
 
     ``size_bytes`` and ``sha256`` are of the download. If that is a zip, ``member`` is the file in it, and
     ``text_size_bytes`` and ``text_sha256`` are of that.
     """
 
-    urls: tuple[str, ...]
-    size_bytes: int | None
-    sha256: str | None
-    member: str | None
-    text_size_bytes: int | None
-    text_sha256: str | None
+    urls: Annotated[tuple[Url, ...], msgspec.Meta(min_length=1)]
+    size_bytes: Size | None = None
+    sha256: Sha256 | None = None
+    member: str | None = None
+    text_size_bytes: Size | None = None
+    text_sha256: Sha256 | None = None
 
 
 @dataclass(frozen=True)
@@ -72,42 +76,19 @@ def _dataset(name: str, entry: Any, path: Path) -> Dataset:
         raise DataError(f"{path}: {shown(name)} needs a plain name, and `files` with at least `train`.")
     checked = {}
     for split, fields in files.items():
-        if not NAME.fullmatch(str(split)) or not _is_file_entry(fields):
-            raise DataError(
-                f"{path}: {name}, {shown(split)}: wrong fields. Known: {' '.join(sorted(FILE_KEYS))}."
-            )
-        values = {key: fields.get(key) for key in FILE_KEYS}
-        checked[str(split)] = RemoteFile(**{**values, "urls": tuple(fields["urls"])})
+        if not NAME.fullmatch(str(split)):
+            raise DataError(f"{path}: {name}: {shown(split)} is no plain name.")
+        try:
+            checked[str(split)] = msgspec.convert(fields, RemoteFile)
+        except msgspec.ValidationError as error:
+            raise DataError(f"{path}: {name}, {split}: {str(error)[:LONGEST_REASON]}.") from error
     return Dataset(name, str(entry.get("licence", "")), checked)
-
-
-def _is_file_entry(fields: Any) -> bool:
-    if not isinstance(fields, dict) or not set(fields) <= FILE_KEYS:
-        return False
-    urls = fields.get("urls")
-    return (
-        isinstance(urls, list)
-        and bool(urls)
-        and all(isinstance(url, str) and re.fullmatch(r"https?://[!-~]+", url) for url in urls)
-        and all(_is_size(fields.get(key)) for key in ("size_bytes", "text_size_bytes"))
-        and all(_is_sha256(fields.get(key)) for key in ("sha256", "text_sha256"))
-        and isinstance(fields.get("member"), str | None)
-    )
-
-
-def _is_size(value: Any) -> bool:
-    return value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 0)
-
-
-def _is_sha256(value: Any) -> bool:
-    return value is None or (isinstance(value, str) and bool(re.fullmatch("[0-9a-f]{64}", value)))
 
 
 def fetch(
     name: str,
     registry_path: Path | str,
     folder: Path | str,
-    say: Callable[[str], object] = terminal.write,
     *,
     timeout_s: float = READ_TIMEOUT_S,
 ) -> Path:
@@ -117,7 +98,6 @@ def fetch(
         name: ``NAME`` for its training text, or ``NAME/SPLIT``, as in ``wikitext-2/test``.
         registry_path: the YAML file.
         folder: downloads; the file becomes ``folder/NAME/SPLIT.txt``.
-        say: told what is done, a line at a time.
         timeout_s: of each single read from the network.
 
     Raises:
@@ -136,15 +116,15 @@ def fetch(
     remote = dataset.files[split]
     target = Path(folder) / base / f"{split}.txt"
     if remote.member is None:
-        wanted = download.Wanted(remote.size_bytes, remote.sha256)
-        download.obtain(remote.urls, target, wanted, target, timeout_s, say)
+        wanted = download.ExpectedFile(remote.size_bytes, remote.sha256)
+        download.obtain(remote.urls, target, wanted, target, timeout_s)
         return target
-    text = download.Wanted(remote.text_size_bytes, remote.text_sha256)
-    if not download.is_intact(target, text, say):
+    text = download.ExpectedFile(remote.text_size_bytes, remote.text_sha256)
+    if not download.is_intact(target, text):
         archive = target.parent / (_last_part(remote.urls[0]))
-        wanted = download.Wanted(remote.size_bytes, remote.sha256)
-        download.obtain(remote.urls, archive, wanted, target, timeout_s, say)
-        download.unzip(archive, remote.member, target, text, say)
+        wanted = download.ExpectedFile(remote.size_bytes, remote.sha256)
+        download.obtain(remote.urls, archive, wanted, target, timeout_s)
+        download.unzip(archive, remote.member, target, text)
     return target
 
 
@@ -157,7 +137,6 @@ def resolve_sources(
     values: Sequence[str],
     registry_path: Path | str,
     downloads_dir: Path | str,
-    say: Callable[[str], object] = terminal.write,
 ) -> tuple[str, ...]:
     """``--data`` values with every name of the registry replaced by the path of its file.
 
@@ -166,10 +145,10 @@ def resolve_sources(
     Raises:
         DataError: a value is neither a file, nor a glob, nor a name; or a download failed.
     """
-    return tuple(_resolve(value, Path(registry_path), downloads_dir, say) for value in values)
+    return tuple(_resolve(value, Path(registry_path), downloads_dir) for value in values)
 
 
-def _resolve(value: str, registry: Path, downloads: Path | str, say: Callable[[str], object]) -> str:
+def _resolve(value: str, registry: Path, downloads: Path | str) -> str:
     is_pattern = any(sign in value for sign in "*?[")
     if value == STDLIB or is_pattern or Path(value).exists() or Path(value).is_symlink():
         return value
@@ -177,7 +156,7 @@ def _resolve(value: str, registry: Path, downloads: Path | str, say: Callable[[s
         raise DataError(f"no such file or folder: {value}. (No registry of names at {registry} either.)")
     if value.partition("/")[0] not in read_registry(registry):
         raise _unknown(value, list(read_registry(registry)))
-    return str(fetch(value, registry, downloads, say))
+    return str(fetch(value, registry, downloads))
 
 
 def _unknown(name: str, known: list[str]) -> DataError:

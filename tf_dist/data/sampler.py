@@ -1,10 +1,10 @@
-"""Which sequences make up step s: a function of the seed and s alone.
+"""Dataset order: which sequences make up step s, as a function of the seed and s only.
 
-Nothing is drawn, so there is no state to save, and any rank can ask for any step in any order. The
-shuffled order of an epoch is a permutation computed place by place: a Feistel network over a square
-of a power of two, walked until it lands inside the data (Black & Rogaway, *Ciphers with Arbitrary
+There is no random state to save, and any rank can compute any step in any order. The
+shuffled order of an epoch is a permutation computed per position: a Feistel network over a power-of-two
+domain, with cycle walking until the result lies inside the data (Black & Rogaway, *Ciphers with Arbitrary
 Finite Domains*, CT-RSA 2002), with the mixing function of SplitMix64 (Steele, Lea & Flood, OOPSLA 2014)
-in its rounds. Legend: n sequences, G rows of a global batch.
+as round function. Legend: n sequences, G rows of a global batch.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ Indices = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
 
 PADDING = -1
-# Four rounds suffice for large domains; small ones, with halves of a bit or two, want more.
+# Four rounds suffice for large domains; small ones, with halves of a bit or two, need more.
 ROUNDS = 8
 MASK = (1 << 64) - 1
-# Places of the order that are worked out at once: NumPy takes about as long for one as for some hundreds.
+# Positions of the order computed together: NumPy takes about as long for one as for some hundreds.
 BLOCK_PLACES = 4096
 GOLDEN = 0x9E3779B97F4A7C15
 MIX_1 = 0xBF58476D1CE4E5B9
@@ -30,7 +30,7 @@ MIX_2 = 0x94D049BB133111EB
 
 
 def mix(value: int) -> int:
-    """SplitMix64's finalizer on one 64-bit number: every bit of the result depends on every bit given."""
+    """SplitMix64's finalizer on one 64-bit number: every output bit depends on every input bit."""
     value = (value + GOLDEN) & MASK
     value = ((value ^ (value >> 30)) * MIX_1) & MASK
     value = ((value ^ (value >> 27)) * MIX_2) & MASK
@@ -38,7 +38,7 @@ def mix(value: int) -> int:
 
 
 def mix_words(words: Words) -> Words:
-    """`mix` on each element, shape kept. Arithmetic on unsigned arrays wraps around, as it must."""
+    """`mix` on each element, shape kept. Arithmetic on unsigned arrays wraps around, as required."""
     words = words + np.uint64(GOLDEN)
     words = (words ^ (words >> np.uint64(30))) * np.uint64(MIX_1)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(MIX_2)
@@ -46,7 +46,7 @@ def mix_words(words: Words) -> Words:
 
 
 class Permutation:
-    """A shuffled ``range(n)`` that can be read at any place, in O(places asked for) memory.
+    """A shuffled ``range(n)`` with random access, in memory proportional to the number of positions.
 
     Args:
         n: how many, 1 or more.
@@ -60,10 +60,10 @@ class Permutation:
         self._keys = [mix(key ^ round_) for round_ in range(ROUNDS)]
 
     def __call__(self, places: Indices) -> Indices:
-        """What stands at ``places``, shape kept; each place in ``range(n)``."""
+        """The elements at ``places``, shape kept; each place in ``range(n)``."""
         values = self._feistel(places.astype(np.uint64))
-        # The network permutes 4 ** half_bits numbers, fewer than 4 n or 4. Whoever lands beyond n goes
-        # on from there; the walk is along a cycle that leads back inside, so it ends.
+        # The network permutes 4 ** half_bits numbers, fewer than 4 n or 4. Results beyond n are permuted
+        # once more; this walks along a cycle that leads back inside, so it ends.
         while (outside := values >= self.n).any():
             values[outside] = self._feistel(values[outside])
         return values.astype(np.int64)
@@ -104,11 +104,11 @@ class Sampler:
 
     @property
     def steps_per_epoch(self) -> int:
-        """How many global batches an epoch takes; the last may be short."""
+        """Number of global batches per epoch; the last may be short."""
         return -(-self.n_sequences // self.global_batch_size)
 
     def epoch(self, step: int) -> int:
-        """The epoch that a step belongs to, both from 0. Raises `IndexError` if there is no such step."""
+        """The epoch of a step, both from 0. Raises `IndexError` if there is no such step."""
         if step < 0 or not self.n_sequences:
             raise IndexError(f"no step {step} over {self.n_sequences} sequences")
         return step // self.steps_per_epoch
@@ -124,14 +124,14 @@ class Sampler:
         """
         epoch, place = self.epoch(step), step % self.steps_per_epoch
         block, row = divmod(place, self._block_steps)
-        last = self._last  # read once: another thread may ask as well
+        last = self._last  # read once: another thread may call this as well
         if last is None or last[0] != (epoch, block):
             last = self._last = (epoch, block), self._batches(epoch, block * self._block_steps)
         batch: Indices = last[1][row].copy()
         return batch
 
     def _batches(self, epoch: int, first_step: int) -> Indices:
-        """Some steps of an epoch from ``first_step`` on, (steps, G); padding beyond its end."""
+        """Steps of an epoch from ``first_step`` on, (steps, G); padding beyond its end."""
         first = first_step * self.global_batch_size
         places = np.arange(first, first + self._block_steps * self.global_batch_size, dtype=np.int64)
         inside = places < self.n_sequences

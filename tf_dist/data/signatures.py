@@ -1,4 +1,4 @@
-"""What a file is by its bytes, where its name says something else: refused by what it is."""
+"""Detect file formats and encodings by content, and refuse files that are not UTF-8 text."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import numpy as np
 
 from tf_dist.errors import DataError
 
-# More than any signature here, and than a pointer of git-lfs or git-annex.
+# Longer than any signature here, and than a pointer of git-lfs or git-annex.
 HEAD_BYTES = 1024
-# Of the bytes at one place of a code unit: with so many control characters they are the high ones ...
+# Fraction of control characters at one byte position of a code unit that marks it as the high byte ...
 HIGH_BYTES_SHARE = 0.6
-# ... while so few are among the low ones, line feeds and tabs included.
+# ... if the low bytes have at most this fraction, line feeds and tabs included.
 LOW_BYTES_SHARE = 0.3
 NUL_SHARE = 0.02
 LEAST_WIDE_BYTES = 8
-# No text has so many in a row: the disk was full, or the machine went down.
+# No text has so many in a row: the disk was full, or the machine crashed.
 ZEROS = bytes(4096)
 
 POINTERS = (
@@ -52,7 +52,7 @@ BINARIES = (
 
 
 def check_is_no_pointer(head: bytes, name: str) -> None:
-    """Raise `DataError` where a clone holds a pointer in place of the file.
+    """Raise `DataError` if a clone has a pointer in place of the file.
 
     Args:
         head: the first `HEAD_BYTES` of a file, or all of it.
@@ -66,7 +66,7 @@ def check_is_no_pointer(head: bytes, name: str) -> None:
 
 
 def check_is_text(head: bytes, name: str) -> None:
-    """Raise `DataError` where the first bytes of a text are those of another encoding or format."""
+    """Raise `DataError` if a text starts with the signature of another encoding or format."""
     for mark, encoding in MARKS:
         if head.startswith(mark):
             raise DataError(
@@ -79,11 +79,11 @@ def check_is_text(head: bytes, name: str) -> None:
 
 
 def check_is_written(block: bytes, offset: int, name: str) -> None:
-    """Raise `DataError` for a stretch of a file that was never written.
+    """Raise `DataError` for a part of a file that was never written.
 
     Args:
         block: part of the file.
-        offset: where it begins.
+        offset: of the block.
         name: of the file.
     """
     at = block.find(ZEROS)
@@ -95,10 +95,10 @@ def check_is_written(block: bytes, offset: int, name: str) -> None:
 
 
 def check_is_narrow(block: bytes, name: str) -> None:
-    """Raise `DataError` for text in UTF-16 or UTF-32 without a mark, which may be valid UTF-8 full of NUL.
+    """Raise `DataError` for UTF-16 or UTF-32 without a byte order mark, which may be valid UTF-8 with NUL.
 
     In both, the high bytes of most scripts are control characters (0x00 of Latin, 0x04 of Cyrillic, 0x09 of
-    Devanagari), at every second place or at three of four; in text with a NUL here and there they are not.
+    Devanagari), at every second position or at three of four; in text with occasional NUL they are not.
 
     Args:
         block: part of the file, at any offset.

@@ -22,7 +22,7 @@ TEXT_SUFFIXES = (".txt", ".md", ".py")
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 SUFFIXES = (*TEXT_SUFFIXES, *TABLE_SUFFIXES, ".parquet")
 ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar")
-# Not part of the standard library, though they lie in its folder.
+# Not part of the standard library, though in its folder.
 NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
 
 
@@ -30,8 +30,8 @@ NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
 class SourceFile:
     """One file of a corpus, as it was when it was listed.
 
-    ``named`` is True for a file that the user named itself: one that holds no text is then an error,
-    and not merely skipped. ``stdlib`` files are skipped when they repeat another or are not UTF-8.
+    ``named`` is True for a file that the user named explicitly: without text it is then an error,
+    and not merely skipped. ``stdlib`` files are skipped if they are duplicates or not UTF-8.
     """
 
     path: Path
@@ -43,33 +43,33 @@ class SourceFile:
 
     @property
     def kind(self) -> str:
-        """The suffix that says how to read it, without that of a compression: ``.txt``, ``.csv``, ..."""
+        """The suffix of its format, without that of a compression: ``.txt``, ``.csv``, ..."""
         return kind_of(self.path)
 
 
 def kind_of(path: Path) -> str:
-    """The suffix that says how to read a file, or an empty string if it is none we know."""
+    """The suffix of a file's format, or an empty string if it is unknown."""
     suffix, compression = split_name(path.name)
     # Parquet compresses its columns itself, and is read from its end.
     return suffix if suffix in SUFFIXES and not (compression and suffix == ".parquet") else ""
 
 
 def find_files(values: Sequence[str], passed_over: Counter[str] | None = None) -> list[SourceFile]:
-    """Every file behind the values, each once, in the order of the values and sorted inside each.
+    """Every file of the values, each once, in the order of the values and sorted inside each.
 
     Args:
         values: ``stdlib``, files, globs or folders. In folders and globs files of other suffixes are
-            passed over, and so are hidden files and folders inside a folder.
+            skipped, and so are hidden files and folders inside a folder.
         passed_over: counts the files, except hidden ones, of each unsupported suffix.
 
     Raises:
-        DataError: nothing there, an unknown suffix, a loop of links, not a regular file, not readable.
+        DataError: no file, an unknown suffix, a loop of links, not a regular file, not readable.
     """
     found: dict[str, SourceFile] = {}
     passed_over = Counter() if passed_over is None else passed_over
     for value in values:
         for file in _expand(value, passed_over):
-            # A file reached by two ways is read once, else it would count twice in training.
+            # A file matched twice is read once, else it would count twice in training.
             found.setdefault(os.path.realpath(file.path), file)
     if not found:
         raise DataError("no data: give --data a file, a glob, a folder or `stdlib`.")
@@ -118,7 +118,7 @@ def _expand_glob(pattern: str, passed_over: Counter[str]) -> list[SourceFile]:
 def _walk(
     folder: Path, above: tuple[tuple[int, int], ...], passed_over: Counter[str]
 ) -> Iterator[SourceFile]:
-    """The known files under a folder, following links; ``above`` are the folders we are inside of."""
+    """The known files under a folder, following links; ``above`` are the enclosing folders."""
     status = _status(folder)
     identity = (status.st_dev, status.st_ino)
     if identity in above:
@@ -174,10 +174,10 @@ def _stdlib_files(root: Path) -> list[SourceFile]:
 
 
 def cap(files: Sequence[SourceFile], max_bytes: int) -> list[SourceFile]:
-    """At most ``max_bytes`` of the standard library's files (0: all), and every other file.
+    """Limit the standard library's files to ``max_bytes`` (0: all); other files are unaffected.
 
-    Which ones is decided by a hash of their names, so a small corpus is a sample of the whole library
-    and not its first letters; every machine with the same library picks the same ones.
+    A hash of their names selects them, so a small corpus is a sample of the full library
+    and not its first letters; every machine with the same library selects the same ones.
 
     Raises:
         DataError: not even one of them fits.
@@ -198,11 +198,11 @@ def cap(files: Sequence[SourceFile], max_bytes: int) -> list[SourceFile]:
 
 
 def fingerprint(files: Iterable[SourceFile]) -> list[list[str | int]]:
-    """What must stay the same for prepared tokens to stay valid: [path, size in bytes, mtime in ns]."""
+    """Facts that must not change for prepared tokens to stay valid: [path, size in bytes, mtime in ns]."""
     lines: list[list[str | int]] = []
     for file in files:
         if file.stdlib:
-            # Times of installation differ where nothing else does; the version tells libraries apart.
+            # Installation times differ between equal libraries; the version tells libraries apart.
             lines.append([f"{STDLIB} {sys.version_info[:3]} {file.label}", file.size_bytes, 0])
         else:
             lines.append([os.path.abspath(file.path), file.size_bytes, file.mtime_ns])

@@ -1,4 +1,4 @@
-"""Which documents are kept for validation: decided by a hash, so it never depends on who reads them."""
+"""Train/validation split: by a hash of each document, so it does not depend on ranks."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def choose_validation(sizes: npt.NDArray[np.int64], val_fraction: float, seed: i
     """Choose documents with about ``val_fraction`` of all bytes, at least one and never all.
 
     Documents are taken in the order of a hash of (seed, number) as long as they fit; if none fits, the
-    smallest is taken. With one document there is nothing to choose: it is not taken.
+    smallest is taken. A single document is not taken.
 
     Args:
         sizes: bytes of each document, shape (documents,).
         val_fraction: of the bytes; 0 takes none.
-        seed: another seed, another choice.
+        seed: of the hash.
 
     Returns:
-        True where the document is for validation, shape (documents,).
+        True for validation documents, shape (documents,).
     """
     chosen = np.zeros(len(sizes), dtype=np.bool_)
     if not val_fraction or len(sizes) < 2:
@@ -47,5 +47,5 @@ def choose_validation(sizes: npt.NDArray[np.int64], val_fraction: float, seed: i
 
 
 def train_characters(characters: int, val_fraction: float) -> int:
-    """How many characters of a single document are for training; the rest is for validation."""
+    """Number of characters of a single document for training; the rest is for validation."""
     return int(characters * (1 - val_fraction))

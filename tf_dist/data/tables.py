@@ -1,6 +1,6 @@
 """Rows of .csv .tsv .jsonl and .parquet as texts, a chunk of rows at a time.
 
-A table is read as it stands or refused by row and line: nothing is guessed, padded, shifted or renamed.
+A table is read unchanged or refused with row and line: nothing is guessed, padded, shifted or renamed.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ ROWS_PER_CHUNK = 1024
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 
-class Row(NamedTuple):
-    """A row of a table: its number and the line in which it begins, both from 1, and the wanted cell."""
+class TableRow(NamedTuple):
+    """A row of a table: its number and its first line, both from 1, and the requested cell."""
 
     number: int
     line: int
@@ -33,18 +33,18 @@ class Row(NamedTuple):
 
 
 def rows(path: Path, kind: str, column: str, errors: str, counts: Counts) -> Iterator[tuple[str, str]]:
-    """The texts of one column, in file order, each with the words for where it stands.
+    """The texts of one column, in file order, each with its location for error messages.
 
     Args:
         path: the table, possibly compressed.
         kind: ``.csv``, ``.tsv``, ``.jsonl`` or ``.parquet``.
         column: which column holds the text.
-        errors: ``strict`` or ``replace``, for bytes that are not UTF-8.
-        counts: its ``nulls`` and ``replaced`` grow.
+        errors: ``strict`` or ``replace``, for invalid UTF-8.
+        counts: its ``nulls`` and ``replaced`` are updated.
 
     Raises:
         DataError: no such column or two of that name, not a table, rows of another length than the header,
-            a cell that is not text, bytes that are not UTF-8.
+            a cell that is not text, invalid UTF-8.
     """
     if kind == ".parquet":
         with opened(path) as raw:
@@ -57,7 +57,7 @@ def rows(path: Path, kind: str, column: str, errors: str, counts: Counts) -> Ite
 
 
 def _present(cells: pd.Series[Any], counts: Counts) -> Iterator[tuple[str, Any]]:
-    """Where they stand, and the cells that have a value; the others are counted."""
+    """Cells with a value, and their locations; nulls are counted."""
     missing = cells.isna()
     counts.nulls += int(missing.sum())
     yield from ((str(where), cell) for where, cell in cells[~missing].items())
@@ -70,7 +70,7 @@ def _text(cell: Any, where: str, column: str, errors: str, counts: Counts) -> st
     try:
         cell.encode()
     except UnicodeEncodeError as error:
-        # JSON can spell half of a surrogate pair, which no UTF-8 file can hold.
+        # JSON can spell an unpaired surrogate, which no UTF-8 file can hold.
         if errors == "strict":
             raise DataError(f"{where}: a lone surrogate. Mend it, or use --errors replace.") from error
         return without_surrogates(cell, counts)
@@ -88,8 +88,8 @@ def _text_table(path: Path, kind: str, column: str, errors: str, counts: Counts)
             yield pd.Series([row.cell for row in chunk], places, dtype=object)
 
 
-def _csv(text: Iterator[str], path: Path, kind: str, column: str) -> Iterator[Row]:
-    """Rows by Python's strict reader: pandas' cuts them at carriage returns, and mends quotes and lengths."""
+def _csv(text: Iterator[str], path: Path, kind: str, column: str) -> Iterator[TableRow]:
+    """Rows by Python's strict reader: pandas' splits at carriage returns, and repairs quotes and lengths."""
     csv.field_size_limit(LINE_CHARACTERS)
     reader = csv.reader(text, delimiter=SEPARATORS[kind], strict=True)
     header: list[str] = []
@@ -104,11 +104,11 @@ def _csv(text: Iterator[str], path: Path, kind: str, column: str) -> Iterator[Ro
             raise DataError(f"{where} of the table {path} (line {line}): {_csv_reason(error)}") from error
         if not header:
             header, place = cells, only_column(cells, column, path) if cells else 0
-        elif cells or len(header) == 1:  # an empty line between rows is none, but may be an empty cell
+        elif cells or len(header) == 1:  # an empty line is no row, except in a table of one column
             number += 1
             _check_length(cells or [""], header, f"row {number} of the table {path} (line {line})")
             # Only an empty cell is null: the words "None", "NA" and "null" are text.
-            yield Row(number, line, (cells[place] if cells else "") or None)
+            yield TableRow(number, line, (cells[place] if cells else "") or None)
         line = reader.line_num + 1
 
 
@@ -123,7 +123,7 @@ def _check_length(cells: Sequence[str], header: Sequence[str], where: str) -> No
 
 
 def _csv_reason(error: csv.Error) -> str:
-    """What `csv` says of a row, in the words of who has to mend it."""
+    """Message about an error of `csv`, for the user who has to repair the row."""
     said = str(error)
     if "expected after" in said:
         return (
@@ -139,8 +139,8 @@ def _csv_reason(error: csv.Error) -> str:
     return f"{said}. Mend that row."
 
 
-def _json_lines(text: Iterator[str], path: Path, column: str) -> Iterator[Row]:
-    """Rows by Python's own reader: pandas' would make dates and numbers of texts that look like them."""
+def _json_lines(text: Iterator[str], path: Path, column: str) -> Iterator[TableRow]:
+    """Rows by Python's own reader: pandas' would convert texts that look like dates and numbers."""
     others: dict[str, None] = {}
     seen, number = False, 0
     for line, spelled in enumerate(text, start=1):
@@ -153,7 +153,7 @@ def _json_lines(text: Iterator[str], path: Path, column: str) -> Iterator[Row]:
             others.update(dict.fromkeys(record))
             if not seen and number >= ROWS_PER_CHUNK:
                 raise no_column(path, column, list(others))
-        yield Row(number, line, record.get(column))
+        yield TableRow(number, line, record.get(column))
     if number and not seen:
         raise no_column(path, column, list(others))
 
@@ -162,7 +162,7 @@ def _record(line: str, column: str, where: str) -> dict[str, Any]:
     twice: set[str] = set()
 
     def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        # The object of the line itself is the last that is closed.
+        # The object of the line itself is the last one to be closed.
         twice.clear()
         made = dict(pairs)
         if len(made) < len(pairs):

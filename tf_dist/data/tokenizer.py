@@ -1,6 +1,6 @@
 """Text <-> token ids: bytes, characters, or byte-level BPE, behind one small interface.
 
-A tokenizer is one JSON file. Ours for bytes and characters hold a ``format`` key; any other file is
+A tokenizer is one JSON file. Ours for bytes and characters have a ``format`` key; any other file is
 read as a Hugging Face ``tokenizer.json``, and BPE tokenizers are saved as one, so that other tools
 can read them too.
 """
@@ -31,7 +31,7 @@ FILE_LIMIT_BYTES = 128 << 20
 BYTES = 256
 LONG_RUN = re.compile(r"\S{512}|\s{512}")
 END_OF_TEXT = "<|endoftext|>"
-# What well-known tokenizers call the token after a document, the likeliest first.
+# Names of the end-of-text token in well-known tokenizers, the most likely first.
 END_OF_TEXT_NAMES = (END_OF_TEXT, "</s>", "[SEP]", "<eos>")
 
 
@@ -40,8 +40,8 @@ class UnknownCharacter(DataError):
 
     Args:
         character: that one.
-        at: how many characters of the text are before it.
-        line: in which line of the text it stands, from 1.
+        at: its offset in the text, in characters.
+        line: its line in the text, from 1.
     """
 
     def __init__(self, character: str, at: int, line: int) -> None:
@@ -49,7 +49,7 @@ class UnknownCharacter(DataError):
         super().__init__(self.said())
 
     def said(self, characters: int = 0, lines: int = 0) -> str:
-        """The message, where so many characters and lines stand before the text."""
+        """The message, with offsets for a text that begins after so many characters and lines."""
         return (
             f"character {self.character!r} (U+{ord(self.character):04X}, character {characters + self.at} of "
             f"the text, line {lines + self.line}) is unknown to this char tokenizer. Train one on this "
@@ -58,10 +58,10 @@ class UnknownCharacter(DataError):
 
 
 class Tokenizer(abc.ABC):
-    """What every tokenizer can do.
+    """Interface of tokenizers.
 
-    ``end_of_text`` is the id that stands after each document. It is never the id of any text: a corpus
-    in which its name is written is still only text. It decodes to nothing.
+    ``end_of_text`` is the id that follows each document. No text encodes to it: a corpus
+    that contains its name is still only text. It decodes to the empty string.
     """
 
     kind: str
@@ -73,7 +73,7 @@ class Tokenizer(abc.ABC):
         """The ids of each text, uint32, one array of shape (tokens of that text,) per text.
 
         Raises:
-            DataError: a text holds something this tokenizer has no token for.
+            DataError: a text that this tokenizer cannot encode.
         """
 
     @abc.abstractmethod
@@ -86,7 +86,7 @@ class Tokenizer(abc.ABC):
         """The ids of one text, uint32, shape (tokens,).
 
         Raises:
-            DataError: as `encode_batch` does, or the text holds bytes that are no UTF-8 (of a command line).
+            DataError: as `encode_batch` does, or the text holds invalid UTF-8 (from a command line).
         """
         try:
             text.encode()
@@ -99,7 +99,7 @@ class Tokenizer(abc.ABC):
         return self.encode_batch([text])[0]
 
     def decode(self, ids: npt.ArrayLike) -> str:
-        """The text of ids, shape (tokens,). End-of-text becomes nothing; bytes that are no UTF-8, U+FFFD.
+        """The text of ids, shape (tokens,). End-of-text becomes empty; invalid UTF-8 becomes U+FFFD.
 
         Raises:
             DataError: an id outside the vocabulary.
@@ -114,7 +114,7 @@ class Tokenizer(abc.ABC):
         return self._decode(array[array != self.end_of_text].astype(np.uint32))
 
     def save(self, path: Path | str) -> None:
-        """Write the tokenizer to ``path``: all of it or nothing."""
+        """Write the tokenizer to ``path``, atomically."""
         write_whole(Path(path), self._json().encode())
 
 
@@ -172,14 +172,14 @@ def _code_points(text: str) -> npt.NDArray[np.uint32]:
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A tokenizer of the ``tokenizers`` library, trained here or anywhere.
+    """A tokenizer of the ``tokenizers`` library, trained here or elsewhere.
 
     Args:
         inner: a ``tokenizers.Tokenizer``.
-        name: what to call it in an error.
+        name: for error messages.
 
     Raises:
-        UsageError: no token that could end a text.
+        UsageError: it has no token that could end a text.
     """
 
     def __init__(self, inner: Any, name: str) -> None:
@@ -195,12 +195,12 @@ class HuggingFaceTokenizer(Tokenizer):
         self.end_of_text = found[0]
         inner.no_truncation()
         inner.no_padding()
-        # A corpus may spell out "<|endoftext|>"; only we may write the real one.
+        # A corpus may contain "<|endoftext|>" as text; only this class may write the token.
         inner.encode_special_tokens = True
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         """See `Tokenizer.encode_batch`."""
-        # The fast one leaves out where in the text each token lies; older releases lack it.
+        # The fast variant skips the offsets of tokens; older releases lack it.
         encode = getattr(self._inner, "encode_batch_fast", self._inner.encode_batch)
         with foreign_tokenizer.no_panic("this tokenizer cannot encode the text"):
             encoded = encode(list(texts), add_special_tokens=False)
@@ -215,11 +215,11 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def load_tokenizer(path: Path | str, *, follow: bool = True) -> Tokenizer:
-    """The tokenizer saved at ``path``: ours, or any Hugging Face ``tokenizer.json``.
+    """Load the tokenizer saved at ``path``: ours, or any Hugging Face ``tokenizer.json``.
 
     Args:
         path: of the file.
-        follow: whether it may be a link; not where it lies in a run folder.
+        follow: whether it may be a link; False inside a run folder.
 
     Raises:
         DataError: no such file, or not a tokenizer.
@@ -256,16 +256,16 @@ def _ours(fields: dict[str, Any], path: Path) -> Tokenizer:
 
 
 def train_tokenizer(kind: str, documents: Iterable[str], vocab_size: int | None = 0) -> Tokenizer:
-    """A new tokenizer; the same for the same documents, whatever the machine.
+    """Train a tokenizer; the result depends on the documents only, not on the machine.
 
     Args:
         kind: ``byte``, ``char`` or ``bpe``.
-        documents: the texts, or pieces of them; not looked at for ``byte``.
+        documents: the texts, or chunks of them; ignored for ``byte``.
         vocab_size: the number of ids, end-of-text included; for ``bpe`` at most that many (a small
             corpus may yield fewer). 0 or None: as many as needed, for ``bpe`` 2048.
 
     Raises:
-        UsageError: an unknown kind, or a ``vocab_size`` too small; says the least that works.
+        UsageError: an unknown kind, or a ``vocab_size`` too small; names the smallest valid one.
         DataError: there are no documents.
     """
     if kind not in ("byte", "char", "bpe"):
@@ -299,10 +299,10 @@ def _train_char(documents: Iterable[str], vocab_size: int | None) -> CharTokeniz
 
 
 def _in_short_runs(documents: Iterable[str]) -> Iterator[str]:
-    """Texts, cut where they go on without a space (DNA, base64, Chinese), or with nothing else.
+    """Split long runs without spaces (DNA, base64, Chinese), or of nothing but spaces.
 
-    The library looks through a whole word for each new token: minutes for words of a megabyte. What is
-    learnt from ordinary text stays the same, and so does the way a trained tokenizer reads any text.
+    The library scans a complete word for each new token: minutes for words of a megabyte. Ordinary text
+    trains the same tokens, and the trained tokenizer encodes any text the same way.
     """
     for document in documents:
         begin = 0
@@ -323,7 +323,7 @@ def _train_bpe(documents: Iterable[str], vocab_size: int) -> HuggingFaceTokenize
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],
-        # All 256 bytes are in from the start, so that no text is unknown.
+        # All 256 bytes are in the initial alphabet, so that no text is unknown.
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )

@@ -1,4 +1,4 @@
-"""A corpus as one long row of token ids, in a file that is mapped and not read.
+"""A corpus as one long array of token ids, in a memory-mapped file.
 
 Raw little-endian uint16 (vocabularies up to 65,536) or uint32. Legend: B rows, T tokens in a row.
 """
@@ -23,7 +23,7 @@ Batch = npt.NDArray[np.int32]
 
 DTYPES = ("uint16", "uint32")
 LARGEST_VOCAB = 1 << 31
-# Up to so many bytes all tokens are looked at before they are trained on; of more, blocks from all over.
+# Up to this size all tokens are checked before training; of larger files, a sample of blocks.
 SAMPLED_FROM_BYTES = 1 << 26
 SAMPLED_BLOCKS = 256
 SAMPLED_BLOCK_TOKENS = 1 << 15
@@ -43,7 +43,7 @@ def token_dtype(vocab_size: int) -> str:
 
 
 class TokenWriter:
-    """Appends tokens to a new file. ``tokens`` is how many, so far. Close it, or use ``with``."""
+    """Appends tokens to a new file. ``tokens`` is their number so far. Close it, or use ``with``."""
 
     def __init__(self, path: Path, dtype: str) -> None:
         self.tokens = 0
@@ -65,10 +65,10 @@ class TokenWriter:
 
 
 def map_tokens(path: Path, dtype: str) -> TokenArray:
-    """The tokens of a file, shape (tokens,), mapped read-only into memory.
+    """Map the tokens of a file, shape (tokens,), read-only into memory.
 
     Raises:
-        DataError: not there, or not a whole number of tokens.
+        DataError: missing, or not an integral number of tokens.
     """
     kind = np.dtype(dtype).newbyteorder("<")
     try:
@@ -95,9 +95,9 @@ def content_sha256(*paths: Path) -> str:
 
 
 def sampled(tokens: npt.NDArray[Any]) -> Iterator[tuple[int, npt.NDArray[Any]]]:
-    """Where a block of tokens begins, and the block: all of them, or where they are many, some from all over.
+    """Blocks of tokens with their offsets: all of them, or an evenly spaced sample if there are many.
 
-    The first and the last block are always among them.
+    The first and the last block are always included.
     """
     starts: Iterable[int] = range(0, len(tokens), SAMPLED_BLOCK_TOKENS)
     if tokens.nbytes > SAMPLED_FROM_BYTES:
@@ -108,9 +108,9 @@ def sampled(tokens: npt.NDArray[Any]) -> Iterator[tuple[int, npt.NDArray[Any]]]:
 
 
 def sample_sha256(tokens: npt.NDArray[Any]) -> str:
-    """A digest of tokens, shape (tokens,), that takes a moment for any number: of count, type and `sampled`.
+    """A fast digest of tokens, shape (tokens,): of count, dtype and `sampled` blocks.
 
-    Ranks compare it to know that they train on the same; up to `SAMPLED_FROM_BYTES` no token escapes it.
+    Ranks compare it to detect different data; up to `SAMPLED_FROM_BYTES` it covers every token.
     """
     digest = hashlib.sha256(f"{len(tokens)} {tokens.dtype.str}".encode())
     for _, block in sampled(tokens):
@@ -119,11 +119,11 @@ def sample_sha256(tokens: npt.NDArray[Any]) -> str:
 
 
 def foreign_token(tokens: npt.NDArray[Any], vocab_size: int) -> tuple[int, int] | None:
-    """The first id found that is not in 0 .. ``vocab_size`` - 1, and its place, among `sampled`; or None.
+    """The first id outside 0 .. ``vocab_size`` - 1, and its position, among `sampled`; or None.
 
     Args:
         tokens: ids, of any shape.
-        vocab_size: how many there are.
+        vocab_size: size of the vocabulary.
     """
     for start, block in sampled(tokens.reshape(-1)):
         wrong = (block < 0) | (block >= vocab_size)
@@ -134,7 +134,7 @@ def foreign_token(tokens: npt.NDArray[Any], vocab_size: int) -> tuple[int, int] 
 
 
 def foreign_tokens_error(token: int, place: int, vocab_size: int) -> DataError:
-    """The error for tokens of another tokenizer than the model was made for."""
+    """The error for tokens of another tokenizer than the model's."""
     return DataError(
         f"token id {token} at place {place:,} is not in the model's vocabulary of {vocab_size} (0 to "
         f"{vocab_size - 1}): the tokens were made by another tokenizer than the model was made for"
@@ -153,7 +153,7 @@ class Sequences:
 
     Raises:
         UsageError: ``seq_len`` is less than 1.
-        DataError: ``tokens`` is not one row of whole numbers.
+        DataError: ``tokens`` is not a 1-D array of integers.
     """
 
     def __init__(self, tokens: npt.NDArray[Any], seq_len: int) -> None:
@@ -166,11 +166,11 @@ class Sequences:
         self._vocab_size: int | None = None
 
     def must_be_below(self, vocab_size: int) -> None:
-        """Refuse tokens that a model does not have.
+        """Refuse tokens outside a model's vocabulary.
 
         Raises:
-            DataError: an id is negative, or not less than ``vocab_size``. Where there are too many tokens to
-                look at all of them now, `rows` raises it.
+            DataError: an id is negative, or not less than ``vocab_size``. If there are too many tokens to
+                check all of them now, `rows` raises it.
         """
         found = foreign_token(self.tokens, vocab_size)
         if found:
@@ -184,14 +184,14 @@ class Sequences:
         """The rows of a batch.
 
         Args:
-            indices: shape (B,), window numbers; -1 asks for a row of padding.
+            indices: shape (B,), window numbers; -1 for a row of padding.
 
         Returns:
-            x and y, int32 of shape (B, T). Where there is no target, y is -1 and x is 0.
+            x and y, int32 of shape (B, T). For padding, y is -1 and x is 0.
 
         Raises:
             IndexError: no such window.
-            DataError: a token is not in the vocabulary of the model, see `must_be_below`.
+            DataError: a token is not in the model's vocabulary, see `must_be_below`.
         """
         index = np.asarray(indices, dtype=np.int64).reshape(-1)
         if index.size and not (NO_SEQUENCE <= index.min() and index.max() < len(self)):

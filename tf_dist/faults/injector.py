@@ -1,4 +1,4 @@
-"""The places where faults strike, as functions that the rooms above call; see `tf_dist.faults`."""
+"""Injection points, as functions that other packages call; see `tf_dist.faults`."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from tf_dist.faults.writes import Writes
 
 
 class InjectedFault(Exception):
-    """What `raise` raises: an error that nobody has foreseen."""
+    """The exception of fault `raise`: an unexpected error."""
 
 
 class Armed:
-    """The faults that wait for this rank.
+    """The armed faults of this rank.
 
     Args:
         text: as `tf_dist.faults.spec.parse` takes it.
@@ -30,7 +30,7 @@ class Armed:
 
     Attributes:
         faults: of all ranks.
-        writes: what `diskfull` and `partial` do to files.
+        writes: effects of `diskfull` and `partial` on files.
     """
 
     def __init__(self, text: str, rank: int) -> None:
@@ -42,22 +42,22 @@ class Armed:
         self.writes = Writes()
 
     def begin(self, step: int, weights: Sequence[Any]) -> None:
-        """A step begins, counted from 1, with these variables: arrays that can be assigned."""
+        """Start a step, counted from 1, with these variables: arrays that can be assigned."""
         self._step, self._weights = step, weights
         self.at("step")
 
     def at(self, phase: str, step: int = 0) -> None:
-        """Strike what is due in a phase to which this rank has come; of that step, where it is given."""
+        """Inject faults that are due in this phase; of that step, if it is given."""
         self._step = step or self._step
         for fault in self._mine:
             if fault.phase == phase and self._due(fault):
                 self._strike(fault)
 
     def _due(self, fault: Fault) -> bool:
-        """Whether a fault strikes now: in its steps, or once, at the first chance from its step on."""
+        """Whether a fault is due now: in its steps, or once, at the first opportunity from its step on."""
         if fault.phase != "load" and self._step < fault.step:
             return False
-        if fault.kind in ("slow", "nan"):  # the same again where a step is taken again
+        if fault.kind in ("slow", "nan"):  # also in a repeated step
             return self._step < fault.step + fault.times
         if fault in self._spent:
             return False
@@ -83,7 +83,7 @@ class Armed:
         elif fault.kind == "partial":
             self.writes.cut(fault.call)
 
-    def spoil(self, terms: Sequence[np.ndarray]) -> None:
+    def inject_nan(self, terms: Sequence[np.ndarray]) -> None:
         """Put NaN into one element of this rank's gradients, of which it has at least one array."""
         for fault in self._mine:
             if fault.kind == "nan" and terms and self._due(fault):
@@ -92,7 +92,7 @@ class Armed:
 
 
 def flip(weights: Sequence[Any], fault: Fault) -> None:
-    """Flip bits of one weight: which ones, the seed says.
+    """Flip bits of one weight, chosen by the seed.
 
     Raises:
         UsageError: this rank has no weights whose bits could be flipped.
@@ -113,14 +113,14 @@ _armed: Armed | None = None
 
 
 def arm(text: str, rank: int) -> None:
-    """Make ready what TF_DIST_FAULT asks for, on every rank.
+    """Arm the faults of TF_DIST_FAULT, on every rank.
 
     Args:
         text: the variable's value; empty for none.
         rank: this one, as numbered when the job begins.
 
     Raises:
-        UsageError: it asks for what there is not.
+        UsageError: on every rank: an unknown kind, key or phase.
     """
     global _armed
     if _armed is not None:
@@ -129,29 +129,29 @@ def arm(text: str, rank: int) -> None:
 
 
 def said() -> str:
-    """A line for people: what is armed; nothing where nothing is."""
+    """Status line: armed faults; empty if there are none."""
     return "; ".join(map(str, _armed.faults)) if _armed is not None else ""
 
 
 def begin(step: int, weights: Sequence[Any]) -> None:
-    """A step begins, counted from 1; `weights` are the variables of this rank."""
+    """Start a step, counted from 1; `weights` are the variables of this rank."""
     if _armed is not None:
         _armed.begin(step, weights)
 
 
 def at(phase: str, step: int = 0) -> None:
-    """Say that this rank has come to a phase of `tf_dist.faults.spec.PHASES`, of that step if it is given."""
+    """Injection point: this rank has reached a phase of `tf_dist.faults.spec.PHASES`, of `step` if given."""
     if _armed is not None:
         _armed.at(phase, step)
 
 
-def spoil(terms: Sequence[np.ndarray]) -> None:
-    """Say what sums of gradients this rank has made, (P,) float32 each, that nobody else has got yet."""
+def inject_nan(terms: Sequence[np.ndarray]) -> None:
+    """Injection point: this rank's sums of gradients, (P,) float32 each, before communication."""
     if _armed is not None:
-        _armed.spoil(terms)
+        _armed.inject_nan(terms)
 
 
 def writes_below(folder: Path) -> None:
-    """The run's files are written below this folder."""
+    """Set the folder below which the run's files are written."""
     if _armed is not None:
         _armed.writes.below(folder)

@@ -1,4 +1,4 @@
-"""What TF_DIST_FAULT says, as data: parsed strictly, for a fault that is not injected proves nothing."""
+"""Parser of TF_DIST_FAULT; strict, as a fault that is not injected proves nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tf_dist.spelling import did_you_mean
 
 VARIABLE = "TF_DIST_FAULT"
 
-# Places where a rank may be hit, in the order of a run.
+# Injection points, in the order of a run.
 PHASES = {
     "load": "a checkpoint is about to be read",
     "step": "a step begins; the sentinel has not looked yet",
@@ -27,10 +27,10 @@ FOR_EVER = 1 << 62
 
 
 class Kind(NamedTuple):
-    """What a kind of fault may be asked for.
+    """Parameters of a kind of fault.
 
-    phases: where it may strike; the first one unless another is given. keys: beside rank, step and phase.
-    needs: those of them that have no default. times: steps in a row, unless given.
+    phases: where it may be injected; the first one is the default. keys: besides rank, step and phase.
+    needs: those of them without a default. times: default number of consecutive steps.
     """
 
     phases: tuple[str, ...]
@@ -52,17 +52,17 @@ KINDS = {
     "diskfull": Kind(ANYWHERE),
     "partial": Kind(("save",), ("call",)),
 }
-# The least value of each key that is a number.
+# Lower bound of each numeric key.
 LEAST = {"rank": 0, "step": 1, "times": 1, "ms": 0, "seed": 0, "bits": 1, "call": 1, "code": 0}
 
 
 class Fault(NamedTuple):
     """One fault.
 
-    rank: as numbered when the job began; None: every rank. step: the first in which it strikes, counted from
-    1. times: steps, of `slow` and `nan`. ms: of `slow`. seed: chooses the place of `nan` and `bitflip`. bits:
-    that `bitflip` flips, in one weight. call: the number of the write of a save that `partial` cuts. code:
-    of `exit`.
+    rank: as numbered when the job began; None: every rank. step: the first in which it is injected, counted
+    from 1. times: steps, of `slow` and `nan`. ms: of `slow`. seed: chooses the place of `nan` and `bitflip`.
+    bits: flipped by `bitflip`, in one weight. call: index of the write of a save that `partial` truncates.
+    code: of `exit`.
     """
 
     kind: str
@@ -77,7 +77,7 @@ class Fault(NamedTuple):
     code: int = 1
 
     def hits(self, rank: int) -> bool:
-        """Whether it is meant for a rank."""
+        """Whether it applies to a rank."""
         return self.rank is None or self.rank == rank
 
     def __str__(self) -> str:
@@ -90,7 +90,7 @@ def parse(text: str) -> list[Fault]:
     """The faults of ``kind:key=value,...;kind:...``.
 
     Raises:
-        UsageError: a kind, key or phase that there is not, or a value that cannot be.
+        UsageError: an unknown kind, key or phase, or an invalid value.
     """
     return [_fault(part.strip()) for part in text.split(";") if part.strip()]
 

@@ -1,6 +1,6 @@
-"""Files below a folder that cannot be written any more, or whose writer dies in the middle of a write.
+"""File write faults below a folder: a full disk, or a process killed in the middle of a write.
 
-Only where that was asked for, the functions that open files and write to them are replaced in this process.
+The functions that open and write files are replaced in this process only if such a fault is armed.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-FULL = "/dev/full"  # of which the kernel says that no space is left, at each write
+FULL = "/dev/full"  # every write to it fails with ENOSPC
 
 
 class Writes:
-    """What becomes of the writes of this process below a folder: nothing special until told otherwise."""
+    """Fault state of this process's writes below a folder: no faults by default."""
 
     def __init__(self) -> None:
         self._folder, self._full, self._left = "", False, 0
         self._open, self._write, self._pwrite = builtins.open, os.write, os.pwrite
 
     def below(self, folder: Path) -> None:
-        """The folder whose files are meant."""
+        """Set the folder of the affected files."""
         self._folder = os.path.join(os.path.realpath(folder), "")
 
     def fill(self) -> None:
-        """From now on the disk is full: what is opened there for writing fails at its first write."""
+        """Simulate a full disk: files opened for writing from now on fail at their first write."""
         self._full = True
         self._install()
 
     def cut(self, call: int) -> None:
-        """The k-th write call from now on writes a half, and then the process is killed."""
+        """Make the k-th write call from now on write one half, and then kill the process."""
         self._left = call
         self._install()
 
@@ -43,7 +43,7 @@ class Writes:
         os.write, os.pwrite = self._written, self._pwritten
 
     def give_back(self) -> None:
-        """Let files be written as ever."""
+        """Restore the original functions."""
         builtins.open = io.open = self._open
         os.write, os.pwrite = self._write, self._pwrite
 
@@ -52,7 +52,7 @@ class Writes:
             return False
         return os.path.realpath(os.fsdecode(path)).startswith(self._folder)
 
-    # In place of the builtin functions -----------------------------------------------------------
+    # Replacements of builtin functions -----------------------------------------------------------
 
     def _opened(self, file: Any, mode: str = "r", *arguments: Any, **words: Any) -> Any:
         if not set(mode) & set("wax+") or not self._is_below(file):
@@ -82,7 +82,7 @@ class Writes:
         return self._left > 0 and self._is_below(f"/proc/self/fd/{fd}")
 
     def _counted(self, write: Callable[[Any], int | None], data: Any, counts: bool = True) -> int:
-        """Write; half of it where this is the call that was meant, and no more."""
+        """Write; half of it, and no more, if this is the affected call."""
         if counts and self._left > 0:
             self._left -= 1
             if not self._left:
@@ -93,7 +93,7 @@ class Writes:
 
 
 class _CutFile(io.FileIO):
-    """A file of which each system call that writes is counted."""
+    """A file whose write system calls are counted."""
 
     def __init__(self, file: Any, mode: str, counted: Callable[..., int]) -> None:
         super().__init__(file, mode)

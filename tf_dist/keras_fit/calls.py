@@ -1,4 +1,4 @@
-"""`Model.fit`, `evaluate` and `predict` while several ranks are connected: the same call trains one model.
+"""`Model.fit`, `evaluate` and `predict` over ranks: the same call trains one model.
 
 * ``fit``: the optimizer is distributed, and every rank computes its rows of each global batch, whatever
   form the data have. What is not so yet is made so, and said.
@@ -12,6 +12,7 @@ Ranks that are to train models of their own say so: `independent`.
 from __future__ import annotations
 
 import inspect
+import logging
 import random
 import secrets
 import zlib
@@ -26,11 +27,12 @@ import tensorflow as tf
 from keras.src.backend.tensorflow import trainer as keras_trainer
 from tensorflow.python.eager import context as tf_context
 
-from tf_dist import terminal
-from tf_dist.comm.base import Comm
-from tf_dist.comm.communicators import connected
-from tf_dist.comm.words import named
+from tf_dist.comm.formatting import named
+from tf_dist.comm.runtime.communicators import connected
+from tf_dist.comm.runtime.log_handlers import once
+from tf_dist.comm.transport.base import Comm
 from tf_dist.errors import LaunchError, UsageError
+from tf_dist.keras_callbacks.replica_sync import deferred_starts
 from tf_dist.keras_fit import self_test
 from tf_dist.keras_fit.data_fingerprints import compare_all
 from tf_dist.keras_fit.dataset import Sharding, inherited_sharding, rows_of_rank, sharding_of
@@ -48,8 +50,8 @@ from tf_dist.keras_fit.fit_session import (
 from tf_dist.keras_fit.optimizers_of import distributed_of, optimizers_of
 from tf_dist.keras_fit.rendezvous import PATIENCE_S, missing_ranks
 from tf_dist.keras_fit.unweighted import without_weights
-from tf_dist.training.replicated import deferred_starts
 
+LOG = logging.getLogger(__name__)
 Method = Callable[..., Any]
 
 
@@ -130,11 +132,10 @@ def _ranks_of_fit(model: Any, data: Any) -> Comm | None:
     self_test.run()
     for optimizer in optimizers_of(model):
         made_distributed(optimizer, comm)
-    if comm.rank == 0:
-        terminal.write(
-            f"model.fit: the optimizer was not distributed; it is now, over {comm.size} ranks. "
-            "(Ranks that train models of their own: with tf_dist.independent(): ...)"
-        )
+    once(LOG, comm).info(
+        f"model.fit: the optimizer was not distributed; it is now, over {comm.size} ranks. "
+        "(Ranks that train models of their own: with tf_dist.independent(): ...)"
+    )
     return comm
 
 

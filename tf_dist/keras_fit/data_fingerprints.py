@@ -1,4 +1,4 @@
-"""Do all ranks read the same global batches? A digest of each one, compared while training goes on.
+"""Digests of global batches, compared between ranks during training: all ranks must read the same data.
 
 Each rank takes its rows of the same global batches, so every example is seen once only if all ranks read
 the same: a shuffle without a seed, another file, or a random augmentation on each rank are found here.
@@ -15,8 +15,8 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import numpy as np
 import tensorflow as tf
 
-from tf_dist.comm.base import Comm
-from tf_dist.comm.words import named
+from tf_dist.comm.formatting import named
+from tf_dist.comm.transport.base import Comm
 from tf_dist.errors import LaunchError
 
 # Of a larger tensor only rows spread over it are read: a digest must not cost as much as a step.

@@ -1,4 +1,4 @@
-"""`shard`: this rank's rows of every global batch, so that all examples are seen once.
+"""`shard`: this rank's rows of every global batch; each example is read exactly once.
 
 The number of ranks changes neither the batches nor the number of steps: each rank walks through the same
 global batches and takes a contiguous block of the rows of each. Keras's ``fit`` and ``evaluate`` take the
@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from tf_dist.comm.agree import agree
-from tf_dist.comm.base import Comm
-from tf_dist.comm.communicators import as_comm
+from tf_dist.comm.runtime.communicators import as_comm
+from tf_dist.comm.runtime.consensus import agree
+from tf_dist.comm.transport.base import Comm
 from tf_dist.data.sampler import Sampler
 from tf_dist.errors import DataError, UsageError
 from tf_dist.keras_fit.data_fingerprints import Fingerprints, digest

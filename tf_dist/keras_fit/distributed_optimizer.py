@@ -1,4 +1,4 @@
-"""A Keras optimizer that means all ranks.
+"""A Keras optimizer that averages gradients over all ranks.
 
 The optimizer stays what it is and only its class changes, to a subclass that reduces gradients before
 anything else is done with them. Keras then clips, accumulates, decays and averages as always, with
@@ -18,21 +18,29 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.python.ops import control_flow_util
 
-from tf_dist.comm.agree import agree
-from tf_dist.comm.base import Comm
+from tf_dist.comm.runtime.consensus import agree
+from tf_dist.comm.transport.base import Comm
 from tf_dist.errors import UsageError
+from tf_dist.keras_callbacks.replica_sync import broadcast, starts_are_deferred
+from tf_dist.keras_fit.gradient_law import by_law
 from tf_dist.keras_fit.gradient_reduction import Reduction, order_after
 from tf_dist.keras_fit.names import name_of
-from tf_dist.keras_fit.step_scope import StepScope, active
-from tf_dist.training.replicated import broadcast, starts_are_deferred
+from tf_dist.keras_fit.step_scope import active
+from tf_dist.parallel.aggregator import Aggregator
 
 
-def made_distributed(optimizer: Any, comm: Comm) -> Any:
-    """The optimizer, of a class that reduces; the class, and not the instance, knows the ranks."""
+def made_distributed(optimizer: Any, comm: Comm, aggregator: Aggregator | None = None) -> Any:
+    """The optimizer, of a class that reduces; the class, and not the instance, knows the ranks.
+
+    Args:
+        optimizer: is changed.
+        comm: all ranks.
+        aggregator: sums dense gradients; None: `Automatic`.
+    """
     plain = type(optimizer)
     names = {
         "comm": comm,
-        "reduction": Reduction(comm),
+        "reduction": Reduction(comm, aggregator),
         "visits": 0,
         "started": False,
         "__doc__": plain.__doc__,
@@ -108,19 +116,26 @@ class Distributed:
             self._start_late(variables)
         if scope is not None:
             grads = by_law(grads, scope)
+        overwriting = [getattr(variable, "overwrite_with_gradient", False) for variable in variables]
+        if any(overwriting) and not self.reduction.aggregator.exact:
+            raise UsageError(
+                f"aggregator {self.reduction.aggregator} with variables whose gradient is their next value "
+                "(scales of float8): what is kept back of a value never comes. Use aggregator 'auto'"
+            )
         names = [name_of(variable) for variable in variables]
         if not self.gradient_accumulation_steps:
             data = None if scope is None else scope.data
             grads = self.reduction.mean(grads, names, sparse=_needs_slices(self), data=data)
-        elif any(getattr(variable, "overwrite_with_gradient", False) for variable in variables):
-            grads = self._mean_of_overwriting(grads, variables)
+        elif any(overwriting):
+            grads = self._mean_of_overwriting(grads, variables, overwriting)
         super().apply(grads, trainable_variables)  # type: ignore[misc]
-        order_after(self._iterations.value)  # accumulated gradients cross in a branch
+        order_after(end_of_step(self))
         return None
 
-    def _mean_of_overwriting(self: Any, grads: list[Any], variables: list[Any]) -> list[Any]:
+    def _mean_of_overwriting(
+        self: Any, grads: list[Any], variables: list[Any], overwriting: list[bool]
+    ) -> list[Any]:
         """Reduce what Keras stores in place of a variable in each step, before it accumulates the rest."""
-        overwriting = [getattr(variable, "overwrite_with_gradient", False) for variable in variables]
         chosen = [grad if mine else None for grad, mine in zip(grads, overwriting, strict=True)]
         means = self.reduction.mean(chosen, [name_of(variable) for variable in variables])
         return [mean if mine else grad for mean, grad, mine in zip(means, grads, overwriting, strict=True)]
@@ -154,21 +169,32 @@ class Distributed:
             )
 
 
-def by_law(grads: Sequence[Any], scope: StepScope) -> list[Any]:
-    """Gradients whose mean over the ranks is that of the global batch, by what the user's objective is."""
-    if scope.law.gradients == "global":
-        return list(grads)
-    factor, any_rows = tf.constant(float(scope.size)), scope.any_rows
-    if scope.law.gradients == "mean":
-        share, any_rows = scope.share()
-        factor = factor * share
+def check_aggregator(aggregator: Aggregator, optimizer: Any) -> None:
+    """Refuse an aggregator whose sums this optimizer cannot use.
 
-    def scaled(grad: Any) -> Any:
-        if isinstance(grad, tf.IndexedSlices):
-            return tf.IndexedSlices(scaled(grad.values), grad.indices, grad.dense_shape)
-        return tf.where(any_rows, tf.cast(factor, grad.dtype) * grad, tf.zeros_like(grad))
+    Raises:
+        UsageError: with what would do.
+    """
+    if not aggregator.exact and isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        raise UsageError(
+            f"aggregator {aggregator} with a LossScaleOptimizer: what it keeps of a gradient may have "
+            "another scale in the next step. Distribute the inner optimizer: compile() scales around it"
+        )
+    if aggregator.of_momentum and not isinstance(optimizer, keras.optimizers.SGD):
+        raise UsageError(
+            f"aggregator {aggregator} with {type(optimizer).__name__}: what signs lose is made up for "
+            "only in steps that are linear in gradients. Use keras.optimizers.SGD, or 1-bit Adam of a Trainer"
+        )
 
-    return [None if grad is None else scaled(grad) for grad in grads]
+
+def end_of_step(optimizer: Any) -> Any:
+    """A number that is read after a step of an optimizer, () of any type.
+
+    Accumulated gradients cross in a branch, which writes the accumulators; the count is written beside it.
+    """
+    if optimizer.gradient_accumulation_steps:
+        return tf.reshape(optimizer._accumulated_gradients[0].value, (-1,))[0]
+    return tf.convert_to_tensor(optimizer._iterations.value)
 
 
 def _needs_slices(optimizer: Any) -> bool:

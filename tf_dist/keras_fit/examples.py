@@ -1,4 +1,4 @@
-"""What users give as data, as tensors or as a dataset of global batches; the rest is refused by name."""
+"""Convert user data to tensors or to a dataset of global batches; refuse anything else by name."""
 
 from __future__ import annotations
 

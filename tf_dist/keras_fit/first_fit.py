@@ -1,4 +1,4 @@
-"""Keras is patched when `fit` is first called over several ranks, also where nobody asked for it.
+"""Patch Keras at the first `fit` over several ranks, also without an explicit `distribute`.
 
 This file is imported with ``tf_dist``, before Keras is, and so imports neither Keras nor TensorFlow.
 """
@@ -9,7 +9,7 @@ from functools import wraps
 from importlib import import_module
 from typing import Any
 
-from tf_dist.comm.communicators import connected
+from tf_dist.comm.runtime.communicators import connected
 
 
 def watch_fit(keras: Any) -> None:

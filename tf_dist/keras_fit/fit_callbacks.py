@@ -1,7 +1,7 @@
-"""Keras's list of callbacks in `fit`, `evaluate` and `predict` over ranks: logs are those of all ranks.
+"""Keras's CallbackList in `fit`, `evaluate` and `predict` over ranks: logs are global.
 
-`tf_dist.training.callback_list` says who runs where. Here the logs of an epoch, and of an evaluation whose
-rows are shared out, become those of all ranks before callbacks see them.
+`tf_dist.keras_callbacks.callback_list` says who runs where. Here the logs of an epoch, and of an evaluation
+whose rows are shared out, become those of all ranks before callbacks see them.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any
 import keras
 
 from tf_dist.errors import LaunchError
+from tf_dist.keras_callbacks.callback_list import Logs, RankCallbackList
+from tf_dist.keras_callbacks.callbacks import AverageMetrics
 from tf_dist.keras_fit.fit_session import is_independent, session_of
 from tf_dist.keras_fit.optimizers_of import comm_of
-from tf_dist.training.callback_list import Logs, RankCallbackList
-from tf_dist.training.callbacks import AverageMetrics
 
 
 class FitCallbackList(RankCallbackList):

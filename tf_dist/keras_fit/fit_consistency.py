@@ -1,4 +1,4 @@
-"""Is it one model on all ranks? Compared before, while and after Keras's `fit` trains it.
+"""Consistency check of `fit`: one model on all ranks, compared before, during and after training.
 
 Before the first step: names, order and shapes of the weights, and all that decides what a step does with
 them (optimizer, loss, metrics, layers, dtype policies). While it trains: every weight and every number of the
@@ -13,12 +13,12 @@ from typing import Any
 import keras
 import numpy as np
 
-from tf_dist.comm.agree import agree
-from tf_dist.comm.base import Comm
+from tf_dist.comm.runtime.consensus import agree
+from tf_dist.comm.transport.base import Comm
 from tf_dist.errors import LaunchError
+from tf_dist.keras_callbacks.replica_sync import first_difference
 from tf_dist.keras_fit.names import unnumbered
 from tf_dist.keras_fit.optimizers_of import optimizers_of
-from tf_dist.training.replicated import first_difference
 
 EVERY_STEPS = 100
 # Digits to which hyper-parameters are compared: files keep some of them in float32.

@@ -1,4 +1,4 @@
-"""What is known of a model while Keras's `fit` or `evaluate` runs it over several ranks."""
+"""Per-model state while Keras's `fit` or `evaluate` runs over several ranks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from tf_dist.comm.base import Comm
+from tf_dist.comm.transport.base import Comm
 from tf_dist.keras_fit.gradient_reduction import Reduction
 from tf_dist.keras_fit.optimizers_of import comm_of, distributed_of
 from tf_dist.keras_fit.step_scope import Law

@@ -1,4 +1,4 @@
-"""BatchNormalization over the global batch: moments of the rows of all ranks (Ioffe and Szegedy 2015).
+"""BatchNormalization over the global batch: moments over the rows of all ranks (Ioffe and Szegedy 2015).
 
 Each rank by itself would normalize by its own rows, which is another model than that of one process, and
 would keep its own moving averages. Inside of a `step_scope`, sums and counts are summed over the ranks,

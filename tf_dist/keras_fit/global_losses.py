@@ -1,4 +1,4 @@
-"""Keras losses that divide by the counts of all ranks: the objective of N ranks is that of one process.
+"""Keras losses normalized by global counts, so that the objective of N ranks is that of one process.
 
 Inside of a `step_scope`, the value of a loss is that of the global batch, on every rank, and its gradient
 is R times the part that this rank's rows have in it; the mean over ranks, which follows, is their sum.
@@ -7,7 +7,7 @@ is R times the part that this rank's rows have in it; the mean over ranks, which
   Masks weigh by the masked counts of all ranks. ``reduction="sum"`` is the sum alone.
 * ``reduction=None``: the values of all rows are gathered, so whatever sums or averages them is right.
 * A loss function of the user that gives one number may divide by anything: it is given the predictions and
-  targets of all ranks.
+  targets of all ranks. So are those of Keras that do (Dice, Tversky) or compare rows (circle).
 * Values of `Layer.add_loss` are means over rows, or sums over them, as the `Law` says.
 """
 
@@ -36,11 +36,20 @@ def install() -> None:
     keras.Layer._get_own_losses = _own_losses(keras.Layer._get_own_losses)
 
 
+def is_across_rows(function: Any) -> bool:
+    """Whether a function of Keras compares rows, or divides by what it sums over all of them."""
+    return function in (keras.losses.dice, keras.losses.tversky, keras.losses.circle)
+
+
+def is_users_code(function: Any) -> bool:
+    """Whether a function, a method or an object of a class is not Keras's."""
+    return not str(getattr(function, "__module__", "")).startswith("keras.src.")
+
+
 def is_users(loss: Any) -> bool:
     """Whether a loss computes by code that is not Keras's."""
     function = getattr(loss, "fn", None)
-    module = type(loss).call.__module__ if function is None else getattr(function, "__module__", "")
-    return not str(module).startswith("keras.src.")
+    return is_users_code(type(loss).call if function is None else function)
 
 
 def _global(here: Any, everyone: Any, factor: Any) -> Any:
@@ -64,6 +73,7 @@ def _reduce_values(original: Callable[..., Any]) -> Callable[..., Any]:
         scope = _acts()
         if scope is None or len(values.shape) == 0:
             return original(values, sample_weight, reduction)
+        values = scope.unscaled(values)
         if reduction in (None, "none"):
             return scope.reduction.gather_rows(scope.that_count(values), "the losses of rows")
         total = scope.if_any(tf.reduce_sum(values))
@@ -102,7 +112,11 @@ def _loss_call(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def call(self: Any, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         scope = _acts()
-        if scope is None or not is_users(self) or isinstance(self, _containers()):
+        if scope is None or isinstance(self, _containers()):
+            return original(self, y_true, y_pred, sample_weight)
+        if is_across_rows(getattr(self, "fn", None)):
+            return _of_all_rows(original, self, scope, y_true, y_pred, sample_weight)
+        if not is_users(self):
             return original(self, y_true, y_pred, sample_weight)
         if scope.law.gather_user_losses or _one_number(self, y_true, y_pred):
             return _of_all_rows(original, self, scope, y_true, y_pred, sample_weight)
@@ -138,21 +152,13 @@ def _of_all_rows(
     original: Callable[..., Any], loss: Any, scope: StepScope, y_true: Any, y_pred: Any, weight: Any
 ) -> Any:
     def everyones(what: str, nest: Any) -> Any:
-        return keras.tree.map_structure(lambda one: _gathered(scope, one, what), nest)
+        return keras.tree.map_structure(lambda one: scope.gathered(one, what), nest)
 
+    y_pred = keras.tree.map_structure(scope.unscaled, y_pred)
     y_true, y_pred = everyones("the targets of a loss", y_true), everyones("the outputs of a model", y_pred)
     weight = None if weight is None else everyones("sample weights", weight)
     with entered(None):
         return original(loss, y_true, y_pred, weight)
-
-
-def _gathered(scope: StepScope, tensor: Any, what: str) -> Any:
-    everyone = scope.reduction.gather_rows(scope.that_count(tensor), what)
-    mask = keras.src.backend.get_keras_mask(tensor)
-    if mask is not None:
-        masks = scope.reduction.gather_rows(scope.that_count(mask), f"the mask of {what}")
-        keras.src.backend.set_keras_mask(everyone, masks)
-    return everyone
 
 
 def _own_losses(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -166,8 +172,7 @@ def _own_losses(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _added(scope: StepScope, loss: Any) -> Any:
     loss = tf.reduce_sum(tf.convert_to_tensor(loss))
-    if not loss.dtype.is_floating:
-        loss = tf.cast(loss, keras.config.floatx())
+    loss = scope.unscaled(loss if loss.dtype.is_floating else tf.cast(loss, keras.config.floatx()))
     if scope.law.added == "sum":
         loss = scope.if_any(loss)
         (everyone,) = scope.reduction.sums([loss], "a sum of add_loss")

@@ -1,9 +1,10 @@
-"""Keras metrics that are given numbers of a step: those of all ranks count once, each by its rows.
+"""Keras metrics that are updated with per-step scalars: weighted by rows, counted once over all ranks.
 
-Sums over rows need nothing: the states of all ranks are added up (`tf_dist.training.metric_sums`). A tracker
-(`keras.metrics.Mean`) that is given one number for a step, such as the loss of a ``train_step``, counts it by
-this rank's part of the rows, so that the states of all ranks add up to one number for each step; and a number
-computed of no rows counts nothing. On a rank none of whose rows counts, no state of a metric changes.
+Sums over rows need nothing: the states of all ranks are added up
+(`tf_dist.keras_callbacks.metric_reduction`). A tracker (`keras.metrics.Mean`) that is given one number for a
+step, such as the loss of a ``train_step``, counts it by this rank's part of the rows, so that the states of
+all ranks add up to one number for each step; and a number computed of no rows counts nothing. On a rank none
+of whose rows counts, no state of a metric changes.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def _by_rows(original: Callable[..., Any]) -> Callable[..., Any]:
         if scope.law.gradients == "sum":
             return original(self, scope.size * values, tf.constant(1 / scope.size, values.dtype))
         share, any_rows = scope.share()
-        return original(self, tf.where(any_rows, values, tf.zeros_like(values)), share)
+        return original(self, tf.where(any_rows, values, tf.zeros_like(values)), tf.cast(share, tf.float32))
 
     return update_state
 
@@ -69,6 +70,7 @@ def of_all_rows(logs: Any, scope: StepScope) -> Any:
         return logs
     names = [name for name, value in logs.items() if _is_number(value)]
     share, any_rows = scope.share()
+    share = tf.cast(share, tf.float32)
     for first in range(0, len(names), 4):
         some = names[first : first + 4]
         parts = [tf.where(any_rows, tf.cast(logs[name], tf.float32) * share, 0.0) for name in some]

@@ -1,4 +1,4 @@
-"""Numbers out of TensorFlow's graph, over the ranks, and back: here `model.fit` communicates.
+"""Reduce tensors of a TensorFlow graph over the ranks: the line where `model.fit` communicates.
 
 Every exchange begins with a roll call of a few numbers. A rank that has ended its training, or is in
 another place of the step, is found there; without it the others would wait for ever, or add up numbers
@@ -17,11 +17,13 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import tensorflow as tf
 
-from tf_dist.comm.base import Comm
-from tf_dist.errors import LaunchError, called_by_a_graph
+from tf_dist.comm.transport.base import Comm
+from tf_dist.errors import LaunchError, NumericError, UsageError, called_by_a_graph
 from tf_dist.keras_fit.data_fingerprints import compare_all
 from tf_dist.keras_fit.graph_inputs import depends_on
-from tf_dist.parallel.flat import aligned_empty
+from tf_dist.parallel.aggregator import Aggregator
+from tf_dist.parallel.aggregators import Allreduce, Automatic
+from tf_dist.parallel.flat_buffer import aligned_empty
 
 # What a roll call sums over the ranks: flags, then a digest of where the rank is (its two halves, and
 # their squares: R * sum(h^2) = (sum h)^2 only where all h are equal, in numbers that float64 holds
@@ -39,10 +41,16 @@ class Reduction:
 
     Args:
         comm: all ranks.
+        aggregator: sums the dense gradients of variables; everything else is always summed whole.
     """
 
-    def __init__(self, comm: Comm) -> None:
+    def __init__(self, comm: Comm, aggregator: Aggregator | None = None) -> None:
         self.comm, self._steps = comm, 0
+        self.aggregator = Automatic() if aggregator is None else aggregator
+        self.aggregator.taken = True
+        self._whole = Allreduce()
+        # Of which gradients the aggregator has been set up for: their names and shapes.
+        self._known: dict[str, tuple[tuple[int, ...], ...]] = {}
 
     # In a graph ----------------------------------------------------------------------------------
 
@@ -68,12 +76,14 @@ class Reduction:
         }
         rest = [None if place in slices else gradient for place, gradient in enumerate(gradients)]
         brought = [name for name, one in zip(names, gradients, strict=False) if one is not None]
-        means = self._mean_dense(rest, f"the gradients of {', '.join(brought) or 'no variable'}")
+        what = f"the gradients of {', '.join(brought) or 'no variable'}"
+        means = self._mean_dense(rest, what, self.aggregator)
         return [slices.get(place, mean) for place, mean in enumerate(means)]
 
     def _mean_slices(self, slices: tf.IndexedSlices, name: str, data: Any) -> tf.IndexedSlices:
         if not self._are_of_rows(slices.indices, name, data):
-            (values,) = self._mean_dense([slices.values], f"the gradient of {name}, by positions")
+            what = f"the gradient of {name}, by positions"
+            (values,) = self._mean_dense([slices.values], what, self._whole)
             return tf.IndexedSlices(values, slices.indices, slices.dense_shape)
         values = self.gather_rows(slices.values, f"the gradient of {name}")
         indices = self.gather_rows(slices.indices, f"the indices of the gradient of {name}")
@@ -90,14 +100,17 @@ class Reduction:
         (ranks,) = self.sums([tf.constant(float(alike))], f"whether {name} has positions")
         return bool(ranks < self.comm.size)
 
-    def _mean_dense(self, gradients: Sequence[Any], what: str) -> list[Any]:
+    def _mean_dense(self, gradients: Sequence[Any], what: str, aggregator: Aggregator) -> list[Any]:
         dense = [tf.convert_to_tensor(gradient) for gradient in gradients if gradient is not None]
         wide = tf.float64 if any(tensor.dtype == tf.float64 for tensor in dense) else tf.float32
         flats = [tf.reshape(tf.cast(tensor, wide), (-1,)) for tensor in dense]
         flat = tf.concat(flats, axis=0) if flats else tf.zeros((0,), wide)
 
+        known = all(tensor.shape.is_fully_defined() for tensor in dense)
+        shapes = [tuple(tensor.shape) for tensor in dense] if known else None
+
         def mean(flat_P: np.ndarray) -> np.ndarray:
-            return self._mean(flat_P, what)
+            return self._mean(flat_P, shapes or [flat_P.shape], what, aggregator)
 
         total = tf.ensure_shape(_call(mean, [flat], wide), flat.shape)
         if not dense:
@@ -190,19 +203,51 @@ class Reduction:
 
     # On the ranks --------------------------------------------------------------------------------
 
-    def _mean(self, flat_P: np.ndarray, what: str) -> np.ndarray:
+    def _mean(
+        self, flat_P: np.ndarray, shapes: list[tuple[int, ...]], what: str, aggregator: Aggregator
+    ) -> np.ndarray:
         self.comm.record.next_step()
-        self._meet(f"{what} ({flat_P.size} numbers)")
+        # What is not finite would stay in the error feedback for ever.
+        stops = not (aggregator.exact or _is_finite(flat_P))
+        sums = self._meet(f"{what} ({flat_P.size} numbers)", not_finite=stops)
+        if sums[NOT_FINITE]:
+            self._not_finite(int(sums[NOT_FINITE]), what)
         self._steps += 1  # now that all ranks are here: in a dry run some fail on their way
         if self._steps & (self._steps - 1) == 0:  # steps 1, 2, 4 ...: a loop of the user has no other place
             compare_all(self.comm)
         # A new buffer each time: TensorFlow keeps what is returned, and variables may move into it.
         buffer_P = aligned_empty(flat_P.size, flat_P.dtype)
-        np.copyto(buffer_P, flat_P)
         if flat_P.size:
-            self.comm.allreduce(buffer_P)
-            buffer_P /= self.comm.size
+            self._prepare(aggregator, what, tuple(shapes), flat_P.dtype)
+            total_P = aggregator.aggregate(flat_P, self.comm, buffer_P)
+            np.divide(total_P, self.comm.size, out=buffer_P)
         return buffer_P
+
+    def _prepare(
+        self, aggregator: Aggregator, what: str, shapes: tuple[tuple[int, ...], ...], dtype: np.dtype
+    ) -> None:
+        """Set the aggregator up for gradients that it has not seen yet; a collective."""
+        if aggregator is self._whole or self._known.get(what) == shapes:
+            return
+        if not aggregator.exact and self._known:
+            raise UsageError(
+                f"aggregator {aggregator} keeps what it has not sent of {_short(next(iter(self._known)))}; "
+                f"this step brings {_short(what)}: use aggregator 'auto', or an optimizer with an aggregator "
+                "of its own for each list of variables"
+            )
+        if not aggregator.exact and dtype != np.float32:
+            raise UsageError(
+                f"aggregator {aggregator} sums float32, and {_short(what)} are {dtype}: use 'auto'"
+            )
+        aggregator.setup(shapes, self.comm)
+        aggregator.check_smaller()
+        self._known[what] = shapes
+
+    def _not_finite(self, ranks: int, what: str) -> NoReturn:
+        raise NumericError(
+            f"{_short(what)} are not finite on {ranks} of {self.comm.size} ranks, and aggregator "
+            f"{self.aggregator} would keep them for ever: use a lower learning rate, or aggregator 'auto'"
+        )
 
     def _gather_rows(self, rows: np.ndarray, what: str) -> tuple[np.ndarray, np.ndarray]:
         kind = f"{what}: rows of {rows.shape[1:]} {rows.dtype}"
@@ -307,6 +352,11 @@ def _call(function: Any, inputs: list[Any], dtypes: Any) -> Any:
     )
     _tokens[tf.compat.v1.get_default_graph()] = tf.ensure_shape(token, ())
     return results if several else results[0]
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(np.dot(array, array)))
 
 
 def _size(tensor: Any) -> Any:

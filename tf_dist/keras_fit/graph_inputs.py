@@ -1,4 +1,4 @@
-"""What a tensor of a TensorFlow graph is computed from."""
+"""Dependency analysis of a TensorFlow graph: which inputs a tensor is computed from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names of variables, as all ranks have them."""
+"""Variable names that are equal on all ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which optimizers a model steps with, and over which ranks."""
+"""Find the optimizers that a model steps with, and the Comm of each."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from tf_dist.comm.base import Comm
+from tf_dist.comm.transport.base import Comm
 from tf_dist.keras_fit.gradient_reduction import Reduction
 
 

@@ -1,10 +1,11 @@
-"""The places of Keras that are patched, once in each process, for models over ranks only.
+"""All patches of Keras, applied once per process; they act only on models that train over ranks.
 
 An optimizer cannot reach them by itself. `self_test` asks whether Keras calls them as they take it for.
 
 * Keras puts a `LossScaleOptimizer` around the optimizer of a mixed_float16 model, and a step must be skipped
   by all ranks or by none (here).
-* What a step is: `train_function`, `global_losses`, `global_metrics`, `global_batch_norm`, `rank_randomness`.
+* What a step is: `train_function`, `gradient_law`, `global_losses`, `global_metrics`, `global_batch_norm`,
+  `rank_randomness`.
 * What a call is, and its data: `calls`. Who calls back where: `fit_callbacks`.
 """
 
@@ -22,6 +23,7 @@ from tf_dist.keras_fit import (
     global_batch_norm,
     global_losses,
     global_metrics,
+    gradient_law,
     rank_randomness,
     saving,
     train_function,
@@ -38,6 +40,7 @@ def install() -> None:
     fit_callbacks.install()
     for module in (
         train_function,
+        gradient_law,
         global_losses,
         global_metrics,
         global_batch_norm,

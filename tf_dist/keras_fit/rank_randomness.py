@@ -1,4 +1,4 @@
-"""Random numbers in a training step: another part of the stream on each rank, and none in a dry run.
+"""Random numbers in a training step: an independent stream per rank, and none drawn in a dry run.
 
 One process that drops out of a global batch of G rows draws G different masks. Ranks with one seed would
 draw the first B of them, all the same. So a rank's number is folded into every seed that Keras draws, and

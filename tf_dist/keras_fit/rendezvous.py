@@ -1,4 +1,4 @@
-"""Is every rank in `fit`? Asked before an optimizer that nobody distributed is, for one rank may train alone.
+"""Check that every rank is in `fit` before an optimizer is distributed implicitly: one rank may train alone.
 
 A script may train a model on rank 0 only, while the others go on to something else: then `fit` must not wait
 for them in a collective, where nobody knows why. So the ranks tell each other by messages that they are here,
@@ -12,7 +12,7 @@ from weakref import WeakSet
 
 import numpy as np
 
-from tf_dist.comm.base import TAGS, Comm, Pending
+from tf_dist.comm.transport.base import TAGS, Comm, Pending
 
 TAG = TAGS - 2
 # Ranks of one script come to `fit` within seconds of each other.

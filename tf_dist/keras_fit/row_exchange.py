@@ -1,15 +1,16 @@
-"""Rows of a batch, of any kind of tensor, from every rank to every rank: a few of them, outside of graphs."""
+"""Exchange single rows of a batch, of any tensor type, between ranks, outside of graphs."""
 
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_dist.comm.base import Comm
+from tf_dist.comm.transport.base import Comm
 
 
 def first_rows(batch: Any, count: int) -> Any:
@@ -27,6 +28,16 @@ def first_rows(batch: Any, count: int) -> Any:
 
 def rows_again(batch: Any, count: int) -> Any:
     """So many rows of each tensor of a batch: the first ones, and those again where it has fewer."""
+    return _taken(batch, lambda rows: np.arange(count) % rows)
+
+
+def rows_reversed(batch: Any) -> Any:
+    """The rows of each tensor of a batch, the last one first."""
+    return _taken(batch, lambda rows: np.arange(rows)[::-1])
+
+
+def _taken(batch: Any, chosen: Callable[[int], np.ndarray]) -> Any:
+    """Some rows of each tensor, by their indices, from its number of rows; what has no rows as it is."""
 
     def taken(leaf: Any) -> Any:
         if isinstance(leaf, tf.SparseTensor):
@@ -34,7 +45,7 @@ def rows_again(batch: Any, count: int) -> Any:
         if not (tf.is_tensor(leaf) or isinstance(leaf, np.ndarray)) or not len(leaf.shape):
             return leaf
         rows = int(leaf.nrows() if isinstance(leaf, tf.RaggedTensor) else leaf.shape[0])
-        return tf.gather(leaf, np.arange(count) % rows)
+        return tf.gather(leaf, chosen(rows))
 
     return keras.tree.map_structure(taken, batch)
 

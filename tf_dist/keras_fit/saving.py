@@ -1,4 +1,4 @@
-"""Files that every rank saves under one name: each writes beside it, and one whole file takes its place.
+"""Atomic saves of one file name by all ranks: each writes a temporary file, and one file takes the name.
 
 The line that ends most scripts, ``model.save(...)``, is run by all ranks at once. They hold the same model,
 so it does not matter whose file stays; half a file of one in another's would.
@@ -15,7 +15,7 @@ from typing import Any
 
 import keras
 
-from tf_dist.comm.communicators import connected
+from tf_dist.comm.runtime.communicators import connected
 
 
 def install() -> None:

@@ -1,4 +1,4 @@
-"""Does this Keras call us? Asked once in each process, with a model of one weight, before it matters.
+"""Self-test of the Keras patches: a one-weight model proves, once per process, that Keras calls them.
 
 Horovod's optimizer shows what happens otherwise: under Keras 3 its hook is never called, and training
 runs unsynchronised without an error.
@@ -11,7 +11,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from tf_dist.comm.base import SerialComm
+from tf_dist.comm.transport.base import SerialComm
 from tf_dist.errors import LaunchError
 from tf_dist.keras_fit.distributed_optimizer import made_distributed
 from tf_dist.keras_fit.fit_session import begin_session

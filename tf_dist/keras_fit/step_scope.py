@@ -1,4 +1,4 @@
-"""What a step of Keras's `fit` over several ranks has at hand while it is traced, or runs eagerly.
+"""Per-step context of `fit` over several ranks, while a step is traced or runs eagerly.
 
 The patches of Keras's losses, normalization and random numbers (`global_losses`, `global_batch_norm`,
 `rank_randomness`) act inside of a scope only: everywhere else Keras is as it was.
@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import keras
 import tensorflow as tf
 
 from tf_dist.keras_fit.gradient_reduction import Reduction
@@ -25,8 +26,8 @@ class Law:
         global_losses: Keras losses divide by the counts of all ranks. False: they stay each rank's own.
         gather_user_losses: loss functions of the user see the predictions and targets of all ranks.
         added: what `add_loss` values are: a "mean" over rows (or no matter of rows), or a "sum".
-        gradients: what the gradients of a rank are: "global" already, or those of a "mean" or of a "sum"
-            over its rows.
+        gradients: what the gradients of a rank are, but for those of global losses: "global" already, or
+            those of a "mean" or of a "sum" over its rows.
     """
 
     global_losses: bool = True
@@ -38,6 +39,7 @@ class Law:
         if not self.global_losses:
             return f"the loss is a {self.gradients} over rows"
         gathered = ", the loss sees the rows of all ranks" if self.gather_user_losses else ""
+        gathered += f", the rest is a {self.gradients} over rows" if self.gradients != "global" else ""
         return f"losses are divided by the rows of all ranks{gathered}, add_loss is a {self.added} over rows"
 
 
@@ -53,6 +55,7 @@ class StepScope:
         rows: how many of them count, () int32: all, or none where this rank has no row; None: all.
         model: whose step it is.
         captured: not None: optimizers add (their number, variables, gradients) here instead of stepping.
+        metric_rows: what metrics were given of all ranks, by graph and this rank's tensor: several share it.
     """
 
     reduction: Reduction
@@ -62,6 +65,7 @@ class StepScope:
     rows: Any = None
     model: Any = None
     captured: list[Any] | None = None
+    metric_rows: dict[Any, Any] = field(default_factory=dict, repr=False)
     _rows: tuple[Any, Any] | None = field(default=None, repr=False)
 
     @property
@@ -75,12 +79,29 @@ class StepScope:
         return self.reduction.comm.size
 
     def share(self) -> tuple[Any, Any]:
-        """The part B / G of the rows that this rank has, () float32, and whether it is above 0."""
+        """The part B / G of the rows that this rank has, () float64, and whether it is above 0."""
         if self._rows is None:
-            rows = tf.cast(self._counting(), tf.float32)
+            rows = tf.cast(self._counting(), tf.float64)
             (everyone,) = self.reduction.sums([rows], "the count of rows")
             self._rows = tf.math.divide_no_nan(rows, everyone), rows > 0
         return self._rows
+
+    def row_scaled(self, gradient: Any) -> Any:
+        """The gradient of a mean over this rank's rows, R B / G times: then its mean over ranks is right."""
+        return gradient * tf.cast(self.size * self.share()[0], gradient.dtype)
+
+    def unscaled(self, tensor: Any) -> Any:
+        """The same tensor, of which a global loss is made: undoes what `row_scaled` does to its gradient."""
+        if self.law.gradients != "mean":
+            return tensor
+        share, _ = self.share()
+
+        @tf.custom_gradient  # type: ignore[untyped-decorator]
+        def identity(one: Any) -> Any:
+            undone = tf.math.divide_no_nan(tf.constant(1.0, share.dtype), self.size * share)
+            return tf.identity(one), lambda upstream: upstream * tf.cast(undone, upstream.dtype)
+
+        return identity(tensor)
 
     @property
     def any_rows(self) -> Any:
@@ -93,6 +114,15 @@ class StepScope:
     def that_count(self, tensor: Any) -> Any:
         """The rows of a tensor (B, ...) that count: all or none."""
         return tensor if self.rows is None else tensor[: tf.where(self.rows > 0, tf.shape(tensor)[0], 0)]
+
+    def gathered(self, tensor: Any, what: str) -> Any:
+        """The rows (G, ...) of all ranks that count, of rows (B, ...) on each, with their Keras mask."""
+        everyone = self.reduction.gather_rows(self.that_count(tensor), what)
+        mask = keras.src.backend.get_keras_mask(tensor)
+        if mask is not None:
+            masks = self.reduction.gather_rows(self.that_count(mask), f"the mask of {what}")
+            keras.src.backend.set_keras_mask(everyone, masks)
+        return everyone
 
     def if_any(self, tensor: Any) -> Any:
         """A tensor that was computed of this rank's rows; zeros where none of them counts."""

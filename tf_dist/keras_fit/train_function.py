@@ -1,4 +1,4 @@
-"""Keras's training and evaluation functions over ranks: each step in a `step_scope`, and checked.
+"""Keras's train and test functions over ranks: each step runs in a `step_scope`, and is checked.
 
 `Model.make_train_function` and `make_test_function` are wrapped, for models over ranks only. The compiled
 step must not be XLA's, which no message can leave. Before the first step of a `fit`, all ranks build the
@@ -8,6 +8,7 @@ weights from time to time (`fit_consistency`).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,19 +20,22 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_dist import terminal
+from tf_dist.comm.runtime.log_handlers import once
 from tf_dist.errors import LaunchError, UsageError, behind
-from tf_dist.keras_fit import objective, rank_randomness
+from tf_dist.keras_callbacks.replica_sync import broadcast, deferred_starts, is_distributed
+from tf_dist.keras_fit import objective, rank_randomness, user_metrics
 from tf_dist.keras_fit.data_fingerprints import compare_all
 from tf_dist.keras_fit.dataset import counted
+from tf_dist.keras_fit.distributed_optimizer import end_of_step
 from tf_dist.keras_fit.fit_consistency import check_layout, check_state, is_due, state_of
 from tf_dist.keras_fit.fit_session import FitSession, session_of
+from tf_dist.keras_fit.global_losses import is_users_code
 from tf_dist.keras_fit.global_metrics import of_all_rows
 from tf_dist.keras_fit.gradient_reduction import order_after
 from tf_dist.keras_fit.optimizers_of import distributed_of
 from tf_dist.keras_fit.step_scope import Law, StepScope, entered
-from tf_dist.training.replicated import broadcast, deferred_starts, is_distributed
 
+LOG = logging.getLogger(__name__)
 NOT_CALLED = (
     f"Keras {keras.__version__} does not call Optimizer.apply as the versions do that tf_dist was made for: "
     "training would run unsynchronised. Use Keras 3.13 to 3.15, or tf_dist.Trainer"
@@ -63,11 +67,12 @@ def _over_ranks(make: Callable[..., Any], kind: str) -> Callable[..., Any]:
         if not over_ranks or (known is not None and not force):
             return make(self, force)
         assert session is not None
+        user_metrics.install()  # classes of metrics that were defined since
         step, jit_compile = getattr(self, f"{kind}_step"), self.jit_compile
         if kind == "train" and not session.law_is_given:
             session.law = None  # the model may have been compiled with another loss
-        if jit_compile and kind == "train" and session.comm.rank == 0 and session.comm.size > 1:
-            terminal.write(
+        if jit_compile and kind == "train" and session.comm.size > 1:
+            once(LOG, session.comm).info(
                 "jit_compile: training steps are compiled without XLA, which cannot reach the other ranks"
             )
         self.jit_compile = False
@@ -103,7 +108,7 @@ def _attribute(model: Any, name: str, value: Any) -> Iterator[None]:
 
 def _scoped(model: Any, step: Function, session: FitSession, training: bool) -> Function:
     """A step that knows the other ranks. With one rank Keras's own arithmetic is the right one."""
-    own = not str(getattr(step, "__module__", "")).startswith("keras.src.")
+    own = is_users_code(step)
 
     @wraps(step)
     def scoped(data: Any) -> Any:
@@ -122,7 +127,7 @@ def _scoped(model: Any, step: Function, session: FitSession, training: bool) -> 
                 scope.share()  # now: whatever asks for it later may do so inside of a branch
                 logs = step(data)
                 for optimizer in distributed_of(model):
-                    order_after(optimizer._iterations.value)
+                    order_after(end_of_step(optimizer))
                 return of_all_rows(logs, scope)
 
     return scoped

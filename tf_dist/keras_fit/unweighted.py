@@ -1,4 +1,4 @@
-"""Datasets that users make from one of `shard`, without the weights that `shard` has added."""
+"""Datasets derived from a `shard` dataset, without the sample weights that `shard` has added."""
 
 from __future__ import annotations
 

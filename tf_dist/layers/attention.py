@@ -1,4 +1,4 @@
-"""Self-attention whose heads are divided among ranks (Megatron-LM, Shoeybi et al. 2019).
+"""Self-attention with heads partitioned among ranks (Megatron-LM, Shoeybi et al. 2019).
 
 Legend: B rows, T tokens, D width, H heads, h of them on this rank.
 """
@@ -11,9 +11,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tf_dist.comm.base import Comm
+from tf_dist.comm.transport.base import Comm
 from tf_dist.layers.dense import ColumnParallelDense, RowParallelDense
-from tf_dist.layers.divided import talks
+from tf_dist.layers.partitioned_weights import talks
 from tf_dist.models import attention
 from tf_dist.models.transformer import CausalSelfAttention
 from tf_dist.partition import must_divide, share
@@ -22,18 +22,18 @@ from tf_dist.partition import must_divide, share
 class ParallelSelfAttention(CausalSelfAttention):
     """`CausalSelfAttention` with H / R heads on each of R ranks: (B, T, D) on all -> (B, T, D) on all.
 
-    Queries, keys and values are divided by columns and the output's projection by rows. Attention weights
-    are dropped as in the whole layer: every rank draws the mask of all heads, and uses that of its own.
+    Queries, keys and values are column-parallel, the output projection is row-parallel. Attention dropout
+    equals that of the unpartitioned layer: every rank draws the mask of all heads, and uses that of its own.
 
     Args:
         heads: H, over all ranks.
-        dropout: share of attention weights dropped in training.
+        dropout: fraction of attention weights dropped in training.
         output_stddev: standard deviation of the output projection's initial weights.
         attend: as in `CausalSelfAttention`; gets this rank's heads.
         comm: the ranks.
 
     Raises:
-        UsageError: the number of ranks does not divide the heads.
+        UsageError: on every rank: the number of ranks does not divide the heads.
     """
 
     def __init__(

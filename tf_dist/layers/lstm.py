@@ -1,8 +1,8 @@
-"""An LSTM whose units are divided among ranks.
+"""Tensor-parallel LSTM: its units are partitioned among ranks.
 
-A rank has the gates of its own units. h is needed whole in the next step, so that it is gathered in each: an
-exchange of (B, H / R) a step on the way forward, and one of (B, H) on the way back. The output is whole, and
-behind the layer nothing is left to be said.
+A rank has the gates of its own units. The next time step needs all of h, so h is all-gathered in each: an
+exchange of (B, H / R) per step in the forward pass, and one of (B, H) in the backward pass. The output is
+full, so the layer needs no communication after the last step.
 
 Legend: B rows, T steps, E width of the input, H units, h of them on this rank, G = 4 h.
 """
@@ -12,19 +12,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tf_dist.comm.base import Comm
+from tf_dist.comm.transport.base import Comm
 from tf_dist.errors import UsageError
-from tf_dist.layers import collectives
-from tf_dist.layers.divided import divide, talks
+from tf_dist.layers import mappings
+from tf_dist.layers.partitioned_weights import divide, talks
 from tf_dist.models import fast_lstm
-from tf_dist.parallel.parts import Part, stretches
+from tf_dist.parallel.sharding import ShardSpec, stretches
 from tf_dist.partition import share
 
 
 class ParallelLSTM(fast_lstm.LSTM):
     """`fast_lstm.LSTM` with H / R units on each of R ranks: (B, T, E) on all -> (B, T, H) on all.
 
-    Weights, their names and first values are those of the whole layer. The numbers are, within rounding.
+    Weights, their names and initial values are those of the unpartitioned layer. Outputs are, within
+    rounding.
 
     Args:
         units: H, over all ranks.
@@ -32,7 +33,8 @@ class ParallelLSTM(fast_lstm.LSTM):
         kwargs: as for `keras.layers.LSTM`, without ``recurrent_dropout``.
 
     Raises:
-        UsageError: fewer units than ranks, or options with which the recurrence cannot be divided.
+        UsageError: on every rank: fewer units than ranks, or options with which the recurrence cannot be
+            partitioned.
     """
 
     def __init__(self, units: int, comm: Comm, **kwargs: Any) -> None:
@@ -44,14 +46,14 @@ class ParallelLSTM(fast_lstm.LSTM):
         self._comm = comm
         self._parts = [share(units, rank, comm.size) for rank in range(comm.size)]
         ranges = stretches(4, units, comm.rank, comm.size)
-        divide(self.cell, lambda _, shape: Part(shape, len(shape) - 1, ranges))
+        divide(self.cell, lambda _, shape: ShardSpec(shape, len(shape) - 1, ranges))
         talks(self)
 
     def inner_loop(self, sequences: Any, initial_state: Any, mask: Any, training: bool = False) -> Any:
-        """Run all steps, as in `fast_lstm.LSTM`.
+        """Run all time steps, as in `fast_lstm.LSTM`.
 
         Raises:
-            UsageError: other activations than tanh and sigmoid, unroll, cuDNN or a GPU.
+            UsageError: on every rank: other activations than tanh and sigmoid, unroll, cuDNN or a GPU.
         """
         if not self._is_plain():
             raise UsageError(
@@ -61,15 +63,15 @@ class ParallelLSTM(fast_lstm.LSTM):
         return super().inner_loop(sequences, initial_state, mask, training=training)
 
     def _input_projection(self, x_TxBxE: Any, training: bool) -> Any:
-        return super()._input_projection(collectives.copied(self._comm, x_TxBxE), training)
+        return super()._input_projection(mappings.copied(self._comm, x_TxBxE), training)
 
     def _all_steps(
         self, z_TxBxG: Any, kernel_HxG: Any, state: list[Any], mask_TxBx1: Any, training: bool
     ) -> tuple[Any, Any, Any]:
-        own_state = [collectives.own_part(self._comm, state_BxH, self._parts) for state_BxH in state]
+        own_state = [mappings.own_part(self._comm, state_BxH, self._parts) for state_BxH in state]
         h_TxBxH, _, c_Bxh = fast_lstm.recurrence(z_TxBxG, kernel_HxG, own_state, mask_TxBx1, self._products)
-        if self.return_state or self.stateful:  # else nobody looks at c
-            c_Bxh = collectives.gathered(self._comm, c_Bxh, self._parts)
+        if self.return_state or self.stateful:  # else c is not used
+            c_Bxh = mappings.gathered(self._comm, c_Bxh, self._parts)
         return h_TxBxH, h_TxBxH[-1], c_Bxh
 
     def _products(self, kernel_HxG: Any) -> fast_lstm.Products:
@@ -77,14 +79,14 @@ class ParallelLSTM(fast_lstm.LSTM):
 
 
 class _SharedProducts(fast_lstm.Products):
-    """The products of a rank that has some of the units, and with them columns of R."""
+    """The products of a rank that has some of the units, and so some columns of R."""
 
     def __init__(self, kernel_HxG: Any, comm: Comm, parts: list[range]) -> None:
         super().__init__(kernel_HxG)
         self._comm, self._parts = comm, parts
 
     def whole(self, h: Any) -> Any:
-        return collectives.gathered(self._comm, h, self._parts)
+        return mappings.gathered(self._comm, h, self._parts)
 
     def own(self, dh: Any) -> Any:
         own = self._parts[self._comm.rank]
@@ -92,4 +94,4 @@ class _SharedProducts(fast_lstm.Products):
 
     def backward(self) -> Callable[[Any], Any]:
         partial_product = super().backward()
-        return lambda dz_BxG: self.own(collectives.summed(self._comm, partial_product(dz_BxG)))
+        return lambda dz_BxG: self.own(mappings.summed(self._comm, partial_product(dz_BxG)))

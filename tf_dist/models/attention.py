@@ -1,4 +1,4 @@
-"""Causal attention with gradients written by hand: at once for short sequences, in blocks for long ones.
+"""Causal attention with custom gradients: in one block for short sequences, blockwise for long ones.
 
 Legend: B rows, T tokens, D width, H heads, K = D / H width of a head, S tokens of a block.
 """
@@ -11,21 +11,21 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-# Added to the scores of later tokens. Not -inf: a row is never empty, and no NaN can come of 0 x inf.
+# Added to masked scores. Not -inf: every row has a token to attend to, and 0 x inf would give NaN.
 MASKED = -1e9
-# Queries of a block. 128 and 512 take as long within a tenth, the latter with twice the memory.
+# Queries per block. 128 and 512 take as long within a tenth, the latter with twice the memory.
 BLOCK = 256
-# From this many tokens on, blocks are used. One row, 6 heads of 64, forward and backward on one Zen 4 core,
-# at once and in blocks: 15 and 14 ms for 512 tokens (in bfloat16 9 and 10), 60 and 45 for 1024, 244 and 169
-# for 2048.
+# From this many tokens on, attention is blockwise. One row, 6 heads of 64, forward and backward on one Zen 4
+# core, in one block and blockwise: 15 and 14 ms for 512 tokens (in bfloat16 9 and 10), 60 and 45 for 1024,
+# 244 and 169 for 2048.
 BLOCKWISE_FROM = 1024
 
 
 def split_heads(qkv_BxTx3D: Any, heads: int) -> list[Any]:
     """Queries, keys and values, (B, H, T, K) each, from one projection.
 
-    One transpose each way. TensorFlow's gradient of taking a part out of an array is as large as the array,
-    zero everywhere else, and slow: three of them, and two sums, took a quarter of a small GPT's step.
+    One transpose each way. TensorFlow's gradient of slicing is as large as the sliced array, mostly zero, and
+    slow: three of them, and two sums, took a quarter of a small GPT's step.
     """
     T, K = qkv_BxTx3D.shape[1], qkv_BxTx3D.shape[2] // (3 * heads)
 
@@ -50,9 +50,9 @@ def join_heads(x_BxHxTxK: Any) -> Any:
 
 
 def attention(q_BxHxTxK: Any, k_BxHxTxK: Any, v_BxHxTxK: Any) -> Any:
-    """Every token's mean of the values of itself and those before it (Vaswani et al. 2017), (B, H, T, K).
+    """Causal attention (Vaswani et al. 2017), (B, H, T, K).
 
-    From `BLOCKWISE_FROM` tokens on it is computed in blocks. T must be known when the graph is made.
+    From `BLOCKWISE_FROM` tokens on it is computed blockwise. T must be known when the graph is traced.
     """
     if q_BxHxTxK.shape[2] >= BLOCKWISE_FROM:
         return blockwise_attention(q_BxHxTxK, k_BxHxTxK, v_BxHxTxK)
@@ -60,7 +60,7 @@ def attention(q_BxHxTxK: Any, k_BxHxTxK: Any, v_BxHxTxK: Any) -> Any:
 
 
 def plain_attention(q_BxHxTxK: Any, k_BxHxTxK: Any, v_BxHxTxK: Any) -> Any:
-    """The same at once: its weights, (B, H, T, T), are kept for the way back."""
+    """Attention in one block: its weights, (B, H, T, T), are saved for the backward pass."""
 
     @tf.custom_gradient  # type: ignore[untyped-decorator]
     def run(q: Any, k: Any, v: Any) -> Any:
@@ -78,11 +78,11 @@ def plain_attention(q_BxHxTxK: Any, k_BxHxTxK: Any, v_BxHxTxK: Any) -> Any:
 
 
 def blockwise_attention(q_BxHxTxK: Any, k_BxHxTxK: Any, v_BxHxTxK: Any, block: int = BLOCK) -> Any:
-    """The same, S = ``block`` queries after the other, with memory that grows with S T and not with T T.
+    """Attention in blocks of S = ``block`` queries, with memory that grows with S T instead of T T.
 
-    Only keys up to a block's last query are multiplied: half of all, for long sequences. Nothing is kept for
-    the way back, which computes the weights of a block again (Rabe & Staats 2021; Dao et al. 2022). A block
-    sees all its keys at once, so that its softmax is the plain one.
+    Only keys up to a block's last query are multiplied: half of all, for long sequences. Nothing is saved for
+    the backward pass, which recomputes the weights of each block (Rabe & Staats 2021; Dao et al. 2022). A
+    block has all its keys at once, so that its softmax is the plain one.
     """
     T = q_BxHxTxK.shape[2]
     places = [(start, min(start + block, T)) for start in range(0, T, block)]
@@ -92,7 +92,7 @@ def blockwise_attention(q_BxHxTxK: Any, k_BxHxTxK: Any, v_BxHxTxK: Any, block: i
         q, scale = _scaled(q)
         attended: Any = []
         for start, end in places:
-            with tf.control_dependencies(attended[-1:]):  # one block at a time: they share the memory
+            with tf.control_dependencies(attended[-1:]):  # one block at a time: they share memory
                 weights = _weights(q[:, :, start:end], k[:, :, :end])
                 attended.append(tf.matmul(weights, v[:, :, :end]))
         attended = tf.concat(attended, axis=2)
@@ -109,9 +109,9 @@ def blockwise_attention(q_BxHxTxK: Any, k_BxHxTxK: Any, v_BxHxTxK: Any, block: i
 def _blockwise_gradients(
     places: list[tuple[int, int]], q: Any, k: Any, v: Any, attended: Any, dattended: Any
 ) -> tuple[Any, Any, Any]:
-    """`_gradients` of each block, from the last one, which sees all keys, to the first."""
+    """`_gradients` of each block, from the last one, which has all keys, to the first."""
     dqs: list[Any] = []
-    # Keys and values after the block are seen by no earlier block: their gradients are complete.
+    # No earlier block attends to keys and values after this one: their gradients are complete.
     dk, dv, complete = None, None, []
     for start, end in reversed(places):
         with tf.control_dependencies(dqs[-1:] if dk is None else [dqs[-1], dk, dv]):
@@ -127,31 +127,31 @@ def _blockwise_gradients(
 
 
 def attention_with_dropout(q_BxHxTxK: Any, k_BxHxTxK: Any, v_BxHxTxK: Any, drop: Callable[[Any], Any]) -> Any:
-    """The same with some weights dropped, by TensorFlow's own gradients, in one block.
+    """Attention with dropout of weights, by TensorFlow's own gradients, in one block.
 
     Args:
         q_BxHxTxK: queries.
         k_BxHxTxK: keys.
         v_BxHxTxK: values.
-        drop: takes the weights (B, H, T, T), and returns them with some set to 0 and the others grown.
+        drop: maps the weights (B, H, T, T) to weights with some set to 0 and the others scaled up.
     """
     return tf.matmul(drop(_weights(_scaled(q_BxHxTxK)[0], k_BxHxTxK)), v_BxHxTxK)
 
 
 def _scaled(q_BxHxTxK: Any) -> tuple[Any, float]:
-    """Queries times the scale of the scores, and that.
+    """Scaled queries, and the scale.
 
-    Scaled before the product: one that is scaled and added to becomes one operation of oneDNN, which takes
-    hundreds of times as long (`_MklFusedBatchMatMulV2`, TensorFlow 2.21).
+    Scaled before the product: a product followed by a scale and an addition becomes one operation of oneDNN,
+    which takes hundreds of times as long (`_MklFusedBatchMatMulV2`, TensorFlow 2.21).
     """
     scale = q_BxHxTxK.shape[3] ** -0.5
     return q_BxHxTxK * scale, scale
 
 
 def _weights(q_BxHxSxK: Any, k_BxHxTxK: Any) -> Any:
-    """What the last S of T tokens attend to, (B, H, S, T), from scaled queries."""
+    """Attention weights of the last S of T tokens, (B, H, S, T), from scaled queries."""
     S, T = q_BxHxSxK.shape[2], k_BxHxTxK.shape[2]
-    # A constant of the graph, and the same for all blocks: only among themselves do tokens have a future.
+    # A constant of the graph, the same for all blocks: the causal mask among the queries of a block.
     future_SxS = tf.constant(np.triu(np.full((S, S), MASKED, np.float32), k=1), q_BxHxSxK.dtype)
     scores = tf.matmul(q_BxHxSxK, k_BxHxTxK[:, :, T - S :], transpose_b=True) + future_SxS
     if T > S:

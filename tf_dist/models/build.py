@@ -1,4 +1,4 @@
-"""From a `Config` to a Keras model: ours by name, or the user's by ``package.module:function``."""
+"""Build a Keras model from a `Config`: ours by name, or the user's by ``package.module:function``."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ import keras
 from tf_dist.config import Config
 from tf_dist.errors import UsageError
 from tf_dist.models import lstm, transformer
-from tf_dist.models.outline import is_outline
+from tf_dist.models.meta_init import is_deferred
 from tf_dist.models.transformer import PLAIN, Layers
 from tf_dist.users_code import imported
 
 
 def build(config: Config, layers: Layers = PLAIN) -> keras.Model:
-    """The model that ``config.model`` names, with initial weights drawn from ``config.seed``.
+    """Build the model that ``config.model`` names, with initial weights drawn from ``config.seed``.
 
     It computes in ``config.precision``; its weights are float32 (Micikevicius et al. 2018).
     ``config.vocab_size`` must be the tokenizer's.
 
     Args:
         config: of the run.
-        layers: what the model is made of, where ranks divide it. A user's function that takes two arguments
+        layers: layer types, where ranks partition the model. A user's function that takes two arguments
             gets them as the second one.
 
     Raises:
-        UsageError: the user's function cannot be found or does not return a fitting `keras.Model`.
+        UsageError: the user's function cannot be found or does not return a suitable `keras.Model`.
     """
     keras.utils.set_random_seed(config.seed)
     function = _users_function(config.model) if ":" in config.model else None
@@ -38,7 +38,7 @@ def build(config: Config, layers: Layers = PLAIN) -> keras.Model:
             return _own(config, layers)
         model = function(config, layers) if _takes_layers(function) else function(config)
         check(model, config.model, config.vocab_size, config.seq_len)
-        if config.tensor_parallel > 1 and layers is not PLAIN:  # not where a run is read back whole
+        if config.tensor_parallel > 1 and layers is not PLAIN:  # PLAIN when a run is loaded unpartitioned
             _check_divided(model, config)
     return model
 
@@ -52,7 +52,7 @@ def _takes_layers(function: Callable[..., Any]) -> bool:
 
 
 def _check_divided(model: keras.Model, config: Config) -> None:
-    """Refuse a model that ranks were asked to share and that is whole on each of them."""
+    """Refuse a model that should be partitioned and is not."""
     if not any(hasattr(variable, "tf_dist_part") for variable in model.weights):
         raise UsageError(
             f"tensor_parallel is {config.tensor_parallel}, but no weight of {config.model} is divided: let "
@@ -63,10 +63,10 @@ def _check_divided(model: keras.Model, config: Config) -> None:
 
 @contextlib.contextmanager
 def _computing_in(precision: str) -> Iterator[None]:
-    """Let the layers that are made here compute in ``precision``, with weights in float32.
+    """Set the compute precision of layers created here to ``precision``, with weights in float32.
 
-    Keras has one policy for the whole process. It is put back: layers keep theirs, and what a user's code
-    makes elsewhere is not ours to change. float32 is Keras's default, so for it nothing is set.
+    Keras has one policy per process. It is restored afterwards: layers keep theirs, and layers that user code
+    creates elsewhere must not change. float32 is Keras's default, so for it nothing is set.
     """
     before = keras.config.dtype_policy()
     try:
@@ -88,7 +88,7 @@ def check(model: object, name: str, vocab_size: int, seq_len: int) -> None:
     """Raise UsageError unless ``model`` maps (B, T) int32 to (B, T, V)."""
     if not isinstance(model, keras.Model):
         raise UsageError(f"{name} returned a {type(model).__name__}, not a keras.Model")
-    if any(map(is_outline, model.variables)):
+    if any(map(is_deferred, model.variables)):
         tokens_BxT = keras.KerasTensor((1, seq_len), dtype="int32")
     else:
         tokens_BxT = keras.ops.zeros((1, seq_len), dtype="int32")

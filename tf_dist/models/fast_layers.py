@@ -1,6 +1,6 @@
-"""Keras's layer norm and GELU with gradients written by hand: the same numbers in fewer passes over memory.
+"""Keras's layer norm and GELU with custom gradients: the same numbers in fewer passes over memory.
 
-Between the matrix products of a Transformer nothing counts but how often an array is read and written.
+Between the matrix products of a Transformer only the number of memory accesses matters.
 TensorFlow's own gradients make a pass for every operation of the forward pass, and often two.
 
 Legend: N rows, all axes but the last; D width.
@@ -19,12 +19,12 @@ import tensorflow as tf
 class LayerNormalization(keras.layers.LayerNormalization):
     """`keras.layers.LayerNormalization` over the last axis (Ba et al. 2016), equal within rounding.
 
-    Weights, names and files are Keras's. Other axes, and a norm without gain or offset, are left to Keras.
-    Computed in float32 whatever the compute type is, as Keras does.
+    Weights, names and files are Keras's. Other axes, and a norm without gain or offset, use Keras's code.
+    Computed in float32 for any compute dtype, like Keras.
     """
 
     def call(self, inputs: Any) -> Any:
-        """Return the normed inputs, (..., D)."""
+        """Return the normalized inputs, (..., D)."""
         x = tf.convert_to_tensor(inputs)
         if self.axis not in ([-1], [len(x.shape) - 1]) or self.gamma is None or self.beta is None:
             return super().call(inputs)
@@ -44,7 +44,7 @@ def _layer_norm(x_NxD: Any, gain_D: Any, offset_D: Any, epsilon: float) -> Any:
 
         def gradient(dy_NxD: Any) -> Any:
             dy_NxD = tf.cast(dy_NxD, tf.float32)
-            # The two means over a row are products with the gain: no array of dy times gain is made for them.
+            # The two means over a row are products with the gain: no temporary array of dy times gain.
             weights_Dx1 = gain_D[:, None] / gain_D.shape[0]
             product_NxD = dy_NxD * normed_NxD
             mean_Nx1, slope_Nx1 = tf.matmul(dy_NxD, weights_Dx1), tf.matmul(product_NxD, weights_Dx1)

@@ -5,8 +5,8 @@ An LSTM (Hochreiter & Schmidhuber 1997) computes, for each step t,
     z_t = x_t K + b + h_(t-1) R,     i, f, o = sigmoid(z_i, z_f, z_o),     g = tanh(z_g)
     c_t = f c_(t-1) + i g,           h_t = o tanh(c_t)
 
-Only the product with R has to wait for the step before. x K + b is one product over all steps, before the
-loop, and so are, after the loop back, the gradients of K, R and x. TensorFlow's own gradient of a loop
+Only the product with R depends on the previous step. x K + b is one product over all steps, before the
+loop, and so are, after the backward loop, the gradients of K, R and x. TensorFlow's own gradient of a loop
 adds up a product of two thin matrices for every step instead.
 
 Legend: B rows, T steps, E width of the input, H units, G = 4 H gates' inputs in Keras's order: i, f, g, o.
@@ -26,17 +26,17 @@ class LSTM(keras.layers.LSTM):
     """Equal to `keras.layers.LSTM` within rounding, in its outputs and in every gradient.
 
     Arguments, weights, their names, masks, states, saved files and dropout's random numbers are Keras's.
-    Whatever is not computed here is left to Keras: other activations than tanh and sigmoid,
+    Unsupported cases use Keras's code: other activations than tanh and sigmoid,
     ``unroll=True``, ``use_cudnn=True``, and machines with a GPU.
 
     (B, T, E) -> (B, H), or (B, T, H) with ``return_sequences``; with ``return_state`` also h and c, (B, H).
 
     Raises:
-        NotImplementedError: a gradient is differentiated once more. `keras.layers.LSTM` can do that.
+        NotImplementedError: for a second derivative. `keras.layers.LSTM` supports it.
     """
 
     def inner_loop(self, sequences: Any, initial_state: Any, mask: Any, training: bool = False) -> Any:
-        """Run all steps; called by Keras with its preparations done, dropout's masks among them.
+        """Run all steps; called by Keras after its preparations, such as dropout masks.
 
         Returns:
             The last output (B, H), all outputs (B, T, H), and the state [h, c].
@@ -48,7 +48,7 @@ class LSTM(keras.layers.LSTM):
         if self.go_backwards:
             x_TxBxE = tf.reverse(x_TxBxE, [0])
             mask_TxBx1 = None if mask_TxBx1 is None else tf.reverse(mask_TxBx1, [0])
-        # The state is a sum over all steps: in a short type it would stop growing where a step is small.
+        # The state is a sum over all steps: in a short dtype it would stop growing when a step is small.
         dtype = x_TxBxE.dtype if x_TxBxE.dtype.size >= tf.float32.size else tf.float32
         h_TxBxH, h_BxH, c_BxH = self._all_steps(
             tf.cast(self._input_projection(x_TxBxE, training), dtype),
@@ -83,7 +83,7 @@ class LSTM(keras.layers.LSTM):
         """The sums x K + b of all steps, (T, B, G)."""
         kernel_ExG = tf.convert_to_tensor(self.cell.kernel)
         mask = self.cell.get_dropout_mask(x_TxBxE[0]) if training and 0 < self.dropout < 1 else None
-        if isinstance(mask, list):  # one for each gate
+        if isinstance(mask, list):  # one per gate
             gates = zip(mask, tf.split(kernel_ExG, 4, axis=1), strict=True)
             z_TxBxG = tf.concat([_product(x_TxBxE * m_BxE, k_ExH) for m_BxE, k_ExH in gates], axis=2)
         else:
@@ -91,10 +91,10 @@ class LSTM(keras.layers.LSTM):
         return z_TxBxG + tf.convert_to_tensor(self.cell.bias) if self.use_bias else z_TxBxG
 
     def _outputs(self, h_TxBxH: Any, h_BxH: Any, mask_TxBx1: Any) -> tuple[Any, Any]:
-        """What Keras returns of the states h: masked steps repeat the output before, or are zero."""
+        """Keras's outputs from the states h: masked steps repeat the previous output, or are zero."""
         shown_TxBx1 = mask_TxBx1
         if mask_TxBx1 is not None and not self.zero_output_for_mask:
-            # Before its first step a row has no output to repeat: zero, whatever the initial state is.
+            # Before its first step a row has no output to repeat: zero, for any initial state.
             shown_TxBx1 = tf.cumsum(tf.cast(mask_TxBx1, tf.int32)) > 0
         if not self.return_sequences:
             last_BxH = h_BxH if shown_TxBx1 is None else _zero_unless(shown_TxBx1[-1], h_BxH)
@@ -127,14 +127,14 @@ def _product(x_TxBxN: Any, w_NxM: Any) -> Any:
 def recurrence(
     z_TxBxG: Any, kernel_HxG: Any, state: list[Any], mask_TxBx1: Any, products: Callable[[Any], Products]
 ) -> tuple[Any, Any, Any]:
-    """The states h of all steps, (T, B, H), and the last h and c, with a gradient of our own.
+    """The states h of all steps, (T, B, H), and the last h and c, with a custom gradient.
 
     Args:
         z_TxBxG: x K + b.
         kernel_HxG: R.
-        state: the h and c to begin with, (B, H).
-        mask_TxBx1: steps to take; the others leave the state as it is. Or None.
-        products: makes of R what multiplies with it.
+        state: initial h and c, (B, H).
+        mask_TxBx1: steps to take; the others leave the state unchanged. Or None.
+        products: creates the `Products` of R.
     """
 
     @tf.custom_gradient  # type: ignore[untyped-decorator]
@@ -146,7 +146,7 @@ def recurrence(
         def backward(dh_TxBxH: Any, dlast_h_BxH: Any, dlast_c_BxH: Any, *_: Any) -> Any:
             upstream = product.own(dh_TxBxH), dlast_h_BxH, dlast_c_BxH
             dz_TxBxG, dh_BxH, dc_BxH = _backward(*upstream, product, mask_TxBx1, saved)
-            # Two products, so that h is not copied to put the first state before the others.
+            # Two products, so that h is not copied to prepend the initial state.
             dkernel_HxG = product.kernel_gradient(product.whole(h_BxH)[None], dz_TxBxG[:1])
             dkernel_HxG += product.kernel_gradient(h_TxBxH[:-1], dz_TxBxG[1:])
             return dz_TxBxG, dkernel_HxG, dh_BxH, dc_BxH
@@ -161,10 +161,10 @@ def recurrence(
 
 
 def _once(function: Callable[..., Any]) -> Any:
-    """The function, but its results refuse to be differentiated with respect to any of its arguments.
+    """The function, but differentiating its results with respect to any of its arguments raises.
 
-    What the way forward saved is a constant to TensorFlow: a second derivative would silently lack it.
-    Hence the arguments which the function itself does not need.
+    Values saved by the forward pass are constants to TensorFlow: a second derivative would silently be wrong.
+    Hence the arguments that the function itself does not need.
     """
 
     def refuse(*_: Any) -> Any:
@@ -177,10 +177,10 @@ def _once(function: Callable[..., Any]) -> Any:
 
 
 class Products:
-    """The products with R: of h in a step, of dz in a step back, and R's gradient over all steps.
+    """The products with R: of h in a step, of dz in a backward step, and R's gradient over all steps.
 
-    Ranks that share the units (`tf_dist.layers.lstm`) have their own columns of R, and in the loops their own
-    units of h; `whole` and `own` stand between these and all units.
+    Tensor-parallel ranks (`tf_dist.layers.lstm`) have their own columns of R, and in the loops their own
+    units of h; `whole` and `own` convert between these and all units.
     """
 
     def __init__(self, kernel_HxG: Any) -> None:
@@ -191,7 +191,7 @@ class Products:
         return h
 
     def own(self, dh: Any) -> Any:
-        """Return those of them that the loops have."""
+        """Return the units that the loops have on this rank."""
         return dh
 
     def forward(self, h_BxH: Any) -> Any:
@@ -200,7 +200,7 @@ class Products:
 
     @staticmethod
     def product(x: Any, w: Any) -> Any:
-        """A product in the kernel's type, of and to the state's."""
+        """A product in the kernel's dtype, from and to the state's."""
         return tf.cast(tf.matmul(tf.cast(x, w.dtype), w), x.dtype)
 
     def backward(self) -> Callable[[Any], Any]:
@@ -220,9 +220,9 @@ class Products:
 
 
 class _DroppedProducts(Products):
-    """The same where each gate sees an h of its own, masked by recurrent dropout.
+    """Products with recurrent dropout, in which each gate has its own masked h.
 
-    One mask for each gate, the same in all steps (Gal & Ghahramani 2016).
+    One mask per gate, the same in all steps (Gal & Ghahramani 2016).
     """
 
     def __init__(self, kernel_HxG: Any, masks_BxH: list[Any]) -> None:
@@ -249,7 +249,7 @@ class _DroppedProducts(Products):
 
 
 def _forward(z_TxBxG: Any, product: Products, h_BxH: Any, c_BxH: Any, mask_TxBx1: Any) -> tuple[Any, ...]:
-    """All steps: the states h (T, B, H), the last h and c, and what the way back needs of each step."""
+    """All steps: the states h (T, B, H), the last h and c, and the values saved for the backward pass."""
     T = z_TxBxG.shape[0] or tf.shape(z_TxBxG)[0]
 
     def step(t: Any, h_BxH: Any, c_BxH: Any, arrays: Any) -> Any:
@@ -276,7 +276,7 @@ def _backward(
     """All steps from the last to the first.
 
     Args:
-        dh_TxBxH: the gradient of every h, as far as it is used outside.
+        dh_TxBxH: the gradient of every h, from its uses outside.
         dh_BxH: that of the last h, as a state.
         dc_BxH: that of the last c.
         product: the products with R.
@@ -284,7 +284,7 @@ def _backward(
         saved: from `_forward`.
 
     Returns:
-        The gradients of z (T, B, G), and of the h and c at the beginning.
+        The gradients of z (T, B, G), and of the initial h and c.
     """
     T = dh_TxBxH.shape[0] or tf.shape(dh_TxBxH)[0]
     product_with_dz = product.backward()
@@ -307,7 +307,7 @@ def _backward(
         before_c = through_c * f
         if mask_TxBx1 is None:
             return t, product_with_dz(dz_BxG), before_c, dz_array.write(t, dz_BxG)
-        # A step that was not taken handed h and c on.
+        # A masked step passes h and c through.
         dz_BxG = _zero_unless(mask_TxBx1[t], dz_BxG)
         before_c = tf.where(mask_TxBx1[t], before_c, dc_BxH)
         before_h = product_with_dz(dz_BxG) + _zero_unless(~mask_TxBx1[t], dh_BxH)
@@ -319,10 +319,10 @@ def _backward(
 
 
 def _array(T: Any, shape: Any, dtype: Any) -> Any:
-    """Room for one tensor of each step."""
+    """A tensor array for one tensor per step."""
     return tf.TensorArray(dtype, size=T, element_shape=shape, clear_after_read=False)
 
 
 def _loop(T: Any, step: Callable[..., Any], start: tuple[Any, ...]) -> Any:
-    """T times ``step``; a bound, which XLA asks for, and no condition besides it."""
+    """Call ``step`` T times; with a static bound, as XLA requires, and no other condition."""
     return tf.while_loop(lambda *_: True, step, start, maximum_iterations=T)

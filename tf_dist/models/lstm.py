@@ -12,7 +12,7 @@ import keras
 from keras import layers
 
 from tf_dist.models import fast_lstm
-from tf_dist.models.head import with_head
+from tf_dist.models.lm_head import with_head
 
 
 def build(
@@ -27,10 +27,10 @@ def build(
 ) -> keras.Model:
     """An LSTM language model, (B, T) token ids -> (B, T, V) logits.
 
-    Dropout stands before, between and after the layers, never inside the recurrence. With tied
-    embeddings the output layer is the embedding matrix again (Press & Wolf 2017). With
+    Dropout is applied before, between and after the layers, never inside the recurrence. With tied
+    embeddings the output layer reuses the embedding matrix (Press & Wolf 2017). With
     ``recurrent_layer=keras.layers.LSTM`` the model has the same variables, and is slower on a CPU.
-    Layers that take the same arguments and share their work among ranks are in `tf_dist.layers`.
+    `tf_dist.layers` has tensor-parallel layers with the same arguments.
     """
     tokens_BxT = keras.Input((seq_len,), dtype="int32", name="tokens")
     embedding = embedding_layer(

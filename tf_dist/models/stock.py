@@ -1,7 +1,7 @@
-"""Rebuild a model from stock Keras layers, so that its file opens where only Keras is installed.
+"""Convert a model to stock Keras layers, so that its file opens where only Keras is installed.
 
-The layers of `tf_dist.models` compute what layers of Keras compute, faster. Each has a counterpart there with
-the same weights, perhaps in another shape. `stock_model` replaces them; `give` and `take` carry weights there
+The layers of `tf_dist.models` compute the same as layers of Keras, faster. Each has a counterpart there with
+the same weights, perhaps in another shape. `stock_model` replaces them; `give` and `take` copy weights there
 and back, bit for bit.
 
 Legend: B rows, T tokens, D width, H heads, K = D / H width of a head.
@@ -31,10 +31,10 @@ def _call(layer: layers.Layer, *args: Any, **kwargs: Any) -> Any:
 
 
 class Counterpart(NamedTuple):
-    """What stands in for a layer of ours.
+    """The stock replacement of one of our layers.
 
     make: our layer -> the stock layer, without weights yet.
-    call: the stock layer and the arguments of our layer's call -> what our layer would return.
+    call: the stock layer and the arguments of our layer's call -> the result of our layer.
     to_stock, from_stock: our layer, and the weights of one -> those of the other.
     """
 
@@ -84,14 +84,14 @@ def _positions(layer: transformer.LearnedPositions) -> layers.Layer:
 
 
 def _add_positions(layer: layers.Layer, x_BxTxD: Any, **kwargs: Any) -> Any:
-    """Keras has no layer that knows a token's place: it is the number of tokens up to it, less 1."""
+    """Keras has no layer for a token's position: it is the number of tokens up to it, less 1."""
     places_BxT = ops.cumsum(ops.ones_like(x_BxTxD[:, :, 0], dtype="int32"), axis=1) - 1
     added = layers.Add(name=f"{layer.name}_added", dtype=layer.dtype_policy)
     return added([x_BxTxD, layer(places_BxT)])
 
 
 def _parent(cls: type[layers.Layer]) -> Callable[[Any], layers.Layer]:
-    """Keras's class that ours inherits from, with the same configuration."""
+    """The Keras class that ours inherits from, with the same configuration."""
     return lambda layer: cls.from_config(layer.get_config())
 
 
@@ -104,15 +104,15 @@ COUNTERPARTS: dict[type[layers.Layer], Counterpart] = {
 
 
 def stock_model(model: keras.Model) -> keras.Model | None:
-    """The same model with stock layers in place of ours, its weights copied; None if Keras has no graph.
+    """Convert a model to stock layers, with its weights copied; None if Keras has no graph of it.
 
-    Layers of others stay what they are: `not_stock` has their classes.
+    Other layers are unchanged: `not_stock` lists their classes.
 
     Args:
         model: any model; those that are neither functional nor sequential have no graph.
 
     Raises:
-        Exception: whatever ``get_config`` and ``from_config`` of a user's layer raise.
+        Exception: from ``get_config`` and ``from_config`` of a user's layer.
     """
     if not _has_graph(model):
         return None
@@ -126,7 +126,7 @@ def stock_model(model: keras.Model) -> keras.Model | None:
             made[layer.name] = counterpart
             return counterpart.make(layer)
         if not isinstance(layer, layers.Layer):
-            return layer  # an operation of `keras.ops` has no weights, and two graphs may share it
+            return layer  # an operation of `keras.ops` has no weights: shareable between graphs
         config = layer.get_config()
         if getattr(layer, "activation", None) is fast_layers.gelu:
             config["activation"] = "gelu"
@@ -149,13 +149,13 @@ def _has_graph(model: Any) -> bool:
 
 
 def give(ours: keras.Model, stock: keras.Model) -> None:
-    """Copy the weights of a model to what `stock_model` made of it."""
+    """Copy the weights of a model to its stock counterpart."""
     for mine, theirs, counterpart in _pairs(ours, stock):
         theirs.set_weights(counterpart.to_stock(mine, mine.get_weights()))
 
 
 def take(ours: keras.Model, stock: keras.Model) -> None:
-    """Copy weights back: those of what `stock_model` made of a model, into it."""
+    """Copy weights back from the stock counterpart to the model."""
     for mine, theirs, counterpart in _pairs(ours, stock):
         mine.set_weights(counterpart.from_stock(mine, theirs.get_weights()))
 
@@ -170,7 +170,7 @@ def _pairs(ours: keras.Model, stock: keras.Model) -> Iterator[tuple[Any, Any, Co
 
 
 def not_stock(model: keras.Model) -> list[type[layers.Layer]]:
-    """Classes in a model that are not Keras's, sorted by name: whoever opens its file must have them."""
+    """Classes in a model that are not Keras's, sorted by name: needed to open its file."""
     found = {type(layer) for layer in model._flatten_layers()}
     return sorted((c for c in found if not c.__module__.startswith("keras.")), key=lambda c: c.__qualname__)
 

@@ -1,4 +1,4 @@
-"""A decoder-only Transformer in the manner of GPT-2 (Radford et al. 2019), pre-norm and causal.
+"""A decoder-only Transformer like GPT-2 (Radford et al. 2019), pre-norm and causal.
 
 Legend: B rows, T tokens, D width, H heads, K = D / H width of a head, V vocabulary, L layers.
 """
@@ -13,18 +13,18 @@ from keras import layers
 
 from tf_dist.models import attention, fast_lstm
 from tf_dist.models.fast_layers import LayerNormalization, gelu
-from tf_dist.models.head import with_head
+from tf_dist.models.lm_head import with_head
 
 
 @keras.saving.register_keras_serializable("tf_dist")
 class CausalSelfAttention(layers.Layer):
-    """Every token attends to itself and those before it (Vaswani et al. 2017).
+    """Causal self-attention: a token attends to itself and to those before it (Vaswani et al. 2017).
 
     Args:
         heads: H; must divide the width of the input.
-        dropout: share of attention weights dropped in training.
+        dropout: fraction of attention weights dropped in training.
         output_stddev: standard deviation of the output projection's initial weights.
-        attend: queries, keys and values, (B, H, T, K) each, -> attended values; without dropout.
+        attend: queries, keys and values, (B, H, T, K) each, -> attention output; without dropout.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class CausalSelfAttention(layers.Layer):
         self.own_heads = heads
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
-        """Make the two projections: one for queries, keys and values together, one for the output."""
+        """Create the two projections: one for queries, keys and values together, one for the output."""
         width = input_shape[-1]
         assert width is not None
         self.query_key_value = self._expanding(
@@ -54,8 +54,8 @@ class CausalSelfAttention(layers.Layer):
         self.query_key_value.build(input_shape)
         self.output_projection.build((*input_shape[:-1], width // self.heads * self.own_heads))
 
-    # Where ranks share the heads (`tf_dist.layers.attention`) a subclass has own_heads of them, projections
-    # to and from these, and their part of what dropout draws for all.
+    # Overridden with tensor parallelism (`tf_dist.layers.attention`): a rank has own_heads of the heads,
+    # projections to and from these, and their part of the dropout mask of all.
     def _expanding(self, units: int, **options: Any) -> layers.Layer:
         return layers.Dense(units, **options)
 
@@ -66,7 +66,7 @@ class CausalSelfAttention(layers.Layer):
         return self.attention_dropout(weights_BxHxTxT, training=True)
 
     def call(self, x_BxTxD: Any, training: bool = False) -> Any:
-        """Return the attended values, (B, T, D)."""
+        """Return the attention output, (B, T, D)."""
         qkv_BxTx3D = self.query_key_value(x_BxTxD)
         q_BxHxTxK, k_BxHxTxK, v_BxHxTxK = attention.split_heads(qkv_BxTx3D, self.own_heads)
         if training and self.dropout:
@@ -76,7 +76,7 @@ class CausalSelfAttention(layers.Layer):
         return self.output_projection(attention.join_heads(attended_BxHxTxK))
 
     def get_config(self) -> dict[str, Any]:
-        """Return what the constructor takes."""
+        """Return the constructor's arguments."""
         return {
             **super().get_config(),
             "heads": self.heads,
@@ -87,33 +87,33 @@ class CausalSelfAttention(layers.Layer):
 
 @keras.saving.register_keras_serializable("tf_dist")
 class LearnedPositions(layers.Layer):
-    """Adds one trained vector for each position: (B, T, D) -> (B, T, D)."""
+    """Adds a trained vector for each position: (B, T, D) -> (B, T, D)."""
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
-        """Make the table of positions, (T, D)."""
+        """Create the table of positions, (T, D)."""
         self.table_TxD = self.add_weight(
             shape=tuple(input_shape[1:]), initializer=normal(0.02), name="positions"
         )
 
     def call(self, x_BxTxD: Any) -> Any:
-        """Return the input with its positions."""
+        """Add positions to the input."""
         return x_BxTxD + self.table_TxD
 
 
 def normal(stddev: float) -> keras.initializers.Initializer:
-    """GPT-2's initial weights: normal, without truncation."""
+    """GPT-2's initial weights: normal, not truncated."""
     return keras.initializers.RandomNormal(stddev=stddev)
 
 
 class Layers(NamedTuple):
-    """What models are made of where ranks may divide it (`tf_dist.layers`); as it is here they do not.
+    """Layer types of a model, which ranks may replace by partitioned ones (`tf_dist.layers`).
 
-    attend: queries, keys and values -> attended values, like `tf_dist.models.attention.attention`.
+    attend: queries, keys and values -> attention output, like `tf_dist.models.attention.attention`.
     attention: (heads, dropout, output_stddev, attend, name=) -> a layer like `CausalSelfAttention`.
     positions: (name=) -> a layer like `LearnedPositions`.
-    sequence: s, how many ranks share the tokens of a row: the model takes T / s of them.
+    sequence: s, how many ranks partition the tokens of a row: the model takes T / s of them.
     embedding: like `keras.layers.ReversibleEmbedding`.
-    column_dense, row_dense: like `keras.layers.Dense`; what one returns goes to the other, and nowhere else.
+    column_dense, row_dense: like `keras.layers.Dense`; the output of one feeds only the other.
     lstm: like `keras.layers.LSTM`.
     """
 
@@ -143,8 +143,8 @@ def build(
     """A Transformer language model, (B, T) token ids -> (B, T, V) logits.
 
     Initial weights are GPT-2's: normal with 0.02, and 0.02 / sqrt(2 L) for the two projections that
-    add to the residual stream in each layer, so that its variance does not grow with depth. ``layers`` says
-    what stands in for layers that ranks divide; ``seq_len`` is that of whole rows.
+    add to the residual stream in each layer, so that its variance does not grow with depth. ``layers``
+    replaces layers that ranks partition; ``seq_len`` is that of full rows.
     """
     residual_stddev = 0.02 / (2 * layer_count) ** 0.5
     tokens_BxT = keras.Input((seq_len // layers.sequence,), dtype="int32", name="tokens")
@@ -162,7 +162,7 @@ def build(
 def _block(
     x_BxTxD: Any, width: int, heads: int, dropout: float, stddev: float, name: str, layers: Layers
 ) -> Any:
-    """One layer: attention, then a feed-forward network four times as wide, each on a normed input."""
+    """One layer: attention, then a feed-forward network four times as wide, each on a normalized input."""
     Dropout = keras.layers.Dropout
     h = LayerNormalization(epsilon=1e-5, name=f"{name}_attention_norm")(x_BxTxD)
     h = layers.attention(heads, dropout, stddev, attend=layers.attend, name=f"{name}_attention")(h)

@@ -1,1 +1,1 @@
-"""How the work is split and put together again. Takes a Comm, never makes one; knows no TensorFlow."""
+"""Distributed algorithms: partitioning, reduction, schedules. Take a Comm, never make one; no TensorFlow."""

@@ -1,18 +1,18 @@
-"""Gradients that travel smaller than they are, with error feedback: bfloat16, signs, top-k, PowerSGD.
+"""Gradient compression with error feedback: bfloat16, signs, top-k, PowerSGD.
 
-What a rank could not send stays with it and is added to its next gradient (Seide et al. 2014; Karimireddy et
-al. 2019), so that nothing is lost, only late:
+What a rank could not send is its residual, which is added to its next gradient (Seide et al. 2014;
+Karimireddy et al. 2019), so that updates are delayed, but not lost:
 
-    a_r = g_r + e_r;   s_r = what is sent of a_r;   e_r = a_r - s_r;   everyone steps with sum_r s_r
+    a_r = g_r + e_r;   s_r = compressed a_r;   e_r = a_r - s_r;   every rank steps with sum_r s_r
 
-g_r is this rank's part of the mean gradient: its sum divided by the tokens of all ranks.
+g_r is this rank's part of the mean gradient: of `Trainer`, its sum divided by the tokens of all ranks.
 
-Legend: P parameters, R ranks, k elements that are sent, r the rank of a matrix (of linear algebra).
+Legend: P parameters, R ranks, k elements that are sent, r the rank of a matrix (in linear algebra).
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -20,72 +20,56 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tf_dist.comm.base import Comm
+from tf_dist.comm.transport.base import Comm
 from tf_dist.errors import UsageError
-from tf_dist.options import Configured, option
-from tf_dist.parallel.flat import FlatLayout, aligned_empty
-from tf_dist.parallel.onebit import allreduce_signs
-from tf_dist.parallel.short import allreduce_bfloat16
-from tf_dist.parallel.tree import one_each
+from tf_dist.options import option
+from tf_dist.parallel.aggregator import Aggregator, elements_of
+from tf_dist.parallel.bf16_allreduce import allreduce_bfloat16
+from tf_dist.parallel.flat_buffer import FlatLayout, aligned_empty
+from tf_dist.parallel.onebit_allreduce import allreduce_signs
+from tf_dist.parallel.reduction_tree import one_each
 
 GROUP = "compression"
-# Elements among which the threshold of top-k is looked for, as a share and at least.
+# Sample size from which top-k's threshold is estimated, as a fraction and at least.
 SAMPLED, SAMPLED_AT_LEAST = 0.01, 10_000
-# How many times as many elements as were wanted may pass the threshold before they are cut.
+# How many times k elements may exceed the threshold before they are truncated.
 TOO_MANY = 1.3
 
 
-class Compressor(Configured, ABC):
+class Compressor(Aggregator):
     """Sums gradients over ranks in a smaller form, and remembers what was not sent.
 
     Attributes:
         residual: e, (P,) float32, this rank's own.
-        by_horovod: whether Horovod can carry it.
-        of_momentum: it is to compress the momentum of Adam, which the ranks make together.
     """
 
-    by_horovod = of_momentum = False
+    exact = by_horovod = False
     residual: np.ndarray
 
-    def setup(self, shapes: Sequence[tuple[int, ...]]) -> None:
-        """Get ready for gradients of weights of such shapes."""
-        self.residual = np.zeros(sum(prod(shape) for shape in shapes), np.float32)
+    def setup(self, shapes: Sequence[tuple[int, ...]], comm: Comm) -> None:
+        """As in `Aggregator`."""
+        self.residual = np.zeros(elements_of(shapes), np.float32)
 
-    def check_worth(self) -> None:
-        """Refuse to compress, after `setup`, where nothing would become smaller.
-
-        Raises:
-            UsageError: with what would do.
-        """
-
-    def sum(self, gradient: np.ndarray, comm: Comm) -> np.ndarray:
-        """What all ranks have sent of their gradients and of what was left; a collective.
-
-        Args:
-            gradient: this rank's, (P,) float32; its content is lost.
-            comm: the ranks.
-
-        Returns:
-            (P,) float32, the same bits on every rank, in memory that the next call uses again.
-        """
-        gradient += self.residual
-        return self._sum(gradient, comm)
+    def aggregate(self, gradient: np.ndarray, comm: Comm, out: np.ndarray) -> np.ndarray:
+        """As in `Aggregator`, float32: the sum of what all ranks send of gradients and of what was left."""
+        np.add(gradient, self.residual, out=out)
+        return self._sum(out, comm)
 
     @abstractmethod
     def _sum(self, wanted: np.ndarray, comm: Comm) -> np.ndarray:
-        """The sum of what is sent of ``wanted``; sets ``residual`` to the rest of it."""
+        """The sum of the compressed ``wanted``; sets ``residual`` to the rest of it."""
 
-    def own_arrays(self) -> dict[str, np.ndarray]:
-        """What each rank has for itself, (P,) each: a checkpoint keeps the sum over ranks."""
+    def local_state(self) -> dict[str, np.ndarray]:
+        """State of each rank, (P,) each: a checkpoint stores the sum over ranks."""
         return {"residual": self.residual}
 
-    def common_arrays(self) -> dict[str, np.ndarray]:
-        """What is the same on all ranks, of any shape: a checkpoint keeps it as it is."""
+    def replicated_state(self) -> dict[str, np.ndarray]:
+        """State replicated on all ranks, of any shape: a checkpoint stores it unchanged."""
         return {}
 
 
 class BFloat16(Compressor):
-    """Half of the bytes. What the sum of a slice loses by its own rounding, its owner keeps."""
+    """Half of the bytes. The owner of a slice keeps the rounding error of its sum."""
 
     name = "bf16"
 
@@ -96,7 +80,7 @@ class BFloat16(Compressor):
 
 
 class OneBit(Compressor):
-    """Signs, and a magnitude for each block: a thirty-second of the bytes."""
+    """Signs, and a magnitude per block: 1/32 of the bytes."""
 
     name, of_momentum = "onebit", True
 
@@ -107,7 +91,7 @@ class OneBit(Compressor):
 
 @dataclass(frozen=True)
 class TopKOptions:
-    """What is sent. density: k / P. momentum: of each rank's own gradients; 0: plain error feedback."""
+    """Options of top-k. density: k / P. momentum: of each rank's own gradients; 0: plain error feedback."""
 
     density: float = option(
         0.01,
@@ -126,13 +110,13 @@ class TopKOptions:
 
 
 class TopK(Compressor):
-    """The elements that have grown largest, with their places: 8 k (R - 1) bytes from each rank.
+    """Top-k: the elements that have grown largest, with their indices: 8 k (R - 1) bytes from each rank.
 
     With momentum it is Deep Gradient Compression (Lin et al. 2018): each rank keeps the momentum of its own
-    gradients, and forgets it where an element was sent. The optimizer should then be plain SGD.
+    gradients, and clears it for elements that were sent. The optimizer should then be plain SGD.
 
     Raises:
-        UsageError: nothing, or more than all, would be sent; or the momentum never fades.
+        UsageError: k would be zero or more than P; or the momentum never decays.
     """
 
     name, Options = "topk", TopKOptions
@@ -146,18 +130,18 @@ class TopK(Compressor):
         if self.factor >= 1:
             raise UsageError(f"compression_momentum is {self.factor:g}: it must be below 1")
 
-    def setup(self, shapes: Sequence[tuple[int, ...]]) -> None:
-        """As in `Compressor`."""
-        super().setup(shapes)
+    def setup(self, shapes: Sequence[tuple[int, ...]], comm: Comm) -> None:
+        """As in `Aggregator`."""
+        super().setup(shapes, comm)
         self.velocity = np.zeros(self.residual.size if self.factor else 0, np.float32)
 
-    def sum(self, gradient: np.ndarray, comm: Comm) -> np.ndarray:
+    def aggregate(self, gradient: np.ndarray, comm: Comm, out: np.ndarray) -> np.ndarray:
         """As in `Compressor`."""
         if self.velocity.size:
             self.velocity *= self.factor
             self.velocity += gradient
-            np.copyto(gradient, self.velocity)
-        return super().sum(gradient, comm)
+            gradient = self.velocity
+        return super().aggregate(gradient, comm, out)
 
     def _sum(self, wanted: np.ndarray, comm: Comm) -> np.ndarray:
         places = largest(wanted, max(1, round(self.density * wanted.size)))
@@ -171,17 +155,17 @@ class TopK(Compressor):
             wanted[theirs] += found
         return wanted
 
-    def own_arrays(self) -> dict[str, np.ndarray]:
+    def local_state(self) -> dict[str, np.ndarray]:
         """As in `Compressor`."""
         more = {"velocity": self.velocity} if self.velocity.size else {}
-        return super().own_arrays() | more
+        return super().local_state() | more
 
 
 def largest(array: np.ndarray, count: int) -> np.ndarray:
-    """The places, ascending int32, of about ``count`` elements with the largest magnitude.
+    """Indices, ascending int32, of about ``count`` elements with the largest magnitude.
 
-    The threshold comes from a sample (as in Lin et al. 2018), for to sort all would take longer than to send
-    them; where too many pass it, these are sorted. All of them if ``count`` is their number.
+    The threshold is estimated from a sample (as in Lin et al. 2018), since sorting all would take longer than
+    sending them; if too many exceed it, these are sorted. All of them if ``count`` is their number.
     """
     if count >= array.size:
         return np.arange(array.size, dtype=np.int32)
@@ -198,7 +182,7 @@ def largest(array: np.ndarray, count: int) -> np.ndarray:
 
 
 def gathered(comm: Comm, places: np.ndarray, values: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The places and values of all ranks, in rank order; a collective."""
+    """All-gather indices and values, in rank order; a collective."""
     counts = comm.allgather_obj(int(places.size))
     ends = np.cumsum(counts)
     parts = [slice(int(end) - count, int(end)) for end, count in zip(ends, counts, strict=True)]
@@ -210,7 +194,7 @@ def gathered(comm: Comm, places: np.ndarray, values: np.ndarray) -> list[tuple[n
 
 
 class _Matrix(NamedTuple):
-    """A weight as a matrix: where it lies in the flat array, and its shape."""
+    """A weight as a matrix: its position in the flat array, and its shape."""
 
     part: slice
     rows: int
@@ -219,7 +203,7 @@ class _Matrix(NamedTuple):
 
 @dataclass(frozen=True)
 class PowerSGDOptions:
-    """How much smaller. rank: r. least_rate: how many times smaller a matrix must become."""
+    """Options of PowerSGD. rank: r. least_rate: least compression ratio of a matrix."""
 
     rank: int = option(4, GROUP, "rank of the powersgd factors", least=1, flag="compression_rank")
     least_rate: float = option(
@@ -234,10 +218,10 @@ class PowerSGDOptions:
 class PowerSGD(Compressor):
     """Each matrix as a product of two narrow ones (Vogels, Karimireddy & Jaggi 2019).
 
-    One step of power iteration, begun with the right side that the last step found: P = sum_r M_r Q, made
-    orthogonal; Q_r = M_r' P; everyone steps with P (sum_r Q_r)', and rank r has sent P Q_r'. A matrix of n x
-    m travels as r (n + m) numbers. Vectors, and matrices that would not become ``least_rate`` times smaller,
-    travel whole.
+    One step of power iteration, warm-started with the right factor of the last step: P = sum_r M_r Q,
+    orthogonalized; Q_r = M_r' P; every rank steps with P (sum_r Q_r)', and rank r has sent P Q_r'. A matrix
+    of n x m is sent as r (n + m) numbers. Vectors, and matrices that would not become ``least_rate`` times
+    smaller, are sent uncompressed.
 
     Attributes:
         seed: of the first Q.
@@ -246,9 +230,9 @@ class PowerSGD(Compressor):
     name, Options, by_horovod = "powersgd", PowerSGDOptions, True
     seed = 1
 
-    def setup(self, shapes: Sequence[tuple[int, ...]]) -> None:
-        """As in `Compressor`."""
-        super().setup(shapes)
+    def setup(self, shapes: Sequence[tuple[int, ...]], comm: Comm) -> None:
+        """As in `Aggregator`."""
+        super().setup(shapes, comm)
         rank, least_rate = self.options.rank, self.options.least_rate
         layout = FlatLayout(list(shapes))
         self.rank: int = rank
@@ -268,18 +252,18 @@ class PowerSGD(Compressor):
         self.right = random.standard_normal(rank * sum(one.columns for one in self._matrices), np.float32)
         self._longest_side = max([min(one[0], prod(one[1:])) for one in shapes if len(one) > 1], default=0)
 
-    def check_worth(self) -> None:
-        """As in `Compressor`."""
+    def check_smaller(self) -> None:
+        """As in `Aggregator`."""
         if not self.right.size:
             raise UsageError(
                 f"compression_rank {self.rank}: no weight would become {self.options.least_rate:g} times "
-                f"smaller; no matrix has sides of more than {self._longest_side}. Use a lower "
-                "--compression-rank, or --compression none"
+                f"smaller; no matrix has sides of more than {self._longest_side}. Use a lower rank, or no "
+                "compression"
             )
 
     @property
     def ratio(self) -> float:
-        """How many times fewer numbers travel."""
+        """Compression ratio: how many times fewer numbers are sent."""
         whole = sum(part.stop - part.start for part in self._whole)
         return float(self.residual.size / max(1, self._left.size + self.right.size + whole))
 
@@ -320,10 +304,10 @@ class PowerSGD(Compressor):
             start += length * self.rank
         return views
 
-    def common_arrays(self) -> dict[str, np.ndarray]:
+    def replicated_state(self) -> dict[str, np.ndarray]:
         """As in `Compressor`."""
         return {"right": self.right}
 
 
-# By name. Each is made of its options, and set up where the shapes of the weights are known.
+# By name. Each is created from its options, and set up once the shapes of the weights are known.
 COMPRESSORS: dict[str, type[Compressor]] = {one.name: one for one in (BFloat16, TopK, PowerSGD, OneBit)}

@@ -1,8 +1,8 @@
-"""`Mesh`: the ranks as a grid of data x pipeline x sequence x tensor, and who talks along which axis.
+"""`Mesh`: device mesh of data x pipeline x sequence x tensor ranks, with a communicator per axis.
 
 Ranks along *data* have the same part of the model and different micro-batches. Along *pipeline* they have
-different layers, along *sequence* the same layers and other tokens of the same rows, along *tensor* parts of
-every layer. Tensor is innermost, for its ranks talk most: neighbours lie on one node.
+different layers, along *sequence* the same layers and other tokens of the same rows, along *tensor* shards of
+every layer. Tensor is innermost, as it communicates most: adjacent ranks lie on one node.
 
     8 ranks as 2 x 2 x 1 x 2        data 0                       data 1
                              pipeline 0   pipeline 1      pipeline 0   pipeline 1
@@ -14,8 +14,8 @@ from __future__ import annotations
 from math import prod
 from typing import Any
 
-from tf_dist.comm.base import Comm
-from tf_dist.comm.communicators import as_comm
+from tf_dist.comm.runtime.communicators import as_comm
+from tf_dist.comm.transport.base import Comm
 from tf_dist.errors import UsageError
 from tf_dist.partition import share
 
@@ -24,24 +24,24 @@ DATA, PIPELINE, SEQUENCE, TENSOR = range(4)
 
 
 class Mesh:
-    """A grid of ranks; a collective.
+    """A device mesh; a collective.
 
     Args:
         comm: all ranks; or a communicator of mpi4py.
-        pipeline: how many ranks share the layers.
-        sequence: how many ranks share the tokens of a row.
-        tensor: how many ranks share each layer.
+        pipeline: degree of pipeline parallelism: ranks that partition the layers.
+        sequence: degree of context parallelism: ranks that partition the tokens of a row.
+        tensor: degree of tensor parallelism: ranks that partition each layer.
 
     Attributes:
         shape: ranks along data, pipeline, sequence and tensor.
-        at: this rank's place along each.
+        at: this rank's coordinates.
         all: all ranks.
         data, pipeline, sequence, tensor: the ranks that differ from this one along this axis only.
         replicas: those that differ along data and sequence: they hold the same weights, and sum gradients.
         model: those that differ along pipeline and tensor: together they hold the weights once.
 
     Raises:
-        UsageError: the product does not divide the number of ranks.
+        UsageError: on every rank: the product does not divide the number of ranks.
     """
 
     def __init__(self, comm: Comm | Any, pipeline: int = 1, sequence: int = 1, tensor: int = 1) -> None:
@@ -53,22 +53,22 @@ class Mesh:
         self.at = place(comm.rank, self.shape)
 
     def renew(self) -> None:
-        """Ranks have died, all of which were along data (`Comm.regroup`)."""
+        """Rebuild after ranks failed, all of which were along data (`Comm.regroup`)."""
         assert self.plain
         self.shape, self.at = (self.all.size, 1, 1, 1), (self.all.rank, 0, 0, 0)
 
     @property
     def plain(self) -> bool:
-        """Whether every rank has the whole model and whole rows."""
+        """Whether every rank has the full model and full rows."""
         return prod(self.shape[1:]) == 1
 
     @property
-    def speaks(self) -> bool:
-        """Whether this rank knows the loss of its micro-batches and counts it: one rank of those who do."""
+    def reports_loss(self) -> bool:
+        """True on the one rank per model replica that contributes the loss."""
         return self.at[PIPELINE] == self.shape[PIPELINE] - 1 and self.at[TENSOR] == 0
 
     def rank_at(self, **where: int) -> int:
-        """The rank whose place along the axes named here is another than this one's.
+        """The rank that differs from this one in the coordinates given here.
 
         For instance ``mesh.rank_at(pipeline=0)``.
         """
@@ -84,7 +84,7 @@ class Mesh:
 
 
 def place(rank: int, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A rank's place along each axis of a grid, the last one innermost."""
+    """A rank's coordinates in a grid, the last axis innermost."""
     at = []
     for size in reversed(shape):
         rank, here = divmod(rank, size)
@@ -93,9 +93,9 @@ def place(rank: int, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def leaves_of(micro_batches: int, mesh: Mesh) -> tuple[range, list[range]]:
-    """What is summed in a step, as leaves of a tree (`tf_dist.parallel.tree`): those of each of the replicas.
+    """The leaves of a step's `reduction_tree`, and those of each replica.
 
-    A leaf is what one rank computes of a micro-batch: all of it, or its tokens where ranks share a sequence.
+    A leaf is what one rank computes of a micro-batch: all of it, or its tokens with context parallelism.
     """
     blocks, start = [], 0
     for data in range(mesh.shape[DATA]):
@@ -107,7 +107,7 @@ def leaves_of(micro_batches: int, mesh: Mesh) -> tuple[range, list[range]]:
 
 
 def data_ranks(ranks: int, pipeline: int, sequence: int, tensor: int) -> int:
-    """What is left for the data axis.
+    """Size of the data axis.
 
     Raises:
         UsageError: the product of the others does not divide the number of ranks.

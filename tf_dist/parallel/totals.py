@@ -1,14 +1,15 @@
-"""What a step sums besides gradients, and how a summed gradient becomes a step.
+"""Reduction of losses and counts of a step, and the step size of a summed gradient.
 
 One step of synchronous data-parallel gradient descent is
 
     w  <-  optimizer(w, g),    g = (1 / n) * sum over micro-batches m of g_m
 
 where g_m is the gradient of the *sum* of the losses of its tokens, and n the number of tokens of
-all of them. Sums are divided once, at the end: a mean of means would weigh short batches too much. And they
-are added in one order, whoever computed them (`tree`), so the number of ranks never changes the weights.
+all of them. Sums are divided once, at the end: a mean of means would overweight short batches. And they
+are added in one order, whichever ranks computed them (`reduction_tree`), so the number of ranks never changes
+the weights.
 
-Where the ranks talk in a step is decided by a strategy (`tf_dist.strategies`).
+The strategy decides when ranks communicate in a step (`tf_dist.strategies`).
 """
 
 from __future__ import annotations
@@ -17,23 +18,23 @@ from typing import Protocol
 
 import numpy as np
 
-from tf_dist.comm.base import Comm
+from tf_dist.comm.transport.base import Comm
 from tf_dist.errors import NumericError
-from tf_dist.parallel.flat import aligned_empty
+from tf_dist.parallel.flat_buffer import aligned_empty
 
-# The columns of `Totals`: of each micro-batch, the summed loss, the number of targets and of right guesses;
-# and whether a rank wants to stop.
+# The columns of `Totals`: of each micro-batch, the summed loss, the number of targets and of correct
+# predictions; and whether a rank wants to stop.
 LOSS, TOKENS, CORRECT, STOP = range(4)
-# What helps against numbers that are none.
+# Advice shown when a gradient is NaN or infinite.
 ADVICE = "Try a lower --learning-rate, a longer --warmup-steps or --clip-norm 1"
 
 
 class Totals:
     """Sums over the M micro-batches of a step, in an order that does not depend on ranks.
 
-    Every micro-batch has a row of its own, which one rank fills and the others leave at zero. Adding zeros is
-    exact, so the reduction over ranks is as well, in whatever order it adds; the rows are then summed alike
-    everywhere.
+    Every micro-batch has its own row, which one rank fills and the others leave at zero. Adding zeros is
+    exact, so the reduction over ranks is as well, in any order; every rank then sums the rows in the same
+    order.
 
     Args:
         micro_batches: M.
@@ -44,29 +45,29 @@ class Totals:
         self._rows = np.zeros((micro_batches + 1, 4))
 
     def add(self, micro_batch: int, sums: np.ndarray) -> None:
-        """Note the loss, targets and right guesses, (3,), of one micro-batch."""
+        """Record the loss, targets and correct predictions, (3,), of one micro-batch."""
         self._rows[micro_batch, :STOP] += sums
 
     def ask_to_stop(self) -> None:
-        """Note that this rank wants to stop after the step."""
+        """Request a stop after this step, for this rank."""
         self._rows[-1, STOP] = 1.0
 
     @property
     def stop_wanted(self) -> bool:
-        """Whether this rank wants to stop."""
+        """Whether this rank has requested a stop."""
         return bool(self._rows[-1, STOP])
 
     def set(self, counts: np.ndarray) -> None:
-        """Take over the totals, (4,), that somebody else has added."""
+        """Set the totals, (4,), from sums made elsewhere."""
         self._rows[:], self._rows[-1] = 0.0, counts
 
     def reduce(self, comm: Comm) -> np.ndarray:
-        """Sum over all ranks, in place; the totals, (4,). A collective."""
+        """Sum over all ranks, in place; returns the totals, (4,). A collective."""
         comm.allreduce(self._rows.reshape(-1))
         return self.sum()
 
     def of(self, micro_batches: range) -> np.ndarray:
-        """The totals of some neighbouring micro-batches, (4,)."""
+        """The totals of consecutive micro-batches, (4,)."""
         return np.asarray(self._rows[micro_batches.start : micro_batches.stop].sum(axis=0))
 
     def not_finite(self) -> list[int]:
@@ -78,18 +79,18 @@ class Totals:
         return np.asarray(self._rows.sum(axis=0))
 
 
-class Replica(Protocol):
-    """What a rank has of the model and its optimizer, as flat float32 arrays of P parameters."""
+class GradientReplica(Protocol):
+    """A rank's part of the model and its optimizer, as flat float32 arrays of P parameters."""
 
     parameters: int
 
     def norm(self, gradient: np.ndarray, squares: np.ndarray | None = None) -> float:
-        """The norm of the whole gradient; a collective of `Mesh.model`, whose ranks have parts of it."""
+        """The global norm of the gradient; a collective of `Mesh.model`, whose ranks have shards of it."""
 
     def complete(self, gradient: np.ndarray) -> np.ndarray:
-        """Add what other ranks of `Mesh.model` have for the same weights, where there are such.
+        """Add the gradients of other ranks of `Mesh.model` for the same weights (tied weights), if any.
 
-        The gradient may lie in memory that ranks share: it is never written to.
+        The gradient may be in shared memory: it is never written to.
         """
 
     def apply(self, gradient: np.ndarray, scale: float) -> None:
@@ -102,16 +103,16 @@ class Replica(Protocol):
         """Copy the weights to ``out``."""
 
     def write_weights(self, weights: np.ndarray) -> None:
-        """Take over these weights."""
+        """Set the weights."""
 
 
-def sum_buffer(terms: list[np.ndarray], replica: Replica) -> np.ndarray:
-    """Where the sum goes: over the first term, which is used up, or on a rank without one, new memory."""
+def sum_buffer(terms: list[np.ndarray], replica: GradientReplica) -> np.ndarray:
+    """Buffer for the sum: the first term, which is overwritten, or on a rank without one, new memory."""
     return terms[0] if terms else aligned_empty(replica.parameters)
 
 
 def own_sum(terms: list[np.ndarray], length: int) -> np.ndarray:
-    """The sum of a rank's terms, in the first of them; zeros where there is none."""
+    """The sum of a rank's terms, in the first of them; zeros if it has none."""
     if not terms:
         total = aligned_empty(length)
         total.fill(0.0)
@@ -122,7 +123,7 @@ def own_sum(terms: list[np.ndarray], length: int) -> np.ndarray:
 
 
 def scale_of(norm: float, counts: np.ndarray, clip_norm: float) -> float:
-    """What turns the summed gradient into the mean gradient, clipped to ``clip_norm``.
+    """The factor that turns the summed gradient into the mean gradient, clipped to ``clip_norm``.
 
     Raises:
         NumericError: the norm is not finite.
@@ -137,5 +138,5 @@ def scale_of(norm: float, counts: np.ndarray, clip_norm: float) -> float:
 
 
 def clipping(norm: float, clip_norm: float) -> float:
-    """What shortens a gradient to ``clip_norm``, where it is longer; 0 is for no clipping."""
+    """The factor that clips a gradient to ``clip_norm``; 0 disables clipping."""
     return min(1.0, clip_norm / norm) if clip_norm and norm > 0 else 1.0

@@ -1,6 +1,6 @@
-"""How gradients of all ranks become new weights: one file each. Knows no TensorFlow.
+"""Strategies, one file each: how gradients of all ranks become new weights. No TensorFlow.
 
-`registry` has the list of names, `base` what all of them are.
+`registry` has the list of names, `base` the common interface.
 """
 
 from __future__ import annotations

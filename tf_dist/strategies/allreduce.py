@@ -13,22 +13,22 @@ from tf_dist.strategies.base import StepRequest, Strategy, Traits
 class AllReduce(Strategy):
     """Synchronous data-parallel gradient descent (Goyal et al. 2017), with the bits of one rank.
 
-    Where the norm is not finite, on every rank the same, nobody has stepped.
+    If the norm is not finite, which all ranks find alike, no weight changes.
     """
 
     name = "allreduce"
-    traits = Traits(atomic_step=True, finishes_without_dead=True, overlaps=True)
+    traits = Traits(atomic_step=True, survives_failures=True, overlaps=True)
 
     def step(self, request: StepRequest) -> float:
         """As in `Strategy`."""
         terms, replica, mesh = request.gradients(), request.replica, request.mesh
-        mesh.all.barrier()  # waiting for slower ranks is counted apart from moving bytes
+        mesh.all.barrier()  # waiting for slower ranks is timed separately from communication
         counts = request.totals.reduce(mesh.all)
         faults.at("allreduce")
-        found = mesh.replicas.allreduce_terms(terms, request.order, sum_buffer(terms, replica))
-        gradient = replica.complete(found.array)
+        total = mesh.replicas.allreduce_terms(terms, request.order, sum_buffer(terms, replica))
+        gradient = replica.complete(total.array)
         # Rank 0's norm for all: on a node with another processor it could differ in its last bit.
-        own = replica.norm(gradient, found.squares) / max(counts[TOKENS], 1.0)
+        own = replica.norm(gradient, total.squares) / max(counts[TOKENS], 1.0)
         length = np.array([own])
         mesh.all.broadcast(length)
         if mesh.all.survives and not np.isclose(length[0], own, rtol=1e-3, equal_nan=True):

@@ -1,10 +1,10 @@
-"""What a strategy is: how gradients of all ranks become new weights, and what others may rely on.
+"""Interface of strategies: how gradients of all ranks become new weights, with traits for their callers.
 
-A strategy is one class in one file. It declares its options, claims `Traits`, and takes steps; the rest of
-the program asks for traits and calls verbs, and knows no strategy by name. A new one overrides `step`, and
-whatever else is not as here.
+A strategy is one class in one file. It declares its options and `Traits`, and takes steps; the rest of
+the program queries traits and calls methods, and knows no strategy by name. A new one overrides `step`, and
+other methods as needed.
 
-No TensorFlow: what a strategy has of the model is a `Replica`, flat float32 arrays of P parameters.
+No TensorFlow: a strategy sees the model as a `GradientReplica`, flat float32 arrays of P parameters.
 """
 
 from __future__ import annotations
@@ -15,33 +15,33 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from tf_dist.comm.sums import Order
+from tf_dist.comm.transport.reduction_order import ReductionOrder
 from tf_dist.errors import UsageError
 from tf_dist.options import Configured
 from tf_dist.options import option as option
 from tf_dist.parallel.mesh import DATA, Mesh
-from tf_dist.parallel.totals import Replica, Totals
+from tf_dist.parallel.totals import GradientReplica, Totals
 from tf_dist.partition import share
 
 
 @dataclass(frozen=True)
 class Traits:
-    """What the rest of the program may rely on; tests/mpi/test_strategy_contract_mpi.py checks each claim.
+    """Guarantees for the rest of the program; tests/mpi/test_strategy_contract_mpi.py checks each claim.
 
     Attributes:
         replicas_equal: all ranks hold the same weights after every step.
-        global_losses: `Totals` are those of all ranks after every step; else each rank knows its own alone,
+        global_losses: `Totals` are those of all ranks after every step; else losses are local,
             until `Strategy.synchronize`.
         lockstep: all ranks end a step together.
-        sums_gradients: some or all steps sum whole gradients over all ranks, so that it pays to find out
-            what carries them best.
-        optimizer_on_root: rank 0 of the replicas alone has the optimizer that counts.
-        sharding: what is divided among data-parallel ranks, as the stages of ZeRO count: 0 nothing, 1 the
+        sums_gradients: some or all steps all-reduce full gradients, so that tuning the transport
+            pays.
+        optimizer_on_root: only rank 0 of the replicas has a valid optimizer state.
+        sharding: what is sharded among data-parallel ranks, as in the stages of ZeRO: 0 nothing, 1 the
             optimizer's state, 2 also gradients, 3 also weights.
-        atomic_step: a step whose gradient is not finite leaves all state untouched on every rank, and
-            returns the norm, so that it can be skipped, or taken again.
-        finishes_without_dead: the ranks that live can finish a step, whoever has died in it.
-        overlaps: gradients may leave during the backward pass.
+        atomic_step: a step whose gradient is not finite leaves all state unchanged on every rank, and
+            returns the norm, so that it can be skipped, or repeated.
+        survives_failures: the surviving ranks can finish a step in which a rank failed.
+        overlaps: gradients may be reduced during the backward pass.
     """
 
     replicas_equal: bool = True
@@ -51,12 +51,12 @@ class Traits:
     optimizer_on_root: bool = False
     sharding: int = 0
     atomic_step: bool = False
-    finishes_without_dead: bool = False
+    survives_failures: bool = False
     overlaps: bool = False
 
 
 class Setting(NamedTuple):
-    """What a strategy is to work in, so far as it is known.
+    """Known facts about a strategy's environment.
 
     shared: degrees of parallelism above 1, by the names of their flags. backend: empty: not known.
     optimizer: its Keras name in lower case; empty: not known.
@@ -73,13 +73,13 @@ class Setting(NamedTuple):
 
 
 class Context(Protocol):
-    """What a strategy finds on its rank: given to `Strategy.setup`.
+    """A strategy's view of its rank: argument of `Strategy.setup`.
 
     Attributes:
         mesh: all ranks.
         replica: this rank's model and optimizer, as flat arrays.
         optimizer: the Keras optimizer itself.
-        micro_batches: numbers of those of a step that are this rank's.
+        micro_batches: indices of this rank's micro-batches of a step.
         count: micro-batches of a step, of all ranks.
         measure: whether sums may be timed.
     """
@@ -92,10 +92,10 @@ class Context(Protocol):
     measure: bool
 
     def learning_rate_setter(self) -> Callable[[int, float], None]:
-        """What sets the learning rate before a step of the optimizer, by a step and a factor."""
+        """A function that sets the learning rate before an optimizer step, from a step and a factor."""
 
     def frozen_adam(self) -> Callable[[int], Any]:
-        """What makes, of Adam after so many steps, a `tf_dist.strategies.compressed.MomentumStep`.
+        """A function from a number of steps to a `tf_dist.strategies.compressed.MomentumStep` of this Adam.
 
         Raises:
             UsageError: the optimizer is not Adam.
@@ -104,18 +104,18 @@ class Context(Protocol):
 
 @dataclass
 class StepRequest:
-    """One step, as a strategy is asked to take it.
+    """Arguments of one step.
 
     Attributes:
         step: optimizer steps taken so far.
-        limit: the step after which somebody looks at the model of all ranks, at the earliest.
+        limit: the earliest step after which the model of all ranks is evaluated or saved.
         gradients: computes the gradients of this rank's micro-batches, fills its ``totals``, and returns its
-            terms of their sum, (P,) float32 each, which may be used up.
-        batches: makes micro-batches of a step, by number: (number, x_BxT, y_BxT) each.
-        order: in which the terms of all replicas are added.
-        totals: of this rank; a strategy with ``global_losses`` makes them those of all.
+            terms of their sum, (P,) float32 each, which may be overwritten.
+        batches: creates micro-batches of a step, by index: (index, x_BxT, y_BxT) each.
+        order: reduction order of the terms of all replicas.
+        totals: of this rank; a strategy with ``global_losses`` reduces them over all.
         clip_norm: largest global norm of the mean gradient; 0 for no clipping.
-        replica: what this rank has of model and optimizer.
+        replica: this rank's part of model and optimizer.
         mesh: all ranks.
     """
 
@@ -123,18 +123,18 @@ class StepRequest:
     limit: int
     gradients: Callable[[], list[np.ndarray]]
     batches: Callable[[int, range], Sequence[Any]]
-    order: Order
+    order: ReductionOrder
     totals: Totals
     clip_norm: float
-    replica: Replica
+    replica: GradientReplica
     mesh: Mesh
 
 
 class StateArray(NamedTuple):
-    """An array that a strategy remembers from step to step, and a checkpoint keeps.
+    """An array of a strategy's state, stored in checkpoints.
 
     per_weight: it has a number for each parameter, (P,). alike: it is the same on all ranks; else rank 0's
-    is kept, which has everything after `Strategy.consolidate`.
+    is stored, which is complete after `Strategy.consolidate`.
     """
 
     name: str
@@ -144,7 +144,7 @@ class StateArray(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What a strategy has cost: a heading and a line for people; facts for a file of this name, if any."""
+    """Statistics of a strategy: a heading and a text; facts for a file of this name, if any."""
 
     heading: str
     text: str
@@ -153,17 +153,17 @@ class Report(NamedTuple):
 
 
 def steps_between(default: int) -> Any:
-    """The option of strategies whose ranks step by themselves between exchanges."""
+    """The option of strategies with local steps between exchanges."""
     text = "local steps between synchronizations"
     return option(default, "local SGD and DiLoCo", text, least=1)
 
 
 class Strategy(Configured):
-    """How gradients of all ranks become new weights.
+    """Base class of strategies: how gradients of all ranks become new weights.
 
     Attributes:
-        traits: what others may rely on; of an object, where its options decide.
-        context: what it was set up with.
+        traits: guarantees; set per object if its options decide.
+        context: from `setup`.
     """
 
     traits: Traits = Traits()
@@ -172,39 +172,39 @@ class Strategy(Configured):
     # Before the first step ------------------------------------------------------------------------
 
     def check(self, setting: Setting) -> None:
-        """Refuse what this strategy cannot work in; without ranks, as flags are checked.
+        """Refuse an unsupported environment; without communication, when flags are checked.
 
         Raises:
-            UsageError: with the reason, and what would do.
+            UsageError: with the reason, and an alternative.
         """
 
     def assignment(self, count: int, mesh: Mesh) -> range:
-        """The micro-batches of a step, of ``count``, that are this rank's."""
+        """The micro-batches of this rank, of ``count`` in a step."""
         return share(count, mesh.at[DATA], mesh.shape[DATA])
 
     def setup(self, context: Context) -> None:
-        """Get ready for the first step; a collective.
+        """Prepare for the first step; a collective.
 
         Raises:
-            UsageError: model or optimizer do not fit.
+            UsageError: on every rank: model or optimizer are not supported.
         """
         if hasattr(self, "context"):
             raise UsageError(f"strategy {self} has been given to a Trainer: make a new one for each")
         self.context = context
 
     def describe(self) -> str:
-        """A line for people about how it sums; nothing where it sums gradients as they are."""
+        """Status line about how it reduces; empty if it reduces gradients unchanged."""
         return ""
 
     @property
     def weight_copies(self) -> int:
-        """Arrays as large as the weights that every rank keeps beside them, for a forecast of memory."""
+        """Arrays as large as the weights that every rank keeps besides them, for the memory estimate."""
         return 0
 
     # Steps ----------------------------------------------------------------------------------------
 
     def step(self, request: StepRequest) -> float:
-        """Take a step, or the part of it that is this rank's; a collective where it is in lockstep.
+        """Take a step, or this rank's part of it; a collective if in lockstep.
 
         Returns:
             The norm of the mean gradient before clipping.
@@ -219,35 +219,35 @@ class Strategy(Configured):
         """Whether all ranks hold the same weights now."""
         return True
 
-    def settle(self, replica: Replica) -> None:
-        """Wait until nothing of this rank's is under way; before `synchronize`, of which others may die."""
+    def settle(self, replica: GradientReplica) -> None:
+        """Wait until this rank has no messages in flight; before `synchronize`, in which others may fail."""
 
-    def synchronize(self, replica: Replica, mesh: Mesh) -> None:
-        """Let all ranks go on from the same weights: somebody looks at the model. A collective."""
+    def synchronize(self, replica: GradientReplica, mesh: Mesh) -> None:
+        """Make all ranks continue from the same weights, for evaluation or a checkpoint. A collective."""
 
     def sum_over_ranks(self, sums: np.ndarray) -> None:
         """Replace this rank's sums over its steps by those of all ranks, in place; a collective.
 
-        Only of a strategy without ``global_losses``, after `synchronize`.
+        Only for a strategy without ``global_losses``, after `synchronize`.
         """
 
-    # What it remembers ----------------------------------------------------------------------------
+    # State ----------------------------------------------------------------------------------------
 
     def state(self) -> Iterable[StateArray]:
-        """The arrays that it remembers from step to step, always in the same order."""
+        """The arrays of its state, always in the same order."""
         return ()
 
     def consolidate(self) -> None:
-        """Leave nothing that a checkpoint could not keep, after `synchronize`; a collective.
+        """Reduce its state to what a checkpoint can store, after `synchronize`; a collective.
 
-        A checkpoint knows no ranks. So that a run that goes on from it and one that was never stopped are the
-        same, both go on from here.
+        A checkpoint does not depend on ranks. So that a resumed run equals an uninterrupted one, both
+        continue from here.
         """
 
     def regroup(self, micro_batches: range) -> None:
-        """Go on without ranks that have died, and with other micro-batches of this rank."""
+        """Continue without failed ranks, and with other micro-batches of this rank."""
         self.context.micro_batches = micro_batches
 
     def report(self) -> Report | None:
-        """What it has cost so far, on rank 0; None where there is nothing to say."""
+        """Statistics so far, on rank 0; None if there are none."""
         return None

@@ -1,47 +1,28 @@
-"""Compressed sums of gradients: a `Compressor` stands between them and the Comm."""
+"""Strategy wrapper that compresses sums of gradients, or of outer gradients, with a `Compressor`."""
 
 from __future__ import annotations
 
-import time
 import warnings
 from dataclasses import dataclass, replace
-from statistics import median
 from typing import Any, Protocol
 
 import numpy as np
 
-from tf_dist.comm.base import Comm
-from tf_dist.errors import UsageError
+from tf_dist.comm.transport.base import Comm
+from tf_dist.errors import NumericError, UsageError
 from tf_dist.parallel.compress import Compressor
-from tf_dist.parallel.flat import aligned_empty
 from tf_dist.parallel.mesh import Mesh
-from tf_dist.parallel.totals import TOKENS, clipping, own_sum, scale_of
-from tf_dist.parallel.tree import one_each
+from tf_dist.parallel.totals import ADVICE, TOKENS, GradientReplica, clipping, own_sum, scale_of
 from tf_dist.strategies.allreduce import AllReduce
 from tf_dist.strategies.base import Context, Report, Setting, StateArray, StepRequest, Strategy, option
+from tf_dist.strategies.compressed_sum import CompressedSum, CompressionTimes, tried
+from tf_dist.strategies.local_sgd import LocalSGD
 
-# Sums of each kind that are timed before the first step, after one that is not.
-TIMED = 3
-# Sums from one measurement of what stays behind to the next: it takes two passes over all weights.
-MEASURED_EVERY = 20
-
-
-@dataclass
-class Spent:
-    """What compressed sums have cost so far: their number, seconds, bytes, and a recent one's relative error.
-
-    error: the norm of what stayed behind, as a part of that of the gradient with what had stayed before; of
-    this rank.
-    """
-
-    sums: int = 0
-    seconds: float = 0.0
-    bytes: int = 0
-    error: float = 0.0
+COMPRESSES = "sums of strategies allreduce, local-sgd and diloco over ranks along data"
 
 
 class MomentumStep(Protocol):
-    """An optimizer that steps by a momentum which ranks make together."""
+    """An optimizer that steps by a momentum which ranks compute together."""
 
     beta: float
 
@@ -49,12 +30,12 @@ class MomentumStep(Protocol):
         """Copy the momentum, (P,), of the last step."""
 
     def apply(self, momentum: np.ndarray) -> None:
-        """Take over a momentum, (P,), and step by it."""
+        """Set the momentum, (P,), and step by it."""
 
 
 @dataclass(frozen=True)
 class CompressedOptions:
-    """When compression begins. start: first steps whose gradients are summed whole."""
+    """When compression begins. start: number of first steps with uncompressed sums."""
 
     start: int = option(
         0, "compression", "first steps without compression", least=0, flag="compression_start"
@@ -62,26 +43,24 @@ class CompressedOptions:
 
 
 class Compressed(Strategy):
-    """A strategy whose sums of gradients are compressed; it remembers what was not sent yet.
+    """Compresses the sums of another strategy, with error feedback.
 
-    The first steps may sum gradients whole: they are large, and point to where they soon do not.
+    These are the gradients of `AllReduce`, and the outer gradients of `LocalSGD` and `DiLoCo`. The first
+    steps may be uncompressed: gradients are large, and soon change direction.
 
-    With `OneBit` it is 1-bit Adam (Tang et al. 2021): after the first steps the variance is frozen, and the
-    momentum travels. Each rank gives its part of the new momentum, beta m / R + (1 - beta) g_r. Adam's step
-    is not linear in gradients, so that what was not sent of them could not be made up for; with a frozen
-    variance it is linear in the momentum. Clipping is by the sum of the norms of all ranks' gradients, which
-    is at least the norm of their sum.
+    With `OneBit` around `AllReduce` it is 1-bit Adam (Tang et al. 2021): after the first steps the variance
+    is frozen, and the momentum is all-reduced. Each rank contributes beta m / R + (1 - beta) g_r. Adam's step
+    is not linear in gradients, so that error feedback on them would fail; with a frozen variance it is linear
+    in the momentum. The outer optimizer is linear in outer gradients, whose signs are summed as they are.
+    Clipping is by the sum of the norms of all ranks' gradients, which is at least the norm of their sum.
 
     Args:
-        inner: the strategy, which must sum gradients everywhere.
+        inner: the strategy.
         compressor: of this rank.
         start: steps before compression begins.
 
-    Attributes:
-        spent: on compressed sums.
-
     Raises:
-        UsageError: the inner strategy sums nothing that could be compressed.
+        UsageError: the inner strategy has no sums that could be compressed.
     """
 
     Options = CompressedOptions
@@ -92,25 +71,45 @@ class Compressed(Strategy):
         self.inner, self.compressor = inner, compressor
         super().__init__(options, **given)
         self.start: int = self.options.start
-        if not isinstance(inner, AllReduce):
+        self._sum, self._said, self._step = CompressedSum(compressor), "", 0
+        self._momentum_step: MomentumStep | None = None
+        self._outer = isinstance(inner, LocalSGD)
+        if isinstance(inner, LocalSGD):
+            self._check_outer(inner)
+            inner.outer_sum = self._outer_sum
+        elif not isinstance(inner, AllReduce):
             raise UsageError(
-                f"compression {compressor} with strategy {inner}: only sums of strategy allreduce over ranks "
-                "along data are compressed. Use compression none, or strategy allreduce"
+                f"compression {compressor} with strategy {inner}: only {COMPRESSES} are compressed. Use "
+                "compression none, or one of these strategies"
             )
+        self._freezes = compressor.of_momentum and not self._outer
         self.traits = replace(
             inner.traits,
-            sums_gradients=self.start > 0,
+            sums_gradients=inner.traits.sums_gradients if self._outer else self.start > 0,
             atomic_step=False,
-            finishes_without_dead=False,
+            survives_failures=False,
             overlaps=False,
         )
-        if compressor.of_momentum and self.start < 1:
+        if self._freezes and self.start < 1:
             raise UsageError(
                 f"compression {compressor} with compression_start {self.start}: it needs the variance that "
                 "adam or adamw has found in some hundred steps before it is frozen. Use compression_start 200"
             )
-        self.spent, self._folded, self._said = Spent(), True, ""
-        self._momentum_step: MomentumStep | None = None
+
+    def _check_outer(self, inner: LocalSGD) -> None:
+        """A compressor knows the shapes of all weights, and has one residual for them."""
+        for name, usual in (("outer_fragments", 1), ("outer_delay", 0), ("outer_precision", "float32")):
+            if getattr(inner.plan, name) != usual:
+                raise UsageError(
+                    f"compression {self.compressor} with {name} {getattr(inner.plan, name)}: outer gradients "
+                    "are compressed as a whole, when ranks synchronize. "
+                    f"Use {name} {usual}, or compression none"
+                )
+
+    @property
+    def spent(self) -> CompressionTimes:
+        """Cost of compressed sums."""
+        return self._sum.spent
 
     def __str__(self) -> str:
         return str(self.inner)
@@ -126,10 +125,10 @@ class Compressed(Strategy):
         self.inner.check(setting)
         if setting.shared:
             raise UsageError(
-                f"compression {self.compressor} with {setting.degrees}: only sums of strategy allreduce over "
-                "ranks along data are compressed. Use degrees of 1, or compression none"
+                f"compression {self.compressor} with {setting.degrees}: only {COMPRESSES} are compressed. "
+                "Use degrees of 1, or compression none"
             )
-        if self.compressor.of_momentum and setting.optimizer not in ("", "adam", "adamw"):
+        if self._freezes and setting.optimizer not in ("", "adam", "adamw"):
             raise UsageError(
                 f"compression {self.compressor} with optimizer {setting.optimizer}: it needs the variance of "
                 "adam or adamw. Use optimizer adamw"
@@ -145,13 +144,13 @@ class Compressed(Strategy):
         return self.inner.assignment(count, mesh)
 
     def setup(self, context: Context) -> None:
-        """Also warn where compressed sums take longer than plain ones."""
+        """As in `Strategy`; also warns if compressed sums are slower than plain ones."""
         super().setup(context)
         self.inner.setup(context)
-        self.compressor.setup(context.replica.layout.shapes)
-        self.compressor.check_worth()
-        self._freeze = context.frozen_adam() if self.compressor.of_momentum else None
         comm, said = context.mesh.all, f"compressed by {self.compressor}"
+        self.compressor.setup(context.replica.layout.shapes, comm)
+        self.compressor.check_smaller()
+        self._freeze = context.frozen_adam() if self._freezes else None
         if comm.size > 1 and context.measure:
             took = tried(self.compressor, comm)
             said += f", {took['compressed_ms']:.2f} ms (plain, by messages, {took['plain_ms']:.2f} ms)"
@@ -163,22 +162,30 @@ class Compressed(Strategy):
 
     def describe(self) -> str:
         """As in `Strategy`."""
-        return self._said
+        return ", ".join(filter(None, (self.inner.describe(), self._said)))
+
+    @property
+    def weight_copies(self) -> int:
+        """As in `Strategy`; also the residual."""
+        return self.inner.weight_copies + 1
+
+    # Steps ----------------------------------------------------------------------------------------
 
     def step(self, request: StepRequest) -> float:
-        """Sum what all ranks send of their gradients; every rank takes the same optimizer step.
+        """All-reduce compressed gradients, or take the inner strategy's step with compressed outer gradients.
 
-        The norm, which is clipped, is that of the sum of what was sent.
+        The norm of an all-reduced gradient, which is clipped, is that of the compressed sum.
         """
-        if request.step < self.start:
+        self._step = request.step
+        if self._outer or request.step < self.start:
             return self.inner.step(request)
         terms, replica, mesh = request.gradients(), request.replica, request.mesh
         mesh.all.barrier()
         counts = request.totals.reduce(mesh.all)
         gradient = own_sum(terms, replica.parameters)
         gradient *= np.float32(1.0 / max(counts[TOKENS], 1.0))
-        self._folded = False
-        norm = self._check_finite(gradient, counts, mesh.all)
+        norm = self._sum.norms(gradient, mesh.all)
+        scale_of(norm, counts, 0.0)  # not finite: all stop, before it enters a residual
         if self._freeze:
             self._step_by_momentum(gradient, clipping(norm, request.clip_norm), mesh.all)
             return norm
@@ -202,93 +209,48 @@ class Compressed(Strategy):
         momentum += gradient
         self._momentum_step.apply(self._sum(momentum, comm))
 
+    def _outer_sum(self, change: np.ndarray, comm: Comm) -> np.ndarray:
+        """The sum of outer gradients of all replicas, in place of `LocalSGD.plain_sum`; a collective.
+
+        Raises:
+            NumericError: on every rank: one is not finite, and no weight was synchronized.
+        """
+        if self._step < self.start:
+            return LocalSGD.plain_sum(change, comm)
+        norm = self._sum.norms(change, comm)
+        if not np.isfinite(norm):
+            raise NumericError(f"weights have changed by what is not finite (norm {norm}). {ADVICE}")
+        return self._sum(change, comm)
+
+    @property
+    def in_sync(self) -> bool:
+        """As in `Strategy`."""
+        return self.inner.in_sync
+
+    def settle(self, replica: GradientReplica) -> None:
+        """As in `Strategy`."""
+        self.inner.settle(replica)
+
+    def synchronize(self, replica: GradientReplica, mesh: Mesh) -> None:
+        """As in `Strategy`."""
+        self.inner.synchronize(replica, mesh)
+
     def regroup(self, micro_batches: range) -> None:
         """As in `Strategy`."""
         super().regroup(micro_batches)
         self.inner.regroup(micro_batches)
 
-    def _sum(self, gradient: np.ndarray, comm: Comm) -> np.ndarray:
-        measured = self.spent.sums % MEASURED_EVERY == 0
-        wanted = _norm(gradient + self.compressor.residual) if measured else 0.0
-        begun, before = time.monotonic(), comm.sent_bytes
-        total = self.compressor.sum(gradient, comm)
-        self.spent.seconds += time.monotonic() - begun
-        self.spent.bytes += comm.sent_bytes - before
-        self.spent.sums += 1
-        if wanted:
-            self.spent.error = _norm(self.compressor.residual) / wanted
-        return total
-
-    def _check_finite(self, gradient: np.ndarray, counts: np.ndarray, comm: Comm) -> float:
-        """Stop all ranks before what is not a number has come into a residual; the sum of their norms."""
-        norm = np.array([_norm(gradient)])
-        comm.allreduce(norm)
-        scale_of(float(norm[0]), counts, 0.0)
-        return float(norm[0])
+    # State ----------------------------------------------------------------------------------------
 
     def consolidate(self) -> None:
-        """As in `Strategy`: give rank 0 what all ranks have not sent yet."""
+        """As in `Strategy`: sum the residuals of all ranks on rank 0."""
         self.inner.consolidate()
-        comm = self.context.mesh.all
-        if not self._folded:
-            for array in self.compressor.own_arrays().values():
-                term = array.copy()
-                total = comm.allreduce_terms([term], one_each(comm.size), term).array
-                np.copyto(array, total if comm.rank == 0 else 0.0)
-            self._folded = True
+        self._sum.fold(self.context.mesh.all)
 
     def state(self) -> list[StateArray]:
-        """As in `Strategy`: what is each rank's own, then what all have alike."""
-        own, common = self.compressor.own_arrays(), self.compressor.common_arrays()
-        found = [StateArray(name, array, alike=False) for name, array in own.items()]
-        found += [StateArray(name, array, per_weight=False) for name, array in common.items()]
-        return [*self.inner.state(), *found]
+        """As in `Strategy`: that of the inner strategy, then per-rank arrays, then replicated ones."""
+        return [*self.inner.state(), *self._sum.state()]
 
     def report(self) -> Report | None:
         """As in `Strategy`."""
-        spent = self.spent
-        if not spent.sums:
-            return self.inner.report()
-        plain = 4 * self.compressor.residual.size
-        text = (
-            f"{1e3 * spent.seconds / spent.sums:.1f} ms and {spent.bytes / spent.sums / 1e6:.2f} MB a step "
-            f"for gradients of {plain / 1e6:.2f} MB; {100 * spent.error:.0f} % of a recent one stayed behind"
-        )
-        return Report("compression", text)
-
-
-def tried(compressor: Compressor, comm: Comm) -> dict[str, float]:
-    """Time both kinds of sum on made-up gradients; a collective. The compressor is as before after it.
-
-    Returns:
-        Medians: plain_ms and compressed_ms, each of the slowest rank.
-    """
-    size = compressor.residual.size
-    made = np.random.default_rng(comm.rank).standard_normal(size, np.float32)
-    kept = {name: array.copy() for name, array in _state(compressor).items()}
-    found = {}
-    for name in ("plain_ms", "compressed_ms"):
-        times = []
-        for _ in range(1 + TIMED):
-            term = aligned_empty(size)
-            np.copyto(term, made)
-            comm.barrier()
-            begun = time.monotonic()
-            if name == "plain_ms":
-                comm.allreduce_terms([term], one_each(comm.size), term)
-            else:
-                compressor.sum(term, comm)
-            times.append(1e3 * (time.monotonic() - begun))
-        found[name] = max(comm.allgather_obj(median(times[1:])))
-    for name, array in _state(compressor).items():
-        np.copyto(array, kept[name])
-    return found
-
-
-def _state(compressor: Compressor) -> dict[str, np.ndarray]:
-    return compressor.own_arrays() | compressor.common_arrays()
-
-
-def _norm(array: np.ndarray) -> float:
-    with np.errstate(over="ignore", invalid="ignore"):
-        return float(np.sqrt(np.dot(array, array)))
+        return self._sum.report() or self.inner.report()

@@ -1,7 +1,7 @@
-"""DiLoCo: local steps, and a second optimizer for what they have changed (Douillard et al. 2023).
+"""DiLoCo: local steps, and an outer optimizer for the changes they made (Douillard et al. 2023).
 
-The outer gradient is the mean of what replicas have changed since their last meeting; an outer step is SGD
-with Nesterov's momentum. Formulas, fragments (Streaming DiLoCo) and delays are in `local_sgd`.
+The outer gradient is the mean change of the replicas since the last synchronization; an outer step is SGD
+with Nesterov momentum. Formulas, fragments (Streaming DiLoCo) and delays are in `local_sgd`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tf_dist.strategies.local_sgd import GROUP, LocalSGD, LocalSGDOptions
 
 @dataclass(frozen=True)
 class DiLoCoOptions(LocalSGDOptions):
-    """When replicas meet, and the outer optimizer.
+    """When replicas synchronize, and the outer optimizer.
 
     Attributes:
         outer_lr: eta.
@@ -29,10 +29,10 @@ class DiLoCoOptions(LocalSGDOptions):
 
 
 class DiLoCo(LocalSGD):
-    """DiLoCo, with AdamW inside and Nesterov's momentum outside.
+    """DiLoCo, with AdamW as inner and Nesterov momentum as outer optimizer.
 
     Raises:
-        UsageError: no meeting would change a weight, or the momentum never fades.
+        UsageError: a synchronization would change no weight, or the momentum never decays.
     """
 
     name, Options = "diloco", DiLoCoOptions

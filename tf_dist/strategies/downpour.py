@@ -1,40 +1,39 @@
-"""Downpour: workers push gradients to a master and pull weights, each when it is ready.
+"""Downpour: an asynchronous parameter server; workers push gradients and pull weights independently.
 
-Rank 0 is the master. It deals out *units* of a global batch (`tf_dist.parallel.dealing`), applies each
-gradient as it comes, and answers with new weights and the next unit (Dean et al. 2012). Nobody waits for the
-slowest, but for the bound of `--staleness S`. With S = 0 the gradients of a batch are collected, added in the
-order of the tree and applied as one: that is `--strategy allreduce`, bit for bit, with the work shared out as
-ranks are ready.
+Rank 0 is the server. It assigns *work items* of a global batch (`tf_dist.parallel.work_queue`), applies each
+gradient as it arrives, and answers with new weights and the next item (Dean et al. 2012). No rank waits for
+the slowest, except for the bound of `--staleness S`. With S = 0 the gradients of a batch are collected, added
+in tree order and applied as one: that is `--strategy allreduce`, bit for bit, with dynamic load balancing.
 
-Of every rank a step of the Trainer is a global batch: it ends where the master has told the rank that the
-batch is done, with its losses. So all ranks log the same numbers, each as soon as it hears of them.
+For every rank a step of the Trainer is a global batch: it ends when the server has reported the batch as
+done, with its losses. So all ranks log the same numbers, each as soon as it receives them.
 
-    worker                                    master
-    ready, or (unit, gradient, losses)  --->  apply, or collect; is a batch done?
-    (unit, weights), done, losses       <---  as soon as a unit may be begun, or the worker's batch is done
+    worker                                    server
+    ready, or (item, gradient, losses)  --->  apply, or collect; is a batch done?
+    (item, weights), done, losses       <---  as soon as an item is available, or the worker's batch is done
 
-Legend: P parameters, S staleness, n micro-batches of a unit.
+Legend: P parameters, S staleness, n micro-batches of a work item.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from tf_dist.parallel.dealing import micro_batches_of_a_unit
 from tf_dist.parallel.mesh import Mesh
+from tf_dist.parallel.work_queue import micro_batches_of_an_item
 from tf_dist.strategies.base import Context, Report, Setting, StepRequest, Strategy, Traits
-from tf_dist.strategies.downpour_protocol import DownpourOptions, Load, Units
-from tf_dist.strategies.downpour_server import Master
-from tf_dist.strategies.downpour_worker import Worker
+from tf_dist.strategies.downpour_protocol import DownpourOptions, ServerLoad, WorkItems
+from tf_dist.strategies.downpour_server import DownpourServer
+from tf_dist.strategies.downpour_worker import DownpourWorker
 from tf_dist.strategies.waiting import check_worker
 
 
 class Downpour(Strategy):
-    """Asynchronous SGD with a master; the master's optimizer is the one that counts.
+    """Asynchronous SGD with a parameter server, whose optimizer is the only one that counts.
 
     Attributes:
-        units: what this rank computes units with.
-        load: of the master.
+        units: computes this rank's work items.
+        load: of the server.
     """
 
     name, Options = "downpour", DownpourOptions
@@ -43,14 +42,14 @@ class Downpour(Strategy):
     def __init__(self, options: DownpourOptions | None = None, **given: Any) -> None:
         super().__init__(options, **given)
         self._done, self._together = 0, True
-        self.load = Load()
+        self.load = ServerLoad()
 
     def check(self, setting: Setting) -> None:
         """As in `Strategy`."""
         check_worker(self, setting)
 
     def assignment(self, count: int, mesh: Mesh) -> range:
-        """None: the master deals them out."""
+        """Empty: the server assigns them."""
         return range(0)
 
     def setup(self, context: Context) -> None:
@@ -58,10 +57,10 @@ class Downpour(Strategy):
         super().setup(context)
         comm = context.mesh.all
         workers = max(1, comm.size - (self.options.master_trains == "off"))
-        size = micro_batches_of_a_unit(context.count, workers)
-        self.units = Units(context.replica, comm, context.count, size, self.options)
-        self._master = Master(self.units) if comm.rank == 0 else None
-        self._part: Master | Worker = self._master or Worker(self.units)
+        size = micro_batches_of_an_item(context.count, workers)
+        self.units = WorkItems(context.replica, comm, context.count, size, self.options)
+        self._master = DownpourServer(self.units) if comm.rank == 0 else None
+        self._part: DownpourServer | DownpourWorker = self._master or DownpourWorker(self.units)
         set_rate = context.learning_rate_setter() if self.options.staleness else None
         if self._master:
             self.load = self._master.load
@@ -76,15 +75,15 @@ class Downpour(Strategy):
     def step(self, request: StepRequest) -> float:
         """Do this rank's part of a global batch.
 
-        The totals of the whole batch come to every rank. ``clip_norm`` is of the mean gradient that is
-        applied at once. Nothing of ``limit`` is begun before all have met.
+        Every rank gets the totals of the global batch. ``clip_norm`` applies to the mean gradient of each
+        optimizer step. No item of ``limit`` starts before all ranks have synchronized.
 
         Returns:
-            The norm of the mean gradient, over several the mean of their norms, weighed by tokens.
+            The norm of the mean gradient, over several the mean of their norms, weighted by tokens.
 
         Raises:
-            NumericError: on the master: a gradient is not finite, and has not been applied.
-            LaunchError: on the master: a worker is not heard of.
+            NumericError: on the server: a gradient is not finite, and was not applied.
+            LaunchError: on the server: a worker does not answer.
         """
         self._together = False
         totals, step = request.totals, request.step
@@ -100,27 +99,27 @@ class Downpour(Strategy):
         return self._together
 
     def synchronize(self, replica: Any, mesh: Mesh) -> None:
-        """Give all ranks the master's weights; a collective. `step` has waited for what was under way."""
+        """Broadcast the server's weights; a collective. `step` has waited for messages in flight."""
         if not self._together:
-            replica.give_weights(mesh.all)
+            replica.broadcast_initial_weights(mesh.all)
             self._together = True
             if self._master:
                 self._master.renew()
 
     def consolidate(self) -> None:
-        """As in `Strategy`: the master has stepped several times a batch, and schedules count batches."""
+        """As in `Strategy`: the server takes several steps a batch, but schedules count batches."""
         if self._done:
             self.context.optimizer.iterations.assign(self._done)
 
     def regroup(self, micro_batches: range) -> None:
-        """Go on without ranks that have died; all meet again. No micro-batch is a rank's own."""
+        """Continue without failed ranks; all synchronize. Micro-batches are not assigned to ranks."""
         super().regroup(micro_batches)
         self._together = False
         if self._master:
             self._master.regroup()
 
     def report(self) -> Report | None:
-        """What the master has done so far."""
+        """Statistics of the server so far."""
         if not self.load.updates:
             return None
         facts = self.load.report()

@@ -1,9 +1,8 @@
-"""Downpour's units of a global batch: how a rank computes one, and how ranks write to each other.
+"""Downpour's work items: how a rank computes one, and the messages between ranks.
 
-What the master does with them is in `downpour_server`, what a worker does in `downpour_worker`; `downpour`
-says why.
+`downpour_server` has the server's side, `downpour_worker` a worker's; `downpour` explains the algorithm.
 
-Legend: P parameters, S staleness, n micro-batches of a unit.
+Legend: P parameters, S staleness, n micro-batches of a work item.
 """
 
 from __future__ import annotations
@@ -15,19 +14,19 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from tf_dist.comm.base import Comm
-from tf_dist.parallel.dealing import Unit
-from tf_dist.parallel.totals import Replica
-from tf_dist.parallel.tree import BlockSum
+from tf_dist.comm.transport.base import Comm
+from tf_dist.parallel.reduction_tree import BlockSum
+from tf_dist.parallel.totals import GradientReplica
+from tf_dist.parallel.work_queue import WorkItem
 from tf_dist.strategies.base import option
 from tf_dist.strategies.waiting import master_trains
 
-# Of messages to and from the master.
+# Tags of messages to and from the server.
 PUSH_TAG, GRADIENT_TAG, REPLY_TAG, WEIGHTS_TAG = 700, 701, 702, 703
-# Messages: float64, in which whole numbers up to 2 ** 53 are exact.
+# Message fields: float64, in which integers up to 2 ** 53 are exact.
 PUSH = ("has_work", "step", "number", "version", "stop", "clock")
 REPLY = ("has_unit", "step", "number", "version")
-# Of each batch that a reply tells of: its step, counts (4) and norm.
+# Length of a batch result in a reply: its step, counts (4) and norm.
 TOLD = 6
 
 Batches = Callable[[int, range], Sequence[Any]]
@@ -35,14 +34,14 @@ Batches = Callable[[int, range], Sequence[Any]]
 
 @dataclass(frozen=True)
 class DownpourOptions:
-    """How workers and master deal with each other.
+    """Options of Downpour.
 
     Attributes:
         staleness: S, global batches by which the fastest may lead the slowest.
         staleness_aware: "on": a gradient's learning rate is divided by its staleness, the number of updates
             since the weights that it was computed with (Zhang et al. 2016); "off": it is multiplied by the
-            unit's share of the global batch, so that a batch moves the weights as far as a synchronous step.
-        master_trains: "on": rank 0 takes units as well, and looks after the others between micro-batches.
+            item's share of the global batch, so that a batch moves the weights as far as a synchronous step.
+        master_trains: "on": rank 0 computes items as well, and serves the others between micro-batches.
     """
 
     staleness: int = option(
@@ -61,31 +60,31 @@ class DownpourOptions:
     master_trains: str = master_trains()
 
 
-class WholeReplica(Replica, Protocol):
-    """A rank's whole model."""
+class WholeReplica(GradientReplica, Protocol):
+    """A rank's full model."""
 
     def gradients(
         self, x_BxT: np.ndarray, y_BxT: np.ndarray, draw: tuple[int, int]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The summed gradient of a micro-batch, (P,), and its loss, tokens and right guesses, (3,)."""
+        """The summed gradient of a micro-batch, (P,), and its loss, tokens and correct predictions, (3,)."""
 
-    def give_weights(self, comm: Comm) -> None:
-        """Give all ranks the weights of the first one; a collective."""
+    def broadcast_initial_weights(self, comm: Comm) -> None:
+        """Broadcast the weights of the first rank; a collective."""
 
 
-class Result(NamedTuple):
-    """Of a global batch: loss, tokens, right guesses and whether to stop, (4,); and the gradient's norm."""
+class BatchResult(NamedTuple):
+    """Of a global batch: loss, tokens, correct predictions and stop flag, (4,); and the gradient's norm."""
 
     counts: np.ndarray
     norm: float
 
 
 @dataclass
-class Load:
-    """What the master did. staleness: how many gradients were how stale; updates: optimizer steps.
+class ServerLoad:
+    """Load of the server. staleness: histogram of gradients by staleness; updates: optimizer steps.
 
-    busy_s: seconds of applying and of copying weights; served_s: of looking after workers in all. lost:
-    workers that have died, each with the batches that were done by then.
+    busy_s: seconds of applying gradients and copying weights; served_s: of serving workers in total. lost:
+    failed workers, each with the number of batches done by then.
     """
 
     staleness: Counter[int] = field(default_factory=Counter)
@@ -95,7 +94,7 @@ class Load:
     lost: list[dict[str, int]] = field(default_factory=list)
 
     def report(self) -> dict[str, Any]:
-        """For a file: the histogram, updates per second of service, and the share of it that was work."""
+        """For a file: the histogram, updates per second of service, and the busy fraction of it."""
         served = max(self.served_s, 1e-9)
         return {
             "staleness": {str(stale): count for stale, count in sorted(self.staleness.items())},
@@ -106,32 +105,32 @@ class Load:
         }
 
 
-class Work(NamedTuple):
-    """A unit, its summed gradient (P,), and of its micro-batches loss, tokens and right guesses, (n, 3).
+class WorkResult(NamedTuple):
+    """A work item, its gradient sum (P,), and loss, tokens and correct predictions per micro-batch, (n, 3).
 
     version: of the weights that it was computed with.
     """
 
-    unit: Unit
+    unit: WorkItem
     gradient: np.ndarray
     rows: np.ndarray
     version: int = 0
 
 
-class Units:
-    """Of a rank, which computes some of them.
+class WorkItems:
+    """Computes work items on a rank.
 
     Args:
         replica: of this rank.
         comm: all ranks.
         micro_batches: of a global batch.
-        size: n, micro-batches of a unit.
-        options: how workers and master deal with each other.
+        size: n, micro-batches of an item.
+        options: of Downpour.
 
     Attributes:
-        units: of a global batch.
-        told: of so many batches a worker may not have heard: S that were done before its unit was dealt out,
-            its own, and S whose units others have done meanwhile.
+        units: items of a global batch.
+        told: maximum number of batch results in a reply: S that were done before its item was assigned,
+            its own, and S whose items others have done meanwhile.
     """
 
     def __init__(
@@ -141,8 +140,10 @@ class Units:
         self.micro_batches, self.size, self.units = micro_batches, size, micro_batches // size
         self.told = 2 * options.staleness + 1
 
-    def gradient(self, unit: Unit, batches: Batches, sums: BlockSum, between: Callable[[], None]) -> Work:
-        """Compute a unit, and look elsewhere between its micro-batches."""
+    def gradient(
+        self, unit: WorkItem, batches: Batches, sums: BlockSum, between: Callable[[], None]
+    ) -> WorkResult:
+        """Compute an item, calling ``between`` between its micro-batches."""
         numbers = range(unit.number * self.size, (unit.number + 1) * self.size)
         rows = np.zeros((self.size, 3))
         for row, (number, x_BxT, y_BxT) in zip(rows, batches(unit.step, numbers), strict=True):
@@ -150,9 +151,9 @@ class Units:
             sums.add(gradient)
             between()
         (gradient,) = sums.terms()
-        return Work(unit, gradient, rows)
+        return WorkResult(unit, gradient, rows)
 
     def block_sum(self) -> BlockSum:
-        """Adds the gradients of a unit, in the order of its subtree."""
+        """Adds the gradients of an item, in the order of its subtree."""
         leaves = range(self.size)
         return BlockSum(self.replica.parameters, leaves, leaves)

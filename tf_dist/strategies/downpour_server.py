@@ -1,7 +1,8 @@
-"""The master of Downpour: it deals out units, takes gradients as they come, steps, and answers."""
+"""The parameter server of Downpour: assigns work items, receives gradients, steps, and replies."""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -10,14 +11,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tf_dist.comm import output
-from tf_dist.comm.base import Pending
-from tf_dist.comm.sums import add_in_order
+from tf_dist.comm.runtime.log_handlers import once
+from tf_dist.comm.transport.base import Pending
+from tf_dist.comm.transport.reduction_order import add_in_order
 from tf_dist.errors import RankLost
-from tf_dist.parallel.dealing import Dealer, Unit
-from tf_dist.parallel.flat import aligned_empty
+from tf_dist.parallel.flat_buffer import aligned_empty
+from tf_dist.parallel.reduction_tree import one_each
 from tf_dist.parallel.totals import TOKENS, Totals, scale_of
-from tf_dist.parallel.tree import one_each
+from tf_dist.parallel.work_queue import WorkItem, WorkQueue
 from tf_dist.strategies.downpour_protocol import (
     GRADIENT_TAG,
     PUSH,
@@ -26,21 +27,23 @@ from tf_dist.strategies.downpour_protocol import (
     TOLD,
     WEIGHTS_TAG,
     Batches,
-    Load,
-    Result,
-    Units,
-    Work,
+    BatchResult,
+    ServerLoad,
+    WorkItems,
+    WorkResult,
 )
 from tf_dist.strategies.waiting import wait_for, wait_until
 
+LOG = logging.getLogger(__name__)
+
 
 @dataclass
-class _Peer:
-    """What the master knows of a worker.
+class _WorkerLink:
+    """The server's state of a worker.
 
-    head, gradient: where its next message comes, and the requests. unit: what it computes. version: of the
-    weights it has. clock: the batch whose end it waits for; None where it does not wait. told: all batches
-    before it are known to be done.
+    head, gradient: receive buffers of its next message, and the requests. unit: its current item. version: of
+    the weights it has. clock: the batch whose end it waits for; None if it does not wait. told: all batches
+    before it are known to it as done.
     """
 
     rank: int
@@ -48,66 +51,66 @@ class _Peer:
     gradient: np.ndarray
     coming: Pending | None = None
     work: Pending | None = None
-    unit: Unit | None = None
+    unit: WorkItem | None = None
     version: int = -1
     clock: int | None = None
     told: int = 0
     sends: list[Pending] = field(default_factory=list)
 
 
-class Master:
-    """Rank 0: deals out units, takes gradients, steps. Argument: what it computes units with."""
+class DownpourServer:
+    """Rank 0: assigns work items, receives gradients, steps. Argument: computes its own items."""
 
-    def __init__(self, units: Units) -> None:
-        self._units, self._comm, self.load = units, units.comm, Load()
+    def __init__(self, units: WorkItems) -> None:
+        self._units, self._comm, self.load = units, units.comm, ServerLoad()
         self._replica, options = units.replica, units.options
         self._trains = options.master_trains == "on" or units.comm.size == 1
         self._sums = units.block_sum()
-        self._dealer = Dealer(units.units, options.staleness)
+        self._queue = WorkQueue(units.units, options.staleness)
         self._peers = self._all_workers()
-        self._waiting: deque[_Peer] = deque()
+        self._waiting: deque[_WorkerLink] = deque()
         self._version, self._snapshot_version, self._snapshot = 0, -1, np.empty(0, np.float32)
         self._totals: dict[int, Totals] = {}
         self._norms: dict[int, list[tuple[float, float]]] = {}
         self._collected: dict[int, dict[int, np.ndarray]] = {}
-        self._results: dict[int, Result] = {}
+        self._results: dict[int, BatchResult] = {}
         self._stop_at: int | None = None
         self._clip_norm, self._limit = 0.0, 0
         self.rate: Callable[[int, float], None] = lambda step, factor: None
 
-    def _all_workers(self) -> list[_Peer]:
+    def _all_workers(self) -> list[_WorkerLink]:
         length = len(PUSH) + 3 * self._units.size
         return [
-            _Peer(rank, np.empty(length), aligned_empty(self._replica.parameters))
+            _WorkerLink(rank, np.empty(length), aligned_empty(self._replica.parameters))
             for rank in range(1, self._comm.size)
         ]
 
-    def take(self, clock: int, batches: Batches, stop: bool, clip_norm: float, limit: int) -> Result:
-        """As in `tf_dist.strategies.downpour.Downpour.step`: look after all until the batch is done."""
+    def take(self, clock: int, batches: Batches, stop: bool, clip_norm: float, limit: int) -> BatchResult:
+        """As in `tf_dist.strategies.downpour.Downpour.step`: serve all workers until the batch is done."""
         begun = time.monotonic()
-        if self._dealer.done < clock:  # a run goes on
-            self._dealer = Dealer(self._units.units, self._units.options.staleness, clock)
+        if self._queue.done < clock:  # a resumed run
+            self._queue = WorkQueue(self._units.units, self._units.options.staleness, clock)
         if self._stop_at is not None and clock >= self._stop_at:
-            self._stop_at = None  # it is over
+            self._stop_at = None  # that run has stopped
         self._clip_norm = clip_norm
         self._limit = limit if self._stop_at is None else min(limit, self._stop_at)
-        self._wish_to_stop(stop)
+        self._request_stop(stop)
         for peer in list(self._peers):
-            with self._unless_dead(peer):
-                self._listen(peer)
+            with self._unless_failed(peer):
+                self._post_receive(peer)
 
         def look() -> bool:
-            unit = self._dealer.deal(self._limit) if self._trains and not self._waiting else None
+            unit = self._queue.next_item(self._limit) if self._trains and not self._waiting else None
             if unit is not None:
                 self._accept(self._own(unit, batches))
-            came = self._look() if unit is None else True
-            self._answer()
+            came = self._poll() if unit is None else True
+            self._reply_to_all()
             return came
 
         def over() -> bool:
-            # Whoever has had no unit of the last batch before all meet waits for its result.
+            # A worker that had no item of the last batch before synchronization waits for its result.
             all_know = clock + 1 < self._limit or all(peer.told > clock for peer in self._peers)
-            return self._dealer.done > clock and all_know
+            return self._queue.done > clock and all_know
 
         wait_until(over, look, lambda: [peer.rank for peer in self._peers if peer.clock is None])
         self.load.served_s += time.monotonic() - begun
@@ -115,24 +118,25 @@ class Master:
         return self._results[clock]
 
     def renew(self) -> None:
-        """Begin anew after all have met."""
-        # Whoever looks at the model may change it: nobody has these weights. And all agree whether to stop.
+        """Restart after a synchronization."""
+        # Callbacks may change the synchronized model: no worker has these weights. And all agree whether to
+        # stop.
         self._version += 1
         self._stop_at = None
 
     def regroup(self) -> None:
-        """Ranks have other numbers, for some have died: all is done, nothing is under way."""
+        """Renumber ranks after failures: all is done, nothing is in flight."""
         self._peers = self._all_workers()
         for peer in self._peers:
-            peer.told = self._dealer.done
+            peer.told = self._queue.done
 
-    # The dead --------------------------------------------------------------------------------------
+    # Failed workers --------------------------------------------------------------------------------
 
     @contextmanager
-    def _unless_dead(self, peer: _Peer) -> Iterator[None]:
-        """Do something with a worker; where it has died, go on without it.
+    def _unless_failed(self, peer: _WorkerLink) -> Iterator[None]:
+        """Communicate with a worker; if it has failed, continue without it.
 
-        What it was computing is dealt out again: of a gradient that has not come as a whole nothing was used.
+        Its item is reassigned: an incomplete gradient was not used.
         """
         try:
             yield
@@ -140,37 +144,39 @@ class Master:
             self._peers = [other for other in self._peers if other is not peer]
             self._waiting = deque(other for other in self._waiting if other is not peer)
             if peer.unit is not None:
-                self._dealer.give_back(peer.unit)
+                self._queue.give_back(peer.unit)
             self._trains = self._trains or not self._peers
-            first, done = self._comm.origin[peer.rank], self._dealer.done
+            first, done = self._comm.origin[peer.rank], self._queue.done
             self.load.lost.append({"rank": first, "batches_done": done})
-            output.say(f"rank {first} has died after {done} batches: what it had in hand, others do")
+            once(LOG, self._comm).warning(
+                f"rank {first} has died after {done} batches: what it had in hand, others do"
+            )
 
-    # Listening -------------------------------------------------------------------------------------
+    # Receiving -------------------------------------------------------------------------------------
 
-    def _listen(self, peer: _Peer) -> None:
-        """Let a worker's next message come, where it is not on its way.
+    def _post_receive(self, peer: _WorkerLink) -> None:
+        """Post the receive of a worker's next message, unless it is posted.
 
-        Nothing comes, before all have met, from one that has no unit and knows all results; a receive that
-        was posted for it would take the message of another trainer.
+        Before a synchronization, a worker without an item that knows all results sends nothing; a receive
+        that was posted for it would take the message of another trainer.
         """
         if peer.coming is None and peer.clock is None and (peer.unit or peer.told < self._limit):
             peer.coming = self._comm.irecv(peer.head, peer.rank, PUSH_TAG)
             if peer.unit is not None:
                 peer.work = self._comm.irecv(peer.gradient, peer.rank, GRADIENT_TAG)
 
-    def _look(self) -> bool:
-        """Take what has come from whom; whether there was anything."""
+    def _poll(self) -> bool:
+        """Process messages that have arrived; whether there were any."""
         came = False
         for peer in list(self._peers):
-            with self._unless_dead(peer):
+            with self._unless_failed(peer):
                 if peer.coming is not None and peer.coming.done():
                     came = True
-                    self._hear(peer, peer.coming)
+                    self._receive(peer, peer.coming)
         return came
 
-    def _hear(self, peer: _Peer, coming: Pending) -> None:
-        """Take a worker's message, and its gradient."""
+    def _receive(self, peer: _WorkerLink, coming: Pending) -> None:
+        """Process a worker's message, and its gradient."""
         coming.wait()
         push = dict(zip(PUSH, peer.head, strict=False))
         if push["has_work"]:
@@ -178,24 +184,24 @@ class Master:
             wait_for([peer.work], peer.rank)
             rows = peer.head[len(PUSH) :].reshape(-1, 3)
             unit, peer.unit, peer.work = peer.unit, None, None
-            self._accept(Work(unit, peer.gradient, rows, int(push["version"])))
+            self._accept(WorkResult(unit, peer.gradient, rows, int(push["version"])))
         peer.coming, peer.clock = None, int(push["clock"])
-        self._wish_to_stop(bool(push["stop"]))
+        self._request_stop(bool(push["stop"]))
         self._waiting.append(peer)
 
-    def _own(self, unit: Unit, batches: Batches) -> Work:
+    def _own(self, unit: WorkItem, batches: Batches) -> WorkResult:
         version = self._version
-        return self._units.gradient(unit, batches, self._sums, self._between)._replace(version=version)
+        return self._units.gradient(unit, batches, self._sums, self._serve_between)._replace(version=version)
 
-    def _between(self) -> None:
-        """Look after workers while the master is at a unit of its own."""
+    def _serve_between(self) -> None:
+        """Serve workers while the server computes an item of its own."""
         if self._peers:
-            self._look()
-            self._answer()
+            self._poll()
+            self._reply_to_all()
 
     # Gradients -------------------------------------------------------------------------------------
 
-    def _accept(self, work: Work) -> None:
+    def _accept(self, work: WorkResult) -> None:
         """Apply a gradient, or keep it until its batch is complete."""
         begun = time.monotonic()
         step, number = work.unit
@@ -210,10 +216,10 @@ class Master:
                 del self._collected[step]
         else:
             self._apply_unit(work)
-        before = self._dealer.done
-        self._dealer.finish(work.unit)
-        for done in range(before, self._dealer.done):
-            self._conclude(done)
+        before = self._queue.done
+        self._queue.finish(work.unit)
+        for done in range(before, self._queue.done):
+            self._record_result(done)
         self.load.busy_s += time.monotonic() - begun
 
     def _apply_batch(self, step: int, gradients: list[np.ndarray]) -> None:
@@ -225,7 +231,7 @@ class Master:
         self._step(total, scale_of(norm, counts, self._clip_norm), 0)
         self._norms[step] = [(norm, 1.0)]
 
-    def _apply_unit(self, work: Work) -> None:
+    def _apply_unit(self, work: WorkResult) -> None:
         counts = np.append(work.rows.sum(axis=0), 0.0)
         norm = self._replica.norm(work.gradient) / max(counts[TOKENS], 1.0)
         scale = scale_of(norm, counts, self._clip_norm)
@@ -242,47 +248,47 @@ class Master:
         self.load.updates += 1
         self.load.staleness[stale] += 1
 
-    def _conclude(self, step: int) -> None:
-        """Note what a batch that is done has come to."""
+    def _record_result(self, step: int) -> None:
+        """Record the result of a completed batch."""
         counts, norms = self._totals.pop(step).sum(), self._norms.pop(step)
         counts[-1] = float(self._stop_at is not None and step == self._stop_at - 1)
         weight = sum(tokens for _, tokens in norms) or 1.0
         norm = sum(norm * tokens for norm, tokens in norms) / weight
-        self._results[step] = Result(counts, norm)
+        self._results[step] = BatchResult(counts, norm)
         self._results.pop(step - self._units.told, None)
 
-    def _wish_to_stop(self, wanted: bool) -> None:
-        """Let all stop at the end of the last batch that anybody has begun."""
+    def _request_stop(self, wanted: bool) -> None:
+        """Make all ranks stop at the end of the last batch that any rank has begun."""
         if wanted and self._stop_at is None:
-            self._stop_at = max(self._dealer.begun, self._dealer.done + 1)
+            self._stop_at = max(self._queue.begun, self._queue.done + 1)
             self._limit = min(self._limit, self._stop_at)
 
-    # Answers ---------------------------------------------------------------------------------------
+    # Replies ---------------------------------------------------------------------------------------
 
-    def _answer(self) -> None:
-        """Answer those who wait and can be given a unit, or whose batch is done."""
+    def _reply_to_all(self) -> None:
+        """Reply to waiting workers for which there is an item, or whose batch is done."""
         for _ in range(len(self._waiting)):
             peer = self._waiting.popleft()
             assert peer.clock is not None
-            unit = self._dealer.deal(self._limit)
-            if unit is None and self._dealer.done <= peer.clock:
+            unit = self._queue.next_item(self._limit)
+            if unit is None and self._queue.done <= peer.clock:
                 self._waiting.append(peer)
                 continue
             peer.unit, peer.clock = unit, None
-            with self._unless_dead(peer):
+            with self._unless_failed(peer):
                 self._reply(peer)
-                self._listen(peer)
+                self._post_receive(peer)
 
-    def _reply(self, peer: _Peer) -> None:
+    def _reply(self, peer: _WorkerLink) -> None:
         begun = time.monotonic()
         told = [[step, *result.counts, result.norm] for step, result in sorted(self._results.items())]
         told += [[-1.0] * TOLD] * (self._units.told - len(told))
-        unit = peer.unit or Unit(0, 0)
+        unit = peer.unit or WorkItem(0, 0)
         head = [peer.unit is not None, *unit, self._version]
-        for one in peer.sends:  # what he was told before: it has come, for he has answered
+        for one in peer.sends:  # previous replies: they have arrived, as the worker has answered
             one.wait()
         answer = np.array([*head, *np.ravel(told)], np.float64)
-        peer.told = self._dealer.done
+        peer.told = self._queue.done
         peer.sends = [self._comm.isend(answer, peer.rank, REPLY_TAG)]
         if peer.unit is not None and peer.version != self._version:
             peer.sends.append(self._comm.isend(self._weights(), peer.rank, WEIGHTS_TAG))
@@ -290,7 +296,7 @@ class Master:
         self.load.busy_s += time.monotonic() - begun
 
     def _weights(self) -> np.ndarray:
-        """The weights of this version; a new array for each, for older ones may still be on their way."""
+        """The weights of this version; a new array for each, as older ones may still be in flight."""
         if self._snapshot_version != self._version:
             self._snapshot = aligned_empty(self._replica.parameters)
             self._replica.read_weights(self._snapshot)

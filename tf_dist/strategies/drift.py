@@ -1,4 +1,4 @@
-"""Replicas that step by themselves: between synchronizations their weights and optimizers drift apart."""
+"""Strategies with local steps: weights and optimizers of replicas drift apart between synchronizations."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from typing import Any
 
 import numpy as np
 
-from tf_dist.parallel.tree import one_each
+from tf_dist.parallel.reduction_tree import one_each
 from tf_dist.strategies.base import Context, Strategy
 
 
 class Drifting(Strategy):
-    """A strategy whose replicas are equal only where they have met."""
+    """A strategy whose replicas are equal only right after a synchronization."""
 
     def __init__(self, options: Any = None, **given: Any) -> None:
         super().__init__(options, **given)
         self._together = self._state_together = True
 
     def _part(self) -> None:
-        """From now on each replica goes its own way."""
+        """Note that replicas are no longer equal."""
         self._together = self._state_together = False
 
     @property
@@ -27,16 +27,16 @@ class Drifting(Strategy):
         return self._together
 
     def consolidate(self) -> None:
-        """As in `Strategy`: all go on with the mean of their optimizers."""
+        """As in `Strategy`: all continue with the mean of their optimizers."""
         if not self._state_together:
             average_optimizer(self.context)
             self._state_together = True
 
 
 def average_optimizer(context: Context) -> None:
-    """Give all replicas the mean of their optimizers' state, weighed by their shares of the work.
+    """Set all replicas to the mean of their optimizers' states, weighted by their shares of the work.
 
-    Single numbers, such as the count of steps, are equal already. A collective.
+    Scalars, such as the step count, are equal already. A collective.
     """
     comm = context.mesh.replicas
     order, share = one_each(comm.size), len(context.micro_batches) / context.count

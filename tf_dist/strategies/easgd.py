@@ -1,11 +1,11 @@
-"""Elastic averaging: workers train by themselves, tied to a centre by springs (EASGD, Zhang et al. 2015).
+"""EASGD: workers train locally, attracted by an elastic force to a center variable (Zhang et al. 2015).
 
-Rank 0 keeps the centre c. After every H steps of its own a worker shows its weights, and both move towards
-each other, whenever it comes; nobody waits for another worker:
+Rank 0 holds the center variable c. After every H local steps a worker sends its weights, and both move
+towards each other; workers do not wait for each other:
 
     d = alpha (w - c);   w <- w - d;   c <- c + d
 
-alpha is the elastic force. What is validated and saved is the centre; then all go on from there.
+alpha is the elastic force. The center is what is validated and saved; then all ranks continue from it.
 
 Legend: P parameters, H steps between exchanges.
 """
@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from tf_dist.comm.base import Pending
+from tf_dist.comm.transport.base import Pending
 from tf_dist.errors import UsageError
-from tf_dist.parallel.flat import aligned_empty
+from tf_dist.parallel.flat_buffer import aligned_empty
 from tf_dist.parallel.mesh import DATA, Mesh
-from tf_dist.parallel.totals import STOP, Replica, Totals
+from tf_dist.parallel.totals import STOP, GradientReplica, Totals
 from tf_dist.partition import share
 from tf_dist.strategies.base import Context, Setting, StepRequest, Traits, option, steps_between
 from tf_dist.strategies.drift import Drifting
@@ -29,20 +29,20 @@ from tf_dist.strategies.waiting import (
     check_worker,
     master_trains,
     step_alone,
-    unless_dead,
+    unless_failed,
     wait_for,
     wait_until,
 )
 
-# Of messages to the master and back.
+# Tags of messages to the server and back.
 HEAD_TAG, WEIGHTS_TAG, REPLY_TAG = 704, 705, 706
-# Of a worker's message: its step, and the losses and counts since its last one.
+# Fields of a worker's message: its step, and the losses and counts since its last one.
 HEAD = 4
 
 
 @dataclass
-class _Peer:
-    """A worker as the master sees it; step: up to which it has shown what it has."""
+class _WorkerState:
+    """The server's state of a worker; step: up to which it has reported."""
 
     rank: int
     head: np.ndarray
@@ -54,12 +54,12 @@ class _Peer:
 
 @dataclass(frozen=True)
 class EASGDOptions:
-    """How workers and centre are tied.
+    """Options of EASGD.
 
     Attributes:
-        sync_every: H, steps that a worker takes by itself between exchanges.
+        sync_every: H, local steps of a worker between exchanges.
         elastic_force: alpha; 0: 0.9 / workers, as in Zhang et al. (2015).
-        master_trains: "on": rank 0 trains like the others, and looks after them between its steps.
+        master_trains: "on": rank 0 trains like the others, and serves them between its steps.
     """
 
     sync_every: int = steps_between(4)
@@ -77,8 +77,8 @@ class EASGD(Drifting):
     """Elastic averaging SGD.
 
     Attributes:
-        limit: the step after which all ranks meet.
-        exchanges: of the master, so far.
+        limit: the step after which all ranks synchronize.
+        exchanges: of the server, so far.
     """
 
     name, Options = "easgd", EASGDOptions
@@ -99,7 +99,7 @@ class EASGD(Drifting):
         check_worker(self, setting)
 
     def assignment(self, count: int, mesh: Mesh) -> range:
-        """A master that does not train has none."""
+        """Micro-batches of this rank; a server that does not train has none."""
         rank, size = mesh.at[DATA], mesh.shape[DATA]
         if self.options.master_trains == "off" and size > 1:
             return share(count, rank - 1, size - 1) if rank else range(0)
@@ -113,11 +113,12 @@ class EASGD(Drifting):
         self.force = np.float32(self.options.elastic_force or 0.9 / workers)
         self._peers = self._all_workers()
 
-    def _all_workers(self) -> list[_Peer]:
-        """As the master sees them; a worker sees none."""
+    def _all_workers(self) -> list[_WorkerState]:
+        """Workers, on the server; empty on a worker."""
         workers = range(1, self.comm.size) if self.comm.rank == 0 else []
         return [
-            _Peer(rank, np.empty(HEAD), aligned_empty(self.parameters), step=self._step) for rank in workers
+            _WorkerState(rank, np.empty(HEAD), aligned_empty(self.parameters), step=self._step)
+            for rank in workers
         ]
 
     def describe(self) -> str:
@@ -126,14 +127,14 @@ class EASGD(Drifting):
         return f"{tied}, every {self.every} steps of its own"
 
     def step(self, request: StepRequest) -> float:
-        """Take a step of one's own, and exchange where it is time.
+        """Take a local step, and exchange if it is due.
 
-        The totals of the master take what it has been told. A wish to stop is agreed upon when all meet.
+        The server's totals include those that workers have sent. Ranks agree on a stop when they synchronize.
         """
         terms, totals, replica = request.gradients(), request.totals, request.replica
         self._step, self.limit = request.step, request.limit
         if self._together:
-            self._depart(replica)
+            self._start_drift(replica)
         self._step += 1
         norm = step_alone(terms, totals, request.clip_norm, replica)
         due = self._step % self.every == 0 or self._step == self.limit
@@ -145,38 +146,38 @@ class EASGD(Drifting):
                 self._exchange(replica)
         return norm
 
-    def _depart(self, replica: Replica) -> None:
+    def _start_drift(self, replica: GradientReplica) -> None:
         self._part()
         if self.comm.rank == 0:
             self._centre = aligned_empty(self.parameters)
             replica.read_weights(self._centre)
 
-    def synchronize(self, replica: Replica, mesh: Mesh) -> None:
-        """Let all ranks go on from the centre; a collective, after all have exchanged at the limit."""
+    def synchronize(self, replica: GradientReplica, mesh: Mesh) -> None:
+        """Make all ranks continue from the center; a collective, after all have exchanged at the limit."""
         if self._together:
             return
         centre = aligned_empty(self.parameters)
         if self.comm.rank == 0 and self._centre.size:
             centre = self._centre
-        elif self.comm.rank == 0:  # nobody has taken a step yet
+        elif self.comm.rank == 0:  # no rank has taken a step yet
             replica.read_weights(centre)
         self.comm.broadcast(centre)
         replica.write_weights(centre)
         self._together = True
 
     def regroup(self, micro_batches: range) -> None:
-        """Go on without ranks that have died, and with other micro-batches; all meet again."""
+        """Continue without failed ranks, and with other micro-batches; all synchronize."""
         super().regroup(micro_batches)
         self._together = False
         self._peers = self._all_workers()
 
     def sum_over_ranks(self, sums: np.ndarray) -> None:
-        """Replace sums over a rank's steps by those of all ranks, which the master has been told."""
+        """Replace sums over a rank's steps by those of all ranks, as reported to the server."""
         self.comm.broadcast(sums)
 
     # A worker --------------------------------------------------------------------------------------
 
-    def _exchange(self, replica: Replica) -> None:
+    def _exchange(self, replica: GradientReplica) -> None:
         weights, moved = aligned_empty(self.parameters), aligned_empty(self.parameters)
         replica.read_weights(weights)
         head = np.array([self._step, *self._since])
@@ -187,23 +188,23 @@ class EASGD(Drifting):
         replica.write_weights(weights)
         self._since[:] = 0.0
 
-    # The master ------------------------------------------------------------------------------------
+    # The server ------------------------------------------------------------------------------------
 
-    def _serve(self, due: bool, totals: Totals, replica: Replica) -> None:
-        """Answer those who have come; where it has nothing else to do, or all meet, until all have."""
+    def _serve(self, due: bool, totals: Totals, replica: GradientReplica) -> None:
+        """Serve workers that have arrived; if idle, or at a synchronization, until all have."""
         trains = len(self.context.micro_batches) > 0
         if due and trains:
             weights = aligned_empty(self.parameters)
             replica.read_weights(weights)
-            weights -= self._pulled(weights)
+            weights -= self._elastic_step(weights)
             replica.write_weights(weights)
 
         def look() -> bool:
             came = False
             for peer in list(self._peers):
-                # What a dead one has learnt since it came last is lost with it.
-                with unless_dead(self._peers, peer):
-                    self._listen(peer)
+                # The progress of a failed worker since its last exchange is lost.
+                with unless_failed(self._peers, peer):
+                    self._post_receive(peer)
                     if peer.coming is not None and all(one.done() for one in peer.coming):
                         came = True
                         self._answer(peer, totals)
@@ -217,13 +218,13 @@ class EASGD(Drifting):
     def _behind(self) -> list[int]:
         return [peer.rank for peer in self._peers if peer.step < self._step]
 
-    def _listen(self, peer: _Peer) -> None:
-        """Let a worker's next message come, if there is one before all meet."""
+    def _post_receive(self, peer: _WorkerState) -> None:
+        """Post the receive of a worker's next message, if there is one before the synchronization."""
         if peer.coming is None and peer.step < self.limit:
             head = self.comm.irecv(peer.head, peer.rank, HEAD_TAG)
             peer.coming = head, self.comm.irecv(peer.weights, peer.rank, WEIGHTS_TAG)
 
-    def _answer(self, peer: _Peer, totals: Totals) -> None:
+    def _answer(self, peer: _WorkerState, totals: Totals) -> None:
         assert peer.coming is not None
         for one in peer.coming:
             one.wait()
@@ -231,13 +232,13 @@ class EASGD(Drifting):
         totals.add(0, peer.head[1:])
         if peer.reply is not None:
             peer.reply.wait()
-        peer.reply = self.comm.isend(self._pulled(peer.weights), peer.rank, REPLY_TAG)
+        peer.reply = self.comm.isend(self._elastic_step(peer.weights), peer.rank, REPLY_TAG)
         if peer.step == self.limit:
             peer.reply.wait()
         self.exchanges += 1
 
-    def _pulled(self, weights: np.ndarray) -> np.ndarray:
-        """Let the centre and some weights pull at each other: how far these are to move."""
+    def _elastic_step(self, weights: np.ndarray) -> np.ndarray:
+        """Apply the elastic force to center and weights: returns the change of the weights."""
         moved = weights - self._centre
         moved *= self.force
         self._centre += moved

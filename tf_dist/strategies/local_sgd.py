@@ -1,45 +1,47 @@
-"""Local steps: each replica trains by itself, and all meet now and then (local SGD, DiLoCo).
+"""Local SGD and DiLoCo: replicas take local steps, and synchronize periodically.
 
-A replica takes H optimizer steps with the gradients of its own micro-batches. What it has changed since the
-last meeting is its *outer gradient*; the mean of these over all replicas is given to a second optimizer:
+A replica takes H optimizer steps with the gradients of its own micro-batches. Its change since the last
+synchronization is its *outer gradient*; the mean of these over all replicas goes to an outer optimizer:
 
-    d_r = w - w_r                               w where they met last, w_r where replica r is now
+    d_r = w - w_r                               w at the last synchronization, w_r of replica r now
     g   = sum_r (n_r / n) d_r                   n_r tokens that r has seen since, n those of all
-    b  <- mu b + g;  w <- w - eta (g + mu b)    SGD with Nesterov's momentum; everyone goes on from the new w
+    b  <- mu b + g;  w <- w - eta (g + mu b)    SGD with Nesterov momentum; all continue from the new w
 
 With eta = 1 and mu = 0 that is the mean of the weights: local SGD (Stich 2019; McMahan et al. 2017 weigh by
 samples as well). With AdamW inside and momentum outside it is DiLoCo (Douillard et al. 2023). With H = 1 and
-plain SGD inside, local SGD is synchronous SGD, but for rounding: the tokens are weighed alike.
+plain SGD inside, local SGD is synchronous SGD, but for rounding: the tokens have equal weights.
 
-Gradients stay at home, so that a rank sends 1 / H of the bytes of an allreduce. A few numbers still cross in
-every step: losses, tokens, and whether somebody wants to stop. They are summed before the step, so that a
-gradient that is not a number stops all ranks before a weight has changed.
+Gradients are not communicated, so a rank sends 1 / H of the bytes of an all-reduce. A few numbers are still
+reduced in every step: losses, tokens, and stop requests. That happens before the step, so that a non-finite
+gradient stops all ranks before a weight has changed.
 
-Meetings can be spread: with F fragments each F-th part of the weights has meetings of its own, H / F steps
-after those of the part before (Streaming DiLoCo, Douillard et al. 2025).
+Synchronizations can be staggered: with F fragments each F-th part of the weights has its own, H / F steps
+after those of the previous part (Streaming DiLoCo, Douillard et al. 2025).
 
-And nobody need wait for a meeting. With a delay of T steps the changes travel while replicas take T more
-steps; then each goes on from the common weights and what it has done meanwhile (delayed averaging, Zhou et
-al. 2020, where Streaming DiLoCo mixes the two by halves):
+And they can be asynchronous. With a delay of T steps outer gradients are in flight while replicas take T more
+steps; then each continues from the synchronized weights plus its own change meanwhile (delayed averaging,
+Zhou et al. 2020, where Streaming DiLoCo mixes the two by halves):
 
-    w_r  <-  w + (w_r - w_r')                   w_r' where replica r was when its change left
+    w_r  <-  w + (w_r - w_r')                   w_r' of replica r when its outer gradient was sent
 
-By steps and not by the clock: a run has the same bits however long the network takes.
+The delay is in steps and not in time: a run has the same bits however long the network takes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from tf_dist.comm.transport.base import Comm
 from tf_dist.errors import UsageError
-from tf_dist.parallel.flat import aligned_empty
+from tf_dist.parallel.bf16_allreduce import allreduce_bfloat16
+from tf_dist.parallel.flat_buffer import aligned_empty
 from tf_dist.parallel.mesh import Mesh
-from tf_dist.parallel.short import allreduce_bfloat16
-from tf_dist.parallel.totals import TOKENS, Replica, own_sum, scale_of
-from tf_dist.parallel.tree import one_each
+from tf_dist.parallel.reduction_tree import one_each
+from tf_dist.parallel.totals import TOKENS, GradientReplica, own_sum, scale_of
 from tf_dist.strategies.allreduce import AllReduce
 from tf_dist.strategies.base import (
     Context,
@@ -53,21 +55,22 @@ from tf_dist.strategies.base import (
 from tf_dist.strategies.drift import Drifting
 
 GROUP = "local SGD and DiLoCo"
-# Takes the first steps, where some are to be synchronous.
+# Takes the first steps, if some are synchronous.
 SYNCHRONOUS = AllReduce()
+OuterSum = Callable[[np.ndarray, Comm], np.ndarray]
 
 
 @dataclass(frozen=True)
 class LocalSGDOptions:
-    """When replicas meet.
+    """When replicas synchronize.
 
     Attributes:
-        sync_every: H, steps between meetings of the same weights.
+        sync_every: H, steps between synchronizations of the same weights.
         sync_warmup_steps: synchronous steps, each with the sum of all gradients, before the first local one
             (post-local SGD, Lin et al. 2020).
-        outer_fragments: F, parts of the weights that have meetings of their own.
-        outer_precision: in which outer gradients travel, "float32" or "bfloat16".
-        outer_delay: T, steps that replicas take while a fragment's outer gradients travel.
+        outer_fragments: F, parts of the weights that are synchronized separately.
+        outer_precision: of outer gradients in messages, "float32" or "bfloat16".
+        outer_delay: T, steps that replicas take while a fragment's outer gradients are in flight.
     """
 
     sync_every: int = steps_between(8)
@@ -93,22 +96,22 @@ class LocalSGDOptions:
     )
 
     def due(self, fragment: int, step: int) -> bool:
-        """Whether a fragment has a meeting after a step, which is counted from 1."""
+        """Whether a fragment is synchronized after a step, which is counted from 1."""
         offset = fragment * self.sync_every // self.outer_fragments
         return (step - self.sync_warmup_steps - offset) % self.sync_every == 0
 
 
 @dataclass
 class _Fragment:
-    """A part of the flat weights: where it lies, and the tokens seen since its last meeting."""
+    """A part of the flat weights: its slice, and the tokens seen since its last synchronization."""
 
     part: slice
     mine: float = 0.0
     all: float = 0.0
 
 
-class _Away(NamedTuple):
-    """A fragment whose outer gradients travel; left: this replica's weights when they left, and the step."""
+class _InFlight(NamedTuple):
+    """A fragment in flight; left: this replica's weights when it was sent, and the step."""
 
     fragment: _Fragment
     change: np.ndarray
@@ -117,13 +120,15 @@ class _Away(NamedTuple):
 
 
 class LocalSGD(Drifting):
-    """Local SGD: replicas take steps of their own, and go on from the mean of their weights.
+    """Local SGD: replicas take local steps, and continue from the mean of their weights.
 
     Attributes:
-        plan: when replicas meet, its options.
+        plan: when replicas synchronize, its options.
         outer_lr: eta. outer_momentum: mu.
         momentum: b, (P,) float32, the same on all replicas; empty without momentum.
-        meetings: how many fragments have met so far.
+        meetings: number of fragments synchronized so far.
+        outer_sum: reduces the outer gradients of a synchronization: a function of this replica's term, which
+            may be overwritten, and the replicas.
     """
 
     name, Options = "local-sgd", LocalSGDOptions
@@ -137,8 +142,10 @@ class LocalSGD(Drifting):
         self.traits = Traits(replicas_equal=False, sums_gradients=warm)
         self.momentum = np.empty(0, np.float32)
         self.meetings = 0
+        short = self.plan.outer_precision == "bfloat16"
+        self.outer_sum: OuterSum = self.short_sum if short else self.plain_sum
         self._anchor = np.empty(0, np.float32)
-        self._away: _Away | None = None
+        self._in_flight: _InFlight | None = None
 
     def check(self, setting: Setting) -> None:
         """As in `Strategy`."""
@@ -174,16 +181,16 @@ class LocalSGD(Drifting):
 
     @property
     def weight_copies(self) -> int:
-        """The weights with which replicas met, and the outer momentum."""
+        """The weights of the last synchronization, and the outer momentum."""
         return 1 + (self.outer_momentum > 0)
 
     def step(self, request: StepRequest) -> float:
-        """Take a step of one's own, and meet the others where it is time.
+        """Take a local step, and synchronize if it is due.
 
-        ``clip_norm`` holds for the gradient of each replica.
+        ``clip_norm`` applies to the gradient of each replica.
 
         Returns:
-            The norm of the gradient before clipping: the mean over replicas, weighed by tokens.
+            The norm of the gradient before clipping: the mean over replicas, weighted by tokens.
 
         Raises:
             NumericError: on every rank: a gradient is not finite, and no weight has changed.
@@ -193,35 +200,35 @@ class LocalSGD(Drifting):
             return SYNCHRONOUS.step(request)
         terms = request.gradients()
         if self._together:
-            self._depart(replica)
+            self._save_anchor(replica)
         length = self._step_alone(terms, request)
         due = [one for i, one in enumerate(self._fragments) if self.plan.due(i, number)]
-        if self._away is not None and number == self._away.step + self.plan.outer_delay:
-            self._arrive(replica, mesh)
+        if self._in_flight is not None and number == self._in_flight.step + self.plan.outer_delay:
+            self._finish_send(replica, mesh)
         if not self.plan.outer_delay:
-            self._meet(due, replica, mesh)
+            self._synchronize(due, replica, mesh)
         elif due:
-            self._leave(due[0], number, replica, mesh)
+            self._send(due[0], number, replica, mesh)
         return length
 
     @property
-    def travels(self) -> bool:
-        """Whether changes of weights are under way."""
-        return self._away is not None
+    def is_in_flight(self) -> bool:
+        """Whether outer gradients are in flight."""
+        return self._in_flight is not None
 
-    def synchronize(self, replica: Replica, mesh: Mesh) -> None:
-        """Let all replicas go on from the same weights, ahead of time if need be; a collective."""
-        if self._away is not None:
-            self._arrive(replica, mesh)
+    def synchronize(self, replica: GradientReplica, mesh: Mesh) -> None:
+        """Make all replicas continue from the same weights, ahead of time if needed; a collective."""
+        if self._in_flight is not None:
+            self._finish_send(replica, mesh)
         if not self._together:
-            self._meet(self._fragments, replica, mesh)
+            self._synchronize(self._fragments, replica, mesh)
 
     def state(self) -> list[StateArray]:
         """As in `Strategy`."""
         return [StateArray("momentum", self.momentum)] if self.momentum.size else []
 
-    def _depart(self, replica: Replica) -> None:
-        """Remember the weights that all replicas hold."""
+    def _save_anchor(self, replica: GradientReplica) -> None:
+        """Save the weights that all replicas hold."""
         if not self._anchor.size:
             self._anchor = aligned_empty(replica.parameters)
         replica.read_weights(self._anchor)
@@ -230,24 +237,24 @@ class LocalSGD(Drifting):
     def _step_alone(self, terms: list[np.ndarray], request: StepRequest) -> float:
         replica, totals, mesh = request.replica, request.totals, request.mesh
         gradient = own_sum(terms, replica.parameters)
-        mesh.all.barrier()  # waiting for slower ranks is counted apart from moving bytes
+        mesh.all.barrier()  # waiting for slower ranks is timed separately from communication
         counts = totals.reduce(mesh.all)
         mine = totals.of(self.context.micro_batches)
         gradient = replica.complete(gradient)
         norm = replica.norm(gradient) / max(mine[TOKENS], 1.0)
-        # Every rank of `Mesh.model` knows the norm, and gives its part of it.
+        # Every rank of `Mesh.model` knows the norm, and contributes its part of it.
         share = mine[TOKENS] / max(counts[TOKENS], 1.0) / mesh.model.size
         lengths = np.array([norm * share])
         mesh.all.allreduce(lengths)
-        scale_of(float(lengths[0]), counts, 0.0)  # not finite on one is a failure of all
+        scale_of(float(lengths[0]), counts, 0.0)  # not finite on one rank: all fail
         replica.apply(gradient, scale_of(norm, mine, request.clip_norm))
         for one in self._fragments:
             one.mine += mine[TOKENS]
             one.all += counts[TOKENS]
         return float(lengths[0])
 
-    def _meet(self, fragments: list[_Fragment], replica: Replica, mesh: Mesh) -> None:
-        """An outer step of some fragments; a collective of the replicas."""
+    def _synchronize(self, fragments: list[_Fragment], replica: GradientReplica, mesh: Mesh) -> None:
+        """Synchronize some fragments by an outer step; a collective of the replicas."""
         if not fragments:
             return
         weights = aligned_empty(replica.parameters)
@@ -259,46 +266,53 @@ class LocalSGD(Drifting):
         self._together = len(fragments) == len(self._fragments)
 
     def _outer_step(self, one: _Fragment, weights: np.ndarray, mesh: Mesh) -> None:
-        """Turn this replica's weights of a fragment into those of all."""
+        """Replace this replica's weights of a fragment by the synchronized ones."""
         change = self._changed(one, weights)
-        if self.plan.outer_precision == "bfloat16":
-            allreduce_bfloat16(mesh.replicas, change)
-        else:
-            change = mesh.replicas.allreduce_terms([change], one_each(mesh.replicas.size), change).array
-        np.copyto(weights, self._stepped(one, change))
+        np.copyto(weights, self._stepped(one, self.outer_sum(change, mesh.replicas)))
 
-    def _leave(self, one: _Fragment, number: int, replica: Replica, mesh: Mesh) -> None:
-        """Let a fragment's outer gradients travel; a collective of the replicas."""
+    @staticmethod
+    def plain_sum(change: np.ndarray, comm: Comm) -> np.ndarray:
+        """The sum of all replicas' terms, in float32; a collective."""
+        return comm.allreduce_terms([change], one_each(comm.size), change).array
+
+    @staticmethod
+    def short_sum(change: np.ndarray, comm: Comm) -> np.ndarray:
+        """The same, sent as bfloat16."""
+        allreduce_bfloat16(comm, change)
+        return change
+
+    def _send(self, one: _Fragment, number: int, replica: GradientReplica, mesh: Mesh) -> None:
+        """Start to reduce a fragment's outer gradients; a collective of the replicas."""
         weights, comm = aligned_empty(replica.parameters), mesh.replicas
         replica.read_weights(weights)
         left = weights[one.part].copy()
         change = self._changed(one, left)
         by = comm.overlapped(change.size, one_each(comm.size), shared=False)
-        if by is not None and not by.begun:  # by another Trainer
+        if by is not None and not by.begun:  # else busy with another Trainer
             by.begin([change])
             by.ready(slice(0, change.size))
-        self._away = _Away(one, change, left, number)
+        self._in_flight = _InFlight(one, change, left, number)
 
-    def _arrive(self, replica: Replica, mesh: Mesh) -> None:
-        """Take the outer step of the fragment that has travelled; a collective of the replicas."""
-        assert self._away is not None
-        (one, change, left, _), comm = self._away, mesh.replicas
+    def _finish_send(self, replica: GradientReplica, mesh: Mesh) -> None:
+        """Take the outer step of the fragment that was in flight; a collective of the replicas."""
+        assert self._in_flight is not None
+        (one, change, left, _), comm = self._in_flight, mesh.replicas
         total = comm.allreduce_terms([change], one_each(comm.size), change).array
         weights = aligned_empty(replica.parameters)
         replica.read_weights(weights)
         weights[one.part] += self._stepped(one, total) - left
         replica.write_weights(weights)
-        self._away, self.meetings = None, self.meetings + 1
+        self._in_flight, self.meetings = None, self.meetings + 1
 
     def _changed(self, one: _Fragment, weights: np.ndarray) -> np.ndarray:
-        """What this replica adds to a fragment's outer gradient; tokens are counted anew from here on."""
+        """The term of this replica in a fragment's outer gradient; resets the token count."""
         change: np.ndarray = self._anchor[one.part] - weights
         change *= np.float32(one.mine / max(one.all, 1.0))
         one.mine = one.all = 0.0
         return change
 
     def _stepped(self, one: _Fragment, change: np.ndarray) -> np.ndarray:
-        """The weights of a fragment after an outer step with the outer gradient of all, which is used up."""
+        """A fragment's weights after an outer step with the reduced outer gradient, which is overwritten."""
         anchor: np.ndarray = self._anchor[one.part]
         if self.outer_momentum:
             momentum = self.momentum[one.part]
@@ -310,10 +324,10 @@ class LocalSGD(Drifting):
 
 
 def check_fragments(plan: LocalSGDOptions) -> None:
-    """Refuse parts of the weights, and steps during which they travel, that do not fit between meetings.
+    """Refuse fragments and delays that do not fit between synchronizations.
 
     Raises:
-        UsageError: with the reason, and what would do.
+        UsageError: with the reason, and an alternative.
     """
     every, fragments, delay = plan.sync_every, plan.outer_fragments, plan.outer_delay
     if fragments > every:

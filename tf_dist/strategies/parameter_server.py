@@ -1,21 +1,21 @@
-"""A synchronous parameter server: rank 0 alone steps, and sends the weights."""
+"""Synchronous parameter server: only rank 0 steps, and broadcasts the weights."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from tf_dist import faults
-from tf_dist.parallel.flat import aligned_empty
+from tf_dist.parallel.flat_buffer import aligned_empty
 from tf_dist.parallel.totals import TOKENS, scale_of, sum_buffer
 from tf_dist.strategies.base import StepRequest, Strategy, Traits
 
 
 class ParameterServer(Strategy):
-    """Gather the gradients on rank 0 of the replicas, which alone steps, and sends the weights.
+    """Reduce the gradients to rank 0 of the replicas, which alone steps, and broadcasts the weights.
 
     The parameter server of Li et al. (2014), in its synchronous form. Rank 0 holds R gradients and moves R
-    times the bytes of any other: see ``docs/guide.md`` for what that costs. Where the norm is not finite
-    nobody has stepped.
+    times the bytes of any other: see ``docs/guide.md`` for what that costs. If the norm is not finite
+    no rank has stepped.
     """
 
     name = "master"

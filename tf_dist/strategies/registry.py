@@ -1,7 +1,7 @@
-"""Strategies by name, and from flat options to one: the only list of names.
+"""Registry of strategies by name, and construction from flat options.
 
-A name of the list, ``package.module:Class`` of a user, and an object that somebody has made are one road:
-each becomes a `Strategy`. Flat options are those of flags and YAML files.
+A name of the list, ``package.module:Class`` of a user, and an object all become a `Strategy` in the same way.
+Flat options are those of flags and YAML files.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ NO_COMPRESSION = "none"
 
 
 class FlatOption(NamedTuple):
-    """An option of some strategies or compressors, as flags and files have it.
+    """An option of some strategies or compressors, in flags and files.
 
-    default: of all that have it; where they differ, 0 stands for what is usual of each. chooser: the option
-    that chooses among these, "strategy" or "compression". owners: the names of those that have it, and what
-    they call it.
+    default: of all owners; if they differ, 0 stands for the owner's own default. chooser: the option
+    that chooses among these, "strategy" or "compression". owners: the names of those that have it, and their
+    name for it.
     """
 
     default: Any
@@ -46,7 +46,7 @@ class FlatOption(NamedTuple):
 
 
 def _declared() -> Iterator[tuple[str, str, dataclasses.Field[Any]]]:
-    """Every option: who chooses it, who has it, and its field."""
+    """Every option: its chooser, its owner, and its field."""
     for name, strategy in STRATEGIES.items():
         for field in dataclasses.fields(strategy.Options):
             yield "strategy", name, field
@@ -76,7 +76,7 @@ def _flat_options() -> dict[str, FlatOption]:
 FLAT_OPTIONS = _flat_options()
 
 
-def by_pace() -> str:
+def by_synchronization() -> str:
     """All names, by how often ranks synchronize, for ``--help``."""
     all_traits = {name: one().traits for name, one in STRATEGIES.items()}
     names = {
@@ -88,14 +88,14 @@ def by_pace() -> str:
 
 
 def strategy_of(wanted: Strategy | str, options: Mapping[str, Any]) -> Strategy:
-    """The strategy that somebody wants.
+    """Create a strategy.
 
     Args:
         wanted: itself, its name, or ``package.module:Class`` of a user's, whose code is imported.
-        options: flat options by name; those at their defaults say nothing. Also ``compression``.
+        options: flat options by name; defaults are ignored. Also ``compression``.
 
     Raises:
-        UsageError: there is no such strategy; an option is not its own, or cannot be.
+        UsageError: unknown strategy; an option is not its own, or is invalid.
     """
     own, compression = own_options(str(wanted), options), options.get("compression", NO_COMPRESSION)
     if isinstance(wanted, Strategy) and (own["strategy"] or compression != NO_COMPRESSION):
@@ -119,23 +119,23 @@ def strategy_of(wanted: Strategy | str, options: Mapping[str, Any]) -> Strategy:
 
 
 def facts_of(wanted: Strategy | str) -> dict[str, Any]:
-    """What somebody wants as plain values, for ranks to compare before anything is made of it."""
+    """A requested strategy as plain values, which ranks compare before they create it."""
     options = wanted.facts() if isinstance(wanted, Strategy) else {}
     return {"strategy": str(wanted), "strategy options": options}
 
 
 def own_options(strategy: str, options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Those of some flat options that are not at their defaults, as a strategy and a compressor call them.
+    """Split flat options that are not at their defaults into those of strategy and compressor.
 
     Args:
         strategy: its name.
         options: flat options by name, also ``compression``.
 
     Returns:
-        Options of the strategy, and those of the compression, by chooser.
+        Options of the strategy, and those of the compression, by chooser, under their own names.
 
     Raises:
-        UsageError: one is of another strategy or compression.
+        UsageError: one belongs to another strategy or compression.
     """
     chosen = {"strategy": strategy, "compression": options.get("compression", NO_COMPRESSION)}
     own: dict[str, dict[str, Any]] = {"strategy": {}, "compression": {}}
@@ -166,7 +166,7 @@ def _made(name: str, options: Mapping[str, Any]) -> Strategy:
 
 
 def users_strategy(name: str) -> Strategy:
-    """A strategy of a user, ``package.module:Class``, made without arguments; its code is imported.
+    """Create a user's strategy, ``package.module:Class``, without arguments; its code is imported.
 
     Raises:
         UsageError: it cannot be found, or is no `Strategy`.

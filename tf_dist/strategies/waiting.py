@@ -1,4 +1,4 @@
-"""What asynchronous strategies have in common: a step of one's own, waiting for others, what they refuse."""
+"""Common code of asynchronous strategies: local steps, waiting for messages, unsupported environments."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import Any
 
 import numpy as np
 
-from tf_dist.comm.base import Pending
-from tf_dist.comm.launch import patience_s
-from tf_dist.comm.words import named
+from tf_dist.comm.formatting import named
+from tf_dist.comm.runtime.launch import patience_s
+from tf_dist.comm.transport.base import Pending
 from tf_dist.errors import LaunchError, RankLost, UsageError
-from tf_dist.parallel.totals import TOKENS, Replica, Totals, own_sum, scale_of
+from tf_dist.parallel.totals import TOKENS, GradientReplica, Totals, own_sum, scale_of
 from tf_dist.strategies.base import Setting, option
 
-# Between two looks of a rank that has nothing else to do.
+# Polling interval of an idle rank.
 LOOK_EVERY_S = 0.00005
 
 
-def step_alone(terms: list[np.ndarray], totals: Totals, clip_norm: float, replica: Replica) -> float:
+def step_alone(terms: list[np.ndarray], totals: Totals, clip_norm: float, replica: GradientReplica) -> float:
     """Take an optimizer step with this rank's gradient.
 
     Args:
-        terms: sums of the gradients of this rank's micro-batches, (P,) float32 each; they are used up.
+        terms: sums of the gradients of this rank's micro-batches, (P,) float32 each; they are overwritten.
         totals: of this rank.
         clip_norm: largest norm of the mean gradient; 0 for no clipping.
         replica: this rank's.
@@ -33,7 +33,7 @@ def step_alone(terms: list[np.ndarray], totals: Totals, clip_norm: float, replic
         The norm of the mean gradient before clipping.
 
     Raises:
-        NumericError: the gradient is not finite; no weight has changed.
+        NumericError: on this rank: the gradient is not finite; no weight has changed.
     """
     counts = totals.sum()
     if not counts[TOKENS]:
@@ -46,8 +46,8 @@ def step_alone(terms: list[np.ndarray], totals: Totals, clip_norm: float, replic
 
 
 @contextmanager
-def unless_dead(peers: list[Any], peer: Any) -> Iterator[None]:
-    """Do something with another rank; where it has died, take it out of ``peers`` and go on."""
+def unless_failed(peers: list[Any], peer: Any) -> Iterator[None]:
+    """Communicate with a peer; if it has failed, remove it from ``peers`` and continue."""
     try:
         yield
     except RankLost:
@@ -55,10 +55,10 @@ def unless_dead(peers: list[Any], peer: Any) -> Iterator[None]:
 
 
 def wait_for(messages: Sequence[Pending], rank: int) -> None:
-    """Wait for messages to or from a rank, and leave the core to others meanwhile: MPI's own wait does not.
+    """Wait for messages to or from a rank, yielding the core to others meanwhile: MPI's own wait does not.
 
     Raises:
-        LaunchError: they take longer than `patience_s`.
+        LaunchError: on this rank: they take longer than `patience_s`.
     """
     wait_until(lambda: all(one.done() for one in messages), lambda: False, lambda: [rank])
     for one in messages:
@@ -66,15 +66,15 @@ def wait_for(messages: Sequence[Pending], rank: int) -> None:
 
 
 def wait_until(done: Callable[[], bool], look: Callable[[], bool], missing: Callable[[], list[int]]) -> None:
-    """Look, again and again, until something is done.
+    """Poll until a condition holds.
 
     Args:
-        done: whether it is.
-        look: takes what has come; whether there was anything.
+        done: the condition.
+        look: processes messages that have arrived; returns whether there were any.
         missing: the ranks that are waited for.
 
     Raises:
-        LaunchError: nothing has come for `patience_s`.
+        LaunchError: on this rank: no message has arrived for `patience_s`.
     """
     heard, limit_s = time.monotonic(), patience_s()
     while not done():
@@ -90,16 +90,16 @@ def wait_until(done: Callable[[], bool], look: Callable[[], bool], missing: Call
 
 
 def master_trains() -> Any:
-    """The option of strategies with a master."""
+    """The option of strategies with a server on rank 0."""
     text = "let the parameter server (rank 0) of downpour or easgd compute gradients too"
     return option("off", "Downpour", text, choices=("on", "off"))
 
 
 def check_worker(strategy: object, setting: Setting) -> None:
-    """Refuse ranks that share a model, and a transport without messages between two ranks.
+    """Refuse ranks that partition a model, and a transport without point-to-point messages.
 
     Raises:
-        UsageError: with what would do.
+        UsageError: with an alternative.
     """
     if setting.shared:
         raise UsageError(

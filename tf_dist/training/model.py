@@ -1,4 +1,4 @@
-"""From a `Config` and a mesh to the model of one rank: whole, or made of layers that ranks share."""
+"""Build the model of one rank from a `Config` and a mesh: whole, or of sharded layers."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import keras
 
 from tf_dist.config import Config
 from tf_dist.layers import tensor_parallel
-from tf_dist.layers.sequence import sequence_parallel
+from tf_dist.layers.context_parallel import sequence_parallel
 from tf_dist.models.build import build
-from tf_dist.models.outline import outline
+from tf_dist.models.meta_init import outline
 from tf_dist.parallel.mesh import Mesh
 
 
 def model_for(config: Config, mesh: Mesh) -> keras.Model:
-    """The model of the whole depth, its layers divided along the tensor and sequence axes of the mesh.
+    """The model with all layers, sharded along the tensor and sequence axes of the mesh.
 
-    Where a rank will not hold all of it, it is an outline: a `Trainer` makes the weights that it holds.
+    If a rank will not hold all of it, initialization is deferred: a `Trainer` creates the weights it holds.
 
     Raises:
-        UsageError: a user's function cannot be found, or does not return a fitting model.
+        UsageError: a user's function cannot be found, or does not return a suitable model.
     """
     layers = sequence_parallel(mesh.sequence, config.seq_len, tensor_parallel(mesh.tensor))
     in_parts = config.pipeline_parallel > 1 or config.chosen_strategy().traits.sharding == 3
-    # Not always: a user's function may set weights of its model, which an outline would forget.
+    # Not always: a user's function may set weights of its model, which deferred initialization would lose.
     with outline() if in_parts else contextlib.nullcontext():
         return build(config, layers)

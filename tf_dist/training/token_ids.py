@@ -1,4 +1,4 @@
-"""Token ids that a model does not have: refused before the first step, or told in one line by the step."""
+"""Refuse token ids outside a model's vocabulary, before the first step, or by a one-line error in a step."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tf_dist.comm.agree import everywhere
-from tf_dist.comm.base import Comm
+from tf_dist.comm.runtime.consensus import everywhere
+from tf_dist.comm.transport.base import Comm
 from tf_dist.data.tokens import Sequences
 from tf_dist.errors import DataError
 from tf_dist.parallel.mesh import Mesh
 
-# What TensorFlow's gather, and its cross-entropy, say of an id beyond the table, and of a target.
+# Errors of TensorFlow's gather and cross-entropy about ids outside the vocabulary.
 OUTSIDE = re.compile(
     r"indices\[[^\]]*\] = (-?\d+) is not in \[0, (\d+)\)"
     r"|label value of (-?\d+) which is outside the valid range of \[0, (\d+)\)"
@@ -27,11 +27,11 @@ def check_token_ids(model: Any, mesh: Mesh, comm: Comm, *texts: Sequences | None
     """Compare token ids with the number of logits of the model; a collective.
 
     Args:
-        model: token ids (B, T) -> logits (B, T, V); V is what counts. Where ranks share it, or a model does
-            not tell, nothing is compared.
-        mesh: how ranks share the model.
+        model: token ids (B, T) -> logits (B, T, V). If V is sharded, or cannot be inferred, nothing is
+            compared.
+        mesh: of the model.
         comm: all ranks.
-        texts: sequences of tokens; None is passed over.
+        texts: sequences of tokens; None is ignored.
 
     Raises:
         DataError: on every rank, with the same message: an id is negative or not below V.
@@ -49,17 +49,17 @@ def check_token_ids(model: Any, mesh: Mesh, comm: Comm, *texts: Sequences | None
 
 def _vocab_size(model: Any, seq_len: int) -> int | None:
     shape = getattr(model, "output_shape", None)
-    if shape is None:  # a subclass of Model knows it only from a call
+    if shape is None:  # a subclass of Model has it only after a call
         try:
             shape = model.compute_output_spec(keras.KerasTensor((1, seq_len), "int32")).shape
-        except Exception:  # whatever such a model wants instead, the step will tell
+        except Exception:  # the step will report what such a model needs
             return None
     return shape[-1] if isinstance(shape, tuple) and len(shape) == 3 and isinstance(shape[-1], int) else None
 
 
 @contextmanager
 def ids_of_this_model() -> Iterator[None]:
-    """Tell of an id that a layer has met in vain by a `DataError`, not by the graph it is in."""
+    """Convert TensorFlow's error about an id outside the vocabulary to a `DataError` of one line."""
     try:
         yield
     except tf.errors.InvalidArgumentError as error:

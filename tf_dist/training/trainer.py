@@ -1,14 +1,14 @@
-"""The training loop. Follow `Trainer.train_step` to see one step of distributed training.
+"""The `Trainer`: `fit` is the training loop, and `train_step` one step of distributed training.
 
 Legend: G global rows, B rows of a micro-batch, T tokens, P parameters, R ranks.
 """
 
 from __future__ import annotations
 
+import logging
 import math
-import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,51 +16,55 @@ import keras
 import numpy as np
 
 from tf_dist import faults
-from tf_dist.comm import output
-from tf_dist.comm.base import Comm
-from tf_dist.comm.communicators import as_comm
-from tf_dist.comm.probe import prove
-from tf_dist.comm.settings import same_environment
-from tf_dist.comm.words import counted, named
-from tf_dist.config import default_micro_batch
-from tf_dist.data.ahead import Ahead
+from tf_dist.checkpoint.sharded_state import ShardedState, sha256
+from tf_dist.comm.formatting import counted, named
+from tf_dist.comm.runtime.backend_self_test import prove
+from tf_dist.comm.runtime.communicators import as_comm
+from tf_dist.comm.runtime.kernel_settings import same_environment
+from tf_dist.comm.runtime.log_handlers import once
+from tf_dist.comm.transport.base import Comm
+from tf_dist.config import Config
+from tf_dist.config.pipeline import PipelineOptions
 from tf_dist.data.sampler import Sampler
 from tf_dist.data.tokens import Sequences
-from tf_dist.errors import DataError, RankLost, UsageError
+from tf_dist.errors import DataError, RankLost
 from tf_dist.parallel.mesh import Mesh
 from tf_dist.parallel.totals import CORRECT, LOSS, STOP, TOKENS, Totals
+from tf_dist.runners.moving_statistics import MovingStatistics
 from tf_dist.strategies.base import StepRequest, Strategy
 from tf_dist.strategies.registry import facts_of, strategy_of
-from tf_dist.training.arrange import Wishes, arrange, rearranged
-from tf_dist.training.bad_steps import BadSteps
-from tf_dist.training.beginning import (
+from tf_dist.training.build import RunnerOptions, arrange, rebuilt
+from tf_dist.training.consistency_check import ConsistencyCheck
+from tf_dist.training.consistency_groups import replicated_groups
+from tf_dist.training.evaluation import validated
+from tf_dist.training.guards import StepGuard, StepResult, Verdict
+from tf_dist.training.in_place_recovery import InPlaceRecovery
+from tf_dist.training.loop import TrainingLoop
+from tf_dist.training.loss_spikes import LossSpikes
+from tf_dist.training.micro_batch_feed import MicroBatchFeed
+from tf_dist.training.nonfinite_gradients import NonFiniteGradients
+from tf_dist.training.preflight import (
     agree_on_data,
     agree_on_model,
     agree_on_options,
+    broadcast_initial_weights,
     compare_gradients,
-    find_moving,
+    find_moving_statistics,
     give,
-    give_weights,
     refuse_distributed,
     refuse_probabilities,
+    report_fallback,
     warn_of_foreign_loss,
+    warn_of_random_draws,
 )
-from tf_dist.training.fit import Fit
-from tf_dist.training.held import held_by_several
-from tf_dist.training.in_place import InPlace
-from tf_dist.training.moving import Moving
-from tf_dist.training.passes import MicroBatch
-from tf_dist.training.sentinel import Sentinel
-from tf_dist.training.spikes import Spikes
+from tf_dist.training.replay import Replay
 from tf_dist.training.strategy_state import remembered, survived
 from tf_dist.training.token_ids import check_token_ids, ids_of_this_model
-from tf_dist.training.trainer_options import flat_options, pipeline_of
-from tf_dist.training.tuning import Tuning
-from tf_dist.training.validation import validated
-from tf_dist.training.verified import Verified
-from tf_dist.training.whole import Whole, sha256
+from tf_dist.training.train_state import TrainState
+from tf_dist.training.trainer_options import check_counts, flat_options, micro_batch_rows, pipeline_of, plain
+from tf_dist.training.xla_autotune import XlaAutotune
 
-DEFAULT_SEQ_LEN = 128
+LOG = logging.getLogger(__name__)
 # Arguments of a Trainer that are compared in other ways.
 NOT_OPTIONS = (
     "self", "model", "optimizer", "comm", "mesh", "spikes",
@@ -71,60 +75,58 @@ NOT_OPTIONS = (
 class Trainer:
     """Trains a Keras language model over all ranks of a `Comm`.
 
-    A global batch of G rows is a list of G / B micro-batches, whoever computes them: micro-batches are
-    dealt out to the ranks in contiguous blocks, so any number of ranks sees the same batches.
+    A global batch of G rows is a list of G / B micro-batches, assigned to the ranks in contiguous blocks, so
+    any number of ranks sees the same batches.
 
     Args:
         model: token ids (B, T) int32 -> logits (B, T, V).
-            Rank 0's weights become those of all, trained or not; it alone need have built or loaded it.
+            All ranks start from rank 0's weights, trainable or not; only rank 0 need have built or loaded it.
         optimizer: any Keras optimizer, not yet distributed in any way.
-        comm: all ranks, from ``tf_dist.connect()``; or a communicator of mpi4py, also of a part of the ranks.
-        strategy: how gradients become new weights, one of `tf_dist.strategies` as in
-            ``DiLoCo(outer_lr=0.7)``, or its name, or ``package.module:Class`` of your own. The same weights
-            everywhere with "allreduce", "master" and "zero"; with "local-sgd", "diloco", "downpour", "easgd"
-            and "gossip" each rank's own, until all meet.
+        comm: all ranks, from ``tf_dist.connect()``; or an mpi4py communicator, also of a subset of the ranks.
+        strategy: how gradients become new weights: one of `tf_dist.strategies` as in
+            ``DiLoCo(outer_lr=0.7)``, its name, or ``package.module:Class`` of your own. All ranks have the
+            same weights with "allreduce", "master" and "zero"; with "local-sgd", "diloco", "downpour",
+            "easgd" and "gossip" each has its own until they synchronize.
         global_batch_size: G, sequences in one optimizer step.
         micro_batch_size: B, sequences in one forward and backward pass; must divide G.
-            None: a quarter of G, or the next smaller divisor.
-        seq_len: T; None: what the model's input says, else 128.
-        clip_norm: largest global norm of the mean gradient; 0 for no clipping.
-        seed: of the order of the data and of dropout.
-        check_every: steps between comparisons of all ranks, see `Sentinel`; 0: only in the first steps.
+            0 or None: a quarter of G, or the next smaller divisor.
+        seq_len: T; None: that of the model's input, else 64.
+        clip_norm: largest global norm of the mean gradient; 0: no clipping here, the optimizer may clip.
+        seed: of the data order and of dropout.
+        check_every: steps between runs of the `ConsistencyCheck`; 0: only in the first steps.
         on_mismatch: "stop" when a rank differs, or "restore" it from a majority of the others.
-        allreduce: what carries the sums of gradients: "window", "messages", or "auto", what is faster.
-        autotune: what is timed before the first step: "exact" what changes no bit, "full" also XLA, or "off".
-        xla: whether XLA compiles forward and backward, "on" or "off"; "auto": as autotune finds, or as the
-            checkpoint says that is restored.
-        overlap: gradients leave during the backward pass: "auto", where ranks span nodes, "on", "off".
-        chunk_bytes: pieces in which sums travel between ranks; 0: what is faster.
-        mesh: who shares what of the model; None: every rank has all of it.
-        pipeline: options of a pipeline by name, see `tf_dist.training.pipeline.Pipeline`.
-        zero_stage: of a strategy "zero" that is named: 1 optimizer state, 2 also gradients, 3 also weights.
-        local: options of a strategy that is named, by the names of their flags.
+        allreduce: transport of gradient sums: "window", "messages", or "auto", the faster one.
+        autotune: what is timed before the first step: "exact": nothing that changes bits, "full": also XLA,
+            or "off".
+        xla: whether XLA compiles forward and backward, "on" or "off"; "auto": as in the checkpoint that is
+            restored, else as autotune decides.
+        overlap: reduce gradients during the backward pass: "auto", if ranks span nodes, "on", "off".
+        chunk_bytes: chunk size of sums between ranks; 0: the fastest.
+        mesh: device mesh; None: data parallelism only, with the whole model on every rank.
+        pipeline: `tf_dist.config.pipeline.PipelineOptions`, or some of them by name.
+        zero_stage: of the strategy name "zero": 1 shards optimizer state, 2 also gradients, 3 also weights.
+        local: options of a strategy given by name, by the names of their flags.
         asynchrony: the same.
         compression: of gradients, by the names of the flags, as in ``{"compression": "powersgd"}``.
         update: an older name of ``strategy``.
-        min_ranks: where ranks may die and the others go on (`InPlace`): with fewer the run ends.
-        max_bad_steps: steps in a row that are skipped because a gradient is not finite (`BadSteps`).
-        spikes: what to do where the loss jumps, and which batches are passed over; None: nothing, and none.
+        min_ranks: if the run survives failed ranks (`InPlaceRecovery`): with fewer ranks it ends.
+        max_bad_steps: consecutive steps skipped for a non-finite gradient (`NonFiniteGradients`).
+        spikes: detects loss spikes, and knows which batches are skipped; None: no detection, none skipped.
 
     Attributes:
-        bad: steps that were skipped.
-        in_place: runs what is done together, in spite of deaths where that is possible.
+        state: position and counters of the training; `step`, `tokens` and others are read from it.
+        guards: inspect each step, in this order.
+        nonfinite_gradients: counts steps that were skipped.
+        consistency_check: compares the ranks.
+        replay: repeats the steps after the last verified state.
+        in_place: runs phases in spite of failed ranks, if that is possible.
         tuning: whether XLA compiles forward and backward, and why.
-        step: optimizer steps taken so far.
-        tokens: target tokens trained on so far.
-        elapsed_s: seconds spent in training, over all resumed runs.
-        input_s: seconds spent waiting for input.
-        stopped: whether the ranks have agreed to stop.
-        meets_every: steps after each multiple of which somebody looks at the model of all ranks.
-        last_step: of the present `fit`.
-        lost: ranks that have died, as they were numbered in the beginning.
-        fitted: the step at which the last `fit` ended, from which the next one counts.
+        synchronize_every: after multiples of these steps the model of all ranks is evaluated or saved.
+        last_step: of the current `fit`.
 
     Raises:
         UsageError: sizes that do not fit, an unknown strategy, or a distributed optimizer.
-        LaunchError: on every rank, naming what differs: the ranks have other options, models or optimizers.
+        LaunchError: on every rank, naming what differs: options, models or optimizers.
     """
 
     def __init__(
@@ -132,80 +134,122 @@ class Trainer:
         model: keras.Model,
         optimizer: keras.optimizers.Optimizer,
         comm: Comm | Any,
-        strategy: Strategy | str = "allreduce",
+        strategy: Strategy | str = Config.strategy,
         *,
-        global_batch_size: int = 32,
-        micro_batch_size: int | None = None,
+        global_batch_size: int = Config.global_batch_size,
+        micro_batch_size: int | None = Config.micro_batch_size,
         seq_len: int | None = None,
         clip_norm: float = 0.0,
-        seed: int = 1,
-        check_every: int = 100,
-        on_mismatch: str = "stop",
-        allreduce: str = "auto",
-        autotune: str = "exact",
-        xla: str = "auto",
-        overlap: str = "auto",
-        chunk_bytes: int = 0,
+        seed: int = Config.seed,
+        check_every: int = Config.check_every,
+        on_mismatch: str = Config.on_mismatch,
+        allreduce: str = Config.allreduce,
+        autotune: str = Config.autotune,
+        xla: str = Config.xla,
+        overlap: str = Config.overlap,
+        chunk_bytes: int = Config.chunk_bytes,
         mesh: Mesh | None = None,
-        zero_stage: int = 1,
-        pipeline: Mapping[str, Any] | None = None,
+        zero_stage: int = Config.zero_stage,
+        pipeline: PipelineOptions | Mapping[str, Any] | None = None,
         local: Mapping[str, Any] | None = None,
         compression: Mapping[str, Any] | None = None,
         asynchrony: Mapping[str, Any] | None = None,
-        min_ranks: int = 1,
-        max_bad_steps: int = 10,
-        spikes: Spikes | None = None,
+        min_ranks: int = Config.min_ranks,
+        max_bad_steps: int = Config.max_bad_steps,
+        spikes: LossSpikes | None = None,
         update: Strategy | str | None = None,
     ) -> None:
-        given = {name: value for name, value in locals().items() if name not in NOT_OPTIONS}
+        given = {name: plain(value) for name, value in locals().items() if name not in NOT_OPTIONS}
         wanted = strategy if update is None else update
         refuse_distributed(optimizer)
         self.comm = comm = as_comm(comm)
         self.mesh = mesh or Mesh(comm)
-        self.spikes = spikes or Spikes()
-        # Where ranks share rows, a rank's model takes a share of them.
-        self.seq_len = seq_len or (_static_seq_len(model) or DEFAULT_SEQ_LEN) * self.mesh.sequence.size
-        more = {"seq_len": self.seq_len, "mesh": self.mesh.shape, "spikes": vars(self.spikes)}
+        self.spikes = spikes or LossSpikes()
+        # With context parallelism a rank's model takes a part of each row.
+        self.seq_len = seq_len or (_static_seq_len(model) or Config.seq_len) * self.mesh.sequence.size
+        more = {"seq_len": self.seq_len, "mesh": self.mesh.shape, "spikes": self.spikes.options}
         agree_on_options(comm, {**given, **more, **facts_of(wanted)})
-        flat = flat_options(zero_stage, local, asynchrony, compression)
-        self.strategy = strategy_of(wanted, flat)
-        self.rows = _rows(global_batch_size, micro_batch_size)
+        self.strategy = strategy_of(wanted, flat_options(zero_stage, local, asynchrony, compression))
+        self.rows = micro_batch_rows(global_batch_size, micro_batch_size)
         self.model, self.optimizer = model, optimizer
         self.global_batch_size, self.clip_norm, self.seed = global_batch_size, clip_norm, seed
         self.micro_batches = global_batch_size // self.rows
-        self.wishes = Wishes(allreduce, chunk_bytes, autotune != "off", overlap, pipeline_of(pipeline))
+        self.runner_options = RunnerOptions(
+            allreduce, chunk_bytes, autotune != "off", overlap, pipeline_of(pipeline)
+        )
         sizes = (self.rows, self.seq_len, seed, self.micro_batches)
         self._prepare_model()
-        self.arrangement = arrange(model, optimizer, self.mesh, *sizes, self.strategy, self.wishes)
-        self.replica, self.passes = self.arrangement.replica, self.arrangement.passes
+        self.arrangement = arrange(model, optimizer, self.mesh, *sizes, self.strategy, self.runner_options)
+        self.replica, self.runner = self.arrangement.replica, self.arrangement.runner
         self.my_micro_batches = self.arrangement.micro_batches
-        self.tuning = Tuning(self.replica, comm, autotune, xla, self.arrangement.no_xla)
-        self.sentinel = Sentinel(comm, held_by_several(self), check_every, on_mismatch)
-        self.sentinel.ready = lambda: self.strategy.in_sync
-        self._count_from_zero()
-        self.verified = Verified(self, on_mismatch == "restore")
-        self.in_place, self.bad = InPlace(self, min_ranks), BadSteps(self, max_bad_steps)
+        self.tuning = XlaAutotune(self.replica, comm, autotune, xla, self.arrangement.no_xla)
+        self.state = TrainState(spikes=self.spikes.seen)
+        self._feed = MicroBatchFeed(self.state, self.rows, self.my_micro_batches)
+        self.last_step, self.synchronize_every = 0, set[int]()
+        self._make_guards(check_every, on_mismatch, min_ranks, max_bad_steps)
         model.stop_training = False
 
-    def _count_from_zero(self) -> None:
-        self.step, self.tokens, self.elapsed_s, self.input_s = 0, 0, 0.0, 0.0
-        self._whole: Whole | None = None
-        self._ahead: tuple[Sequences, Sampler, Ahead[list[MicroBatch]]] | None = None
-        self.last_step, self.meets_every = 0, set[int]()
-        self._tokens_met, self.lost = 0, list[int]()
-        self.stopped = self._stop_requested = self._begun = False
-        self.fitted = 0
+    def _make_guards(self, check_every: int, on_mismatch: str, min_ranks: int, max_bad_steps: int) -> None:
+        """Make the guards and the recovery: they see state, ranks and what these hold, not the Trainer."""
+        self._whole: ShardedState | None = None
+        self._moved: list[np.ndarray] | None = None
+        self._stop_requested = self._begun = False
+        state, comm, traits, plain = self.state, self.comm, self.strategy.traits, self.mesh.plain
+        groups = replicated_groups(self.model, self.replica, self.mesh, self.strategy)
+        can_replay = plain and traits.atomic_step and on_mismatch == "restore"
+        self.replay = Replay(state, self.whole, self.attempt_step, can_replay)
+        self.consistency_check = ConsistencyCheck(
+            comm, groups, check_every, on_mismatch, in_sync=lambda: self.strategy.in_sync, replay=self.replay
+        )
+        alone = plain and traits.survives_failures
+        self.in_place = InPlaceRecovery(state, comm, self.whole, self.redistribute, alone, min_ranks)
+        most = max_bad_steps if traits.atomic_step else min(max_bad_steps, 0)
+        self.nonfinite_gradients = NonFiniteGradients(comm, self.replica, self.whole, most)
+        self.spikes.comm = comm
+        self.guards: list[StepGuard] = [self.consistency_check, self.nonfinite_gradients]
+        if traits.global_losses:
+            self.guards.append(self.spikes)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken so far."""
+        return self.state.step
+
+    @property
+    def tokens(self) -> int:
+        """Target tokens trained on so far."""
+        return self.state.tokens
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds spent in training, over all resumed runs."""
+        return self.state.elapsed_s
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the ranks have agreed to stop."""
+        return self.state.stopped
+
+    @property
+    def lost(self) -> list[int]:
+        """Failed ranks, as numbered when the job began."""
+        return self.state.lost
+
+    @property
+    def when_lost(self) -> list[Callable[[], None]]:
+        """Called on every surviving rank, after each failure."""
+        return self.in_place.when_lost
 
     def _prepare_model(self) -> None:
-        """Let all ranks have one model, before the optimizer makes state of its weights; a collective."""
+        """Give all ranks the same built model, before the optimizer creates its state; a collective."""
         if not self.model.built:
             self.model(np.zeros((1, self.seq_len // self.mesh.sequence.size), np.int32))
         agree_on_model(self.model, self.optimizer, self.mesh)
-        give_weights(self.model, self.mesh)
+        broadcast_initial_weights(self.model, self.mesh)
 
     @property
     def _alike(self) -> bool:
-        """Whether all ranks do the same with their micro-batches, so that one of them may be called slow."""
+        """Whether all ranks do the same work per micro-batch, so that their pace can be compared."""
         traits = self.strategy.traits
         return self.mesh.plain and traits.lockstep and not traits.optimizer_on_root
 
@@ -215,50 +259,94 @@ class Trainer:
         """Take one optimizer step on one global batch, over all ranks.
 
         Returns:
-            loss (mean nats per token), accuracy, grad_norm and tokens: the same on every rank, or with a
-            strategy without `global_losses` what this rank knows. Where grad_norm is not finite, no weight
-            has changed.
+            loss (mean nats per token), accuracy, grad_norm and tokens: the same on every rank; local with a
+            strategy without `global_losses`. If grad_norm is not finite, no weight has changed.
 
         Raises:
-            NumericError: it was not finite too often in a row, or never can be again.
-            Spike: the loss has jumped, and ``spikes`` is to roll back.
+            NumericError: on every rank: too many consecutive non-finite gradients, or non-finite weights.
+            Spike: on every rank: the loss has jumped, and ``spikes`` is to roll back.
         """
         if not self._begun:
             self._begin(sequences, None, {})
+        self._data, begins = (sequences, sampler), True
         self.comm.record.begin_step(self.step + 1)
-        with ids_of_this_model():
-            logs = dict(self.in_place(partial(self._step, sequences, sampler)))
+        with ids_of_this_model(), self.in_place.phase() as phase:
+            while not phase.done:
+                try:
+                    if begins:
+                        self._before_step()
+                    request = self._request()
+                    norm = float(self.strategy.step(request))  # ranks exchange gradients, and update weights
+                    begins = False
+                    if self._after_step(request, norm) is Verdict.OK:
+                        phase.finish(self._count(request, norm))
+                except RankLost as error:
+                    begins = True
+                    phase.recover(error)
         self.comm.record.end_step(len(self.my_micro_batches) * self._alike)
-        self.bad.check()
-        if self.strategy.traits.global_losses and (warning := self.spikes.look(self.step, logs["loss"])):
-            self.bad.say(warning)
+        logs: dict[str, float] = dict(phase.result)
+        for guard in self.guards:
+            guard.settle(self.state, logs)
         return logs
 
-    def _step(self, sequences: Sequences, sampler: Sampler) -> dict[str, float]:
-        self._data = sequences, sampler
-        faults.begin(self.step + 1, self.replica.variables)
-        self.sentinel.watch(self.step)
-        return self.take_once_more()
+    def attempt_step(self) -> None:
+        """Take the next step inside of a phase, on the data of the last `train_step`: for `Replay`."""
+        verdict = Verdict.RETRY
+        while verdict is Verdict.RETRY:
+            request = self._request()
+            norm = float(self.strategy.step(request))
+            verdict = self._after_step(request, norm)
+        self._count(request, norm)
 
-    def take_once_more(self) -> dict[str, float]:
-        """Take the step of this number, on the data of the last one; as `train_step`, inside of a phase."""
-        sequences, sampler = self._data
+    def _before_step(self) -> None:
+        faults.begin(self.step + 1, self.replica.variables)
+        for guard in self.guards:
+            guard.before(self.state)
+
+    def _request(self) -> StepRequest:
+        """The arguments of the next step."""
         faults.at("forward", self.step + 1)
         totals = Totals(self.micro_batches)
-        traits = self.strategy.traits
-        if (self._stop_requested or self.model.stop_training) and traits.global_losses:
+        if (self._stop_requested or self.model.stop_training) and self.strategy.traits.global_losses:
             totals.ask_to_stop()
-        norm = self._gradient_and_step(sequences, sampler, totals)
-        if math.isfinite(norm) or not traits.lockstep:
-            self.bad.in_a_row = 0
-        elif self.sentinel.ready() and self.sentinel.compare(self.step):
-            return self.take_once_more()  # a replica that had drifted is put right
-        else:
-            self.bad.note(norm, totals, self._batches(sequences, sampler))
-        self.step += 1
-        counts = totals.sum()
-        self.tokens += int(counts[TOKENS])
-        self.stopped = bool(counts[STOP])  # any rank's wish, agreed by the reduction itself
+        self._moved = None
+        return StepRequest(
+            self.step, self._next_synchronization(), partial(self._gradients, totals),
+            partial(self._feed.make, *self._data), self.arrangement.order, totals, self.clip_norm,
+            self.replica, self.mesh,
+        )  # fmt: skip
+
+    def _gradients(self, totals: Totals) -> list[np.ndarray]:
+        """The terms of this rank in the sum of gradients, (P,) each."""
+        self.runner.forward_backward(self.step, self._feed.next(*self._data), totals)
+        terms = self.runner.gradients()
+        faults.at("gradient")
+        faults.inject_nan(terms)
+        self._moved = self._moving.reduce(self.comm, self.micro_batches)
+        return terms
+
+    @property
+    def _moving(self) -> MovingStatistics:
+        found: MovingStatistics = getattr(self.replica, "moving", MovingStatistics())
+        return found
+
+    def _after_step(self, request: StepRequest, norm: float) -> Verdict:
+        """Let the guards inspect the step of a request, whose gradient had this norm."""
+        finite = math.isfinite(norm)
+        if self._moved is not None and finite:
+            self._moving.move(self._moved)
+        taken = finite or not self.strategy.traits.lockstep
+        batches = partial(self._feed.next, *self._data)
+        result = StepResult(norm, taken, request.totals, self.runner, batches)
+        retry = any(guard.after(self.state, result) is Verdict.RETRY for guard in self.guards)
+        return Verdict.RETRY if retry else Verdict.OK
+
+    def _count(self, request: StepRequest, norm: float) -> dict[str, float]:
+        """Count the step of a request; its logs."""
+        counts = request.totals.sum()
+        self.state.step += 1
+        self.state.tokens += int(counts[TOKENS])
+        self.state.stopped = bool(counts[STOP])  # any rank's wish, agreed on by the reduction itself
         count = max(counts[TOKENS], 1.0)
         return {
             "loss": float(counts[LOSS] / count),
@@ -267,54 +355,10 @@ class Trainer:
             "tokens": float(counts[TOKENS]),
         }
 
-    def _gradient_and_step(self, sequences: Sequences, sampler: Sampler, totals: Totals) -> float:
-        """Do the part of a step that is this rank's; the norm of the gradient."""
-        moving = getattr(self.replica, "moving", Moving())
-        moved: list[np.ndarray] | None = None
-
-        def gradients() -> list[np.ndarray]:
-            nonlocal moved
-            self.passes.train(self.step, self._batches(sequences, sampler), totals)
-            terms = self.passes.terms()
-            faults.at("gradient")
-            faults.spoil(terms)
-            moved = moving.reduce(self.comm, self.micro_batches)
-            return terms
-
-        request = StepRequest(
-            self.step, self._next_meeting(), gradients, partial(self._made, sequences, sampler),
-            self.arrangement.order, totals, self.clip_norm, self.replica, self.mesh,
-        )  # fmt: skip
-        norm = float(self.strategy.step(request))
-        if moved is not None and math.isfinite(norm):
-            moving.move(moved)
-        return norm
-
-    def _next_meeting(self) -> int:
-        """The step before which somebody will look at the model of all ranks."""
-        regular = [self.step // every * every + every for every in self.meets_every]
+    def _next_synchronization(self) -> int:
+        """The next step before which the model of all ranks is evaluated or saved."""
+        regular = [self.step // every * every + every for every in self.synchronize_every]
         return min([max(self.last_step, self.step + 1), *regular])
-
-    def _made(
-        self, sequences: Sequences, sampler: Sampler, step: int, numbers: Sequence[int]
-    ) -> list[MicroBatch]:
-        """Some micro-batches of a step."""
-        rows_G = sampler.batch(self.spikes.batch_of(step))
-        return [self.micro_batch(sequences, number, rows_G[number * self.rows :]) for number in numbers]
-
-    def _batches(self, sequences: Sequences, sampler: Sampler) -> list[MicroBatch]:
-        """The micro-batches of the step that are this rank's."""
-        begun = time.perf_counter()
-        if self._ahead is None or self._ahead[:2] != (sequences, sampler):
-            make = partial(self._made, sequences, sampler, numbers=self.my_micro_batches)
-            self._ahead = sequences, sampler, Ahead(make)
-        batches = self._ahead[2](self.step)
-        self.input_s += time.perf_counter() - begun
-        return batches
-
-    def micro_batch(self, sequences: Sequences, number: int, indices: np.ndarray) -> MicroBatch:
-        """The first B of these rows."""
-        return MicroBatch(number, *sequences.rows(indices[: self.rows]))
 
     # Many steps ----------------------------------------------------------------------------------
 
@@ -331,104 +375,115 @@ class Trainer:
     ) -> dict[str, list[float]]:
         """Train for ``steps`` optimizer steps.
 
-        They are counted from where the last `fit` has ended, as in Keras: a second one trains as much again.
-        Where training was restored, or a `fit` was left by an error, what was done before counts as well.
+        Steps are counted from the end of the last `fit`, as in Keras: a second one trains as much again. If
+        training was restored, or an error has left a `fit`, earlier steps count as well.
 
-        Callbacks follow Keras's protocol with the same values on every rank, writers on rank 0 alone. A Keras
-        "epoch" is the stretch from one validation to the next, or a pass over the data when
-        ``eval_every`` is 0; a batch is an optimizer step, counted from the beginning of its epoch.
+        Callbacks follow Keras's protocol with the same values on every rank; those that write files run on
+        rank 0 only. A Keras "epoch" is the stretch from one validation to the next, or a pass over the data
+        if ``eval_every`` is 0; a batch is an optimizer step, counted from the beginning of its epoch.
 
         Args:
             tokens: 1-D token ids, or `Sequences` of them.
-            steps: optimizer steps, 1 or more; None: as many as the epochs take.
+            steps: optimizer steps, 1 or more; None: as many as ``epochs`` take.
             epochs: passes over the data; None: one.
-            validation: held-out tokens; all of them are used, shared out among the ranks.
-            validation_bytes: UTF-8 bytes of their text, for bits per byte; 0 if not known.
+            validation: held-out tokens; all of them are used, distributed among the ranks.
+            validation_bytes: UTF-8 bytes of their text, for bits per byte; 0 if unknown.
             eval_every: steps between validations; 0 for never.
             callbacks: Keras callbacks.
 
         Returns:
             The logs of each epoch of this `fit`, by name, as Keras's ``History.history``. Empty, with a
-            warning, where a run was restored that has done all of this.
+            warning, if a run was restored that has taken all these steps.
 
         Raises:
             UsageError: fewer than one step; a model that ends in softmax.
-            DataError: fewer sequences than one global batch, or a token id that the model does not have.
-            NumericError: gradients were not finite, see `max_bad_steps`.
-            LaunchError: the ranks do not talk, or their data, arguments, weights or optimizers differ.
+            DataError: fewer sequences than one global batch, or a token id outside the vocabulary.
+            NumericError: gradients were not finite, see ``max_bad_steps``.
+            LaunchError: the ranks do not communicate, or their data, arguments, weights or optimizers differ.
         """
-        _check_counts(steps, epochs, eval_every)
+        loop = self._loop(tokens, steps, epochs, validation, validation_bytes, eval_every, callbacks)
+        for epoch in loop.epochs():
+            for _ in loop.batches(epoch):
+                loop.add(self.train_step(loop.sequences, loop.sampler))
+        self.replica.optimizer_step.give_back()
+        self._stop_requested, self.state.fitted = False, self.step
+        return loop.history
+
+    def _loop(
+        self,
+        tokens: np.ndarray | Sequences,
+        steps: int | None,
+        epochs: int | None,
+        validation: np.ndarray | Sequences | None,
+        validation_bytes: int,
+        eval_every: int,
+        callbacks: Sequence[keras.callbacks.Callback],
+    ) -> TrainingLoop:
+        """The loop of a `fit`, whose arguments these are, checked on all ranks; a collective."""
+        check_counts(steps, epochs, eval_every)
         sequences = self.sequences(tokens)
         held_out = None if validation is None else self.sequences(validation)
         check_token_ids(self.model, self.mesh, self.comm, sequences, held_out)
-        self.stopped, whole = False, self.sampler(sequences).steps_per_epoch
-        fit = Fit(
+        self.state.stopped, whole = False, self.sampler(sequences).steps_per_epoch
+        loop = TrainingLoop(
             self,
             sequences,
             held_out if eval_every else None,
-            steps=self.fitted + ((epochs or 1) * whole if steps is None else steps),
+            steps=self.state.fitted + ((epochs or 1) * whole if steps is None else steps),
             stretch=eval_every or whole,
             validation_bytes=validation_bytes,
             callbacks=callbacks,
         )
         options = {"steps": steps, "epochs": epochs, "eval_every": eval_every, "bytes": validation_bytes}
         self._begin(sequences, held_out, options)
-        self._warn_if_reached(fit.steps)
-        logs = fit.run()
-        self.replica.optimizer_step.give_back()
-        self._stop_requested, self.fitted = False, self.step
-        return logs
-
-    def _warn_if_reached(self, steps: int) -> None:
-        if steps <= self.step and self.comm.rank == 0:
+        if loop.steps <= self.step and self.comm.rank == 0:
             warnings.warn(f"step {self.step} is reached already: nothing is trained", stacklevel=3)
+        return loop
 
     def _begin(self, sequences: Sequences, held_out: Sequences | None, options: Mapping[str, Any]) -> None:
-        """Settle what must hold before the next step (`tf_dist.training.beginning`); a collective."""
+        """Run the checks before the first step (`tf_dist.training.preflight`); a collective."""
         prove(self.comm)
         same_environment(self.comm)
-        position = {"step": self.step, "counted from": self.fitted, "seq_len": self.seq_len}
+        position = {"step": self.step, "counted from": self.state.fitted, "seq_len": self.seq_len}
         agree_on_data(self.comm, sequences, held_out, {**position, **options})
         self.broadcast_weights()
         if not self._begun:
-            find_moving(self)
-        self.tuning.choose()
+            find_moving_statistics(self.model, self.replica, self.strategy, self.mesh)
+        self.tune()
         if not self._begun:
             with ids_of_this_model():
-                refuse_probabilities(self, sequences)
-                compare_gradients(self, sequences, self.sampler(sequences))
+                refuse_probabilities(self.model, self.replica, self.runner, self.mesh, sequences)
+                (batch,) = self._feed.make(sequences, self.sampler(sequences), self.step, [0])
+                compare_gradients(self.replica, self.mesh, self.step, batch)
             warn_of_foreign_loss(self.model, self.comm)
-        self._warn_of_foreign_draws()
-        self._say_if_variables_step_alone()
+        warn_of_random_draws(self.replica.foreign_draws(), self.comm)
+        report_fallback(self.replica, self.comm)
         self._begun = True
 
-    def _warn_of_foreign_draws(self) -> None:
-        kinds = self.replica.foreign_draws()
-        if kinds and self.comm.rank == 0:
-            warnings.warn(
-                f"the model draws random numbers by {', '.join(kinds)}, whose state is in each process: "
-                "results depend on the number of ranks, and differ after a resume. Use keras.random instead",
-                stacklevel=4,
-            )
+    def tune(self) -> None:
+        """Decide whether XLA compiles forward and backward, or restore that decision; a collective.
 
-    def _say_if_variables_step_alone(self) -> None:
-        reason = self.replica.optimizer_step.reason
-        if reason and self.comm.rank == 0:
-            output.say(f"optimizer: {reason}, so it steps each variable by itself")
+        Raises:
+            UsageError: XLA was asked for and cannot compile the model.
+        """
+        if self.state.xla is not None:
+            self.tuning.restore(self.state.xla)
+        self.tuning.choose()
+        self.state.xla = self.replica.xla
 
     def request_stop(self) -> None:
         """Ask all ranks to stop after the next step; may be called on any rank, even by a signal."""
         self._stop_requested = True
 
     def agree_to_stop(self) -> None:
-        """After callbacks have seen the end of an epoch: what one rank wants, all do; a collective."""
+        """Stop all ranks if any wants to, after the callbacks of an epoch's end; a collective."""
 
         def anybody() -> bool:
             wanted = np.array([float(self._stop_requested or self.model.stop_training)])
             self.comm.allreduce(wanted)
             return bool(wanted[0] > 0)
 
-        self.stopped = self.in_place(anybody) or self.stopped
+        self.state.stopped = self.in_place(anybody) or self.stopped
 
     # Data ----------------------------------------------------------------------------------------
 
@@ -437,7 +492,7 @@ class Trainer:
         return tokens if isinstance(tokens, Sequences) else Sequences(tokens, self.seq_len)
 
     def sampler(self, sequences: Sequences) -> Sampler:
-        """The order of the data: a function of (seed, epoch, index), never of the ranks.
+        """The data order: a function of (seed, epoch, index), never of the ranks.
 
         Raises:
             DataError: fewer sequences than one global batch.
@@ -451,54 +506,59 @@ class Trainer:
         return Sampler(len(sequences), self.global_batch_size, self.seed)
 
     def validate(self, held_out: np.ndarray | Sequences, text_bytes: int = 0) -> dict[str, float]:
-        """Loss over all held-out tokens, each counted once, shared out among the ranks.
+        """Loss over all held-out tokens, each counted once, distributed among the ranks.
 
         Returns:
-            val_loss (nats per token), val_accuracy, perplexity and, where ``text_bytes`` is given,
+            val_loss (nats per token), val_accuracy, perplexity and, if ``text_bytes`` is given,
             bits_per_byte: the same on every rank.
 
         Raises:
-            DataError: there is nothing to validate on, or a token id that the model does not have.
+            DataError: there is no validation data, or a token id outside the vocabulary.
         """
         sequences = self.sequences(held_out)
-        if sequences is not held_out:  # those of `fit` have been looked at
+        if sequences is not held_out:  # `fit` has checked its own
             self.in_place(partial(check_token_ids, self.model, self.mesh, self.comm, sequences))
         with ids_of_this_model():
-            return dict(self.in_place(partial(validated, self, sequences, text_bytes)))
+            return dict(self.in_place(partial(self._validated, sequences, text_bytes)))
+
+    def _validated(self, sequences: Sequences, text_bytes: int) -> dict[str, float]:
+        faults.at("validation")
+        self.synchronize()
+        return validated(self.runner, self.mesh, self.rows, sequences, text_bytes)
 
     # Weights -------------------------------------------------------------------------------------
 
     def broadcast_weights(self) -> None:
-        """Give all replicas of a part of the model the weights of the first one."""
-        self.verified.drop()
-        self.replica.give_weights(self.mesh.replicas)
+        """Broadcast weights from the first replica of each part of the model."""
+        self.replay.drop()
+        self.replica.broadcast_initial_weights(self.mesh.replicas)
         untrained = [v for v in self.model.weights if not v.trainable and self.replica.holds(v)]
         give(untrained, self.mesh.replicas)
         if (
             not self._begun and not self.strategy.traits.optimizer_on_root
-        ):  # one that somebody has built or loaded
+        ):  # the user may have built or loaded it
             give(self.replica.optimizer_step.shared_variables(), self.mesh.replicas)
 
-    def meet(self) -> None:
-        """Let all replicas go on from the same weights, where each steps by itself; a collective.
+    def synchronize(self) -> None:
+        """Make replicas that take local steps continue from the same weights; a collective.
 
-        Where ranks that train at their own pace have died, and MPI goes on without them, so do the others.
+        If ranks without lockstep have failed, and MPI continues without them, so do the others.
         """
         if self.strategy.traits.lockstep:
             self.strategy.synchronize(self.replica, self.mesh)
             return
         self.strategy.settle(self.replica)
-        survived(self.comm, self._meet, self._go_on_without)
+        survived(self.comm, self._synchronize_all, self._continue_without)
 
-    def _meet(self) -> None:
+    def _synchronize_all(self) -> None:
         self.strategy.synchronize(self.replica, self.mesh)
         if not self.strategy.traits.global_losses:
-            own = np.array([float(self.tokens - self._tokens_met)])
+            own = np.array([float(self.tokens - self.state.tokens_synchronized)])
             self.strategy.sum_over_ranks(own)
-            self.tokens = self._tokens_met = self._tokens_met + int(own[0])
+            self.state.count_from(self.state.tokens_synchronized + int(own[0]))
 
-    def _go_on_without(self, lost: list[int]) -> None:
-        """Share the work of ranks that have died among the others.
+    def _continue_without(self, lost: list[int]) -> None:
+        """Reassign the work of failed ranks to the others.
 
         Raises:
             RankLost: rank 0 is among them, which has the run's files, and may be the master.
@@ -509,37 +569,42 @@ class Trainer:
                 "one",
                 lost,
             )
-        self.share_anew()
-        self.lost += lost
-        if self.comm.rank == 0 and lost:
+        self.redistribute()
+        self.state.lost += lost
+        if lost:
             left = counted(self.comm.size)
-            output.say(f"{named(lost)} died before step {self.step}: {left} go on")
+            once(LOG, self.comm).warning(f"{named(lost)} died before step {self.step}: {left} go on")
 
-    def share_anew(self) -> None:
-        """Share out all work among the ranks that are left; a collective."""
+    def redistribute(self) -> None:
+        """Reassign all work to the surviving ranks; a collective."""
         self.mesh.renew()
-        self.arrangement = rearranged(self.arrangement, self.mesh, self.micro_batches, self.strategy)
-        self.passes, self.my_micro_batches = self.arrangement.passes, self.arrangement.micro_batches
+        self.arrangement = rebuilt(self.arrangement, self.mesh, self.micro_batches, self.strategy)
+        self.runner, self.my_micro_batches = self.arrangement.runner, self.arrangement.micro_batches
         self.strategy.regroup(self.my_micro_batches)
-        self._ahead = self._whole = None
-        self.sentinel.begin_anew()
-
-    def resume_counting(self, tokens: int) -> None:
-        """Go on from so many tokens of all ranks."""
-        self.tokens = self._tokens_met = tokens
+        self._feed.reassign(self.my_micro_batches)
+        self._whole = None
+        self.consistency_check.restart()
 
     def of_all(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Sums over steps, of all ranks, where each knows its own alone; a collective."""
+        """Reduce sums over steps over all ranks, if the strategy leaves them local; a collective."""
         if self.strategy.traits.global_losses:
             return dict(sums)
         array = np.array(list(sums.values()))
         self.strategy.sum_over_ranks(array)
         return dict(zip(sums, array.tolist(), strict=True))
 
-    def put_together(self) -> None:
-        """Leave nothing on a rank that a checkpoint could not keep; a collective."""
-        self.meet()
+    def gather_state(self) -> None:
+        """Reduce the state of all ranks to what a checkpoint can store; a collective."""
+        self.synchronize()
         self.strategy.consolidate()
+
+    def compare(self) -> None:
+        """Run the consistency check now; a collective.
+
+        Raises:
+            LaunchError: on every rank, naming the ranks and the first weight that differs.
+        """
+        self.in_place(lambda: self.consistency_check.compare(self.step))
 
     def check_equal(self) -> str:
         """Compare the weights of all ranks, bit for bit.
@@ -550,44 +615,27 @@ class Trainer:
         Raises:
             LaunchError: on every rank, naming the ranks and the first weight that differs.
         """
-        self.meet()
+        self.synchronize()
 
         def compared() -> str:
-            self.sentinel.compare(self.step)
+            self.consistency_check.compare(self.step)
             return self.whole().weights_sha256()
 
         return str(self.in_place(compared))
 
-    def whole(self) -> Whole:
-        """The whole model and its optimizer, of which ranks hold parts."""
+    def whole(self) -> ShardedState:
+        """The sharded state of model, optimizer and strategy."""
         if self._whole is None:
             traits = self.strategy.traits
             more = remembered(self.strategy, self.model, self.replica, self.mesh)
             alike = traits.replicas_equal and not traits.optimizer_on_root
-            self._whole = Whole(self.model, self.optimizer, self.replica, self.mesh, more, alike)
+            self._whole = ShardedState(self.model, self.optimizer, self.replica, self.mesh, more, alike)
         return self._whole
 
 
 def weights_sha256(model: keras.Model) -> str:
-    """SHA-256 of all weights in order of creation, of a model that this process has all of."""
+    """SHA-256 of all weights, in order of creation, of a model that this process holds entirely."""
     return sha256(np.asarray(variable.value) for variable in model.weights)
-
-
-def _check_counts(steps: int | None, epochs: int | None, eval_every: int) -> None:
-    if min(1 if steps is None else steps, 1 if epochs is None else epochs) < 1 or eval_every < 0:
-        raise UsageError(f"steps {steps}, epochs {epochs}: at least 1; eval_every {eval_every}: at least 0")
-
-
-def _rows(global_batch_size: int, micro_batch_size: int | None) -> int:
-    """Rows of a micro-batch."""
-    if global_batch_size < 1 or (micro_batch_size or 0) < 0:
-        raise UsageError(
-            f"global_batch_size {global_batch_size}, micro_batch_size {micro_batch_size}: at least 1"
-        )
-    rows = micro_batch_size or default_micro_batch(global_batch_size)
-    if global_batch_size % rows:
-        raise UsageError(f"micro_batch_size {rows} does not divide global_batch_size {global_batch_size}")
-    return rows
 
 
 def _static_seq_len(model: keras.Model) -> int | None:

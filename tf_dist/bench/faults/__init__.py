@@ -1,1 +1,1 @@
-"""What happens when something breaks, on purpose and from a seed; and what it costs to be ready for it."""
+"""Fault campaigns from a seed, and the overhead of fault tolerance without faults."""

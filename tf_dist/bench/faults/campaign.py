@@ -1,4 +1,4 @@
-"""Everything is broken on purpose, from a seed, and the weights must be those of an undisturbed run.
+"""Random fault campaigns: the weights must be those of an undisturbed run.
 
     python scripts/bench.py faults                     # all of it, an hour
     python scripts/bench.py faults files               # some parts of it
@@ -16,13 +16,13 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tf_dist.bench import running
+from tf_dist.bench import runner
 from tf_dist.bench.faults import culprits, files, in_place, jobs, numbers
 from tf_dist.errors import UsageError
 
-FOLDER = running.FOLDER / "faults"
+FOLDER = runner.FOLDER / "faults"
 # What a part has found: to be kept, a table, and whether all was as it must be.
-Found = tuple[Any, str, bool]
+CompleteSnapshot = tuple[Any, str, bool]
 
 
 def main(words: Sequence[str] = ()) -> int:
@@ -43,7 +43,7 @@ def main(words: Sequence[str] = ()) -> int:
         found, table, sound = PARTS[part](options)
         print(f"\n{table}\n", flush=True)
         kept[part], all_sound = found, all_sound and sound
-        path = running.save("faults", kept)  # after each: the next one may take long
+        path = runner.save("faults", kept)  # after each: the next one may take long
     print(f"in {path}")
     return int(not all_sound)
 
@@ -52,30 +52,30 @@ def _seeds(options: dict[str, str], usual: int) -> int:
     return int(options.get("seeds", usual))
 
 
-def _files(options: dict[str, str]) -> Found:
+def _files(options: dict[str, str]) -> CompleteSnapshot:
     found = files.main()
     return found, files.table(found), files.sound(found)
 
 
-def _in_place(options: dict[str, str]) -> Found:
+def _in_place(options: dict[str, str]) -> CompleteSnapshot:
     counts = (int(options["ranks"]),) if "ranks" in options else in_place.RANKS
     found = in_place.main(_seeds(options, in_place.SEEDS), counts)
     sound = all(len(in_place.sound(job)) == len(job["runs"]) for job in found)
     return found, in_place.table(found), sound
 
 
-def _numbers(options: dict[str, str]) -> Found:
+def _numbers(options: dict[str, str]) -> CompleteSnapshot:
     found = numbers.main(_seeds(options, numbers.SEEDS), FOLDER)
     return found, numbers.table(found), numbers.sound(found)
 
 
-def _culprits(options: dict[str, str]) -> Found:
+def _culprits(options: dict[str, str]) -> CompleteSnapshot:
     found = culprits.main(_seeds(options, culprits.SEEDS))
     return found, culprits.table(found), culprits.sound(found)
 
 
-def _of_jobs(part: str) -> Callable[[dict[str, str]], Found]:
-    def run(options: dict[str, str]) -> Found:
+def _of_jobs(part: str) -> Callable[[dict[str, str]], CompleteSnapshot]:
+    def run(options: dict[str, str]) -> CompleteSnapshot:
         lines = jobs.main(part, _seeds(options, jobs.SEEDS[part]))
         kept = [line._asdict() for line in lines]
         return kept, jobs.table(lines), all(line.sound for line in lines)
@@ -83,7 +83,7 @@ def _of_jobs(part: str) -> Callable[[dict[str, str]], Found]:
     return run
 
 
-PARTS: dict[str, Callable[[dict[str, str]], Found]] = {
+PARTS: dict[str, Callable[[dict[str, str]], CompleteSnapshot]] = {
     "files": _files,
     "in-place": _in_place,
     **{part: _of_jobs(part) for part in jobs.SEEDS},

@@ -1,4 +1,4 @@
-"""What it costs to be ready for faults while nothing fails: ULFM, the watchdog, the sentinel, checkpoints.
+"""Overhead of fault tolerance while nothing fails: ULFM, watchdog, consistency check, checkpoints.
 
     python scripts/bench.py fault-cost                 # three models on 2 ranks, some minutes
     python scripts/bench.py fault-cost gpt-0.81M
@@ -24,14 +24,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tf_dist.bench import models, running
-from tf_dist.restarts import own_mpirun
+from tf_dist.bench import models, runner
+from tf_dist.ops.supervisor import own_mpirun
 
 if TYPE_CHECKING:
-    from tf_dist.comm.base import Comm
+    from tf_dist.comm.transport.base import Comm
 
 MODULE = "tf_dist.bench.faults.cost"
-FOLDER = running.FOLDER / "fault-cost"
+FOLDER = runner.FOLDER / "fault-cost"
 RANKS = 2
 DROPPED = 3
 # Steps in a stretch with or without a checkpoint at its beginning, and such pairs.
@@ -52,9 +52,9 @@ def main(words: Sequence[str] = ()) -> int:
     tiny = _alternating(TINY, TINY_JOBS)
     rows, kept = [], {TINY: tiny}
     for name in models.chosen(list(words)):
-        kept[name] = _alternating(name, max(2, running.ROUNDS))
+        kept[name] = _alternating(name, max(2, runner.ROUNDS))
         rows.append(shares(kept[name], tiny))
-    print(f"\n{table(list(kept)[1:], rows)}\nin {running.save('fault-cost', kept)}")
+    print(f"\n{table(list(kept)[1:], rows)}\nin {runner.save('fault-cost', kept)}")
     return int(any(row["together"] > TARGET for row in rows))
 
 
@@ -66,7 +66,7 @@ def _alternating(name: str, rounds: int) -> Jobs:
         print(f"{name}, {kind} ...", flush=True)
         flags = ["--with-ft", "ulfm"] if kind == "ulfm" else []
         by = [own_mpirun(), *flags, "-np", str(RANKS)]
-        found[kind].append(running.measured(RANKS, MODULE, name, kind, folder=FOLDER, by=by))
+        found[kind].append(runner.measured(RANKS, MODULE, name, kind, folder=FOLDER, by=by))
     return found
 
 
@@ -125,7 +125,7 @@ def table(names: Sequence[str], rows: Sequence[dict[str, float]]) -> str:
         ]
         for name, row in zip(names, rows, strict=True)
     ]
-    return running.table([*head, "checkpoints", "together", "copies, ms"], cells)
+    return runner.table([*head, "checkpoints", "together", "copies, ms"], cells)
 
 
 # On the ranks --------------------------------------------------------------------------------------
@@ -133,12 +133,14 @@ def table(names: Sequence[str], rows: Sequence[dict[str, float]]) -> str:
 
 def on_ranks(name: str, out: Path) -> None:
     """Measure everything; rank 0 leaves the medians in a file."""
-    from tf_dist.comm import launch, watchdog
+    from tf_dist.comm.health import watchdog
+    from tf_dist.comm.runtime import launch
 
     comm = launch.connect()
-    from tf_dist.bench.ways import trainer_of
-    from tf_dist.training.neighbours import Neighbours
-    from tf_dist.training.saving import Saver
+    from tf_dist.bench.systems import trainer_of
+    from tf_dist.training.checkpoint_manager import CheckpointManager
+    from tf_dist.training.in_memory_checkpoint import PeerCheckpoints
+    from tf_dist.training.snapshot import snapshot_of
 
     found: dict[str, Any]
     recipe = models.RECIPES[name]
@@ -148,18 +150,18 @@ def on_ranks(name: str, out: Path) -> None:
         trainer.train_step(sequences, sampler)
 
     if name == TINY:
-        found = running.interleaved(comm, {"step": step}, TINY_STEPS, TINY_STEPS // 10)
+        found = runner.interleaved(comm, {"step": step}, TINY_STEPS, TINY_STEPS // 10)
         _leave(comm, found, out)
         return
-    works = {"step": step, "compare": lambda: trainer.sentinel.compare(trainer.step)}
-    found = running.interleaved(comm, works, DROPPED + 2 * recipe.steps, DROPPED)
-    saver = Saver(trainer, out.with_suffix(""), keep=1)
+    works = {"step": step, "compare": lambda: trainer.consistency_check.compare(trainer.step)}
+    found = runner.interleaved(comm, works, DROPPED + 2 * recipe.steps, DROPPED)
+    saver = CheckpointManager(comm, out.with_suffix(""), keep=1)
     count, waited = max(2, round(1e3 * STRETCH_S / found["step"])), list[float]()
 
     def stretch(save: bool) -> float:
         begun = time.perf_counter()
         if save:
-            waited.append(running.slowest(comm, lambda: saver.begin({})))
+            waited.append(runner.slowest(comm, lambda: saver.begin(snapshot_of(trainer))))
         for _ in range(count):
             step()
         if save:  # all that a save costs, also where it takes longer than the steps
@@ -170,11 +172,11 @@ def on_ranks(name: str, out: Path) -> None:
     pairs = [(stretch(False), stretch(True)) for _ in range(PAIRS)]
     found["save"] = statistics.median(saved - calm for calm, saved in pairs)
     found["exposed"] = statistics.median(waited[1:])
-    neighbours = Neighbours(print)
-    works = {"copies": lambda: neighbours.keep(trainer, {})}
-    found |= running.interleaved(comm, works, DROPPED + PAIRS, DROPPED)
+    peers = PeerCheckpoints()
+    works = {"copies": lambda: peers.save(snapshot_of(trainer))}
+    found |= runner.interleaved(comm, works, DROPPED + PAIRS, DROPPED)
     found |= {"beat": launch.beat_ms(), "beat_every_s": watchdog.BEAT_S}
-    found["check_every"] = trainer.sentinel.every
+    found["check_every"] = trainer.consistency_check.every
     _leave(comm, found, out)
 
 

@@ -1,4 +1,4 @@
-"""What `faults` does to one rank of a job: it fails, leaves, crashes or stops, and nobody may wait for it.
+"""Campaign against one rank of a job: it raises, exits, crashes or stops, and no rank may hang.
 
     python scripts/bench.py faults culprits            # 50 jobs on 3 ranks, ten minutes
     python scripts/bench.py faults culprits seeds=5
@@ -22,11 +22,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
-from tf_dist.bench import running
-from tf_dist.restarts import own_mpirun
+from tf_dist.bench import runner
+from tf_dist.ops.supervisor import own_mpirun
 
 MODULE = "tf_dist.bench.faults.culprits"
-FOLDER = running.FOLDER / "faults"
+FOLDER = runner.FOLDER / "faults"
 RANKS, STEPS, SEEDS = 3, 12, 50
 PHASES = ("before", "among", "after")
 STALL_WARN_S, STALL_ABORT_S = 2.0, 5.0
@@ -54,7 +54,7 @@ FAULTS: dict[str, Callable[[], Any]] = {
 }
 
 
-class Fault(NamedTuple):
+class HangFault(NamedTuple):
     """What happens to which rank, and when."""
 
     name: str
@@ -63,11 +63,11 @@ class Fault(NamedTuple):
     phase: str
 
 
-def drawn(seed: int) -> Fault:
+def drawn(seed: int) -> HangFault:
     """The fault of a seed."""
     chance = random.Random(f"culprits {seed}")  # noqa: S311 - nothing secret
     name = list(FAULTS)[seed % len(FAULTS)]
-    return Fault(name, chance.randrange(RANKS), chance.randrange(1, STEPS - 1), chance.choice(PHASES))
+    return HangFault(name, chance.randrange(RANKS), chance.randrange(1, STEPS - 1), chance.choice(PHASES))
 
 
 def main(seeds: int = SEEDS) -> list[dict[str, Any]]:
@@ -94,7 +94,7 @@ def _job(seed: int) -> dict[str, Any]:
     return {"seed": seed, **fault._asdict(), **found}
 
 
-def judged(fault: Fault, code: int, ended: float, output: str) -> dict[str, Any]:
+def judged(fault: HangFault, code: int, ended: float, output: str) -> dict[str, Any]:
     """Whether a job has ended in time, and named the rank.
 
     Args:
@@ -130,7 +130,7 @@ def table(found: Sequence[dict[str, Any]]) -> str:
         row = [name, f"{good} of {len(jobs)}", f"{statistics.median(took):.1f}", f"{max(took):.1f}", codes]
         rows.append(row)
     head = ["fault of one rank of 3", "ended and named", "median s", "worst s", "exit codes"]
-    return running.table(head, rows)
+    return runner.table(head, rows)
 
 
 # On ranks -----------------------------------------------------------------------------------------
@@ -138,7 +138,7 @@ def table(found: Sequence[dict[str, Any]]) -> str:
 
 def on_ranks(seed: int) -> None:
     """Train, until the fault."""
-    from tf_dist.comm import launch
+    from tf_dist.comm.runtime import launch
 
     comm = launch.connect(stall_warn=STALL_WARN_S, stall_abort=STALL_ABORT_S)
     import keras
@@ -150,7 +150,7 @@ def on_ranks(seed: int) -> None:
 
     model = build(Config(layers=1, width=16, heads=2, seq_len=8, vocab_size=17))
     adam = keras.optimizers.Adam(1e-2)
-    trainer = Trainer(model, adam, comm, global_batch_size=12, micro_batch_size=2, seq_len=8)
+    trainer = Trainer(model, adam, comm, clip_norm=0.0, global_batch_size=12, micro_batch_size=2, seq_len=8)
     fault = drawn(seed)
 
     def perhaps(phase: str) -> None:

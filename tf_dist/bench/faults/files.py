@@ -1,4 +1,4 @@
-"""What `faults` does to checkpoints: kills at each call of a save, flipped bits, cut files, odd manifests.
+"""Campaign against checkpoints: kills during a save, flipped bits, truncated files, malformed manifests.
 
 Each campaign runs in a child process, which has no MPI and no TensorFlow, so that it may be killed, and may
 do no harm: it counts attempts to run code, to start programs and to open files elsewhere.
@@ -23,10 +23,11 @@ from typing import Any
 import numpy as np
 
 from tf_dist import atomic_io
-from tf_dist.bench import running
+from tf_dist.bench import runner
+from tf_dist.checkpoint import shards, store
+from tf_dist.checkpoint.manifest import crc32_of
+from tf_dist.comm.runtime.log_handlers import shown_by
 from tf_dist.errors import CheckpointError
-from tf_dist.training import checkpoint, shards
-from tf_dist.training.manifest import crc32_of
 
 FLIPS, MANIFESTS = 1_000, 10_000
 SHARDS = 2
@@ -35,7 +36,7 @@ MEMORY_BYTES = 256 << 20
 HARM = ("exec", "compile", "os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "socket.connect")
 ODD_VALUES: tuple[Any, ...] = (
     None, True, -1, 0, 1 << 62, 1e308, "", "../../etc/passwd", "/etc/passwd", "float32", "object", "\0",
-    "shard-0001.bin", "../shard-0000.bin", "shard-0000.bin/../../x", "tensors.bin",
+    "shard-0001.safetensors", "../shard-0000.safetensors", "shard-0000.safetensors/../../x", "tensors.bin",
     [], {}, [1 << 40] * 40, [-3, 2], [[1]], {"a": 1},
 )  # fmt: skip
 
@@ -77,7 +78,7 @@ def table(found: dict[str, Any]) -> str:
             f"refused, {mutated.get('read')} read; harm: {mutated.get('harm')}",
         ],
     ]
-    return running.table(["checkpoints", "", ""], rows)
+    return runner.table(["checkpoints", "", ""], rows)
 
 
 def in_a_child(campaign: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
@@ -102,7 +103,7 @@ def tensors(step: int) -> dict[str, np.ndarray]:
 
 def holds(path: Path, step: int) -> bool:
     """Whether a checkpoint can be read, and is as it was written."""
-    found, facts, at = checkpoint.load(path)
+    found, facts, at = store.load(path)
     wanted = tensors(step)
     same = all(np.array_equal(found[name], wanted[name]) for name in wanted)
     return same and list(found) == list(wanted) and (at, facts) == (step, {"tokens": step})
@@ -110,7 +111,7 @@ def holds(path: Path, step: int) -> bool:
 
 def save(folder: Path, step: int) -> None:
     """Write a checkpoint, as two ranks would, the one after the other."""
-    checkpoint.save(folder, step, tensors(step), {"tokens": step}, SHARDS)
+    store.save(folder, step, tensors(step), {"tokens": step}, SHARDS)
 
 
 # Kills ------------------------------------------------------------------------------------------------
@@ -129,7 +130,8 @@ def kills(folder: Path) -> dict[str, Any]:
         if not _killed_at(found["calls"] + 1, folder / "run"):
             return found
         found["calls"] += 1
-        newest = checkpoint.newest(folder / "run", _unsaid)
+        with shown_by(lambda line: None):  # what is skipped is expected here
+            newest = store.newest(folder / "run")
         if newest is not None and holds(folder / "run" / "step-00000001", 1):
             step = int(newest.name.removeprefix("step-"))
             found["new"] += step == 2
@@ -231,7 +233,7 @@ def manifests(count: int, folder: Path) -> dict[str, Any]:
     for _ in range(count):
         (path / "manifest.json").write_bytes(_mutated(whole, chance))
         try:
-            checkpoint.load(path)
+            store.load(path)
             found["read"] += 1
         except CheckpointError:
             found["refused"] += 1
@@ -293,10 +295,6 @@ def _watch(folder: Path, harm: list[str]) -> None:
 
 def _within(path: str, folder: str) -> bool:
     return os.path.realpath(path).startswith(folder)
-
-
-def _unsaid(line: str) -> None:
-    """What was skipped is expected here."""
 
 
 if __name__ == "__main__":

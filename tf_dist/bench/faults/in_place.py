@@ -1,11 +1,11 @@
-"""What `faults` does to ranks that can be outlived: some are killed, and the others finish their step.
+"""Campaign of in-place recovery: ranks are killed, and the others finish their step.
 
     python scripts/bench.py faults in-place            # 50 jobs on 3 ranks and 50 on 4, a quarter of an hour
     python scripts/bench.py faults in-place seeds=10 ranks=4
 
 In each job all ranks but one are killed (SIGKILL), one after another: who, in which step and when in it (also
 beyond it, in a validation or while a checkpoint is written) is drawn from the seed. Rank 0 is one like any
-other. The ranks that are left go on in place (`tf_dist.training.in_place`).
+other. The ranks that are left go on in place (`tf_dist.training.in_place_recovery`).
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from tf_dist.bench import running
-from tf_dist.restarts import own_mpirun
+from tf_dist.bench import runner
+from tf_dist.ops.supervisor import own_mpirun
 
 MODULE = "tf_dist.bench.faults.on_ranks"
-FOLDER = running.FOLDER / "faults"
+FOLDER = runner.FOLDER / "faults"
 RANKS: tuple[int, ...] = (3, 4)
 SEEDS = 50
 
@@ -39,7 +39,7 @@ def trained(ranks: int, deaths: int, seed: int) -> dict[str, Any]:
     """What a job leaves behind; nothing but the seed where it does not end well."""
     by = [own_mpirun(), "--with-ft", "ulfm", "-np", str(ranks)]
     try:
-        found = running.measured(ranks, MODULE, str(deaths), str(seed), folder=FOLDER, by=by)
+        found = runner.measured(ranks, MODULE, str(deaths), str(seed), folder=FOLDER, by=by)
     except SystemExit as error:
         print(f"seed {seed}: {error}", file=sys.stderr)
         return {"seed": seed}
@@ -70,4 +70,4 @@ def table(jobs: Sequence[dict[str, Any]]) -> str:
             ]
         )
     head = ["killed in place, ranks", "same weights", "deaths", "of rank 0", "median ms", "worst ms"]
-    return running.table(head, rows)
+    return runner.table(head, rows)

@@ -1,4 +1,4 @@
-"""What `faults` does to whole jobs of ``tf-dist train``: kills from outside, and other numbers of ranks.
+"""Campaign against whole ``tf-dist train`` jobs: kills from outside, resumes on other numbers of ranks.
 
     tf-dist bench faults restarts            # 50 jobs on 2 ranks, started again by `tf_dist run`
     tf-dist bench faults resume              # stopped on 1 to 4 ranks, gone on with on 1 to 4
@@ -25,10 +25,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tf_dist.bench import running
-from tf_dist.restarts import own_mpirun
+from tf_dist.bench import runner
+from tf_dist.ops.supervisor import own_mpirun
 
-FOLDER = running.FOLDER / "faults" / "jobs"
+FOLDER = runner.FOLDER / "faults" / "jobs"
 TRAIN = ("-m", "tf_dist", "train")
 CLUSTER = [
     *(sys.executable, str(Path(__file__).resolve().parents[3] / "scripts" / "emulate_cluster.py")),
@@ -77,7 +77,7 @@ class Ended(NamedTuple):
         return self.status.get("weights_sha256") if self.status.get("state") == "done" else None
 
 
-class Job:
+class FaultJob:
     """A job in a folder of its own.
 
     Args:
@@ -154,7 +154,7 @@ def restarted(seed: int, ranks: int = 2) -> Ended:
     chance = random.Random(f"restart {seed}")  # noqa: S311 - nothing secret
     step, rank, pause_s = chance.randrange(1, STEPS - 2), chance.randrange(ranks), 0.02 * chance.random()
     by = [sys.executable, "-m", "tf_dist", "run", "-np", str(ranks), "--", *TRAIN, *SMALL]
-    job = Job(by, FOLDER / f"restart-{seed}")
+    job = FaultJob(by, FOLDER / f"restart-{seed}")
     if job.wait_for(lambda: len(job.rows()) >= step):
         time.sleep(pause_s)
         job.kill(rank)
@@ -163,20 +163,20 @@ def restarted(seed: int, ranks: int = 2) -> Ended:
 
 def resumed(before: int, after: int) -> Ended:
     """A job that is stopped by a signal on some ranks, and goes on on others."""
-    job = Job(mpirun(before, *SMALL), FOLDER / f"resume-{before}-{after}")
+    job = FaultJob(mpirun(before, *SMALL), FOLDER / f"resume-{before}-{after}")
     if job.wait_for(lambda: len(job.rows()) >= STEPS // 4):
         job.ask_to_stop()
     stopped = job.wait()
     if stopped.code != 75:  # it was over before the signal, or worse
         return stopped
-    return Job(mpirun(after, *SMALL), job.run_dir, go_on=True).wait()
+    return FaultJob(mpirun(after, *SMALL), job.run_dir, go_on=True).wait()
 
 
 def elsewhere(flags: Sequence[str], seed: int, ranks: int = 4, deaths: int = 2) -> Ended:
     """A job under ULFM of which some ranks are killed, and the others begin again in their processes."""
     chance = random.Random(f"{flags} {seed}")  # noqa: S311 - nothing secret
     steps = sorted(chance.sample(range(1, STEPS - 2), deaths))
-    job = Job(mpirun(ranks, *SMALL, *flags, ulfm=True), FOLDER / f"other-{'-'.join(flags)}-{seed}")
+    job = FaultJob(mpirun(ranks, *SMALL, *flags, ulfm=True), FOLDER / f"other-{'-'.join(flags)}-{seed}")
     for step, rank in zip(steps, chance.sample(range(ranks), deaths), strict=True):
         if job.wait_for(lambda step=step: len(job.rows()) >= step):  # type: ignore[misc]
             job.kill(rank)
@@ -188,7 +188,7 @@ def over_hosts(flags: Sequence[str], seed: int, whole_host: bool) -> Ended:
     chance = random.Random(f"hosts {flags} {seed}")  # noqa: S311 - nothing secret
     step, dead = chance.randrange(1, STEPS - 2), (2, 3) if whole_host else (chance.randrange(4),)
     command = [*CLUSTER, "--ulfm", "--", sys.executable, *TRAIN, *SMALL, *flags]
-    job = Job(command, FOLDER / f"hosts-{len(dead)}-{seed}")
+    job = FaultJob(command, FOLDER / f"hosts-{len(dead)}-{seed}")
     if job.wait_for(lambda: len(job.rows()) >= step):
         for rank in dead:
             job.kill(rank)
@@ -198,7 +198,7 @@ def over_hosts(flags: Sequence[str], seed: int, whole_host: bool) -> Ended:
 def goodput(ranks: int = 4) -> dict[str, Any]:
     """Kill a rank a minute, and see which share of the time went into steps that counted."""
     steps = ("--steps", "100000000")
-    job = Job(mpirun(ranks, *LONGER, *steps, ulfm=True), FOLDER / "goodput")
+    job = FaultJob(mpirun(ranks, *LONGER, *steps, ulfm=True), FOLDER / "goodput")
     if not job.wait_for(lambda: bool(job.rows())):
         raise SystemExit(f"error: no step was taken; see {job.run_dir}/job.log")
     begun, first = time.monotonic(), job.rows()[0]["step"]
@@ -302,11 +302,11 @@ def main(part: str, seeds: int) -> list[Line]:
     calm = ""
     if part != "goodput":
         print(f"{part}: {seeds} of each ...", flush=True)
-        calm = Job(mpirun(2, *SMALL), FOLDER / "calm").wait().weights or "no calm run"
+        calm = FaultJob(mpirun(2, *SMALL), FOLDER / "calm").wait().weights or "no calm run"
     return list(PARTS[part](seeds, calm))
 
 
 def table(lines: Sequence[Line]) -> str:
     """A line for each fault."""
     rows = [[line.fault, f"{line.good} of {line.tried}", line.more] for line in lines]
-    return running.table(["jobs", "as they must be", ""], rows)
+    return runner.table(["jobs", "as they must be", ""], rows)

@@ -1,4 +1,4 @@
-"""What `faults` starts on ranks: a training in which some of them kill themselves."""
+"""Rank program of the campaigns: a training in which some ranks kill themselves."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def drawn(ranks: int, deaths: int, seed: int) -> dict[int, Death]:
 
 def main(deaths: int, seed: int, out: Path) -> None:
     """Train on all ranks; the first of those that are left writes what it has found."""
-    from tf_dist.comm import launch
+    from tf_dist.comm.runtime import launch
 
     comm = launch.connect()
     import keras
@@ -42,19 +42,19 @@ def main(deaths: int, seed: int, out: Path) -> None:
 
     from tf_dist.config import Config
     from tf_dist.models.build import build
-    from tf_dist.training import state
-    from tf_dist.training.run_callbacks import SaveRun
+    from tf_dist.run.run_callbacks import SaveRun
+    from tf_dist.training import state_dict
     from tf_dist.training.trainer import Trainer
 
     model = build(Config(layers=1, width=16, heads=2, seq_len=8, vocab_size=17))
     adam = keras.optimizers.Adam(1e-2)
-    trainer = Trainer(model, adam, comm, global_batch_size=16, micro_batch_size=2, seq_len=8)
+    trainer = Trainer(model, adam, comm, clip_norm=0.0, global_batch_size=16, micro_batch_size=2, seq_len=8)
     death = drawn(comm.size, deaths, seed).get(comm.rank)
     if death is not None:
         let_die(trainer, death)
     tokens = np.arange(5000) ** 2 % 17
     folder = out.with_suffix("")
-    save = SaveRun(trainer, EVERY, lambda: state.save(trainer, folder, 1, {}))
+    save = SaveRun(trainer, EVERY, lambda: state_dict.save(trainer, folder, 1, {}))
     trainer.fit(tokens, steps=STEPS, validation=tokens[:500], eval_every=EVERY, callbacks=[save])
     found: dict[str, Any] = {"weights_sha256": trainer.check_equal(), "ranks": comm.size}
     found["recoveries"] = [one._asdict() for one in trainer.in_place.recoveries]

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: shards, manifests, checksums, asynchronous writes. Independent of the Trainer."""

@@ -1,0 +1,1 @@
+"""Health of ranks: watchdog, status board, hang detector, stragglers."""

@@ -1,0 +1,1 @@
+"""Startup, core binding, consensus checks, console output and exit of a job."""

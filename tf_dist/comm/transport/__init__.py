@@ -1,0 +1,1 @@
+"""Transports: the Comm interface over MPI, shared memory and Horovod, and the reduction order."""

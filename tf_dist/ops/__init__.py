@@ -1,0 +1,1 @@
+"""Operations around a job: hostfiles, the supervisor that restarts it, the doctor."""

@@ -1,0 +1,1 @@
+"""Optimizers: fused and flat updates, state, learning-rate schedules."""

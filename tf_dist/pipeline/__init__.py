@@ -1,0 +1,1 @@
+"""Pipeline parallelism: partitioning of a model into stages, and execution of a schedule by each stage."""

@@ -1,0 +1,1 @@
+"""One run of ``train.py``: folder, lock, status, corpus, callbacks; and what reads a run afterwards."""

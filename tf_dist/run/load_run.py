@@ -1,0 +1,116 @@
+"""Loads a finished or running run: its options, tokenizer and model."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import keras
+
+from tf_dist.checkpoint import store
+from tf_dist.checkpoint.manifest import read_manifest
+from tf_dist.config import Config
+from tf_dist.data.prepared_dataset import sha256_of_file
+from tf_dist.data.tokenizer import Tokenizer, load_tokenizer
+from tf_dist.errors import CheckpointError, UsageError
+from tf_dist.flags import from_mapping, read_config_file
+from tf_dist.invocation import command
+from tf_dist.models.build import build
+from tf_dist.run.status import correct
+from tf_dist.run_options import check_named
+from tf_dist.training import state_dict
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """Contents of a run folder; ``content_sha256`` of its tokens is None if unknown."""
+
+    config: Config
+    tokenizer: Tokenizer
+    model: keras.Model
+    step: int
+    content_sha256: str | None = None
+
+
+def load_run(run_dir: str, which: str = "latest", model: str = "") -> LoadedRun:
+    """Rebuild the model of a run with the weights of one of its checkpoints.
+
+    The model is built from the run's ``config.yaml`` by our own code, or by the function that it names if the
+    caller names it as well; nothing is unpickled and no model file is loaded.
+
+    Args:
+        run_dir: folder of the run.
+        which: ``latest``, the newest valid one; ``best``, by validation loss; or a path.
+        model: ``package.module:function``, whose code may run if the run's model is made by it.
+
+    Raises:
+        CheckpointError: the folder holds no run, no checkpoint that can be used, or another tokenizer.
+        LaunchError: the run's model is made by code that ``model`` does not name.
+    """
+    folder = Path(run_dir)
+    correct(folder)
+    config = _config_of(folder, model)
+    path = _chosen(folder / "checkpoints", which)
+    facts = read_manifest(path)["facts"]
+    tokenizer = _tokenizer_of(folder, facts.get("tokenizer_sha256"))
+    built = build(config)
+    step = state_dict.load_weights(built, path)
+    return LoadedRun(config, tokenizer, built, step, facts.get("content_sha256"))
+
+
+def model_of_run(run_dir: str, model: str = "") -> LoadedRun:
+    """The model of a run before its first step. ``model``: as in `load_run`.
+
+    Raises:
+        CheckpointError: the folder holds no run.
+        LaunchError: the run's model is made by code that ``model`` does not name.
+    """
+    folder = Path(run_dir)
+    config = _config_of(folder, model)
+    return LoadedRun(config, _tokenizer_of(folder, None), build(config), 0)
+
+
+def _config_of(folder: Path, named: str) -> Config:
+    path = folder / "config.yaml"
+    if not os.path.lexists(path):
+        raise CheckpointError(f"{folder} holds no run (no config.yaml). Train one: {command('train')}")
+    config = from_mapping(read_config_file(str(path), follow=False), str(path))
+    check_named(config.model, named, str(path))
+    if named and named != config.model:
+        raise UsageError(f"--model {named}: the model of this run is {config.model}; leave --model out")
+    return config
+
+
+def _tokenizer_of(folder: Path, sha256: object) -> Tokenizer:
+    """The tokenizer of a run, verified: another one would map text to other ids.
+
+    Raises:
+        CheckpointError: its SHA-256 is not the one in the checkpoint.
+    """
+    path = folder / "tokenizer.json"
+    if sha256 is not None and sha256_of_file(path, follow=False) != sha256:
+        raise CheckpointError(
+            f"{path} is not the tokenizer that the model was trained with: its SHA-256 is not the one in the "
+            "checkpoint. Put it back"
+        )
+    return load_tokenizer(path, follow=False)
+
+
+def _chosen(folder: Path, which: str) -> Path:
+    if which == "best":
+        found = store.best(folder)
+        if found is None:
+            raise CheckpointError(
+                f"{folder} names no best checkpoint: none was saved at a step that was validated. Let "
+                "--save-every be a multiple of --eval-every, or use --checkpoint latest"
+            )
+        return found
+    if which != "latest":
+        return Path(which)
+    newest = store.newest(folder)
+    if newest is None:
+        raise CheckpointError(
+            f"{folder.parent} holds no checkpoint yet: let the run reach its first --save-every"
+        )
+    return newest

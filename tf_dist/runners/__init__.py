@@ -1,0 +1,1 @@
+"""Forward and backward on one rank: replica, loss, random numbers, gradient hooks."""

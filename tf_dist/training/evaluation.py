@@ -1,0 +1,51 @@
+"""Loss over held-out tokens, distributed among all ranks."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from tf_dist import progress
+from tf_dist.data.sampler import share
+from tf_dist.data.tokens import Sequences
+from tf_dist.errors import DataError
+from tf_dist.parallel.mesh import DATA, Mesh
+from tf_dist.parallel.totals import CORRECT, LOSS, TOKENS, Totals
+from tf_dist.runners.runner import MicroBatch, ModelRunner
+
+
+def validated(
+    runner: ModelRunner, mesh: Mesh, rows: int, sequences: Sequences, text_bytes: int
+) -> dict[str, float]:
+    """Compute the logs of `Trainer.validate`; a collective.
+
+    Args:
+        runner: computes losses.
+        mesh: all ranks.
+        rows: B, of a micro-batch.
+        sequences: held out.
+        text_bytes: UTF-8 bytes of their text; 0 if unknown.
+
+    Raises:
+        DataError: on every rank: there is no validation data.
+    """
+    totals = Totals(math.ceil(len(sequences) / rows))
+    indices = np.arange(totals.micro_batches * rows)
+    indices[indices >= len(sequences)] = -1
+    mine = share(totals.micro_batches, mesh.at[DATA], mesh.shape[DATA])
+    batches = [MicroBatch(k, *sequences.rows(indices[k * rows : (k + 1) * rows])) for k in mine]
+    with progress.task("validating", len(batches), "micro-batches") as task:
+        runner.evaluate(progress.CountedSequence(batches, task), totals)
+    sums = totals.reduce(mesh.all)
+    if not sums[TOKENS]:
+        raise DataError("there is no validation text: raise --val-fraction, or set --eval-every 0")
+    loss = float(sums[LOSS] / sums[TOKENS])
+    logs = {
+        "val_loss": loss,
+        "val_accuracy": float(sums[CORRECT] / sums[TOKENS]),
+        "perplexity": math.exp(min(loss, 700.0)),
+    }
+    if text_bytes:
+        logs["bits_per_byte"] = float(sums[LOSS] / math.log(2) / text_bytes)
+    return logs
