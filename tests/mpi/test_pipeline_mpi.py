@@ -197,8 +197,11 @@ def test_activations_kept_and_bytes_sent(connected, alone, everyone):
 
 def check_bytes_sent(made, micro_batches):
     """A neighbour on either side gets (B, T, D) float32 of each micro-batch."""
+    from tf_dist.training.micro_batch_feed import MicroBatchFeed
+
     sequences = made.sequences(TOKENS)
-    batches = made._batches(sequences, made.sampler(sequences))
+    feed = MicroBatchFeed(made.state, made.rows, made.my_micro_batches)
+    batches = feed.next(sequences, made.sampler(sequences))
     before = made.comm.sent_bytes
 
     class Nowhere:
