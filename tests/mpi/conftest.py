@@ -9,6 +9,7 @@ waits in a collective for a rank that has gone on. A test that fails in the midd
 collectives, where agreement cannot be reached, ends the job after `AGREE_S`.
 """
 
+import atexit
 import os
 import sys
 import tempfile
@@ -27,6 +28,8 @@ from tf_dist.comm.transport.base import SerialComm
 # How long a rank that failed waits for the others to come out of the test.
 AGREE_S = 60
 WORLD = MPI.COMM_WORLD.Dup()
+# Of pytest; what fails before its session begins ends Python in the ordinary way.
+EXIT_STATUS = 0
 # Each rank has temporary folders of its own: N pytests that tidy up one folder at once trip over each other
 # (an unclosed scandir in pytest's own sweep, a warning, so an error), once in some twenty jobs.
 TEMPORARY = Path(tempfile.gettempdir(), f"tf_dist-tests-{os.getuid()}", f"rank-{WORLD.rank}")
@@ -51,10 +54,23 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for item in items if item not in set(others)]
 
 
+def pytest_sessionfinish(exitstatus):
+    global EXIT_STATUS
+    EXIT_STATUS = int(exitstatus)
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config):
-    """Nobody leaves before rank 0 has reported: mpirun ends all ranks when the first one fails."""
+    """Nobody leaves before rank 0 has reported: mpirun ends all ranks when the first one fails.
+
+    Then they leave at once: Python needs a minute to take down one by one what hundreds of tests have traced.
+    """
     sys.stdout.flush()
     WORLD.Barrier()
+    atexit._run_exitfuncs()
+    if not MPI.Is_finalized():
+        MPI.Finalize()
+    os._exit(EXIT_STATUS)
 
 
 @pytest.hookimpl(wrapper=True)
