@@ -17,6 +17,8 @@ import signal
 import socket
 import sys
 import types
+from functools import partial
+from pathlib import Path
 
 # What training, evaluation and generation load, of others.
 LOADED = """
@@ -171,9 +173,13 @@ def ask(path, arguments):
 
 if __name__ == "__main__":
     if sys.argv[1] == "serve":
+        sys.path.append(str(Path(__file__).parents[1]))
+        from leaving import leave, status_of
+
+        sys.path.pop()
         load()
         server = Server(sys.argv[2])
         print("ready", flush=True)
-        run(server.serve())
+        leave(status_of(partial(run, server.serve())))
     else:
         ask(sys.argv[1], sys.argv[2:])

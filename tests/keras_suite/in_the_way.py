@@ -31,6 +31,7 @@ DONE = os.environ.get("KERAS_SUITE_DONE")
 FAILED_WAITS_S = 60
 # Whether the test that runs is one of callbacks.
 share_files = False
+exit_status = 0
 folders = []
 
 if RANKS:
@@ -45,6 +46,7 @@ RANK, SIZE = (comm.rank, comm.size) if RANKS else (0, 1)
 
 import keras
 import numpy as np
+from leaving import leave
 
 
 class _Missing(ModuleType):
@@ -105,12 +107,19 @@ def pytest_configure(config):
         _distribute_what_steps()
 
 
+def pytest_sessionfinish(exitstatus):
+    global exit_status
+    exit_status = int(exitstatus)
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config):
     sys.stdout.flush()
     if SIZE > 1:
         WORLD.Barrier()
     for folder in folders if RANK == 0 else ():
         shutil.rmtree(folder, ignore_errors=True)
+    leave(exit_status)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -71,7 +71,7 @@ def _launch(files, np_, report, done, folder):
     settings = {"KERAS_SUITE_REPORT": str(report), "KERAS_SUITE_DONE": str(listed)}
     settings["KERAS_SUITE_RANKS"] = "1" if np_ else "0"
     known = environment() | settings
-    known["PYTHONPATH"] = f"{HERE}{os.pathsep}{known['PYTHONPATH']}"
+    known["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent), known["PYTHONPATH"]])
     launch = [mpirun(), "-np", str(np_)] if np_ > 1 else []
     empty = folder / "pytest.ini"
     empty.write_text("[pytest]\n")

@@ -9,7 +9,6 @@ waits in a collective for a rank that has gone on. A test that fails in the midd
 collectives, where agreement cannot be reached, ends the job after `AGREE_S`.
 """
 
-import atexit
 import os
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from extended import EVERYTHING
+from leaving import leave
 from mpi4py import MPI
 
 from tf_dist.comm.runtime import launch
@@ -61,16 +61,10 @@ def pytest_sessionfinish(exitstatus):
 
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config):
-    """Nobody leaves before rank 0 has reported: mpirun ends all ranks when the first one fails.
-
-    Then they leave at once: Python needs a minute to take down one by one what hundreds of tests have traced.
-    """
+    """Nobody leaves before rank 0 has reported: mpirun ends all ranks when the first one fails."""
     sys.stdout.flush()
     WORLD.Barrier()
-    atexit._run_exitfuncs()
-    if not MPI.Is_finalized():
-        MPI.Finalize()
-    os._exit(EXIT_STATUS)
+    leave(EXIT_STATUS)
 
 
 @pytest.hookimpl(wrapper=True)

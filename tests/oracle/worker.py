@@ -13,6 +13,10 @@ import time
 import traceback
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[1]))
+
+from leaving import leave
+
 # How long a rank whose script has failed waits for the others to come out of theirs.
 FAILED_WAITS_S = 60
 STALL_WARN_S, STALL_ABORT_S = 60, 180
@@ -118,3 +122,4 @@ def main():
 
 if __name__ == "__main__":
     main()
+    leave(0)
