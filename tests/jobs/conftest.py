@@ -252,6 +252,8 @@ def launcher_here():
     # As in an activated .venv: `python` and `mpirun` are the ones of this Python.
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     environment["PYTHONPATH"] = str(ROOT)  # this checkout, also where another one is installed
+    # Else ranks of one job that wait spin on the cores that those of the job beside it need.
+    environment["OMPI_MCA_mpi_yield_when_idle"] = "1"
     return Launcher(mpirun, environment)
 
 

@@ -28,7 +28,9 @@ def environment():
     lines = subprocess.run(sourced, capture_output=True, check=True, text=True).stdout.split("\0")
     found = dict(line.split("=", 1) for line in lines if "=" in line)
     # KERAS_BACKEND and the like of a test run that has started us stay.
-    return found | {"PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "2", "KERAS_BACKEND": "tensorflow"}
+    ours = {"PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "2", "KERAS_BACKEND": "tensorflow"}
+    # Else ranks that wait spin on the cores that a job beside theirs needs.
+    return found | ours | {"OMPI_MCA_mpi_yield_when_idle": "1"}
 
 
 def mpirun():
