@@ -174,7 +174,7 @@ def plain_mpi4py(comm: Comm, sizes: dict[str, Any], rows: int) -> Callable[[], A
     def gradient(x: Any, y: Any) -> Any:
         return tf.concat([tf.reshape(part, (-1,)) for part in _gradients(model, x, y)], 0)
 
-    def update(flat_P: Any) -> None:
+    def update(flat_P: tf.Tensor) -> None:
         parts = zip(tf.split(flat_P, layout.sizes), layout.shapes, strict=True)
         optimizer.apply([tf.reshape(part, shape) for part, shape in parts], model.trainable_variables)
 

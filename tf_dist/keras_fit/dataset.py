@@ -137,7 +137,7 @@ def inherited_sharding(dataset: Any) -> Sharding | None:
     return found
 
 
-def block_of(rows_G: Any, rank: int, size: int) -> tuple[Any, Any]:
+def block_of(rows_G: tf.Tensor, rank: int, size: int) -> tuple[Any, Any]:
     """Where the rows of a rank begin in a global batch, and how many they are; int32 scalars."""
     base, extra = rows_G // size, rows_G % size
     return rank * base + tf.minimum(rank, extra), base + tf.cast(rank < extra, tf.int32)
@@ -312,7 +312,7 @@ def _rows_of(tensor: Any) -> Any:
     return tf.shape(tensor)[0] if tf.is_tensor(tensor) and len(tensor.shape) > 0 else None
 
 
-def _weighted(part: Any, weights_B: Any) -> Any:
+def _weighted(part: Any, weights_B: tf.Tensor) -> Any:
     parts = part if isinstance(part, tuple) else (part,)
     x, y, given = (*parts, None, None)[:3]
     if given is None:
@@ -321,16 +321,16 @@ def _weighted(part: Any, weights_B: Any) -> Any:
     return x, y, tf.nest.map_structure(times, given)
 
 
-def _times(given: Any, weights_B: Any) -> Any:
+def _times(given: Any, weights_B: tf.Tensor) -> Any:
     return tf.cast(given, tf.float32) * _like(weights_B, given)
 
 
-def _for_targets(weights_B: Any, y: Any) -> Any:
+def _for_targets(weights_B: tf.Tensor, y: Any) -> Any:
     """Weights of rows; for targets of tokens (B, T, ...) with axes that their losses have as well."""
     tokens = not tf.nest.is_nested(y) and y is not None and y.dtype.is_integer and len(y.shape) > 1
     return _like(weights_B, y) if tokens else weights_B
 
 
-def _like(weights_B: Any, given: Any) -> Any:
+def _like(weights_B: tf.Tensor, given: Any) -> Any:
     """Weights of rows with the axes of given ones, which may also be those of tokens."""
     return tf.reshape(weights_B, tf.concat([tf.shape(weights_B), tf.ones(tf.rank(given) - 1, tf.int32)], 0))

@@ -58,7 +58,7 @@ class ParallelSelfAttention(CausalSelfAttention):
     def _contracting(self, units: int, **kwargs: Any) -> keras.layers.Layer:
         return RowParallelDense(units, self._comm, **kwargs)
 
-    def _drop(self, weights_BxhxTxT: Any) -> Any:
+    def _drop(self, weights_BxhxTxT: tf.Tensor) -> Any:
         shape = tf.shape(weights_BxhxTxT)
         everyone = tf.concat([shape[:1], [self.heads], shape[2:]], axis=0)
         mask_BxHxTxT = self.attention_dropout(tf.ones(everyone, weights_BxhxTxT.dtype), training=True)

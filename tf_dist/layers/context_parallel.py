@@ -71,7 +71,7 @@ class SharedPositions(LearnedPositions):
         assert input_shape[1] == len(columns(self.seq_len, self.rank, self.ranks))
         super().build((None, self.seq_len, input_shape[2]))
 
-    def call(self, x_BxLxD: Any) -> Any:
+    def call(self, x_BxLxD: tf.Tensor) -> Any:
         """Add positions to the input."""
         return x_BxLxD + _rows(tf.convert_to_tensor(self.table_TxD), self.seq_len, self.rank, self.ranks)
 
@@ -80,16 +80,16 @@ class SharedPositions(LearnedPositions):
         return {**super().get_config(), "seq_len": self.seq_len, "rank": self.rank, "ranks": self.ranks}
 
 
-def _rows(table_TxD: Any, seq_len: int, rank: int, ranks: int) -> Any:
+def _rows(table_TxD: tf.Tensor, seq_len: int, rank: int, ranks: int) -> Any:
     """A rank's rows of the table, (L, D); its gradient takes one pass instead of one per chunk."""
     early, late = own_chunks(seq_len, rank, ranks)
     between = [early.start, late.start - early.stop, seq_len - late.stop]
 
     @tf.custom_gradient  # type: ignore[untyped-decorator]
-    def run(table_TxD: Any) -> Any:
+    def run(table_TxD: tf.Tensor) -> Any:
         rows = [table_TxD[one.start : one.stop] for one in (early, late)]
 
-        def gradient(drows_LxD: Any) -> Any:
+        def gradient(drows_LxD: tf.Tensor) -> Any:
             before, middle, after = (tf.zeros((n, drows_LxD.shape[1]), drows_LxD.dtype) for n in between)
             parts = [before, drows_LxD[: len(early)], middle, drows_LxD[len(early) :], after]
             return tf.concat(parts, axis=0)

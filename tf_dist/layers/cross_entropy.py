@@ -16,7 +16,7 @@ from tf_dist.comm.transport.base import Comm
 from tf_dist.layers import mappings
 
 
-def cross_entropy(comm: Comm, logits_Nxv: Any, y_N: Any, part: range) -> tuple[Any, Any, Any]:
+def cross_entropy(comm: Comm, logits_Nxv: tf.Tensor, y_N: tf.Tensor, part: range) -> tuple[Any, Any, Any]:
     """The loss of each token, and its gradient; a collective inside a graph.
 
     Args:

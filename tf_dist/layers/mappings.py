@@ -67,7 +67,7 @@ def summed(comm: Comm, x: Any) -> Any:
     return run(x)
 
 
-def gathered(comm: Comm, x_Nxd: Any, parts: Sequence[range]) -> Any:
+def gathered(comm: Comm, x_Nxd: tf.Tensor, parts: Sequence[range]) -> Any:
     """All-gather along the last axis, (..., D); its gradient is this rank's slice.
 
     Every rank uses the result in the same way, so the gradient is not summed.
@@ -85,7 +85,7 @@ def gathered(comm: Comm, x_Nxd: Any, parts: Sequence[range]) -> Any:
     return run(x_Nxd)
 
 
-def own_part(comm: Comm, x_NxD: Any, parts: Sequence[range]) -> Any:
+def own_part(comm: Comm, x_NxD: tf.Tensor, parts: Sequence[range]) -> Any:
     """A rank's slice of the last axis, (..., d), of a replicated tensor; its gradient is all-gathered."""
 
     @tf.custom_gradient  # type: ignore[untyped-decorator]

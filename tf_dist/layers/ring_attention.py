@@ -51,7 +51,7 @@ class RingAttention:
         keep_order()
         self._ring, self._block = RingExchange(comm), block
 
-    def __call__(self, q_BxHxLxK: Any, k_BxHxLxK: Any, v_BxHxLxK: Any) -> Any:
+    def __call__(self, q_BxHxLxK: tf.Tensor, k_BxHxLxK: tf.Tensor, v_BxHxLxK: tf.Tensor) -> Any:
         """Causal attention over the tokens of all ranks."""
         if self._ring.size == 1:
             return attention(q_BxHxLxK, k_BxHxLxK, v_BxHxLxK)
@@ -131,7 +131,7 @@ def _look(done: list[PartialAttention], turn: _Turn, q: Any, after: list[Any]) -
             after = [done[n].values]
 
 
-def _scores(q_BxHxSxK: Any, k_BxHxNxK: Any, masked: bool) -> Any:
+def _scores(q_BxHxSxK: tf.Tensor, k_BxHxNxK: tf.Tensor, masked: bool) -> Any:
     """Of scaled queries, (B, H, S, N) float32; masked: the queries are the last S of N tokens."""
     scores = tf.cast(tf.matmul(q_BxHxSxK, k_BxHxNxK, transpose_b=True), tf.float32)
     if not masked:
@@ -143,7 +143,7 @@ def _scores(q_BxHxSxK: Any, k_BxHxNxK: Any, masked: bool) -> Any:
     return tf.concat([scores[..., : N - S], scores[..., N - S :] + future_SxS], axis=-1)
 
 
-def _attend(scores_BxHxSxN: Any, v_BxHxNxK: Any) -> PartialAttention:
+def _attend(scores_BxHxSxN: tf.Tensor, v_BxHxNxK: tf.Tensor) -> PartialAttention:
     largest = tf.reduce_max(scores_BxHxSxN, -1, keepdims=True)
     weights = tf.exp(scores_BxHxSxN - largest)
     values = tf.matmul(tf.cast(weights, v_BxHxNxK.dtype), v_BxHxNxK)

@@ -21,7 +21,7 @@ BLOCK = 256
 BLOCKWISE_FROM = 1024
 
 
-def split_heads(qkv_BxTx3D: Any, heads: int) -> list[Any]:
+def split_heads(qkv_BxTx3D: tf.Tensor, heads: int) -> list[Any]:
     """Queries, keys and values, (B, H, T, K) each, from one projection.
 
     One transpose each way. TensorFlow's gradient of slicing is as large as the sliced array, mostly zero, and
@@ -30,11 +30,11 @@ def split_heads(qkv_BxTx3D: Any, heads: int) -> list[Any]:
     T, K = qkv_BxTx3D.shape[1], qkv_BxTx3D.shape[2] // (3 * heads)
 
     @tf.custom_gradient  # type: ignore[untyped-decorator]
-    def run(qkv_BxTx3D: Any) -> Any:
+    def run(qkv_BxTx3D: tf.Tensor) -> Any:
         parts = tf.reshape(qkv_BxTx3D, (-1, T, 3, heads, K))
         parts_3xBxHxTxK = tf.transpose(parts, (2, 0, 3, 1, 4))
 
-        def gradient(*dparts_BxHxTxK: Any) -> Any:
+        def gradient(*dparts_BxHxTxK: tf.Tensor) -> Any:
             dparts = tf.transpose(tf.stack(dparts_BxHxTxK), (1, 3, 0, 2, 4))
             return tf.reshape(dparts, (-1, T, 3 * heads * K))
 
@@ -43,13 +43,13 @@ def split_heads(qkv_BxTx3D: Any, heads: int) -> list[Any]:
     return list(run(qkv_BxTx3D))
 
 
-def join_heads(x_BxHxTxK: Any) -> Any:
+def join_heads(x_BxHxTxK: tf.Tensor) -> Any:
     """(B, H, T, K) -> (B, T, D)."""
     H, T, K = x_BxHxTxK.shape[1:]
     return tf.reshape(tf.transpose(x_BxHxTxK, (0, 2, 1, 3)), (-1, T, H * K))
 
 
-def attention(q_BxHxTxK: Any, k_BxHxTxK: Any, v_BxHxTxK: Any) -> Any:
+def attention(q_BxHxTxK: tf.Tensor, k_BxHxTxK: tf.Tensor, v_BxHxTxK: tf.Tensor) -> Any:
     """Causal attention (Vaswani et al. 2017), (B, H, T, K).
 
     From `BLOCKWISE_FROM` tokens on it is computed blockwise. T must be known when the graph is traced.
@@ -59,7 +59,7 @@ def attention(q_BxHxTxK: Any, k_BxHxTxK: Any, v_BxHxTxK: Any) -> Any:
     return plain_attention(q_BxHxTxK, k_BxHxTxK, v_BxHxTxK)
 
 
-def plain_attention(q_BxHxTxK: Any, k_BxHxTxK: Any, v_BxHxTxK: Any) -> Any:
+def plain_attention(q_BxHxTxK: tf.Tensor, k_BxHxTxK: tf.Tensor, v_BxHxTxK: tf.Tensor) -> Any:
     """Attention in one block: its weights, (B, H, T, T), are saved for the backward pass."""
 
     @tf.custom_gradient  # type: ignore[untyped-decorator]
@@ -77,7 +77,9 @@ def plain_attention(q_BxHxTxK: Any, k_BxHxTxK: Any, v_BxHxTxK: Any) -> Any:
     return run(q_BxHxTxK, k_BxHxTxK, v_BxHxTxK)
 
 
-def blockwise_attention(q_BxHxTxK: Any, k_BxHxTxK: Any, v_BxHxTxK: Any, block: int = BLOCK) -> Any:
+def blockwise_attention(
+    q_BxHxTxK: tf.Tensor, k_BxHxTxK: tf.Tensor, v_BxHxTxK: tf.Tensor, block: int = BLOCK
+) -> Any:
     """Attention in blocks of S = ``block`` queries, with memory that grows with S T instead of T T.
 
     Only keys up to a block's last query are multiplied: half of all, for long sequences. Nothing is saved for
@@ -126,7 +128,9 @@ def _blockwise_gradients(
     return tf.concat(dqs[::-1], axis=2), tf.concat(dks, axis=2), tf.concat(dvs, axis=2)
 
 
-def attention_with_dropout(q_BxHxTxK: Any, k_BxHxTxK: Any, v_BxHxTxK: Any, drop: Callable[[Any], Any]) -> Any:
+def attention_with_dropout(
+    q_BxHxTxK: tf.Tensor, k_BxHxTxK: tf.Tensor, v_BxHxTxK: tf.Tensor, drop: Callable[[Any], Any]
+) -> Any:
     """Attention with dropout of weights, by TensorFlow's own gradients, in one block.
 
     Args:
@@ -138,7 +142,7 @@ def attention_with_dropout(q_BxHxTxK: Any, k_BxHxTxK: Any, v_BxHxTxK: Any, drop:
     return tf.matmul(drop(_weights(_scaled(q_BxHxTxK)[0], k_BxHxTxK)), v_BxHxTxK)
 
 
-def _scaled(q_BxHxTxK: Any) -> tuple[Any, float]:
+def _scaled(q_BxHxTxK: tf.Tensor) -> tuple[Any, float]:
     """Scaled queries, and the scale.
 
     Scaled before the product: a product followed by a scale and an addition becomes one operation of oneDNN,
@@ -148,7 +152,7 @@ def _scaled(q_BxHxTxK: Any) -> tuple[Any, float]:
     return q_BxHxTxK * scale, scale
 
 
-def _weights(q_BxHxSxK: Any, k_BxHxTxK: Any) -> Any:
+def _weights(q_BxHxSxK: tf.Tensor, k_BxHxTxK: tf.Tensor) -> Any:
     """Attention weights of the last S of T tokens, (B, H, S, T), from scaled queries."""
     S, T = q_BxHxSxK.shape[2], k_BxHxTxK.shape[2]
     # A constant of the graph, the same for all blocks: the causal mask among the queries of a block.

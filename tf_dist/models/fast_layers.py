@@ -33,16 +33,16 @@ class LayerNormalization(keras.layers.LayerNormalization):
         return tf.ensure_shape(tf.reshape(y_NxD, tf.shape(x)), x.shape)
 
 
-def _layer_norm(x_NxD: Any, gain_D: Any, offset_D: Any, epsilon: float) -> Any:
+def _layer_norm(x_NxD: tf.Tensor, gain_D: tf.Tensor, offset_D: tf.Tensor, epsilon: float) -> Any:
     @tf.custom_gradient  # type: ignore[untyped-decorator]
-    def run(x_NxD: Any, gain_D: Any, offset_D: Any) -> Any:
+    def run(x_NxD: tf.Tensor, gain_D: tf.Tensor, offset_D: tf.Tensor) -> Any:
         dtype = x_NxD.dtype
         x_NxD = tf.cast(x_NxD, tf.float32)
         centred_NxD = x_NxD - tf.reduce_mean(x_NxD, -1, keepdims=True)
         inverse_Nx1 = tf.math.rsqrt(tf.reduce_mean(tf.square(centred_NxD), -1, keepdims=True) + epsilon)
         normed_NxD = centred_NxD * inverse_Nx1
 
-        def gradient(dy_NxD: Any) -> Any:
+        def gradient(dy_NxD: tf.Tensor) -> Any:
             dy_NxD = tf.cast(dy_NxD, tf.float32)
             # The two means over a row are products with the gain: no temporary array of dy times gain.
             weights_Dx1 = gain_D[:, None] / gain_D.shape[0]

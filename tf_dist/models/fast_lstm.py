@@ -61,7 +61,12 @@ class LSTM(keras.layers.LSTM):
         return *self._outputs(h_TxBxH, h_BxH, mask_TxBx1), [h_BxH, c_BxH]
 
     def _all_steps(
-        self, z_TxBxG: Any, kernel_HxG: Any, state: list[Any], mask_TxBx1: Any, training: bool
+        self,
+        z_TxBxG: tf.Tensor,
+        kernel_HxG: tf.Tensor,
+        state: list[Any],
+        mask_TxBx1: tf.Tensor,
+        training: bool,
     ) -> tuple[Any, Any, Any]:
         """The states h of all steps (T, B, H), and the last h and c; see `recurrence`."""
         if not (training and 0 < self.recurrent_dropout < 1):
@@ -79,7 +84,7 @@ class LSTM(keras.layers.LSTM):
             and not tf.config.list_logical_devices("GPU")
         )
 
-    def _input_projection(self, x_TxBxE: Any, training: bool) -> Any:
+    def _input_projection(self, x_TxBxE: tf.Tensor, training: bool) -> Any:
         """The sums x K + b of all steps, (T, B, G)."""
         kernel_ExG = tf.convert_to_tensor(self.cell.kernel)
         mask = self.cell.get_dropout_mask(x_TxBxE[0]) if training and 0 < self.dropout < 1 else None
@@ -90,7 +95,7 @@ class LSTM(keras.layers.LSTM):
             z_TxBxG = _product(x_TxBxE if mask is None else x_TxBxE * mask, kernel_ExG)
         return z_TxBxG + tf.convert_to_tensor(self.cell.bias) if self.use_bias else z_TxBxG
 
-    def _outputs(self, h_TxBxH: Any, h_BxH: Any, mask_TxBx1: Any) -> tuple[Any, Any]:
+    def _outputs(self, h_TxBxH: tf.Tensor, h_BxH: tf.Tensor, mask_TxBx1: tf.Tensor) -> tuple[Any, Any]:
         """Keras's outputs from the states h: masked steps repeat the previous output, or are zero."""
         shown_TxBx1 = mask_TxBx1
         if mask_TxBx1 is not None and not self.zero_output_for_mask:
@@ -116,7 +121,7 @@ def _zero_unless(condition: Any, x: Any) -> Any:
     return tf.where(condition, x, tf.zeros((), x.dtype))
 
 
-def _product(x_TxBxN: Any, w_NxM: Any) -> Any:
+def _product(x_TxBxN: tf.Tensor, w_NxM: tf.Tensor) -> Any:
     """One matrix product for all steps and rows: (T, B, M)."""
     shape = tf.shape(x_TxBxN)
     z = tf.matmul(tf.reshape(x_TxBxN, (-1, w_NxM.shape[0])), w_NxM)
@@ -125,7 +130,11 @@ def _product(x_TxBxN: Any, w_NxM: Any) -> Any:
 
 
 def recurrence(
-    z_TxBxG: Any, kernel_HxG: Any, state: list[Any], mask_TxBx1: Any, products: Callable[[Any], Products]
+    z_TxBxG: tf.Tensor,
+    kernel_HxG: tf.Tensor,
+    state: list[Any],
+    mask_TxBx1: tf.Tensor,
+    products: Callable[[Any], Products],
 ) -> tuple[Any, Any, Any]:
     """The states h of all steps, (T, B, H), and the last h and c, with a custom gradient.
 
@@ -138,12 +147,12 @@ def recurrence(
     """
 
     @tf.custom_gradient  # type: ignore[untyped-decorator]
-    def run(z_TxBxG: Any, kernel_HxG: Any, h_BxH: Any, c_BxH: Any) -> Any:
+    def run(z_TxBxG: tf.Tensor, kernel_HxG: tf.Tensor, h_BxH: tf.Tensor, c_BxH: tf.Tensor) -> Any:
         product = products(kernel_HxG)
         h_TxBxH, last_h_BxH, last_c_BxH, saved = _forward(z_TxBxG, product, h_BxH, c_BxH, mask_TxBx1)
         h_TxBxH = product.whole(h_TxBxH)
 
-        def backward(dh_TxBxH: Any, dlast_h_BxH: Any, dlast_c_BxH: Any, *_: Any) -> Any:
+        def backward(dh_TxBxH: tf.Tensor, dlast_h_BxH: tf.Tensor, dlast_c_BxH: tf.Tensor, *_: Any) -> Any:
             upstream = product.own(dh_TxBxH), dlast_h_BxH, dlast_c_BxH
             dz_TxBxG, dh_BxH, dc_BxH = _backward(*upstream, product, mask_TxBx1, saved)
             # Two products, so that h is not copied to prepend the initial state.
@@ -183,7 +192,7 @@ class Products:
     units of h; `whole` and `own` convert between these and all units.
     """
 
-    def __init__(self, kernel_HxG: Any) -> None:
+    def __init__(self, kernel_HxG: tf.Tensor) -> None:
         self.kernel_HxG = kernel_HxG
 
     def whole(self, h: Any) -> Any:
@@ -194,7 +203,7 @@ class Products:
         """Return the units that the loops have on this rank."""
         return dh
 
-    def forward(self, h_BxH: Any) -> Any:
+    def forward(self, h_BxH: tf.Tensor) -> Any:
         """The product h R, (B, G)."""
         return self.product(self.whole(h_BxH), self.kernel_HxG)
 
@@ -209,11 +218,11 @@ class Products:
         kernel_GxH = tf.transpose(self.kernel_HxG)
         return lambda dz_BxG: self.product(dz_BxG, kernel_GxH)
 
-    def kernel_gradient(self, h_TxBxH: Any, dz_TxBxG: Any) -> Any:
+    def kernel_gradient(self, h_TxBxH: tf.Tensor, dz_TxBxG: tf.Tensor) -> Any:
         """The product h^T dz, summed over steps and rows: (H, G)."""
         return self.outer(h_TxBxH, dz_TxBxG)
 
-    def outer(self, x_TxBxN: Any, y_TxBxM: Any) -> Any:
+    def outer(self, x_TxBxN: tf.Tensor, y_TxBxM: tf.Tensor) -> Any:
         """The sum of x^T y over all steps and rows, (N, M), as one product in the kernel's type."""
         x, y = (tf.cast(tf.reshape(a, (-1, a.shape[2])), self.kernel_HxG.dtype) for a in (x_TxBxN, y_TxBxM))
         return tf.matmul(x, y, transpose_a=True)
@@ -225,34 +234,36 @@ class _DroppedProducts(Products):
     One mask per gate, the same in all steps (Gal & Ghahramani 2016).
     """
 
-    def __init__(self, kernel_HxG: Any, masks_BxH: list[Any]) -> None:
+    def __init__(self, kernel_HxG: tf.Tensor, masks_BxH: list[Any]) -> None:
         super().__init__(kernel_HxG)
         self.masks_BxH = masks_BxH
         self.kernels_HxH = tf.split(kernel_HxG, 4, axis=1)
 
-    def forward(self, h_BxH: Any) -> Any:
+    def forward(self, h_BxH: tf.Tensor) -> Any:
         gates = zip(self.masks_BxH, self.kernels_HxH, strict=True)
         return tf.concat([self.product(h_BxH * mask, kernel) for mask, kernel in gates], axis=1)
 
     def backward(self) -> Callable[[Any], Any]:
         transposed_HxH = [tf.transpose(kernel) for kernel in self.kernels_HxH]
 
-        def product(dz_BxG: Any) -> Any:
+        def product(dz_BxG: tf.Tensor) -> Any:
             gates = zip(tf.split(dz_BxG, 4, axis=1), transposed_HxH, self.masks_BxH, strict=True)
             return sum(self.product(dz_BxH, kernel) * mask for dz_BxH, kernel, mask in gates)
 
         return product
 
-    def kernel_gradient(self, h_TxBxH: Any, dz_TxBxG: Any) -> Any:
+    def kernel_gradient(self, h_TxBxH: tf.Tensor, dz_TxBxG: tf.Tensor) -> Any:
         gates = zip(tf.split(dz_TxBxG, 4, axis=2), self.masks_BxH, strict=True)
         return tf.concat([self.outer(h_TxBxH * mask, dz_TxBxH) for dz_TxBxH, mask in gates], axis=1)
 
 
-def _forward(z_TxBxG: Any, product: Products, h_BxH: Any, c_BxH: Any, mask_TxBx1: Any) -> tuple[Any, ...]:
+def _forward(
+    z_TxBxG: tf.Tensor, product: Products, h_BxH: tf.Tensor, c_BxH: tf.Tensor, mask_TxBx1: tf.Tensor
+) -> tuple[Any, ...]:
     """All steps: the states h (T, B, H), the last h and c, and the values saved for the backward pass."""
     T = z_TxBxG.shape[0] or tf.shape(z_TxBxG)[0]
 
-    def step(t: Any, h_BxH: Any, c_BxH: Any, arrays: Any) -> Any:
+    def step(t: Any, h_BxH: tf.Tensor, c_BxH: tf.Tensor, arrays: Any) -> Any:
         i, f, g, o = tf.split(z_TxBxG[t] + product.forward(h_BxH), 4, axis=1)
         i, f, g, o = tf.sigmoid(i), tf.sigmoid(f), tf.tanh(g), tf.sigmoid(o)
         new_c_BxH = f * c_BxH + i * g
@@ -271,7 +282,12 @@ def _forward(z_TxBxG: Any, product: Products, h_BxH: Any, c_BxH: Any, mask_TxBx1
 
 
 def _backward(
-    dh_TxBxH: Any, dh_BxH: Any, dc_BxH: Any, product: Products, mask_TxBx1: Any, saved: list[Any]
+    dh_TxBxH: tf.Tensor,
+    dh_BxH: tf.Tensor,
+    dc_BxH: tf.Tensor,
+    product: Products,
+    mask_TxBx1: tf.Tensor,
+    saved: list[Any],
 ) -> tuple[Any, Any, Any]:
     """All steps from the last to the first.
 
@@ -290,7 +306,7 @@ def _backward(
     product_with_dz = product.backward()
     dsigmoid, dtanh = tf.raw_ops.SigmoidGrad, tf.raw_ops.TanhGrad
 
-    def step(t: Any, dh_BxH: Any, dc_BxH: Any, dz_array: Any) -> Any:
+    def step(t: Any, dh_BxH: tf.Tensor, dc_BxH: tf.Tensor, dz_array: Any) -> Any:
         t = t - 1
         i, f, g, o, tanh_c, c_BxH = (array.read(t) for array in saved)
         dh_BxH = dh_BxH + dh_TxBxH[t]

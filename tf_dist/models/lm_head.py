@@ -36,7 +36,7 @@ class LanguageModelHead:
 
 
 def with_head(
-    tokens_BxT: Any, states_BxTxD: Any, embedding: keras.layers.ReversibleEmbedding, name: str
+    tokens_BxT: tf.Tensor, states_BxTxD: tf.Tensor, embedding: keras.layers.ReversibleEmbedding, name: str
 ) -> keras.Model:
     """The model from token ids to logits (B, T, V), with its `LanguageModelHead` attached."""
     model = keras.Model(tokens_BxT, embedding(states_BxTxD, reverse=True), name=name)

@@ -81,7 +81,7 @@ class FusedOptimizer:
         signature = [tf.TensorSpec((sum(sizes),), tf.float32), tf.TensorSpec((), tf.float32)]
         self._step = tf.function(self._graph, signature, jit_compile=compiled, autograph=False)
 
-    def apply(self, gradient_P: Any, scale: Any) -> None:
+    def apply(self, gradient_P: np.ndarray | tf.Tensor, scale: Any) -> None:
         """Take one step with ``scale * gradient``, (P,) float32."""
         self._step(gradient_P, scale)
 
@@ -97,7 +97,7 @@ class FusedOptimizer:
     def give_back(self) -> None:
         """Restore the optimizer's own variables, as after separate updates; `apply` may be called again."""
 
-    def _graph(self, gradient_P: Any, scale: Any) -> None:
+    def _graph(self, gradient_P: tf.Tensor, scale: Any) -> None:
         raise NotImplementedError
 
 
@@ -118,7 +118,7 @@ class VariableStep(FusedOptimizer):
         super().__init__(optimizer, variables, total >= FUSED_FROM if fused is None else fused)
         self.reason = reason
 
-    def _graph(self, gradient_P: Any, scale: Any) -> None:
+    def _graph(self, gradient_P: tf.Tensor, scale: Any) -> None:
         scaled_P = gradient_P * scale
         pairs = zip(self.parts, self.variables, strict=True)
         gradients = [tf.reshape(scaled_P[part.start : part.stop], one.shape) for part, one in pairs]
@@ -156,7 +156,7 @@ class BlockStep(FusedOptimizer):
         self._in_place = tf.function(self._in_place_graph, jit_compile=fused, autograph=False)
         self._together = tf.function(self._together_graph, jit_compile=fused, autograph=False)
 
-    def apply(self, gradient_P: Any, scale: Any) -> None:
+    def apply(self, gradient_P: np.ndarray | tf.Tensor, scale: Any) -> None:
         """Take one step with ``scale * gradient``, (P,) float32."""
         for slots in chain.from_iterable(group.values() for group in self._flat):
             slots.take()
@@ -175,7 +175,7 @@ class BlockStep(FusedOptimizer):
         number = {i: size // TOGETHER for i, size in zip(small, sizes, strict=True)}
         return large, [list(group) for _, group in groupby(small, key=number.__getitem__)]
 
-    def _graph(self, gradient_P: Any, scale: Any) -> None:
+    def _graph(self, gradient_P: tf.Tensor, scale: Any) -> None:
         optimizer = self.optimizer
         rate = tf.convert_to_tensor(optimizer.learning_rate)
         decays = [elementwise.decays(optimizer, variable) for variable in self.variables]

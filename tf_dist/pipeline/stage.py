@@ -40,7 +40,7 @@ class StageVariant:
 class StageInputs(NamedTuple):
     """Inputs of a micro-batch: targets (B, T), the number that counts, generator states (G, 2)."""
 
-    y_BxT: Any
+    y_BxT: tf.Tensor
     count: Any
     states: Any
 
@@ -149,7 +149,7 @@ class Stage:
             steps = [inputs[:4], inputs[4:], *nothing]
             self._kept = GraphCuts(self.traced, steps, [[found["out"]], *backward])
 
-    def _graph(self, x: Any, y_BxT: Any, count: Any, states: Any, dy: Any = None) -> dict[str, Any]:
+    def _graph(self, x: Any, y_BxT: tf.Tensor, count: Any, states: Any, dy: Any = None) -> dict[str, Any]:
         """Outputs, and gradients of the input and of each run of variables."""
         pairs = [(one, tf.cast(states[i], one.dtype)) for i, one in enumerate(self._generators)]
         variables = [variable.value for variable in self.segment.trainable]
@@ -184,7 +184,7 @@ class Stage:
 
     # Without gradients ---------------------------------------------------------------------------
 
-    def evaluate(self, x: Any, y_BxT: Any) -> Any:
+    def evaluate(self, x: Any, y_BxT: tf.Tensor) -> Any:
         """The results of `forward`, without dropout, saving nothing."""
         if not self.way.last:
             return self._compiled("evaluate", self._outputs, self.x)(tf.convert_to_tensor(x))
@@ -208,5 +208,5 @@ class Stage:
     def _logits(self, x: Any) -> Any:
         return tf.cast(self._outputs(x), tf.float32)
 
-    def _sums(self, x: Any, y_BxT: Any) -> Any:
+    def _sums(self, x: Any, y_BxT: tf.Tensor) -> Any:
         return loss_and_sums(self.segment.model, x, y_BxT, training=False)[1]

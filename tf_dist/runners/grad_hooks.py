@@ -91,7 +91,7 @@ def hooked_gradients(replica: Replica, buckets: BucketSink) -> Callable[..., Any
     # Created here, where AutoGraph does not rewrite them.
     hooks = [_hook(buckets, number) for number in range(len(buckets.divided))]
 
-    def graph(x_BxT: Any, y_BxT: Any, states: Any) -> Any:
+    def graph(x_BxT: tf.Tensor, y_BxT: tf.Tensor, states: Any) -> Any:
         parts, sums = replica.gradients_and_sums(x_BxT, y_BxT, states)
         for hook, bucket in zip(hooks, buckets.divided, strict=True):
             # Stateful, so TensorFlow runs these calls in program order.

@@ -25,7 +25,7 @@ CHUNKED_FROM = 1 << 25
 CHUNK = 1 << 24
 
 
-def loss_and_sums(model: keras.Model, x_BxT: Any, y_BxT: Any, training: bool) -> tuple[Any, Any]:
+def loss_and_sums(model: keras.Model, x_BxT: tf.Tensor, y_BxT: tf.Tensor, training: bool) -> tuple[Any, Any]:
     """The summed loss in nats, and (3,) float32: that, the number of targets, how many had the highest logit.
 
     Args:
@@ -42,7 +42,7 @@ def loss_and_sums(model: keras.Model, x_BxT: Any, y_BxT: Any, training: bool) ->
     return _from_states(head.trunk(x_BxT, training=training), head.table(), y_BxT, training)
 
 
-def _from_logits(logits_BxTxV: Any, y_BxT: Any) -> tuple[Any, Any]:
+def _from_logits(logits_BxTxV: tf.Tensor, y_BxT: tf.Tensor) -> tuple[Any, Any]:
     logits_BxTxV = tf.cast(logits_BxTxV, tf.float32)
     counted_BxT = y_BxT != IGNORED
     correct = _count(tf.equal(tf.argmax(logits_BxTxV, axis=-1, output_type=tf.int32), y_BxT))
@@ -55,7 +55,11 @@ def _from_logits(logits_BxTxV: Any, y_BxT: Any) -> tuple[Any, Any]:
 
 
 def _from_shared_head(
-    head: LanguageModelHead, embedding: VocabularyParallelEmbedding, x_BxT: Any, y_BxT: Any, training: bool
+    head: LanguageModelHead,
+    embedding: VocabularyParallelEmbedding,
+    x_BxT: tf.Tensor,
+    y_BxT: tf.Tensor,
+    training: bool,
 ) -> tuple[Any, Any]:
     """The loss with a partitioned vocabulary: no rank ever has the logits of all of it."""
     comm, parts = embedding.comm, embedding.parts
@@ -65,9 +69,9 @@ def _from_shared_head(
 
 
 def _from_states(
-    states_BxTxD: Any,
-    table_VxD: Any,
-    y_BxT: Any,
+    states_BxTxD: tf.Tensor,
+    table_VxD: tf.Tensor,
+    y_BxT: tf.Tensor,
     training: bool,
     cross_entropy: Callable[[Any, Any], tuple[Any, Any, Any]] | None = None,
     widest: int = 0,
@@ -92,7 +96,7 @@ def _from_states(
     states_NxD = tf.where(counted_N[:, None], tf.reshape(states_BxTxD, (-1, states_BxTxD.shape[2])), 0)
 
     @tf.custom_gradient  # type: ignore[untyped-decorator]
-    def run(states_NxD: Any, table_VxD: Any) -> Any:
+    def run(states_NxD: tf.Tensor, table_VxD: tf.Tensor) -> Any:
         C = -(-y_N.shape[0] * (widest or table_VxD.shape[0]) // CHUNK)
         made = _chunk_by_chunk(states_NxD, table_VxD, y_N, training, C, cross_entropy or _cross_entropy)
         sums, dstates_NxD, dtable_VxD = made
@@ -107,7 +111,7 @@ def _from_states(
     return loss, tf.stack([loss, _count(counted_N), correct])
 
 
-def _cross_entropy(logits_SxV: Any, y_S: Any) -> tuple[Any, Any, Any]:
+def _cross_entropy(logits_SxV: tf.Tensor, y_S: tf.Tensor) -> tuple[Any, Any, Any]:
     """Losses, their gradients for the logits, and which targets have the highest logit."""
     right_S = tf.equal(tf.argmax(logits_SxV, axis=-1, output_type=tf.int32), y_S)
     with tf.control_dependencies([right_S]):
@@ -118,9 +122,9 @@ def _cross_entropy(logits_SxV: Any, y_S: Any) -> tuple[Any, Any, Any]:
 
 
 def _chunk_by_chunk(
-    states_NxD: Any,
-    table_VxD: Any,
-    y_N: Any,
+    states_NxD: tf.Tensor,
+    table_VxD: tf.Tensor,
+    y_N: tf.Tensor,
     training: bool,
     C: int,
     cross_entropy: Callable[[Any, Any], tuple[Any, Any, Any]],
@@ -132,7 +136,7 @@ def _chunk_by_chunk(
     y_CxS = tf.reshape(tf.pad(y_N, ((0, C * S - N),), constant_values=IGNORED), (C, S))
     short_VxD = tf.cast(table_VxD, states_NxD.dtype)  # the type that the model computes in
 
-    def step(c: Any, sums: Any, dtable_VxD: Any, dstates: Any) -> Any:
+    def step(c: Any, sums: Any, dtable_VxD: tf.Tensor, dstates: Any) -> Any:
         states_SxD, y_S = states_CxSxD[c], y_CxS[c]
         logits_SxV = tf.cast(tf.matmul(states_SxD, short_VxD, transpose_b=True), tf.float32)
         losses_S, dlogits_SxV, right_S = cross_entropy(logits_SxV, y_S)

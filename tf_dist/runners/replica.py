@@ -103,11 +103,11 @@ class FlatParameters:
         comm.broadcast(weights)
         self.write_weights(weights)
 
-    def _write_graph(self, weights_P: Any) -> None:
+    def _write_graph(self, weights_P: tf.Tensor) -> None:
         for variable, value in zip(self.variables, self._split(weights_P), strict=True):
             variable.assign(value)
 
-    def _split(self, flat_P: Any) -> list[Any]:
+    def _split(self, flat_P: tf.Tensor) -> list[Any]:
         parts = tf.split(flat_P, self.layout.sizes)
         return [tf.reshape(part, shape) for part, shape in zip(parts, self.layout.shapes, strict=True)]
 
@@ -218,11 +218,11 @@ class Replica(FlatParameters):
         """The sums of `gradients`, without dropout and without a gradient."""
         return np.asarray(self._evaluate(x_BxT, y_BxT), np.float64)
 
-    def _gradients_graph(self, x_BxT: Any, y_BxT: Any, states: Any) -> tuple[Any, Any]:
+    def _gradients_graph(self, x_BxT: tf.Tensor, y_BxT: tf.Tensor, states: Any) -> tuple[Any, Any]:
         parts, sums = self.gradients_and_sums(x_BxT, y_BxT, states)
         return concat(parts), sums
 
-    def gradients_and_sums(self, x_BxT: Any, y_BxT: Any, states: Any) -> tuple[list[Any], Any]:
+    def gradients_and_sums(self, x_BxT: tf.Tensor, y_BxT: tf.Tensor, states: Any) -> tuple[list[Any], Any]:
         """Inside a graph: the gradient of each trainable variable, dense, and the sums of `gradients`."""
         for i, variable in enumerate(generator_states(self.model)):
             variable.assign(tf.cast(states[i], variable.dtype))
@@ -235,7 +235,7 @@ class Replica(FlatParameters):
         parts = tape.gradient(loss, variables, unconnected_gradients=tf.UnconnectedGradients.ZERO)
         return [tf.convert_to_tensor(part) for part in parts], sums
 
-    def _evaluate_graph(self, x_BxT: Any, y_BxT: Any) -> Any:
+    def _evaluate_graph(self, x_BxT: tf.Tensor, y_BxT: tf.Tensor) -> Any:
         return loss_and_sums(self.model, x_BxT, y_BxT, training=False)[1]
 
 

@@ -44,7 +44,7 @@ class OneBitAdam:
         """As in `tf_dist.strategies.compressed.MomentumStep`."""
         self._step(as_tensor(momentum))
 
-    def _graph(self, momentum_P: Any) -> None:
+    def _graph(self, momentum_P: tf.Tensor) -> None:
         optimizer = self.optimizer
         rate = tf.convert_to_tensor(optimizer.learning_rate)
         step = tf.cast(optimizer.iterations + 1, tf.float32)

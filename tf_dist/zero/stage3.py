@@ -188,12 +188,12 @@ class SegmentFunctions:
         with self._scope(None, weights):
             return self._segment.model(came, training=False)
 
-    def _sums_graph(self, came: Any, y_BxT: Any, weights: Any) -> Any:
+    def _sums_graph(self, came: Any, y_BxT: tf.Tensor, weights: Any) -> Any:
         with self._scope(None, weights):
             return loss_and_sums(self._segment.model, came, y_BxT, training=False)[1]
 
     def _backward_graph(
-        self, states: Any, came: Any, wanted: Any, y_BxT: Any, weights: Any, held: Any
+        self, states: Any, came: Any, wanted: Any, y_BxT: tf.Tensor, weights: Any, held: Any
     ) -> tuple[Any, Any, Any]:
         """Gradients of the input and of the weights, and the sums of the loss.
 
