@@ -14,8 +14,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
 from cases import CASES, RANKS
 from runs import environment, hashes, recorded
 
-# Without those of four ranks, whose grids are in test_grids.py too, and what goes on from them.
-CHOSEN = [case for case in CASES if EVERYTHING or (case.ranks < 4 and not case.resumes.startswith("np4"))]
+# Without those of more than two ranks (tests/mpi has uneven shares, test_grids.py the grids) and what goes on
+# from them.
+CHOSEN = [
+    case for case in CASES if EVERYTHING or (case.ranks < 3 and not case.resumes.startswith(("np3", "np4")))
+]
 GROUPS = {one.alike: [case.key for case in CHOSEN if case.alike == one.alike] for one in CHOSEN if one.alike}
 if not EVERYTHING:  # a group of two, of which one is on four ranks, is none
     GROUPS = {group: keys for group, keys in GROUPS.items() if len(keys) > 1}

@@ -11,7 +11,7 @@ from tf_dist.errors import LaunchError
 
 N = MPI.COMM_WORLD.size
 # One rank alone: tests/strategies/test_asynchronous.py.
-pytestmark = pytest.mark.ranks(4)
+pytestmark = pytest.mark.ranks(3)
 WAYS = {
     "easgd": ("easgd", {"asynchrony": {"master_trains": "off"}}),
     "easgd, the master trains": (
