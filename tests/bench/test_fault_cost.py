@@ -29,7 +29,7 @@ def test_shares_of_a_step():
     row = cost.shares(found, tiny(3.0, 4.0))
     assert row["ulfm"] == pytest.approx(1.0) and row["ulfm itself"] == pytest.approx(3.0)
     assert row["watchdog"] == pytest.approx(0.04)
-    assert row["sentinel"] == pytest.approx(0.02)
+    assert row["check"] == pytest.approx(0.02)
     assert row["interval_s"] == pytest.approx((2 * 0.2 * 3600) ** 0.5)
     assert row["checkpoint"] == pytest.approx(100 * 0.2 / row["interval_s"])
     assert row["together"] == pytest.approx(1.06 + row["checkpoint"])

@@ -1,5 +1,5 @@
 """Debug mode: the first collective in which a rank leaves the common order ends the job, and is said once.
-Without it, the sentinel counts.
+Without it, the consistency check counts.
 
 Without TensorFlow: what is compared is how ranks call collectives, whatever they train.
 """
@@ -131,9 +131,9 @@ from tf_dist.comm.runtime import launch
 from tf_dist.training.consistency_check import ConsistencyCheck, ReplicaGroup
 
 comm = launch.join()
-sentinel = ConsistencyCheck(comm, [ReplicaGroup(comm, [])], every=10)
+check = ConsistencyCheck(comm, [ReplicaGroup(comm, [])], every=10)
 for step in range(40):
-    sentinel.watch(step)
+    check.watch(step)
     told = np.full(4, float(step))
     if not (comm.rank == {outvoted} and step == 12):
         comm.{verb}(told)

@@ -1,4 +1,4 @@
-"""The sentinel, the probe and debug mode on real ranks: what is injected into one of them is named by all."""
+"""The consistency check, the probe and debug mode on real ranks: all name what is injected into one of them."""
 
 from pathlib import Path
 from typing import ClassVar
@@ -196,7 +196,7 @@ def test_no_checkpoint_holds_what_ranks_do_not_share(ranks, everyone, tmp_path, 
 
 
 def test_another_number_of_collectives_is_said_by_all(ranks, everyone):
-    """By the trainer's own sentinel; collectives that are really left out are in tests/jobs."""
+    """By the trainer's own consistency check; collectives that are really left out are in tests/jobs."""
     trained = trainer(ranks)
     last = ranks.size - 1
 

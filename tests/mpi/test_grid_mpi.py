@@ -1,4 +1,4 @@
-"""Every grid of these ranks against one rank: training, validation, logits, checkpoints, the sentinel.
+"""Every grid of these ranks against one rank: training, validation, logits, checkpoints, consistency.
 
 The model is small: 4 layers and 12 heads, which 2, 3 and 4 ranks can share.
 """

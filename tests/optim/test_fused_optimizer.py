@@ -292,7 +292,7 @@ def test_tensorflows_checkpoints_while_state_is_lent(tmp_path):
 
 
 def test_what_is_assigned_from_outside_is_used():
-    """A checkpoint, `set_weights` of a callback, the sentinel: between any two steps."""
+    """A checkpoint, `set_weights` of a callback, the consistency check: between any two steps."""
     found = []
     for step_of in (VariableStep, blocks(fused=False), blocks(fused=False, alone_from=100)):
         variables, optimizer = pair(MAKE["adam"])

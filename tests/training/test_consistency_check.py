@@ -1,4 +1,4 @@
-"""The sentinel and the probe, with ranks as threads: who is named, who is restored, what is refused."""
+"""The consistency check and the probe, ranks as threads: who is named, who is restored, what is refused."""
 
 from types import SimpleNamespace
 
@@ -22,7 +22,7 @@ def on_ranks(size, function, kind=ThreadComm):
 
 
 class Value:
-    """What the sentinel needs of a variable."""
+    """What the consistency check needs of a variable."""
 
     def __init__(self, array):
         self.value = array
@@ -92,8 +92,8 @@ def test_two_ranks_wrong_in_different_variables_are_both_restored(size, told):
         variables = three_variables()
         if comm.rank < 2:
             variables[comm.rank][1].value[...] = -1
-        sentinel = ConsistencyCheck(comm, [ReplicaGroup(comm, variables)], on_mismatch="restore")
-        sentinel.compare(1)
+        check = ConsistencyCheck(comm, [ReplicaGroup(comm, variables)], on_mismatch="restore")
+        check.compare(1)
         return [variable.value.tobytes() for _, variable in variables]
 
     right = [variable.value.tobytes() for _, variable in three_variables()]
@@ -117,18 +117,18 @@ def test_one_collective_more_is_named():
     ("every", "expected"), [(0, [0, 1, 2, 3]), (1, list(range(12))), (5, [0, 1, 2, 3, 5, 10])]
 )
 def test_when_it_looks(every, expected):
-    sentinel, looked = ConsistencyCheck(SerialComm(), [], every), []
-    sentinel.compare = looked.append
+    check, looked = ConsistencyCheck(SerialComm(), [], every), []
+    check.compare = looked.append
     for step in range(12):
-        sentinel.watch(step)
+        check.watch(step)
     assert looked == expected
 
 
 def test_a_resumed_run_is_compared_in_its_first_steps():
-    sentinel, looked = ConsistencyCheck(SerialComm(), [], 100), []
-    sentinel.compare = looked.append
+    check, looked = ConsistencyCheck(SerialComm(), [], 100), []
+    check.compare = looked.append
     for step in range(250, 310):
-        sentinel.watch(step)
+        check.watch(step)
     assert looked == [250, 251, 252, 253, 300]
 
 

@@ -23,7 +23,7 @@ FOLDER = runner.FOLDER / "exact"
 RANKS = (1, 2, 3, 4, 8)
 STEPS, HALF = 24, 12
 MODELS = ("lstm", "transformer")
-UPDATES = ("allreduce", "master")
+STRATEGIES = ("allreduce", "master")
 REGIMES: dict[str, list[str]] = {
     "plain": ["--clip-norm", "0", "--dropout", "0"],
     "dropout, clipping": ["--clip-norm", "0.5", "--dropout", "0.2"],
@@ -47,7 +47,7 @@ def main() -> int:
     start(RANKS[0], "resume", stamp, str(RANKS[-1]))
     hashes = {
         run: {ranks: sha256(stamp, ranks, *run) for ranks in RANKS}
-        for run in [(m, u, r) for m in MODELS for u in UPDATES for r in [*REGIMES, RESUMED]]
+        for run in [(m, u, r) for m in MODELS for u in STRATEGIES for r in [*REGIMES, RESUMED]]
     }
     equal = print_hashes(hashes)
     named = {" / ".join(run): by_ranks for run, by_ranks in hashes.items()}
@@ -69,9 +69,9 @@ def start(ranks: int, *words: str) -> None:
     runner.launch(ranks, MODULE, *words, log=FOLDER / f"log-{ranks}-{words[0]}.txt")
 
 
-def run_folder(stamp: str, ranks: int, model: str, update: str, regime: str) -> Path:
+def run_folder(stamp: str, ranks: int, model: str, strategy: str, regime: str) -> Path:
     """Where a run of the table is kept."""
-    return FOLDER / stamp / f"{ranks}-{model}-{update}-{regime.replace(', ', '-').replace(' ', '-')}"
+    return FOLDER / stamp / f"{ranks}-{model}-{strategy}-{regime.replace(', ', '-').replace(' ', '-')}"
 
 
 def sha256(stamp: str, ranks: int, *run: str) -> str:
@@ -87,9 +87,9 @@ def sha256(stamp: str, ranks: int, *run: str) -> str:
 def train_all(ranks: int, stamp: str) -> None:
     """All runs of one number of ranks, in one job: TensorFlow loads once."""
     for model in MODELS:
-        for update in UPDATES:
+        for strategy in STRATEGIES:
             for regime, flags in REGIMES.items():
-                train(stamp, ranks, model, update, regime, [*flags], "never")
+                train(stamp, ranks, model, strategy, regime, [*flags], "never")
     earlier = [other for other in RANKS if other < ranks]
     if earlier:
         resume_all(ranks, stamp, earlier[-1])
@@ -98,18 +98,18 @@ def train_all(ranks: int, stamp: str) -> None:
 def resume_all(ranks: int, stamp: str, earlier: int) -> None:
     """Finish on these ranks what others had half done."""
     for model in MODELS:
-        for update in UPDATES:
+        for strategy in STRATEGIES:
             regime = "dropout, clipping"
-            half = run_folder(stamp, earlier, model, update, regime) / "checkpoints" / f"step-{HALF:08d}"
-            train(stamp, ranks, model, update, RESUMED, REGIMES[regime], str(half))
+            half = run_folder(stamp, earlier, model, strategy, regime) / "checkpoints" / f"step-{HALF:08d}"
+            train(stamp, ranks, model, strategy, RESUMED, REGIMES[regime], str(half))
 
 
 def train(
-    stamp: str, ranks: int, model: str, update: str, regime: str, flags: list[str], resume: str
+    stamp: str, ranks: int, model: str, strategy: str, regime: str, flags: list[str], resume: str
 ) -> None:
     """One run of ``tf-dist train``."""
-    folder = run_folder(stamp, ranks, model, update, regime)
-    options = ["--model", model, "--update", update, "--resume", resume, "--run-dir", str(folder)]
+    folder = run_folder(stamp, ranks, model, strategy, regime)
+    options = ["--model", model, "--strategy", strategy, "--resume", resume, "--run-dir", str(folder)]
     runpy.run_module(TRAIN)["main"]([*SIZES, *options, *flags])
 
 
@@ -121,10 +121,10 @@ def print_hashes(hashes: dict[tuple[str, str, str], dict[int, str]]) -> bool:
     wanted = {(m, r): hashes[(m, "allreduce", r)][1] for m in MODELS for r in REGIMES}
     wanted |= {(m, RESUMED): wanted[(m, "dropout, clipping")] for m in MODELS}
     rows, all_equal = [], True
-    for (model, update, regime), by_ranks in hashes.items():
+    for (model, strategy, regime), by_ranks in hashes.items():
         equal = [found == wanted[(model, regime)] for found in by_ranks.values()]
         cells = [f"{sha[:8]}{' ' if ok else '!'}" for sha, ok in zip(by_ranks.values(), equal, strict=True)]
-        rows.append([f"{model}, {update}, {regime}", *cells])
+        rows.append([f"{model}, {strategy}, {regime}", *cells])
         all_equal = all_equal and all(equal)
     print("\n" + runner.table(["SHA-256 of the weights", *(f"np {ranks} " for ranks in RANKS)], rows))
     print("all equal to one rank's" if all_equal else "DIFFERENT from one rank's where marked !")

@@ -1,7 +1,7 @@
 """Overhead of bit-exact reduction and of the consistency check.
 
 Trains three models, in turn a step whose gradients are summed in the order of the tree and one with MPI's
-own `Allreduce`, in one job; then times the sentinel's comparison, and both sums alone, on buffers.
+own `Allreduce`, in one job; then times the consistency check, and both sums alone, on buffers.
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ def picture(jobs: list[dict[str, Any]], path: Path) -> Path:
 
 
 def steps_table(jobs: list[dict[str, Any]]) -> str:
-    """Whole training steps, and the sentinel."""
-    head = ["a training step", "ranks", "Allreduce ms", "tree ms", "ratio", "sentinel ms", "per step, %"]
+    """Whole training steps, and the consistency check."""
+    head = ["a training step", "ranks", "Allreduce ms", "tree ms", "ratio", "check ms", "per step, %"]
     rows = [
         [
             *(name, runner.ranks_named(job["ranks"]), f"{found['plain']:.1f}", f"{found['tree']:.1f}"),
-            *(f"{found['tree'] / found['plain']:.3f}", f"{found['sentinel']:.2f}"),
-            f"{100 * found['sentinel_share']:.2f}",
+            *(f"{found['tree'] / found['plain']:.3f}", f"{found['check']:.2f}"),
+            f"{100 * found['check_share']:.2f}",
         ]
         for job in jobs
         for name, found in job["steps"].items()
@@ -120,7 +120,7 @@ def plain_sum(comm: Comm) -> Any:
 
 
 def step_medians(comm: Comm, sizes: dict[str, Any], rows: int, steps: int) -> dict[str, float]:
-    """Median milliseconds of a step with each sum and of the sentinel, and its share at the default."""
+    """Median milliseconds of a step with each sum and of the consistency check, and its default share."""
     from tf_dist.bench.systems import trainer_of
 
     trainer, sequences, sampler = trainer_of(comm, sizes, rows, micro_batches=2)
@@ -133,11 +133,11 @@ def step_medians(comm: Comm, sizes: dict[str, Any], rows: int, steps: int) -> di
     works = {
         "plain": lambda: step(plain),
         "tree": lambda: step(tree),
-        "sentinel": lambda: trainer.consistency_check.compare(trainer.step),
+        "check": lambda: trainer.consistency_check.compare(trainer.step),
     }
     found = runner.interleaved(comm, works, DROPPED + steps, DROPPED)
     comm.allreduce_terms = tree  # type: ignore[method-assign]
-    return found | {"sentinel_share": found["sentinel"] / trainer.consistency_check.every / found["tree"]}
+    return found | {"check_share": found["check"] / trainer.consistency_check.every / found["tree"]}
 
 
 def sum_medians(comm: Comm, length: int) -> dict[str, float]:

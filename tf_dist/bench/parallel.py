@@ -313,7 +313,7 @@ class BenchRun:
         self.trainer.tune()
         self._talk_ms: list[float] = []
         self._bubbles: list[float] = []
-        for _ in range(WARM_UP + 2):  # the first steps are compared by the sentinel
+        for _ in range(WARM_UP + 2):  # the first steps are compared by the consistency check
             self._step()
 
     def _step(self) -> None:

@@ -38,9 +38,9 @@ FIRST = ("sync_warmup_steps", "compression_start")
 
 
 class MeasuredStrategy(NamedTuple):
-    """An update with its options, by the names of `tf_dist.config.Config`."""
+    """A strategy with its options, by the names of `tf_dist.config.Config`."""
 
-    update: str = "allreduce"
+    strategy: str = "allreduce"
     options: dict[str, Any] = {}  # noqa: RUF012 - never changed
 
 

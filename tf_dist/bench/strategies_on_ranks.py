@@ -86,18 +86,18 @@ def trainer_of(
     from tf_dist.training.trainer import Trainer
 
     keras.utils.set_random_seed(1)
-    update, options = NAMES[name]
+    strategy, options = NAMES[name]
     if meeting_every:
         options = {key: value for key, value in options.items() if key not in FIRST}
         if options.get("compression") == "onebit":  # which cannot do without
             options["compression_start"] = 1
-        if "sync_every" in options and STRATEGIES[update].traits.lockstep:
+        if "sync_every" in options and STRATEGIES[strategy].traits.lockstep:
             options["sync_every"] = meeting_every
         if "outer_delay" in options:  # it must fit between meetings
             options["outer_delay"] = 1
     usual = {"optimizer_args": {"beta_2": 0.99}, "warmup_steps": min(100, steps // 5)}
     config = Config(
-        **models.RECIPES[model].sizes, vocab_size=models.VOCABULARY, strategy=update, steps=steps,
+        **models.RECIPES[model].sizes, vocab_size=models.VOCABULARY, strategy=strategy, steps=steps,
         **{**usual, **options},
     )  # fmt: skip
     built = build(config)
@@ -142,7 +142,7 @@ def learn(
     if report is not None and report.file:  # a master's, which only rank 0 has
         more["master"] = report.facts
     # Whole sums of this node's ranks are made in a window, which sends nothing.
-    plain = NAMES[name].update == "allreduce" and "compression" not in NAMES[name].options
+    plain = NAMES[name].strategy == "allreduce" and "compression" not in NAMES[name].options
     whole = steps if plain else NAMES[name].options.get("compression_start", 0)
     if whole:
         each = bytes_of_a_step(comm, model, tokens)

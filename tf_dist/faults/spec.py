@@ -13,8 +13,8 @@ VARIABLE = "TF_DIST_FAULT"
 # Injection points, in the order of a run.
 PHASES = {
     "load": "a checkpoint is about to be read",
-    "step": "a step begins; the sentinel has not looked yet",
-    "forward": "the sentinel has looked; no gradient is made yet",
+    "step": "a step begins; replicas have not been compared yet",
+    "forward": "replicas have been compared; no gradient is made yet",
     "gradient": "this rank's gradients are made; the others have not got them",
     "allreduce": "losses are summed over ranks, gradients are not",
     "update": "gradients are summed, weights are the old ones",

@@ -89,10 +89,10 @@ def shares(found: Jobs, tiny: Jobs) -> dict[str, float]:
         "ulfm": 100 * max(0.0, tiny_ulfm_ms - tiny_ms) / step_ms,
         "ulfm itself": 100 * (ulfm_ms / step_ms - 1),
         "watchdog": 100 * middle["beat"] / 1e3 / jobs[0]["beat_every_s"],
-        "sentinel": 100 * middle["compare"] / jobs[0]["check_every"] / step_ms,
+        "check": 100 * middle["compare"] / jobs[0]["check_every"] / step_ms,
         "checkpoint": 100 * cost_s / interval_s if interval_s else 0.0,
     }
-    together = row["ulfm"] + row["watchdog"] + row["sentinel"] + row["checkpoint"]
+    together = row["ulfm"] + row["watchdog"] + row["check"] + row["checkpoint"]
     more = {"save ms": middle["save"], "exposed ms": middle["exposed"], "copies ms": middle["copies"]}
     return row | more | {"together": together, "interval_s": interval_s}
 
@@ -105,7 +105,7 @@ def table(names: Sequence[str], rows: Sequence[dict[str, float]]) -> str:
         "ULFM",
         "(itself)",
         "watchdog",
-        "sentinel",
+        "check",
         "a save, ms",
         "(waited)",
         "interval, s",
@@ -119,7 +119,7 @@ def table(names: Sequence[str], rows: Sequence[dict[str, float]]) -> str:
                 f"({row['ulfm itself']:+.1f})",
                 f"{row['watchdog']:.2f}",
             ),
-            *(f"{row['sentinel']:.2f}", f"{row['save ms']:.0f}", f"({row['exposed ms']:.0f})"),
+            *(f"{row['check']:.2f}", f"{row['save ms']:.0f}", f"({row['exposed ms']:.0f})"),
             *(f"{row['interval_s']:.0f}", f"{row['checkpoint']:.2f}", f"{row['together']:.1f}"),
             f"{row['copies ms']:.0f}",
         ]

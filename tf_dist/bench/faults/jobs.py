@@ -52,11 +52,11 @@ LONGER = (
 LIMIT_S = 300.0
 KILLS, KILL_EVERY_S = 3, 60.0
 OTHERS = (
-    ("--update", "zero"),
-    ("--update", "zero", "--zero-stage", "3"),
-    ("--update", "master"),
+    ("--strategy", "zero"),
+    ("--strategy", "zero", "--zero-stage", "3"),
+    ("--strategy", "master"),
     ("--tensor-parallel", "2"),
-    ("--update", "zero", "--replicate", "1"),
+    ("--strategy", "zero", "--replicate", "1"),
     ("--pipeline-parallel", "2", "--replicate", "1"),
 )
 # Sums over ranks that share a model are in another order: weights are near the calm job's, by rounding.
@@ -271,7 +271,7 @@ def by_hosts(seeds: int, calm: str) -> Iterator[Line]:
     if check.returncode:
         yield Line(f"two hosts: {check.stderr.strip()}", 0, 0)
         return
-    for flags, whole_host in (((), False), (("--update", "zero", "--replicate", "1"), True)):
+    for flags, whole_host in (((), False), (("--strategy", "zero", "--replicate", "1"), True)):
         ended = [over_hosts(flags, seed, whole_host) for seed in range(seeds)]
         who = "a host's 2 of 4" if whole_host else "1 of 4 on 2 hosts"
         good = sum(one.weights == calm for one in ended)
