@@ -1,4 +1,4 @@
-"""The consistency check, the probe and debug mode on real ranks: all name what is injected into one of them."""
+"""The consistency check, the probe and debug mode on real ranks: all name what is injected into one."""
 
 from pathlib import Path
 from typing import ClassVar
