@@ -13,7 +13,7 @@ SYNCHRONOUS, LOCAL_SGD, ASYNCHRONOUS = (
     f"tests/strategies/test_{name}.py" for name in ("synchronous", "local_sgd", "asynchronous")
 )
 
-OBJECTIVE = "np 3: tests/mpi/test_fit_objective_mpi.py"
+OBJECTIVE, STATES = "np 3: tests/mpi/test_fit_objective_mpi.py", "np 2: tests/mpi/test_fit_states_mpi.py"
 
 # fmt: off
 OF_RANKS = (
@@ -218,6 +218,18 @@ OF_RANKS = (
         "laws-where-all-is-zero", "tf_dist/keras_fit/objective.py",
         "    moved = True\n", "    moved = False\n",
         "a penalty that vanishes in the dry run is weighed by ranks", (OBJECTIVE,),
+    ),
+    Mutant(
+        "state-of-own-rows", "tf_dist/keras_fit/objective.py",
+        "        if differing[taken]:", "        if False and differing[taken]:",
+        "a layer that counts rows counts those of its rank", (STATES,),
+        caught_by="np 2: test_fit_states_mpi.py::test_a_state_of_each_rank_s_own_rows_is_refused",
+    ),
+    Mutant(
+        "generator-read-ahead", "tf_dist/keras_fit/generators.py",
+        "* at_once * epochs", "* at_once * epochs * 9",
+        "a second fit with a generator begins with another batch on each rank", (STATES,),
+        caught_by="np 2: test_fit_states_mpi.py::test_a_generator_is_read_as_far_as_is_trained",
     ),
     Mutant(
         "residual-not-folded", f"{STRATEGIES}/compressed_sum.py",

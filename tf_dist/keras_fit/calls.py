@@ -47,6 +47,7 @@ from tf_dist.keras_fit.fit_session import (
     session_of,
     under_way,
 )
+from tf_dist.keras_fit.generators import read_no_further
 from tf_dist.keras_fit.optimizers_of import distributed_of, optimizers_of
 from tf_dist.keras_fit.rendezvous import PATIENCE_S, missing_ranks
 from tf_dist.keras_fit.unweighted import without_weights
@@ -83,7 +84,8 @@ def _fit(fit: Method) -> Method:
         session.in_fit = True
         try:
             # Whoever builds an optimizer on one rank only (`BackupAndRestore`): `begin` shares all state.
-            with under_way(Call(comm, training=True)), deferred_starts():
+            epochs = int(given.get("epochs", 1)) - int(given.get("initial_epoch", 0))
+            with under_way(Call(comm, training=True, epochs=epochs)), deferred_starts():
                 check_meaning(self, comm, _facts(given))
                 history = fit(self, *arguments, **words)
         finally:
@@ -214,6 +216,9 @@ def _epoch_iterator(original: Method) -> Method:
         alike = call is not None and call.training and call.comm is not None
         with _alike_on_all_ranks(call.comm) if alike and call is not None and call.comm else nullcontext():
             original(self, distribute_strategy, *arguments, **words)
+        if call is not None:
+            # Keras gives class_weight, be it None, to the batches of training alone.
+            read_no_further(self, call.epochs if "class_weight" in words else 1)
         _share_out(self, comm, sharding, direct)
 
     return init

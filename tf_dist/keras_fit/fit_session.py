@@ -49,10 +49,12 @@ class Call:
     Attributes:
         comm: the ranks that share the rows of data that are not of `shard`; None: each has all rows.
         training: whether it is ``fit``.
+        epochs: of training.
     """
 
     comm: Comm | None
     training: bool
+    epochs: int = 1
 
 
 _local = threading.local()

@@ -1,20 +1,17 @@
-"""Is the objective of N ranks that of one process? Found by a dry run of the user's own code.
+"""Are gradients and states of N ranks those of one process? Found by a dry run of the user's own code.
 
 A dry run takes a few rows of each rank through the user's own ``train_step``, without stepping: once on
 every rank with the rows of all (what one process would compute), and over the ranks by each `Law`, until
-one gives the same gradients. If none does, training is refused before its first step. Random layers draw
-fixed numbers meanwhile, weights are moved a little, for some terms vanish where weights are zero, and all
-variables are put back.
+one gives the same gradients. If none does, or if weights that layers change by themselves become others,
+training is refused before its first step. Random layers draw fixed numbers meanwhile, weights are moved a
+little, for some terms vanish where weights are zero, and all variables are put back.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import count
-from typing import Any
-from unittest import mock
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -24,12 +21,12 @@ from tf_dist.comm.transport.base import Comm, SerialComm
 from tf_dist.errors import LaunchError, UsageError, behind
 from tf_dist.keras_callbacks.replica_sync import deferred_starts
 from tf_dist.keras_fit import rank_randomness
+from tf_dist.keras_fit.dry_run import eagerly, put_back
 from tf_dist.keras_fit.fit_session import FitSession
 from tf_dist.keras_fit.global_losses import is_users, is_users_code
 from tf_dist.keras_fit.gradient_law import by_law
 from tf_dist.keras_fit.gradient_reduction import Reduction
 from tf_dist.keras_fit.names import name_of
-from tf_dist.keras_fit.optimizers_of import optimizers_of
 from tf_dist.keras_fit.row_exchange import first_rows, rows_again, rows_of_all, rows_reversed
 from tf_dist.keras_fit.step_scope import Law, StepScope, entered
 
@@ -65,6 +62,13 @@ Step = Callable[[Any], Any]
 Gradients = list[tuple[str, np.ndarray | None]]
 
 
+class Tried(NamedTuple):
+    """What a step has come to: the gradients, and by path how weights that are not trained have changed."""
+
+    gradients: Gradients
+    changes: dict[str, np.ndarray]
+
+
 def is_keras_alone(model: Any) -> bool:
     """Whether no code of the user computes the objective: then `Law()` holds by construction."""
     if any(_module(getattr(type(model), name)) != "keras" for name in ("train_step", "compute_loss", "loss")):
@@ -97,7 +101,7 @@ def decided(model: Any, step: Step, data: Any, session: FitSession) -> Law:
     everyones = rows_of_all(mine, comm)
     moved = True
     expected, error = _alone(model, step, everyones, moved)
-    if not all(comm.allgather_obj(not error and _is_finite(expected))):  # not with any weights
+    if not all(comm.allgather_obj(not error and _is_finite(expected.gradients))):  # not with any weights
         moved = False
         expected, error = _alone(model, step, everyones, moved)
     errors = [one for one in comm.allgather_obj(error) if one]
@@ -107,20 +111,26 @@ def decided(model: Any, step: Step, data: Any, session: FitSession) -> Law:
             f"which failed: {errors[0]}"
         )
     tried, failures, sure = [], [], min(SURE.get(kind, 0.0) for kind in _compute_dtypes(model))
+    differing: list[str] = []
     for law in LAWS:
         found, failure = _over_ranks(model, step, mine, session, law, moved)
-        results = comm.allgather_obj([_difference(expected, found), failure])
-        tried.append(max(difference for difference, _ in results))
+        apart = float("inf") if found is None else _difference(expected.gradients, found.gradients)
+        results = comm.allgather_obj([apart, failure, _other_state(model, expected, found)])
+        tried.append(max(difference for difference, *_ in results))
+        differing.append(next((state for *_, state in results if state), ""))
         if tried[-1] <= sure:
             break
-        failures += [theirs for _, theirs in results if theirs]
+        failures += [theirs for _, theirs, _ in results if theirs]
     # A small term that adds up otherwise (a penalty of 1 %) must not pass for rounding: the closest law.
     closest = min(tried)
     if closest <= sure or closest <= _tolerance(
         model, _rounding(model, step, everyones, expected, moved, comm)
     ):
         alike = ALIKE * max(closest, sure)
-        return next(law for law, apart in zip(LAWS, tried, strict=False) if apart <= alike)
+        taken = next(place for place, apart in enumerate(tried) if apart <= alike)
+        if differing[taken]:
+            raise UsageError(_refusal_of_state(model, differing[taken]))
+        return LAWS[taken]
     raise UsageError(_refusal(model, closest, failures))
 
 
@@ -142,7 +152,7 @@ def built_by_a_step(model: Any, step: Step, data: Any) -> str:
     """
     scope = StepScope(Reduction(SerialComm()), ONE_PROCESS, True, first_rows(data, 2), captured=[])
     try:
-        with _put_back(model), _eagerly(), deferred_starts(), entered(scope):
+        with put_back(model), eagerly(), deferred_starts(), entered(scope):
             step(scope.data)
     except Exception as error:
         return _first_line(error)
@@ -153,21 +163,21 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 
-def _alone(model: Any, step: Step, data: Any, moved: bool) -> tuple[Gradients, str]:
+def _alone(model: Any, step: Step, data: Any, moved: bool) -> tuple[Tried, str]:
     scope = StepScope(Reduction(SerialComm()), ONE_PROCESS, True, data, captured=[])
     try:
         return _tried(model, step, scope, moved), ""
     except Exception as error:
-        return [], _first_line(error)
+        return Tried([], {}), _first_line(error)
 
 
 def _over_ranks(
     model: Any, step: Step, data: Any, session: FitSession, law: Law, moved: bool
-) -> tuple[Gradients | None, str]:
-    """The gradients of all ranks by a law; None, and what was said, where the step fails by it."""
+) -> tuple[Tried | None, str]:
+    """What all ranks come to by a law; None, and what was said, where the step fails by it."""
     scope, failure = StepScope(session.reduction, law, True, data, captured=[]), ""
     try:
-        found: Gradients | None = _tried(model, step, scope, moved)
+        found: Tried | None = _tried(model, step, scope, moved)
     except Exception as error:
         if isinstance(behind(error), LaunchError):
             return None, ""  # another rank has failed, and says so
@@ -179,9 +189,10 @@ def _over_ranks(
     return found, failure
 
 
-def _tried(model: Any, step: Step, scope: StepScope, moved: bool) -> Gradients:
+def _tried(model: Any, step: Step, scope: StepScope, moved: bool) -> Tried:
     found: Gradients = []
-    with _put_back(model), _eagerly(), rank_randomness.none(), deferred_starts(), entered(scope):
+    states = [(one, np.array(one.numpy())) for one in model.non_trainable_weights]
+    with put_back(model), eagerly(), rank_randomness.none(), deferred_starts(), entered(scope):
         if moved:
             _move(model.trainable_variables)
         step(scope.data)
@@ -191,7 +202,12 @@ def _tried(model: Any, step: Step, scope: StepScope, moved: bool) -> Gradients:
             for variable, mean in zip(variables, means, strict=True):
                 value = None if mean is None else np.asarray(tf.convert_to_tensor(mean))
                 found.append((f"{name} {name_of(variable)}", value))
-    return found
+        changes = {one.path: _as_float(one.numpy()) - _as_float(before) for one, before in states}
+    return Tried(found, changes)
+
+
+def _as_float(value: Any) -> np.ndarray:
+    return np.asarray(value).astype(np.float64)
 
 
 def _move(variables: list[Any]) -> None:
@@ -208,8 +224,8 @@ def _is_finite(gradients: Gradients) -> bool:
     return all(one is None or bool(np.isfinite(one).all()) for _, one in gradients)
 
 
-def _difference(expected: Gradients, found: Gradients | None) -> float:
-    if found is None or [name for name, _ in found] != [name for name, _ in expected]:
+def _difference(expected: Gradients, found: Gradients) -> float:
+    if [name for name, _ in found] != [name for name, _ in expected]:
         return float("inf")
     worst, scale = 0.0, 0.0
     for (_, one), (_, other) in zip(expected, found, strict=True):
@@ -223,10 +239,23 @@ def _difference(expected: Gradients, found: Gradients | None) -> float:
     return worst / scale if scale > 0 else (0.0 if worst == 0 else float("inf"))
 
 
-def _rounding(model: Any, step: Step, everyones: Any, expected: Gradients, moved: bool, comm: Comm) -> float:
+def _other_state(model: Any, expected: Tried, found: Tried | None) -> str:
+    """The first weight that changes otherwise than in one process, of those that are not trained."""
+    most = TOLERANCE if _compute_dtypes(model) <= SURE.keys() else TOLERANCE_OF_HALVES
+    if found is None:
+        return ""
+    for path, change in expected.changes.items():
+        apart = np.abs(found.changes.get(path, np.inf) - change)
+        if change.size and not float(apart.max()) <= most * float(np.abs(change).max()):
+            return path
+    return ""
+
+
+def _rounding(model: Any, step: Step, everyones: Any, expected: Tried, moved: bool, comm: Comm) -> float:
     """The difference that another order of the rows makes in one process; a collective."""
     found, error = _alone(model, step, rows_reversed(everyones), moved)
-    return float(max(comm.allgather_obj(_difference(expected, None if error else found))))
+    apart = float("inf") if error else _difference(expected.gradients, found.gradients)
+    return float(max(comm.allgather_obj(apart)))
 
 
 def _tolerance(model: Any, rounding: float) -> float:
@@ -238,6 +267,15 @@ def _tolerance(model: Any, rounding: float) -> float:
 def _compute_dtypes(model: Any) -> set[str]:
     kinds = {layer.compute_dtype for layer in model._flatten_layers() if layer.compute_dtype is not None}
     return kinds or {"float32"}
+
+
+def _refusal_of_state(model: Any, path: str) -> str:
+    return (
+        f"a training step of {type(model).__name__} changes {path} by itself, and from the rows of a rank it "
+        "becomes something else than from those of all: counts, running statistics and queues of examples "
+        "are each rank's own. keras.layers.BatchNormalization and keras.metrics are of all rows; what "
+        "depends on weights alone is alike on all ranks. docs/sharp-bits.md says what is refused and why"
+    )
 
 
 def _refusal(model: Any, closest: float, failures: list[str]) -> str:
@@ -252,60 +290,6 @@ def _refusal(model: Any, closest: float, failures: list[str]) -> str:
         "throughout; a loss between rows needs them as its arguments (y_true, y_pred). docs/sharp-bits.md "
         "says what is refused and why"
     )
-
-
-# What must not be seen of a dry run ----------------------------------------------------------------
-
-
-@contextmanager
-def _put_back(model: Any) -> Iterator[None]:
-    """Variables, also those that are made meanwhile, and the states of Python's and NumPy's generators."""
-    known: dict[int, tuple[Any, np.ndarray]] = {}
-    initialize, assign = keras.Variable._initialize, keras.Variable._direct_assign
-
-    def note(variable: Any) -> None:
-        if id(variable) not in known:
-            known[id(variable)] = variable, np.array(variable.numpy())
-
-    def initialized(self: Any, value: Any) -> None:
-        initialize(self, value)
-        note(self)
-
-    def assigned(self: Any, value: Any) -> None:
-        note(self)  # metrics that compile was given as objects are none of the model's before its first step
-        assign(self, value)
-
-    for one in _variables(model):
-        note(one)
-    states = random.getstate(), np.random.get_state()
-    try:
-        with (
-            mock.patch.object(keras.Variable, "_initialize", initialized),
-            mock.patch.object(keras.Variable, "_direct_assign", assigned),
-        ):
-            yield
-    finally:
-        for variable, value in known.values():
-            variable.assign(value)
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-
-
-def _variables(model: Any) -> list[Any]:
-    variables = list(model.variables) + [v for metric in model.metrics for v in metric.variables]
-    for optimizer in optimizers_of(model):
-        variables += list(optimizer.variables)
-    return [one for one in variables if hasattr(one, "path")]
-
-
-@contextmanager
-def _eagerly() -> Iterator[None]:
-    before = tf.config.functions_run_eagerly()
-    tf.config.run_functions_eagerly(True)
-    try:
-        yield
-    finally:
-        tf.config.run_functions_eagerly(before)
 
 
 # Whose code it is ----------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from tf_dist.keras_fit.global_losses import is_users_code
 from tf_dist.keras_fit.global_metrics import of_all_rows
 from tf_dist.keras_fit.gradient_reduction import order_after
 from tf_dist.keras_fit.optimizers_of import distributed_of
+from tf_dist.keras_fit.stateful_layers import refuse_stateful
 from tf_dist.keras_fit.step_scope import Law, StepScope, entered
 
 LOG = logging.getLogger(__name__)
@@ -226,13 +227,16 @@ def begin(model: Any, step: Function, data: Any, session: FitSession) -> Any:
 
     Raises:
         LaunchError: the ranks have different models or data.
-        UsageError: the model cannot be built, or its objective over ranks is not that of one process.
+        UsageError: the model cannot be built, it is stateful, or what it computes over ranks is not what one
+            process computes.
     """
     batch, data = _first_batch(data, getattr(model, "steps_per_execution", 1))
     batch, _ = counted(batch)
     compare_all(session.comm)
     if batch is not None:
         _build(model, step, batch, session)
+    if session.comm.size > 1:
+        refuse_stateful(model, session.comm.size)
     with deferred_starts():
         if is_distributed(model.optimizer) and not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
