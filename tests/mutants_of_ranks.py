@@ -226,6 +226,18 @@ OF_RANKS = (
         caught_by="np 2: test_fit_states_mpi.py::test_a_state_of_each_rank_s_own_rows_is_refused",
     ),
     Mutant(
+        "clipping-not-seen", "tf_dist/keras_fit/objective.py",
+        "LARGE = 1e6", "LARGE = 2.0",
+        "a train_step that clips passes where the first rows are not clipped", (STATES,),
+        caught_by="np 2: test_fit_states_mpi.py::test_what_each_rank_would_do_to_its_own_gradients_is_refused",
+    ),
+    Mutant(
+        "sums-in-logs-averaged", "tf_dist/keras_fit/step_logs.py",
+        "part if kind == SUM else", "part if kind == ALIKE else",
+        "a count in the logs of a step is a mean of the ranks", (STATES,),
+        caught_by="np 2: test_fit_states_mpi.py::test_logs_are_means_or_sums_over_rows",
+    ),
+    Mutant(
         "generator-read-ahead", "tf_dist/keras_fit/generators.py",
         "* at_once * epochs", "* at_once * epochs * 9",
         "a second fit with a generator begins with another batch on each rank", (STATES,),

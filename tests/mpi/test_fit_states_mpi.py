@@ -1,4 +1,4 @@
-"""What `model.fit` keeps from one batch to the next, besides weights: states of layers, and generators."""
+"""What `model.fit` keeps from a batch to the next, what a step does with gradients, and what it returns."""
 
 import time
 
@@ -116,3 +116,116 @@ def test_a_generator_is_read_as_far_as_is_trained(connected, everyone):
     assert len(given) == 12
     assert [len(history["val_loss"]) for history in histories] == [2, 2]
     assert everyone(histories) == [histories] * connected.size
+
+
+def stepping(step, comm):
+    """A model with a train_step: ``step(model, gradients, loss, y)`` applies them, and returns logs."""
+    import keras
+    import tensorflow as tf
+
+    import tf_dist
+
+    class Model(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = keras.layers.Dense(1)
+            self.tracker = keras.metrics.Mean(name="loss")
+
+        def call(self, x):
+            return self.dense(x)
+
+        def train_step(self, data):
+            x, y = data
+            with tf.GradientTape() as tape:
+                loss = keras.ops.mean((self(x, training=True) - y) ** 2)
+            logs = step(self, tape.gradient(loss, self.trainable_variables), loss, y)
+            self.tracker.update_state(loss)
+            return {"loss": self.tracker.result()} | (logs or {})
+
+    keras.utils.set_random_seed(1)
+    model = Model()
+    model.compile(tf_dist.distribute(keras.optimizers.SGD(0.01), comm))
+    return model
+
+
+def apply(model, gradients):
+    model.optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
+
+
+def clipped(model, gradients, loss, y):
+    import tensorflow as tf
+
+    apply(model, tf.clip_by_global_norm(gradients, 50.0)[0])
+
+
+def skipped(model, gradients, loss, y):
+    import tensorflow as tf
+
+    norm = tf.linalg.global_norm(gradients)
+    apply(model, [tf.where(norm < 50.0, one, tf.zeros_like(one)) for one in gradients])
+
+
+def shrunk(model, gradients, loss, y):
+    apply(model, [0.5 * one + 0.01 * w for one, w in zip(gradients, model.trainable_variables, strict=True)])
+
+
+def by_hand(model, gradients, loss, y):
+    apply(model, gradients)
+    model.trainable_variables[0].assign_sub(1e-3 * gradients[0])
+
+
+def rate_by_loss(model, gradients, loss, y):
+    model.optimizer.learning_rate.assign(0.01 / (1 + loss))
+    apply(model, gradients)
+
+
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [(clipped, "clips"), (skipped, "clips"), (by_hand, "kernel by itself"), (rate_by_loss, "learning_rate")],
+)
+def test_what_each_rank_would_do_to_its_own_gradients_is_refused(connected, step, words):
+    """Also what no gradient of the first rows is large enough for."""
+    model = stepping(step, connected)
+    with pytest.raises(UsageError, match=words):
+        model.fit(X, Y, batch_size=G, verbose=0)
+    assert int(model.optimizer.iterations) == 0
+
+
+def test_gradients_may_be_scaled_and_decayed(connected, everyone):
+    import tf_dist
+
+    def train(comm):
+        model = stepping(shrunk, comm)
+        model.fit(X, Y, batch_size=G, epochs=2, shuffle=False, verbose=0)
+        return np.asarray(model.dense.kernel.value)
+
+    found = train(connected)
+    if connected.rank == 0:
+        from tf_dist.comm.transport.base import SerialComm
+
+        with tf_dist.independent():
+            np.testing.assert_allclose(found, train(SerialComm()), rtol=1e-5)
+    assert len(set(everyone(found.tobytes()))) == 1
+
+
+def test_logs_are_means_or_sums_over_rows(connected, told):
+    import keras
+
+    def step(model, gradients, loss, y):
+        apply(model, gradients)
+        ops = keras.ops
+        return {
+            "rows": ops.shape(y)[0],
+            "sum": ops.sum(y),
+            "mean": ops.mean(y),
+            "two": 2.0,
+            "most": ops.max(y),
+        }
+
+    logs = stepping(step, connected).fit(X, Y, batch_size=G, shuffle=False, verbose=0).history
+    last = Y[-G:]
+    assert logs["rows"] == [G]
+    np.testing.assert_allclose([logs["sum"][0], logs["mean"][0]], [last.sum(), last.mean()], rtol=1e-5)
+    assert logs["two"] == [2.0]
+    if connected.rank == 0:
+        assert sum("most is neither a mean nor a sum" in message for message in told.messages) == 1

@@ -16,7 +16,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tf_dist.keras_fit.step_scope import StepScope, active
+from tf_dist.keras_fit.step_scope import active
 
 
 def install() -> None:
@@ -62,21 +62,3 @@ def _is_of_a_metric(variable: Any, model: Any) -> bool:
     """Whether it is a state of a metric of the model; asked when it is written, for many are made late."""
     metrics = [*model.metrics, *getattr(model, "_metrics", [])]
     return any(variable is one for metric in metrics for one in metric.variables)
-
-
-def of_all_rows(logs: Any, scope: StepScope) -> Any:
-    """What a step of the user returns, computed of this rank's rows, as means over the rows of all ranks."""
-    if not isinstance(logs, dict) or scope.law.gradients == "sum":
-        return logs
-    names = [name for name, value in logs.items() if _is_number(value)]
-    share, any_rows = scope.share()
-    share = tf.cast(share, tf.float32)
-    for first in range(0, len(names), 4):
-        some = names[first : first + 4]
-        parts = [tf.where(any_rows, tf.cast(logs[name], tf.float32) * share, 0.0) for name in some]
-        logs = {**logs, **dict(zip(some, scope.reduction.sums(parts, "the logs of a step"), strict=True))}
-    return logs
-
-
-def _is_number(value: Any) -> bool:
-    return tf.is_tensor(value) and value.dtype.is_floating and not len(value.shape)

@@ -30,13 +30,29 @@ def _scaled(original: Callable[..., Any]) -> Callable[..., Any]:
         self: Any, target: Any, sources: Any, output_gradients: Any = None, *arguments: Any, **words: Any
     ) -> Any:
         scope = active()
-        if scope is not None and scope.law.gradients == "mean" and output_gradients is None:
-            if all(isinstance(one, tf.Variable | keras.Variable) for one in tf.nest.flatten(sources)):
-                ones = tf.nest.map_structure(tf.ones_like, target)
-                output_gradients = tf.nest.map_structure(scope.row_scaled, ones)
-        return original(self, target, sources, output_gradients, *arguments, **words)
+        if scope is None or not _are_variables(sources):
+            return original(self, target, sources, output_gradients, *arguments, **words)
+        if scope.law.gradients == "mean" and output_gradients is None:
+            ones = tf.nest.map_structure(tf.ones_like, target)
+            output_gradients = tf.nest.map_structure(scope.row_scaled, ones)
+        found = original(self, target, sources, output_gradients, *arguments, **words)
+        if scope.gradient_scale is None:
+            return found
+        return tf.nest.map_structure(lambda grad: _times(grad, scope.gradient_scale), found)
 
     return gradient
+
+
+def _are_variables(sources: Any) -> bool:
+    return all(isinstance(one, tf.Variable | keras.Variable) for one in tf.nest.flatten(sources))
+
+
+def _times(grad: Any, scale: float | None) -> Any:
+    if grad is None:
+        return None
+    if isinstance(grad, tf.IndexedSlices):
+        return tf.IndexedSlices(_times(grad.values, scale), grad.indices, grad.dense_shape)
+    return grad * tf.cast(scale, grad.dtype)
 
 
 def by_law(grads: Sequence[Any], scope: StepScope) -> list[Any]:

@@ -10,6 +10,7 @@ little, for some terms vanish where weights are zero, and all variables are put 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -20,15 +21,17 @@ import tensorflow as tf
 from tf_dist.comm.transport.base import Comm, SerialComm
 from tf_dist.errors import LaunchError, UsageError, behind
 from tf_dist.keras_callbacks.replica_sync import deferred_starts
-from tf_dist.keras_fit import rank_randomness
+from tf_dist.keras_fit import rank_randomness, refusals
 from tf_dist.keras_fit.dry_run import eagerly, put_back
+from tf_dist.keras_fit.fit_consistency import state_of
 from tf_dist.keras_fit.fit_session import FitSession
 from tf_dist.keras_fit.global_losses import is_users, is_users_code
 from tf_dist.keras_fit.gradient_law import by_law
 from tf_dist.keras_fit.gradient_reduction import Reduction
 from tf_dist.keras_fit.names import name_of
 from tf_dist.keras_fit.row_exchange import first_rows, rows_again, rows_of_all, rows_reversed
-from tf_dist.keras_fit.step_scope import Law, StepScope, entered
+from tf_dist.keras_fit.step_logs import Numbers, kinds_of, numbers_of
+from tf_dist.keras_fit.step_scope import Law, StepScope, entered, rows_of
 
 LAWS = (
     Law(),
@@ -55,6 +58,8 @@ SURE = {"float64": 3e-15, "float32": 3e-7}
 ALIKE = 10
 # Rows of each rank that are tried, at least: with fewer, masks of all ranks may have one length.
 FEWEST = 3
+# By so much are gradients enlarged to see whether they are clipped.
+LARGE = 1e6
 # Weights are moved by this part of them.
 MOVED_BY = 0.1
 
@@ -63,10 +68,17 @@ Gradients = list[tuple[str, np.ndarray | None]]
 
 
 class Tried(NamedTuple):
-    """What a step has come to: the gradients, and by path how weights that are not trained have changed."""
+    """What a step has come to.
+
+    Attributes:
+        gradients: that the optimizers were given.
+        changes: of weights and of optimizers' variables, by path, which the step has made by itself.
+        logs: the numbers that it has returned.
+    """
 
     gradients: Gradients
     changes: dict[str, np.ndarray]
+    logs: Numbers
 
 
 def is_keras_alone(model: Any) -> bool:
@@ -112,12 +124,14 @@ def decided(model: Any, step: Step, data: Any, session: FitSession) -> Law:
         )
     tried, failures, sure = [], [], min(SURE.get(kind, 0.0) for kind in _compute_dtypes(model))
     differing: list[str] = []
+    logs: list[Numbers] = []
     for law in LAWS:
         found, failure = _over_ranks(model, step, mine, session, law, moved)
         apart = float("inf") if found is None else _difference(expected.gradients, found.gradients)
         results = comm.allgather_obj([apart, failure, _other_state(model, expected, found)])
         tried.append(max(difference for difference, *_ in results))
         differing.append(next((state for *_, state in results if state), ""))
+        logs.append({} if found is None else found.logs)
         if tried[-1] <= sure:
             break
         failures += [theirs for _, theirs, _ in results if theirs]
@@ -129,9 +143,12 @@ def decided(model: Any, step: Step, data: Any, session: FitSession) -> Law:
         alike = ALIKE * max(closest, sure)
         taken = next(place for place, apart in enumerate(tried) if apart <= alike)
         if differing[taken]:
-            raise UsageError(_refusal_of_state(model, differing[taken]))
-        return LAWS[taken]
-    raise UsageError(_refusal(model, closest, failures))
+            raise UsageError(refusals.of_state(model, differing[taken]))
+        if any(comm.allgather_obj(_is_bent(model, step, everyones, expected, moved))):
+            raise UsageError(refusals.of_clipping(model))
+        kinds = kinds_of(expected.logs, logs[taken], int(rows_of(mine)), comm)
+        return replace(LAWS[taken], logs=tuple(kinds.items()))
+    raise UsageError(refusals.of_objective(model, closest, failures))
 
 
 def _rows_to_try(model: Any, ranks: int) -> int:
@@ -163,12 +180,43 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 
-def _alone(model: Any, step: Step, data: Any, moved: bool) -> tuple[Tried, str]:
-    scope = StepScope(Reduction(SerialComm()), ONE_PROCESS, True, data, captured=[])
+def _is_bent(model: Any, step: Step, data: Any, expected: Tried, moved: bool) -> bool:
+    """Whether a step of the user gives the optimizer what is no linear function of its gradients.
+
+    Clipping, for one, which no few rows may show: gradients are tried a million times as large, and none.
+    """
+    if _module(type(model).train_step) == "keras":
+        return False
+    large, failed = _alone(model, step, data, moved, LARGE)
+    none, failed_too = _alone(model, step, data, moved, 0.0)
+    if failed or failed_too or not (_is_finite(large.gradients) and _is_finite(none.gradients)):
+        return False
+    slopes = [
+        _slopes(one, none.gradients, scale)
+        for one, scale in ((expected.gradients, 1.0), (large.gradients, LARGE))
+    ]
+    return _difference(*slopes) > (
+        TOLERANCE if _compute_dtypes(model) <= SURE.keys() else TOLERANCE_OF_HALVES
+    )
+
+
+def _slopes(gradients: Gradients, none: Gradients, scale: float) -> Gradients:
+    return [
+        (name, None if one is None or zero is None else (_as_float(one) - zero) / scale)
+        for (name, one), (_, zero) in zip(gradients, none, strict=False)
+    ]
+
+
+def _alone(
+    model: Any, step: Step, data: Any, moved: bool, gradient_scale: float | None = None
+) -> tuple[Tried, str]:
+    scope = StepScope(
+        Reduction(SerialComm()), ONE_PROCESS, True, data, captured=[], gradient_scale=gradient_scale
+    )
     try:
         return _tried(model, step, scope, moved), ""
     except Exception as error:
-        return Tried([], {}), _first_line(error)
+        return Tried([], {}, {}), _first_line(error)
 
 
 def _over_ranks(
@@ -191,11 +239,11 @@ def _over_ranks(
 
 def _tried(model: Any, step: Step, scope: StepScope, moved: bool) -> Tried:
     found: Gradients = []
-    states = [(one, np.array(one.numpy())) for one in model.non_trainable_weights]
     with put_back(model), eagerly(), rank_randomness.none(), deferred_starts(), entered(scope):
         if moved:
             _move(model.trainable_variables)
-        step(scope.data)
+        states = [(one, np.array(one.numpy())) for one in state_of(model)]
+        logs = numbers_of(step(scope.data))
         for optimizer, variables, grads in scope.captured or []:
             means = scope.reduction.mean(by_law(grads, scope), [name_of(variable) for variable in variables])
             name = type(optimizer).__name__
@@ -203,7 +251,7 @@ def _tried(model: Any, step: Step, scope: StepScope, moved: bool) -> Tried:
                 value = None if mean is None else np.asarray(tf.convert_to_tensor(mean))
                 found.append((f"{name} {name_of(variable)}", value))
         changes = {one.path: _as_float(one.numpy()) - _as_float(before) for one, before in states}
-    return Tried(found, changes)
+    return Tried(found, changes, logs)
 
 
 def _as_float(value: Any) -> np.ndarray:
@@ -240,7 +288,7 @@ def _difference(expected: Gradients, found: Gradients) -> float:
 
 
 def _other_state(model: Any, expected: Tried, found: Tried | None) -> str:
-    """The first weight that changes otherwise than in one process, of those that are not trained."""
+    """The first weight, or variable of an optimizer, that the step changes otherwise than in one process."""
     most = TOLERANCE if _compute_dtypes(model) <= SURE.keys() else TOLERANCE_OF_HALVES
     if found is None:
         return ""
@@ -267,29 +315,6 @@ def _tolerance(model: Any, rounding: float) -> float:
 def _compute_dtypes(model: Any) -> set[str]:
     kinds = {layer.compute_dtype for layer in model._flatten_layers() if layer.compute_dtype is not None}
     return kinds or {"float32"}
-
-
-def _refusal_of_state(model: Any, path: str) -> str:
-    return (
-        f"a training step of {type(model).__name__} changes {path} by itself, and from the rows of a rank it "
-        "becomes something else than from those of all: counts, running statistics and queues of examples "
-        "are each rank's own. keras.layers.BatchNormalization and keras.metrics are of all rows; what "
-        "depends on weights alone is alike on all ranks. docs/sharp-bits.md says what is refused and why"
-    )
-
-
-def _refusal(model: Any, closest: float, failures: list[str]) -> str:
-    apart = f"gradients differ by {closest:.0%} at least" if np.isfinite(closest) else "its steps fail"
-    if failures:
-        apart += f"; with the rows of all ranks: {failures[0]}"
-    return (
-        f"the objective that {type(model).__name__} computes in a training step is not that of one process "
-        f"with the global batch, whichever way the ranks add theirs up ({apart}): each rank would divide by "
-        "its own rows, or compare only its own rows with each other. Use a loss that gives one value for "
-        "each row, a keras.losses.Loss with reduction='sum_over_batch_size' or None, or means over rows "
-        "throughout; a loss between rows needs them as its arguments (y_true, y_pred). docs/sharp-bits.md "
-        "says what is refused and why"
-    )
 
 
 # Whose code it is ----------------------------------------------------------------------------------

@@ -28,12 +28,14 @@ class Law:
         added: what `add_loss` values are: a "mean" over rows (or no matter of rows), or a "sum".
         gradients: what the gradients of a rank are, but for those of global losses: "global" already, or
             those of a "mean" or of a "sum" over its rows.
+        logs: what numbers in the logs of a step are, where they are no means over rows (`step_logs`).
     """
 
     global_losses: bool = True
     gather_user_losses: bool = False
     added: str = "mean"
     gradients: str = "global"
+    logs: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
         if not self.global_losses:
@@ -55,6 +57,7 @@ class StepScope:
         rows: how many of them count, () int32: all, or none where this rank has no row; None: all.
         model: whose step it is.
         captured: not None: optimizers add (their number, variables, gradients) here instead of stepping.
+        gradient_scale: not None: gradients of variables are this many times what they are.
         metric_rows: what metrics were given of all ranks, by graph and this rank's tensor: several share it.
     """
 
@@ -65,6 +68,7 @@ class StepScope:
     rows: Any = None
     model: Any = None
     captured: list[Any] | None = None
+    gradient_scale: float | None = None
     metric_rows: dict[Any, Any] = field(default_factory=dict, repr=False)
     _rows: tuple[Any, Any] | None = field(default=None, repr=False)
 

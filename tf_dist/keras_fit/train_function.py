@@ -30,10 +30,10 @@ from tf_dist.keras_fit.distributed_optimizer import end_of_step
 from tf_dist.keras_fit.fit_consistency import check_layout, check_state, is_due, state_of
 from tf_dist.keras_fit.fit_session import FitSession, session_of
 from tf_dist.keras_fit.global_losses import is_users_code
-from tf_dist.keras_fit.global_metrics import of_all_rows
 from tf_dist.keras_fit.gradient_reduction import order_after
 from tf_dist.keras_fit.optimizers_of import distributed_of
 from tf_dist.keras_fit.stateful_layers import refuse_stateful
+from tf_dist.keras_fit.step_logs import of_all_rows
 from tf_dist.keras_fit.step_scope import Law, StepScope, entered
 
 LOG = logging.getLogger(__name__)
