@@ -183,7 +183,7 @@ def rate_by_loss(model, gradients, loss, y):
     ("step", "words"),
     [(clipped, "clips"), (skipped, "clips"), (by_hand, "kernel by itself"), (rate_by_loss, "learning_rate")],
 )
-def test_what_each_rank_would_do_to_its_own_gradients_is_refused(connected, step, words):
+def test_what_each_rank_would_do_to_its_own_gradients(connected, step, words):
     """Also what no gradient of the first rows is large enough for."""
     model = stepping(step, connected)
     with pytest.raises(UsageError, match=words):

@@ -58,13 +58,13 @@ Method = Callable[..., Any]
 
 def install() -> None:
     """Patch Keras, once; any further call changes nothing."""
-    model = keras.Model
-    if hasattr(model.fit, "_over_ranks"):
+    trainer = keras_trainer.TensorFlowTrainer  # of keras.Model, and of layers that are mixed with it alone
+    if hasattr(trainer.fit, "_over_ranks"):
         return
     for name, wrapped in (("fit", _fit), ("evaluate", _evaluate), ("predict", _predict)):
-        method = wrapped(getattr(model, name))
+        method = wrapped(getattr(trainer, name))
         method._over_ranks = True  # type: ignore[attr-defined]
-        setattr(model, name, method)
+        setattr(trainer, name, method)
     keras_trainer.TFEpochIterator.__init__ = _epoch_iterator(keras_trainer.TFEpochIterator.__init__)
 
 

@@ -14,15 +14,16 @@ from tf_dist.comm.runtime.communicators import connected
 
 def watch_fit(keras: Any) -> None:
     """Let the first `fit` over ranks install `tf_dist.keras_fit.patches`; called when Keras is imported."""
-    original = keras.Model.fit
+    trainer = next(kind for kind in keras.Model.__mro__ if "fit" in vars(kind))
+    original = trainer.fit
 
     @wraps(original)
     def fit(self: Any, *arguments: Any, **words: Any) -> Any:
         comm = connected()
-        if keras.Model.fit is not fit or comm is None or comm.size == 1:
+        if trainer.fit is not fit or comm is None or comm.size == 1:
             return original(self, *arguments, **words)
-        keras.Model.fit = original
+        trainer.fit = original
         import_module("tf_dist.keras_fit.patches").install()
-        return keras.Model.fit(self, *arguments, **words)
+        return trainer.fit(self, *arguments, **words)
 
-    keras.Model.fit = fit
+    trainer.fit = fit

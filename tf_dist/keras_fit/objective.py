@@ -202,8 +202,8 @@ def _is_bent(model: Any, step: Step, data: Any, expected: Tried, moved: bool) ->
 
 def _slopes(gradients: Gradients, none: Gradients, scale: float) -> Gradients:
     return [
-        (name, None if one is None or zero is None else (_as_float(one) - zero) / scale)
-        for (name, one), (_, zero) in zip(gradients, none, strict=False)
+        (name, None if one is None or still is None else (_as_float(one) - still) / scale)
+        for (name, one), (_, still) in zip(gradients, none, strict=False)
     ]
 
 

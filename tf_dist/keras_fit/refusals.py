@@ -21,9 +21,9 @@ def of_clipping(model: Any) -> str:
     """A step clips each rank's own gradients."""
     return (
         f"{type(model).__name__}.train_step clips gradients, or changes them in another way that is not "
-        "linear, between tape.gradient and the optimizer: each rank would do so to those of its own rows. Let "
-        "the optimizer clip, which sees the mean of all ranks: clipnorm=, global_clipnorm= or clipvalue= of "
-        "every keras.optimizers optimizer. docs/sharp-bits.md says what is refused and why"
+        "linear, between tape.gradient and the optimizer: each rank would do so to those of its own rows. "
+        "Let the optimizer clip, which sees the mean of all ranks: clipnorm=, global_clipnorm= or clipvalue= "
+        "of every keras.optimizers optimizer. docs/sharp-bits.md says what is refused and why"
     )
 
 

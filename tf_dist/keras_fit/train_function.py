@@ -19,6 +19,7 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
+from keras.src.backend.tensorflow import trainer as keras_trainer
 
 from tf_dist.comm.runtime.log_handlers import once
 from tf_dist.errors import LaunchError, UsageError, behind
@@ -49,11 +50,11 @@ OF_A_LOOP = Law(global_losses=False)
 
 def install() -> None:
     """Patch Keras, once; any further call changes nothing."""
-    model = keras.Model
-    if hasattr(model.make_train_function, "__wrapped__"):
+    trainer = keras_trainer.TensorFlowTrainer
+    if hasattr(trainer.make_train_function, "__wrapped__"):
         return
-    model.make_train_function = _over_ranks(model.make_train_function, "train")
-    model.make_test_function = _over_ranks(model.make_test_function, "test")
+    trainer.make_train_function = _over_ranks(trainer.make_train_function, "train")
+    trainer.make_test_function = _over_ranks(trainer.make_test_function, "test")
 
 
 def _over_ranks(make: Callable[..., Any], kind: str) -> Callable[..., Any]:
