@@ -229,3 +229,21 @@ def test_logs_are_means_or_sums_over_rows(connected, told):
     assert logs["two"] == [2.0]
     if connected.rank == 0:
         assert sum("most is neither a mean nor a sum" in message for message in told.messages) == 1
+
+
+def test_a_generator_that_draws_while_a_step_is_tried(connected, everyone):
+    """The dry run puts nothing back that the thread which reads the data has drawn meanwhile."""
+
+    def batches():
+        while True:
+            time.sleep(0.01 + 0.02 * connected.rank)
+            x = np.random.normal(size=(G, 4)).astype(np.float32)
+            yield x, x[:, :1]
+
+    def slowly(model, gradients, loss, y):
+        time.sleep(0.1)
+        apply(model, gradients)
+
+    model = stepping(slowly, connected)
+    history = model.fit(batches(), steps_per_epoch=12, epochs=2, shuffle=False, verbose=0).history
+    assert everyone(history) == [history] * connected.size

@@ -25,6 +25,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 from keras.src.backend.tensorflow import trainer as keras_trainer
+from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
 from tensorflow.python.eager import context as tf_context
 
 from tf_dist.comm.formatting import named
@@ -85,7 +86,7 @@ def _fit(fit: Method) -> Method:
         try:
             # Whoever builds an optimizer on one rank only (`BackupAndRestore`): `begin` shares all state.
             epochs = int(given.get("epochs", 1)) - int(given.get("initial_epoch", 0))
-            with under_way(Call(comm, training=True, epochs=epochs)), deferred_starts():
+            with under_way(Call(comm, training=True, epochs=epochs, session=session)), deferred_starts():
                 check_meaning(self, comm, _facts(given))
                 history = fit(self, *arguments, **words)
         finally:
@@ -216,9 +217,11 @@ def _epoch_iterator(original: Method) -> Method:
         alike = call is not None and call.training and call.comm is not None
         with _alike_on_all_ranks(call.comm) if alike and call is not None and call.comm else nullcontext():
             original(self, distribute_strategy, *arguments, **words)
+        of_training = "class_weight" in words  # which Keras gives to no others, be it None
         if call is not None:
-            # Keras gives class_weight, be it None, to the batches of training alone.
-            read_no_further(self, call.epochs if "class_weight" in words else 1)
+            read_no_further(self, call.epochs if of_training else 1)
+        if call is not None and call.session is not None and of_training:
+            call.session.data_may_draw = not isinstance(self.data_adapter, ArrayDataAdapter)
         _share_out(self, comm, sharding, direct)
 
     return init

@@ -12,12 +12,16 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tf_dist.keras_fit.fit_session import session_of
 from tf_dist.keras_fit.optimizers_of import optimizers_of
 
 
 @contextmanager
 def put_back(model: Any) -> Iterator[None]:
-    """Put back variables, also those made meanwhile, and the states of Python's and NumPy's generators."""
+    """Put back variables, also those made meanwhile, and the states of Python's and NumPy's generators.
+
+    Not those states where threads that read the data draw from them: they would draw the same numbers again.
+    """
     known: dict[int, tuple[Any, np.ndarray]] = {}
     initialize, assign = keras.Variable._initialize, keras.Variable._direct_assign
 
@@ -45,8 +49,10 @@ def put_back(model: Any) -> Iterator[None]:
     finally:
         for variable, value in known.values():
             variable.assign(value)
-        random.setstate(states[0])
-        np.random.set_state(states[1])
+        session = session_of(model)
+        if session is None or not session.data_may_draw:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
 
 
 def _variables(model: Any) -> list[Any]:

@@ -30,6 +30,7 @@ class FitSession:
         evaluation_is_shared: whether the ranks evaluate a part of the rows each.
         in_fit: whether `fit` runs, and not `train_on_batch`.
         steps: calls of the training function in this `fit`.
+        data_may_draw: whether threads that read the data may draw random numbers meanwhile.
     """
 
     comm: Comm
@@ -40,6 +41,7 @@ class FitSession:
     evaluation_is_shared: bool = False
     in_fit: bool = False
     steps: int = 0
+    data_may_draw: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,13 @@ class Call:
         comm: the ranks that share the rows of data that are not of `shard`; None: each has all rows.
         training: whether it is ``fit``.
         epochs: of training.
+        session: of the model that is trained.
     """
 
     comm: Comm | None
     training: bool
     epochs: int = 1
+    session: FitSession | None = None
 
 
 _local = threading.local()
