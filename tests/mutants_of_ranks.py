@@ -221,7 +221,7 @@ OF_RANKS = (
     ),
     Mutant(
         "state-of-own-rows", "tf_dist/keras_fit/objective.py",
-        "        if differing[taken]:", "        if False and differing[taken]:",
+        "    if taken.other_state:", "    if False and taken.other_state:",
         "a layer that counts rows counts those of its rank", (STATES,),
         caught_by="np 2: test_fit_states_mpi.py::test_a_state_of_each_rank_s_own_rows_is_refused",
     ),

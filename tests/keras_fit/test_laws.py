@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from tf_dist.comm.transport.base import SerialComm
 from tf_dist.errors import UsageError
-from tf_dist.keras_fit import fit_consistency, objective
+from tf_dist.keras_fit import fit_consistency, objective, whose_objective
 from tf_dist.keras_fit.api import shard
 from tf_dist.keras_fit.data_fingerprints import MOST_BYTES, digest
 from tf_dist.keras_fit.dataset import inherited_sharding, sharding_of
@@ -48,17 +48,17 @@ def of_a_user(y, p):
     ],
 )
 def test_whose_code_computes_the_objective(made, alone):
-    assert objective.is_keras_alone(made()) is alone
+    assert whose_objective.is_keras_alone(made()) is alone
 
 
 def test_a_step_and_operations_between_rows_are_the_users():
     stepping = Stepping([keras.Input((4,)), keras.layers.Dense(2)])
     stepping.compile("sgd", loss="mse")
-    assert not objective.is_keras_alone(stepping)
+    assert not whose_objective.is_keras_alone(stepping)
     x = keras.Input((4,))
     between = keras.Model(x, keras.layers.Dense(2)(x - keras.ops.mean(x, axis=0)))
     between.compile("sgd", loss="mse")
-    assert not objective.is_keras_alone(between)
+    assert not whose_objective.is_keras_alone(between)
 
 
 def test_rows_to_try_are_not_taken_for_a_list_of_outputs():

@@ -25,13 +25,13 @@ from tf_dist.keras_fit import rank_randomness, refusals
 from tf_dist.keras_fit.dry_run import eagerly, put_back
 from tf_dist.keras_fit.fit_consistency import state_of
 from tf_dist.keras_fit.fit_session import FitSession
-from tf_dist.keras_fit.global_losses import is_users, is_users_code
 from tf_dist.keras_fit.gradient_law import by_law
 from tf_dist.keras_fit.gradient_reduction import Reduction
 from tf_dist.keras_fit.names import name_of
 from tf_dist.keras_fit.row_exchange import first_rows, rows_again, rows_of_all, rows_reversed
 from tf_dist.keras_fit.step_logs import Numbers, kinds_of, numbers_of
 from tf_dist.keras_fit.step_scope import Law, StepScope, entered, rows_of
+from tf_dist.keras_fit.whose_objective import module_of
 
 LAWS = (
     Law(),
@@ -81,19 +81,22 @@ class Tried(NamedTuple):
     logs: Numbers
 
 
-def is_keras_alone(model: Any) -> bool:
-    """Whether no code of the user computes the objective: then `Law()` holds by construction."""
-    if any(_module(getattr(type(model), name)) != "keras" for name in ("train_step", "compute_loss", "loss")):
-        return False
-    losses = [] if model._compile_loss is None else keras.tree.flatten(model._compile_loss._user_loss)
-    if not all(loss is None or _is_keras_loss(loss) for loss in losses):
-        return False
-    for layer in model._flatten_layers():
-        if isinstance(layer, keras.layers.Lambda) or layer.activity_regularizer is not None:
-            return False
-        if _module(type(layer)) != "keras" and not _only_holds(layer):
-            return False
-    return all(isinstance(one, keras.Layer) for one in getattr(model, "operations", []))
+class Try(NamedTuple):
+    """How far a law is from one process.
+
+    Attributes:
+        law: that was tried.
+        apart: the largest difference of a gradient, on any rank.
+        failures: what was said where the step failed.
+        other_state: the first variable that the step changes otherwise than in one process; "": none.
+        logs: what the step has returned on this rank.
+    """
+
+    law: Law
+    apart: float
+    failures: list[str]
+    other_state: str
+    logs: Numbers
 
 
 def decided(model: Any, step: Step, data: Any, session: FitSession) -> Law:
@@ -106,11 +109,37 @@ def decided(model: Any, step: Step, data: Any, session: FitSession) -> Law:
         session: of the model.
 
     Raises:
-        UsageError: on all ranks: by no law the step is that of one process.
+        UsageError: on all ranks: by no law the step is that of one process, or it does to what is of this
+            rank's rows alone what it must do to what is of all rows (clipping, counts that are weights).
     """
-    comm = session.comm
+    comm, sure = session.comm, min(SURE.get(kind, 0.0) for kind in _compute_dtypes(model))
     mine = rows_again(data, _rows_to_try(model, comm.size) + (comm.rank == 0))
     everyones = rows_of_all(mine, comm)
+    expected, moved = _of_one_process(model, step, everyones, comm)
+    tries: list[Try] = []
+    for law in LAWS:
+        tries.append(_by(law, model, step, mine, session, expected, moved))
+        if tries[-1].apart <= sure:
+            break
+    # A small term that adds up otherwise (a penalty of 1 %) must not pass for rounding: the closest law.
+    closest = min(one.apart for one in tries)
+    if closest > sure and closest > _tolerance(
+        model, _rounding(model, step, everyones, expected, moved, comm)
+    ):
+        raise UsageError(
+            refusals.of_objective(model, closest, [said for one in tries for said in one.failures])
+        )
+    taken = next(one for one in tries if one.apart <= ALIKE * max(closest, sure))
+    if taken.other_state:
+        raise UsageError(refusals.of_state(model, taken.other_state))
+    if any(comm.allgather_obj(_is_bent(model, step, everyones, expected, moved))):
+        raise UsageError(refusals.of_clipping(model))
+    kinds = kinds_of(expected.logs, taken.logs, int(rows_of(mine)), comm)
+    return replace(taken.law, logs=tuple(kinds.items()))
+
+
+def _of_one_process(model: Any, step: Step, everyones: Any, comm: Comm) -> tuple[Tried, bool]:
+    """What one process comes to with the rows of all ranks, and whether weights were moved for it."""
     moved = True
     expected, error = _alone(model, step, everyones, moved)
     if not all(comm.allgather_obj(not error and _is_finite(expected.gradients))):  # not with any weights
@@ -122,33 +151,23 @@ def decided(model: Any, step: Step, data: Any, session: FitSession) -> Law:
             "model.fit over ranks tries the model's train_step eagerly on a few rows before the first step, "
             f"which failed: {errors[0]}"
         )
-    tried, failures, sure = [], [], min(SURE.get(kind, 0.0) for kind in _compute_dtypes(model))
-    differing: list[str] = []
-    logs: list[Numbers] = []
-    for law in LAWS:
-        found, failure = _over_ranks(model, step, mine, session, law, moved)
-        apart = float("inf") if found is None else _difference(expected.gradients, found.gradients)
-        results = comm.allgather_obj([apart, failure, _other_state(model, expected, found)])
-        tried.append(max(difference for difference, *_ in results))
-        differing.append(next((state for *_, state in results if state), ""))
-        logs.append({} if found is None else found.logs)
-        if tried[-1] <= sure:
-            break
-        failures += [theirs for _, theirs, _ in results if theirs]
-    # A small term that adds up otherwise (a penalty of 1 %) must not pass for rounding: the closest law.
-    closest = min(tried)
-    if closest <= sure or closest <= _tolerance(
-        model, _rounding(model, step, everyones, expected, moved, comm)
-    ):
-        alike = ALIKE * max(closest, sure)
-        taken = next(place for place, apart in enumerate(tried) if apart <= alike)
-        if differing[taken]:
-            raise UsageError(refusals.of_state(model, differing[taken]))
-        if any(comm.allgather_obj(_is_bent(model, step, everyones, expected, moved))):
-            raise UsageError(refusals.of_clipping(model))
-        kinds = kinds_of(expected.logs, logs[taken], int(rows_of(mine)), comm)
-        return replace(LAWS[taken], logs=tuple(kinds.items()))
-    raise UsageError(refusals.of_objective(model, closest, failures))
+    return expected, moved
+
+
+def _by(
+    law: Law, model: Any, step: Step, mine: Any, session: FitSession, expected: Tried, moved: bool
+) -> Try:
+    """Try a law; a collective, of which all ranks know the same but for their own logs."""
+    found, failure = _over_ranks(model, step, mine, session, law, moved)
+    apart = float("inf") if found is None else _difference(expected.gradients, found.gradients)
+    everyone = session.comm.allgather_obj([apart, failure, _other_state(model, expected, found)])
+    return Try(
+        law,
+        max(difference for difference, *_ in everyone),
+        [said for _, said, _ in everyone if said],
+        next((path for *_, path in everyone if path), ""),
+        {} if found is None else found.logs,
+    )
 
 
 def _rows_to_try(model: Any, ranks: int) -> int:
@@ -185,7 +204,7 @@ def _is_bent(model: Any, step: Step, data: Any, expected: Tried, moved: bool) ->
 
     Clipping, for one, which no few rows may show: gradients are tried a million times as large, and none.
     """
-    if _module(type(model).train_step) == "keras":
+    if module_of(type(model).train_step) == "keras":
         return False
     large, failed = _alone(model, step, data, moved, LARGE)
     none, failed_too = _alone(model, step, data, moved, 0.0)
@@ -315,26 +334,3 @@ def _tolerance(model: Any, rounding: float) -> float:
 def _compute_dtypes(model: Any) -> set[str]:
     kinds = {layer.compute_dtype for layer in model._flatten_layers() if layer.compute_dtype is not None}
     return kinds or {"float32"}
-
-
-# Whose code it is ----------------------------------------------------------------------------------
-
-
-def _module(thing: Any) -> str:
-    return str(getattr(thing, "__module__", "")).split(".")[0]
-
-
-def _is_keras_loss(loss: Any) -> bool:
-    if isinstance(loss, str | dict):
-        try:
-            loss = keras.losses.get(loss)
-        except ValueError:
-            return False
-    if isinstance(loss, keras.losses.Loss):
-        return not is_users(loss)
-    return not is_users_code(loss)
-
-
-def _only_holds(layer: Any) -> bool:
-    """Whether a class of the user is Keras's Functional or Sequential model under another name."""
-    return isinstance(layer, keras.Model) and _module(type(layer).call) == "keras"

@@ -36,6 +36,7 @@ from tf_dist.keras_fit.optimizers_of import distributed_of
 from tf_dist.keras_fit.stateful_layers import refuse_stateful
 from tf_dist.keras_fit.step_logs import of_all_rows
 from tf_dist.keras_fit.step_scope import Law, StepScope, entered
+from tf_dist.keras_fit.whose_objective import is_keras_alone
 
 LOG = logging.getLogger(__name__)
 NOT_CALLED = (
@@ -246,7 +247,7 @@ def begin(model: Any, step: Function, data: Any, session: FitSession) -> Any:
     for optimizer in distributed_of(model):
         type(optimizer).started = optimizer.built
     if session.law is None and batch is not None and session.comm.size > 1:
-        alone = objective.is_keras_alone(model)
+        alone = is_keras_alone(model)
         session.law = Law() if alone else objective.decided(model, step, batch, session)
     session.begun = True
     return data
