@@ -201,3 +201,17 @@ def test_drop_remainder():
     assert [len(batch) for batch in shard(x, SerialComm(), batch_size=4, drop_remainder=True)] == [4, 4]
     dataset = tf.data.Dataset.range(10)
     assert [len(b) for b in shard(dataset, SerialComm(), batch_size=4, drop_remainder=True)] == [4, 4]
+
+
+def test_a_thread_that_reads_data_draws_as_ever_while_a_step_is_tried():
+    from concurrent.futures import ThreadPoolExecutor
+
+    import tensorflow as tf
+
+    from tf_dist.keras_fit import rank_randomness
+
+    with rank_randomness.none(), ThreadPoolExecutor(1) as threads:
+        here = [np.asarray(tf.random.uniform((4,))) for _ in range(2)]
+        there = [np.asarray(threads.submit(tf.random.uniform, (4,)).result()) for _ in range(2)]
+    assert (here[0] == here[1]).all()
+    assert (there[0] != there[1]).any()

@@ -8,6 +8,7 @@ ranks. Rank 0 draws what it would alone.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
@@ -66,8 +67,19 @@ def none() -> Iterator[None]:
     """Every row draws one and the same fixed numbers, and nothing is dropped: a step repeats itself."""
     with ExitStack() as stack:
         for place, name, fake in _FAKES:
-            stack.enter_context(mock.patch.object(place, name, fake))
+            stack.enter_context(mock.patch.object(place, name, _here(fake, getattr(place, name))))
         yield
+
+
+def _here(fake: Any, original: Any) -> Any:
+    """The fake in this thread; threads that read the data meanwhile draw as ever."""
+    here = threading.get_ident()
+
+    @wraps(original)
+    def drawn(*arguments: Any, **words: Any) -> Any:
+        return (fake if threading.get_ident() == here else original)(*arguments, **words)
+
+    return drawn
 
 
 def _rows_alike(shape: Any, values: Callable[[list[int]], np.ndarray], dtype: Any) -> Any:
