@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from launching import mpirun, session_members, sourced_environment
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "scripts"
@@ -95,7 +96,7 @@ class Job:
     def pid_of_rank(self, rank):
         assert WARM.name not in " ".join(self.command), "who looks for a rank's process starts it cold"
         wanted = f"OMPI_COMM_WORLD_RANK={rank}".encode()
-        for pid in self._members():
+        for pid in session_members(self.pid):
             try:
                 variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
             except OSError:
@@ -107,7 +108,7 @@ class Job:
     def kill(self):
         """End every process of the session: ranks are in process groups of their own."""
         for _ in range(100):
-            members = self._members()
+            members = session_members(self.pid)
             if not members and not self.running():
                 return
             for pid in members:
@@ -120,24 +121,12 @@ class Job:
 
     def _check_gone(self):
         deadline = time.monotonic() + GONE_S
-        while self._members():
+        while session_members(self.pid):
             if time.monotonic() > deadline:
-                left = self._members()
+                left = session_members(self.pid)
                 self.kill()
                 pytest.fail(f"{self} is over, but {len(left)} processes of it live on\n{self.output()}")
             time.sleep(0.02)
-
-    def _members(self):
-        members = []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                try:
-                    state, _, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
-                except OSError:
-                    continue
-                if int(session) == self.pid and state != "Z":
-                    members.append(int(entry.name))
-        return members
 
     def __repr__(self):
         return "`" + " ".join(self.command) + "`"
@@ -241,20 +230,14 @@ def launcher_here():
         pytest.skip("started under mpirun; this test launches its own ranks")
     if not Path("/proc/self/stat").exists():
         pytest.skip("needs /proc to find the processes of a job")
-    beside = Path(sys.executable).with_name("mpirun")
-    mpirun = str(beside) if beside.exists() else shutil.which("mpirun")
-    if mpirun is None:
+    if mpirun() is None:
         pytest.skip("no mpirun beside this Python or on PATH")
-    sourced = ["bash", "-c", f"source '{SCRIPTS / 'mpi_environment.sh'}' && env -0"]
-    lines = subprocess.run(sourced, capture_output=True, check=True, text=True).stdout.split("\0")
-    environment = dict(line.split("=", 1) for line in lines if "=" in line)
+    environment = sourced_environment()
     environment = {name: value for name, value in environment.items() if not name.startswith(NOT_A_USERS)}
     # As in an activated .venv: `python` and `mpirun` are the ones of this Python.
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     environment["PYTHONPATH"] = str(ROOT)  # this checkout, also where another one is installed
-    # Else ranks of one job that wait spin on the cores that those of the job beside it need.
-    environment["OMPI_MCA_mpi_yield_when_idle"] = "1"
-    return Launcher(mpirun, environment)
+    return Launcher(mpirun(), environment)
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import signal
 import time
 
 import pytest
+from launching import session_members
 
 pytestmark = pytest.mark.cold
 
@@ -88,7 +89,7 @@ def test_no_rank_outlives_mpirun(start_job, tmp_path):
     os.kill(job.pid_of_rank(1), signal.SIGSTOP)
     os.kill(job.pid, signal.SIGKILL)
     deadline = time.monotonic() + ORPHANS_S
-    while job._members() and time.monotonic() < deadline:
+    while session_members(job.pid) and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert not job._members()
+    assert not session_members(job.pid)
     assert job.wait().code == -signal.SIGKILL

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +9,10 @@ import time
 from pathlib import Path
 
 import numpy as np
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from launching import mpirun, session_members, sourced_environment
 from verdict import CRASHED, DIFFERENT, HANG, INVALID, LATE, REFUSED, Verdict, compared
 
 ROOT = Path(__file__).parents[2]
@@ -23,42 +26,20 @@ AT_ONCE = 50
 
 
 def environment():
-    """What ``source scripts/mpi_environment.sh`` gives, with this checkout's tf_dist."""
-    sourced = ["bash", "-c", f"source '{ROOT / 'scripts' / 'mpi_environment.sh'}' && env -0"]
-    lines = subprocess.run(sourced, capture_output=True, check=True, text=True).stdout.split("\0")
-    found = dict(line.split("=", 1) for line in lines if "=" in line)
+    """Of a user, with this checkout's tf_dist."""
     # KERAS_BACKEND and the like of a test run that has started us stay.
     ours = {"PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "2", "KERAS_BACKEND": "tensorflow"}
-    # Else ranks that wait spin on the cores that a job beside theirs needs.
-    return found | ours | {"OMPI_MCA_mpi_yield_when_idle": "1"}
-
-
-def mpirun():
-    beside = Path(sys.executable).with_name("mpirun")
-    return str(beside) if beside.exists() else shutil.which("mpirun") or "mpirun"
+    return sourced_environment() | ours
 
 
 def end_job(process):
     """End a job, and whatever is left of its session."""
-    for pid in [process.pid, *_session(process.pid)]:
+    for pid in [process.pid, *session_members(process.pid)]:
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
     process.wait()
-
-
-def _session(leader):
-    members = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                state, _, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
-            except OSError:
-                continue
-            if int(session) == leader and state != "Z":
-                members.append(int(entry.name))
-    return members
 
 
 class Runs:
@@ -108,7 +89,7 @@ class Runs:
     def _start(self, scripts, np_, name):
         place = self._place(np_)
         place.mkdir(exist_ok=True)
-        launch = [mpirun(), "-np", str(np_)] if np_ else []
+        launch = [mpirun() or "mpirun", "-np", str(np_)] if np_ else []
         command = [*launch, sys.executable, str(WORKER), str(place), "ranks" if np_ else "plain"]
         log = self.folder / f"{name}.log"
         with open(log, "wb") as output:

@@ -217,11 +217,11 @@ def _epoch_iterator(original: Method) -> Method:
         alike = call is not None and call.training and call.comm is not None
         with _alike_on_all_ranks(call.comm) if alike and call is not None and call.comm else nullcontext():
             original(self, distribute_strategy, *arguments, **words)
-        of_training = "class_weight" in words  # which Keras gives to no others, be it None
         if call is not None:
+            of_training = "class_weight" in words  # which Keras gives to no others, be it None
             read_no_further(self, call.epochs if of_training else 1)
-        if call is not None and call.session is not None and of_training:
-            call.session.data_may_draw = not isinstance(self.data_adapter, ArrayDataAdapter)
+            if of_training and call.session is not None:
+                call.session.data_may_draw = not isinstance(self.data_adapter, ArrayDataAdapter)
         _share_out(self, comm, sharding, direct)
 
     return init

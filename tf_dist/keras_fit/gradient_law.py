@@ -36,9 +36,11 @@ def _scaled(original: Callable[..., Any]) -> Callable[..., Any]:
             ones = tf.nest.map_structure(tf.ones_like, target)
             output_gradients = tf.nest.map_structure(scope.row_scaled, ones)
         found = original(self, target, sources, output_gradients, *arguments, **words)
-        if scope.gradient_scale is None:
+        if scope.gradient_scale == 1:
             return found
-        return tf.nest.map_structure(lambda grad: _times(grad, scope.gradient_scale), found)
+        return tf.nest.map_structure(
+            lambda grad: _with_values(grad, lambda one: scope.gradient_scale * one), found
+        )
 
     return gradient
 
@@ -47,12 +49,11 @@ def _are_variables(sources: Any) -> bool:
     return all(isinstance(one, tf.Variable | keras.Variable) for one in tf.nest.flatten(sources))
 
 
-def _times(grad: Any, scale: float | None) -> Any:
-    if grad is None:
-        return None
+def _with_values(grad: Any, change: Callable[[Any], Any]) -> Any:
+    """A gradient whose numbers are changed: of a tensor, of slices, or of none."""
     if isinstance(grad, tf.IndexedSlices):
-        return tf.IndexedSlices(_times(grad.values, scale), grad.indices, grad.dense_shape)
-    return grad * tf.cast(scale, grad.dtype)
+        return tf.IndexedSlices(change(grad.values), grad.indices, grad.dense_shape)
+    return None if grad is None else change(grad)
 
 
 def by_law(grads: Sequence[Any], scope: StepScope) -> list[Any]:
@@ -62,9 +63,7 @@ def by_law(grads: Sequence[Any], scope: StepScope) -> list[Any]:
     factor = scope.size if scope.law.gradients == "sum" else 1
     any_rows = scope.any_rows
 
-    def scaled(grad: Any) -> Any:
-        if isinstance(grad, tf.IndexedSlices):
-            return tf.IndexedSlices(scaled(grad.values), grad.indices, grad.dense_shape)
-        return tf.where(any_rows, tf.cast(factor, grad.dtype) * grad, tf.zeros_like(grad))
+    def scaled(values: Any) -> Any:
+        return tf.where(any_rows, tf.cast(factor, values.dtype) * values, tf.zeros_like(values))
 
-    return [None if grad is None else scaled(grad) for grad in grads]
+    return [_with_values(grad, scaled) for grad in grads]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import count
+from itertools import count, zip_longest
 from typing import Any, NamedTuple
 
 import keras
@@ -64,24 +64,24 @@ LARGE = 1e6
 MOVED_BY = 0.1
 
 Step = Callable[[Any], Any]
-Gradients = list[tuple[str, np.ndarray | None]]
+Named = list[tuple[str, np.ndarray | None]]
 
 
-class Tried(NamedTuple):
+class DryRunResult(NamedTuple):
     """What a step has come to.
 
     Attributes:
         gradients: that the optimizers were given.
-        changes: of weights and of optimizers' variables, by path, which the step has made by itself.
+        changes: which the step has made by itself of weights and of optimizers' variables; None: none.
         logs: the numbers that it has returned.
     """
 
-    gradients: Gradients
-    changes: dict[str, np.ndarray]
+    gradients: Named
+    changes: Named
     logs: Numbers
 
 
-class Try(NamedTuple):
+class Trial(NamedTuple):
     """How far a law is from one process.
 
     Attributes:
@@ -116,29 +116,29 @@ def decided(model: Any, step: Step, data: Any, session: FitSession) -> Law:
     mine = rows_again(data, _rows_to_try(model, comm.size) + (comm.rank == 0))
     everyones = rows_of_all(mine, comm)
     expected, moved = _of_one_process(model, step, everyones, comm)
-    tries: list[Try] = []
+    trials: list[Trial] = []
     for law in LAWS:
-        tries.append(_by(law, model, step, mine, session, expected, moved))
-        if tries[-1].apart <= sure:
+        trials.append(_by(law, model, step, mine, session, expected, moved))
+        if trials[-1].apart <= sure:
             break
     # A small term that adds up otherwise (a penalty of 1 %) must not pass for rounding: the closest law.
-    closest = min(one.apart for one in tries)
+    closest = min(one.apart for one in trials)
     if closest > sure and closest > _tolerance(
         model, _rounding(model, step, everyones, expected, moved, comm)
     ):
         raise UsageError(
-            refusals.of_objective(model, closest, [said for one in tries for said in one.failures])
+            refusals.of_objective(model, closest, [said for one in trials for said in one.failures])
         )
-    taken = next(one for one in tries if one.apart <= ALIKE * max(closest, sure))
+    taken = next(one for one in trials if one.apart <= ALIKE * max(closest, sure))
     if taken.other_state:
         raise UsageError(refusals.of_state(model, taken.other_state))
-    if any(comm.allgather_obj(_is_bent(model, step, everyones, expected, moved))):
+    if any(comm.allgather_obj(_is_nonlinear(model, step, everyones, expected, moved))):
         raise UsageError(refusals.of_clipping(model))
     kinds = kinds_of(expected.logs, taken.logs, int(rows_of(mine)), comm)
     return replace(taken.law, logs=tuple(kinds.items()))
 
 
-def _of_one_process(model: Any, step: Step, everyones: Any, comm: Comm) -> tuple[Tried, bool]:
+def _of_one_process(model: Any, step: Step, everyones: Any, comm: Comm) -> tuple[DryRunResult, bool]:
     """What one process comes to with the rows of all ranks, and whether weights were moved for it."""
     moved = True
     expected, error = _alone(model, step, everyones, moved)
@@ -155,13 +155,13 @@ def _of_one_process(model: Any, step: Step, everyones: Any, comm: Comm) -> tuple
 
 
 def _by(
-    law: Law, model: Any, step: Step, mine: Any, session: FitSession, expected: Tried, moved: bool
-) -> Try:
+    law: Law, model: Any, step: Step, mine: Any, session: FitSession, expected: DryRunResult, moved: bool
+) -> Trial:
     """Try a law; a collective, of which all ranks know the same but for their own logs."""
     found, failure = _over_ranks(model, step, mine, session, law, moved)
     apart = float("inf") if found is None else _difference(expected.gradients, found.gradients)
     everyone = session.comm.allgather_obj([apart, failure, _other_state(model, expected, found)])
-    return Try(
+    return Trial(
         law,
         max(difference for difference, *_ in everyone),
         [said for _, said, _ in everyone if said],
@@ -199,7 +199,7 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 
-def _is_bent(model: Any, step: Step, data: Any, expected: Tried, moved: bool) -> bool:
+def _is_nonlinear(model: Any, step: Step, data: Any, expected: DryRunResult, moved: bool) -> bool:
     """Whether a step of the user gives the optimizer what is no linear function of its gradients.
 
     Clipping, for one, which no few rows may show: gradients are tried a million times as large, and none.
@@ -214,12 +214,10 @@ def _is_bent(model: Any, step: Step, data: Any, expected: Tried, moved: bool) ->
         _slopes(one, none.gradients, scale)
         for one, scale in ((expected.gradients, 1.0), (large.gradients, LARGE))
     ]
-    return _difference(*slopes) > (
-        TOLERANCE if _compute_dtypes(model) <= SURE.keys() else TOLERANCE_OF_HALVES
-    )
+    return _difference(*slopes) > _most(model)
 
 
-def _slopes(gradients: Gradients, none: Gradients, scale: float) -> Gradients:
+def _slopes(gradients: Named, none: Named, scale: float) -> Named:
     return [
         (name, None if one is None or still is None else (_as_float(one) - still) / scale)
         for (name, one), (_, still) in zip(gradients, none, strict=False)
@@ -227,24 +225,24 @@ def _slopes(gradients: Gradients, none: Gradients, scale: float) -> Gradients:
 
 
 def _alone(
-    model: Any, step: Step, data: Any, moved: bool, gradient_scale: float | None = None
-) -> tuple[Tried, str]:
+    model: Any, step: Step, data: Any, moved: bool, gradient_scale: float = 1.0
+) -> tuple[DryRunResult, str]:
     scope = StepScope(
         Reduction(SerialComm()), ONE_PROCESS, True, data, captured=[], gradient_scale=gradient_scale
     )
     try:
         return _tried(model, step, scope, moved), ""
     except Exception as error:
-        return Tried([], {}, {}), _first_line(error)
+        return DryRunResult([], [], {}), _first_line(error)
 
 
 def _over_ranks(
     model: Any, step: Step, data: Any, session: FitSession, law: Law, moved: bool
-) -> tuple[Tried | None, str]:
+) -> tuple[DryRunResult | None, str]:
     """What all ranks come to by a law; None, and what was said, where the step fails by it."""
     scope, failure = StepScope(session.reduction, law, True, data, captured=[]), ""
     try:
-        found: Tried | None = _tried(model, step, scope, moved)
+        found: DryRunResult | None = _tried(model, step, scope, moved)
     except Exception as error:
         if isinstance(behind(error), LaunchError):
             return None, ""  # another rank has failed, and says so
@@ -256,8 +254,8 @@ def _over_ranks(
     return found, failure
 
 
-def _tried(model: Any, step: Step, scope: StepScope, moved: bool) -> Tried:
-    found: Gradients = []
+def _tried(model: Any, step: Step, scope: StepScope, moved: bool) -> DryRunResult:
+    found: Named = []
     with put_back(model), eagerly(), rank_randomness.none(), deferred_starts(), entered(scope):
         if moved:
             _move(model.trainable_variables)
@@ -269,8 +267,14 @@ def _tried(model: Any, step: Step, scope: StepScope, moved: bool) -> Tried:
             for variable, mean in zip(variables, means, strict=True):
                 value = None if mean is None else np.asarray(tf.convert_to_tensor(mean))
                 found.append((f"{name} {name_of(variable)}", value))
-        changes = {one.path: _as_float(one.numpy()) - _as_float(before) for one, before in states}
-    return Tried(found, changes, logs)
+        changes = [(one.path, _change(before, one.numpy())) for one, before in states]
+    return DryRunResult(found, changes, logs)
+
+
+def _change(before: np.ndarray, after: Any) -> np.ndarray | None:
+    """None where there is none, as of most weights: so they are not kept."""
+    same = np.array_equal(before, after, equal_nan=before.dtype.kind == "f")
+    return None if same else _as_float(after) - _as_float(before)
 
 
 def _as_float(value: Any) -> np.ndarray:
@@ -287,11 +291,11 @@ def _move(variables: list[Any]) -> None:
             variable.assign((value * (1 + by) if value.any() else by).astype(value.dtype))
 
 
-def _is_finite(gradients: Gradients) -> bool:
+def _is_finite(gradients: Named) -> bool:
     return all(one is None or bool(np.isfinite(one).all()) for _, one in gradients)
 
 
-def _difference(expected: Gradients, found: Gradients) -> float:
+def _difference(expected: Named, found: Named) -> float:
     if [name for name, _ in found] != [name for name, _ in expected]:
         return float("inf")
     worst, scale = 0.0, 0.0
@@ -306,19 +310,25 @@ def _difference(expected: Gradients, found: Gradients) -> float:
     return worst / scale if scale > 0 else (0.0 if worst == 0 else float("inf"))
 
 
-def _other_state(model: Any, expected: Tried, found: Tried | None) -> str:
+def _other_state(model: Any, expected: DryRunResult, found: DryRunResult | None) -> str:
     """The first weight, or variable of an optimizer, that the step changes otherwise than in one process."""
-    most = TOLERANCE if _compute_dtypes(model) <= SURE.keys() else TOLERANCE_OF_HALVES
     if found is None:
         return ""
-    for path, change in expected.changes.items():
-        apart = np.abs(found.changes.get(path, np.inf) - change)
-        if change.size and not float(apart.max()) <= most * float(np.abs(change).max()):
+    for (path, change), (other, mine) in zip_longest(expected.changes, found.changes, fillvalue=("", None)):
+        if path != other:
+            return path or other
+        if change is None and mine is None:
+            continue
+        wanted = np.float64(0) if change is None else change
+        apart = np.abs((0 if mine is None else mine) - wanted)
+        if not float(apart.max()) <= _most(model) * float(np.abs(wanted).max()):
             return path
     return ""
 
 
-def _rounding(model: Any, step: Step, everyones: Any, expected: Tried, moved: bool, comm: Comm) -> float:
+def _rounding(
+    model: Any, step: Step, everyones: Any, expected: DryRunResult, moved: bool, comm: Comm
+) -> float:
     """The difference that another order of the rows makes in one process; a collective."""
     found, error = _alone(model, step, rows_reversed(everyones), moved)
     apart = float("inf") if error else _difference(expected.gradients, found.gradients)
@@ -326,9 +336,12 @@ def _rounding(model: Any, step: Step, everyones: Any, expected: Tried, moved: bo
 
 
 def _tolerance(model: Any, rounding: float) -> float:
-    kinds = _compute_dtypes(model)
-    most = TOLERANCE if kinds <= SURE.keys() else TOLERANCE_OF_HALVES
+    most, kinds = _most(model), _compute_dtypes(model)
     return min(most, max(ROUNDINGS * rounding, *(LOST.get(kind, most) for kind in kinds)))
+
+
+def _most(model: Any) -> float:
+    return TOLERANCE if _compute_dtypes(model) <= SURE.keys() else TOLERANCE_OF_HALVES
 
 
 def _compute_dtypes(model: Any) -> set[str]:

@@ -57,7 +57,7 @@ class StepScope:
         rows: how many of them count, () int32: all, or none where this rank has no row; None: all.
         model: whose step it is.
         captured: not None: optimizers add (their number, variables, gradients) here instead of stepping.
-        gradient_scale: not None: gradients of variables are this many times what they are.
+        gradient_scale: gradients of variables are this many times what they are.
         metric_rows: what metrics were given of all ranks, by graph and this rank's tensor: several share it.
     """
 
@@ -68,7 +68,7 @@ class StepScope:
     rows: Any = None
     model: Any = None
     captured: list[Any] | None = None
-    gradient_scale: float | None = None
+    gradient_scale: float = 1.0
     metric_rows: dict[Any, Any] = field(default_factory=dict, repr=False)
     _rows: tuple[Any, Any] | None = field(default=None, repr=False)
 
