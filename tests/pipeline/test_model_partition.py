@@ -196,7 +196,7 @@ def stages(model, count, wanted="", **way):
         shape = (ROWS, T) if first else (ROWS, *segment.model.inputs[0].shape[1:])
         how = StageVariant(first, last, **{**way, "at_once": way.get("at_once", False) and last})
         runs = [range(len(segment.trainable))]
-        made.append(Stage(segment, generator_states(model), shape, T, how, runs))
+        made.append(Stage(segment, generator_states(model), shape, T, T, how, runs))
     return made
 
 

@@ -3,6 +3,9 @@
 In a chain of layers that is each layer's output; inside a residual block there is none, as two tensors run
 in parallel. Segments share their layers with the full model (`keras.Model` between two of its tensors).
 
+What is computed from the rows without weights, such as a mask of padding, does not count: every segment that
+needs it takes the rows as a second input, and computes it again.
+
 Legend: B rows, T tokens, D width, V vocabulary.
 """
 
@@ -20,6 +23,7 @@ import keras
 
 from tf_dist.errors import UsageError
 from tf_dist.models.lm_head import LanguageModelHead, head_of, with_known_head
+from tf_dist.models.model_outputs import same_outputs
 
 # Layer names of this package's models: layer_3, or layer_3_attention.
 BLOCK = re.compile(r"layer_(\d+)(?:_|$)")
@@ -44,13 +48,15 @@ class ModelSegment:
     """Consecutive layers of a model.
 
     model: from the preceding tensor, or token ids, to the following tensor, or logits; the last segment has
-    the full `LanguageModelHead`. variables: trainable and not, in the order of the full model, without the
-    states of random generators. cost: see `costs`.
+    the full `LanguageModelHead`. reads_rows: whether it takes the rows as well, as a second input.
+    variables: trainable and not, in the order of the full model, without the states of random generators.
+    cost: see `costs`.
     """
 
     model: keras.Model
     variables: list[Any]
     cost: float
+    reads_rows: bool = False
 
     @property
     def trainable(self) -> list[Any]:
@@ -70,6 +76,7 @@ class LayerGraph:
     Attributes:
         nodes: calls of layers, without inputs.
         points: possible cuts, from input to output.
+        of_rows: ids of the tensors that depend on the rows and on no weights, the rows included.
 
     Raises:
         UsageError: the model's layer graph is unknown (a subclassed model), or it passes masks along.
@@ -94,6 +101,7 @@ class LayerGraph:
         self.nodes = [node for node in everything if not node.is_input]
         for node in [] if masks else self.nodes:
             _refuse_masks(node.operation)
+        self.of_rows = self._tensors_of_rows()
         self.points = self._find_points()
 
     def _find_points(self) -> list[CutPoint]:
@@ -102,23 +110,49 @@ class LayerGraph:
         head = head_of(self.model)
         # After the hidden states there is only the LM head, which the loss computes with them.
         last = self.output if head is None else head.trunk.outputs[0]
-        live, points = {id(self.input): self.input}, []
+        live, points = dict[int, Any](), list[CutPoint]()
         begun: set[int] = set()
         for place, node in enumerate(self.nodes):
-            carried = next(iter(live.values()))
+            carried = next(iter(live.values()), None)
             if carried is last:
                 break
             block = _block(node)
-            if place and len(live) == 1 and keras.backend.is_float_dtype(carried.dtype):
+            # A node of the rows alone can begin no segment: it is computed again in each that needs it.
+            of_rows = all(id(tensor) in self.of_rows for tensor in node.output_tensors)
+            if (
+                carried is not None
+                and len(live) == 1
+                and not of_rows
+                and keras.backend.is_float_dtype(carried.dtype)
+            ):
                 new = block if block is not None and block not in begun else None
                 points.append(CutPoint(carried, place, node.operation.name, new))
             begun |= {block} - {None}  # type: ignore[arg-type]
             for tensor in node.input_tensors:
                 uses[id(tensor)] -= 1
                 if not uses[id(tensor)]:
-                    del live[id(tensor)]
-            live.update((id(tensor), tensor) for tensor in node.output_tensors if uses[id(tensor)])
+                    live.pop(id(tensor), None)
+            made = [tensor for tensor in node.output_tensors if uses[id(tensor)]]
+            live.update((id(tensor), tensor) for tensor in made if id(tensor) not in self.of_rows)
         return points
+
+    def _tensors_of_rows(self) -> set[int]:
+        found = {id(self.input)}
+        for node in self.nodes:
+            given = {id(tensor) for tensor in node.input_tensors}
+            if given <= found and not getattr(node.operation, "variables", ()):
+                found.update(id(tensor) for tensor in node.output_tensors)
+        return found
+
+    def inputs_of(self, begin: Any, nodes: Sequence[Any]) -> list[Any]:
+        """The inputs of a segment: its first tensor, and the rows if it needs them.
+
+        Args:
+            begin: the tensor with which it begins.
+            nodes: of the segment.
+        """
+        used_again = {id(t) for node in nodes for t in node.input_tensors} & self.of_rows
+        return [begin, self.input] if used_again and begin is not self.input else [begin]
 
     def segments(self, cuts: Sequence[CutPoint]) -> list[ModelSegment]:
         """The segments of the model for these cuts.
@@ -134,10 +168,12 @@ class LayerGraph:
         self._refuse_shared_draws(parts)
         made = []
         for number, (part, (begin, end)) in enumerate(zip(parts, pairwise(tensors), strict=True)):
-            model = keras.Model(begin, end, name=f"{self.model.name}_{number}")
+            inputs = self.inputs_of(begin, part)
+            model = keras.Model(one_or_all(inputs), end, name=f"{self.model.name}_{number}")
             if number == len(cuts):
-                keep_head(model, begin, head_of(self.model))
-            segment = ModelSegment(model, self._needed(part), sum(each[places[number] : places[number + 1]]))
+                keep_head(model, inputs, self.model)
+            cost = sum(each[places[number] : places[number + 1]])
+            segment = ModelSegment(model, self._needed(part), cost, reads_rows=len(inputs) > 1)
             if not segment.trainable:
                 raise UsageError(
                     f"stage {number} of {len(parts)} ({', '.join(n.operation.name for n in part)}) has no "
@@ -267,17 +303,24 @@ def _block(node: Any) -> int | None:
     return int(found[1]) if found else None
 
 
-def keep_head(last: keras.Model, begin: Any, head: LanguageModelHead | None) -> None:
-    """Attach the full model's head to the last segment, so that its loss can be computed in chunks.
+def keep_head(last: keras.Model, inputs: Sequence[Any], whole: keras.Model) -> None:
+    """Declare the full model's outputs and head of the last segment: they decide how its loss is computed.
 
     Args:
         last: the segment.
-        begin: the full model's tensor with which it begins.
-        head: of the full model.
+        inputs: the full model's tensors that it takes.
+        whole: the full model.
     """
+    same_outputs(last, whole)
+    head = head_of(whole)
     if head is not None:
-        trunk = keras.Model(begin, head.trunk.outputs[0], name=f"{last.name}_trunk")
+        trunk = keras.Model(one_or_all(inputs), head.trunk.outputs[0], name=f"{last.name}_trunk")
         with_known_head(last, LanguageModelHead(trunk, head.embedding))
+
+
+def one_or_all(tensors: Sequence[Any]) -> Any:
+    """The only tensor, or a list of several: what a Keras model takes."""
+    return tensors[0] if len(tensors) == 1 else list(tensors)
 
 
 def _refuse_masks(layer: Any) -> None:

@@ -22,6 +22,7 @@ import tensorflow as tf
 from tf_dist.config.pipeline import PipelineOptions
 from tf_dist.errors import UsageError
 from tf_dist.models.meta_init import materialize
+from tf_dist.models.model_outputs import target_len
 from tf_dist.parallel.flat_buffer import aligned_empty, neighbours
 from tf_dist.parallel.mesh import Mesh
 from tf_dist.parallel.p2p import P2PChannels
@@ -78,6 +79,7 @@ class PipelineReplica(FlatParameters):
     ) -> None:
         self.model, self.mesh, self.seed, self.options = model, mesh, seed, options
         self.rows, self.seq_len, self.xla = rows, seq_len, False
+        self.target_len = target_len(model, seq_len)
         graph = LayerGraph(model)
         check_model(model)
         ranks, rank = mesh.pipeline.size, mesh.pipeline.rank
@@ -121,7 +123,8 @@ class PipelineReplica(FlatParameters):
         self.runs[chunk] = [
             slice(starts[places[group.start]], starts[places[group.stop - 1] + 1]) for group in groups
         ]
-        self.stages[chunk] = Stage(segment, self._generators, shape, self.seq_len, way, groups)
+        sizes = (self.seq_len, self.target_len)
+        self.stages[chunk] = Stage(segment, self._generators, shape, *sizes, way, groups)
 
     def _place(self, variable: Any) -> int:
         return next(place for place, one in enumerate(self.variables) if one is variable)
@@ -317,7 +320,7 @@ class PipelineRunner:
         if i not in self._given:
             count = np.float32(np.count_nonzero(batch.y_BxT != IGNORED))
             states = self.replica.random_states((self._step, batch.number))
-            given = (batch.y_BxT, count, states)
+            given = (batch.y_BxT, count, states, batch.x_BxT)
             self._given[i] = StageInputs(*(tf.convert_to_tensor(one) for one in given))
         return self._given[i]
 
@@ -364,7 +367,7 @@ class PipelineRunner:
             for _, chunk, i in stream:
                 stage = self.replica.stages[chunk]
                 x = group[i].x_BxT if stage.way.first else self._take(Message(F, chunk - 1))
-                out = stage.evaluate(x, group[i].y_BxT)
+                out = stage.evaluate(x, group[i].y_BxT, group[i].x_BxT)
                 if stage.way.last:
                     self._count(group[i], out, totals)
                 else:
@@ -373,18 +376,19 @@ class PipelineRunner:
 
     def logits(self, x_1xT: np.ndarray) -> np.ndarray:
         """As in `tf_dist.runners.runner.ModelRunner`; a collective of the pipeline."""
-        x, out = tf.convert_to_tensor(x_1xT, tf.int32), None
+        row = x = tf.convert_to_tensor(x_1xT, tf.int32)
+        out = None
         for chunk, stage in self.replica.stages.items():
             if not stage.way.first:
                 message = Message(F, chunk - 1)
                 self._messages.expect(message, (1, *stage.x.shape[1:]), stage.x.dtype, 1)
                 x = self._take(message)
-            out = np.asarray(stage.logits(x))
+            out = np.asarray(stage.logits(x, row))
             if not stage.way.last:
                 self._messages.send(Message(F, chunk), out)
         comm = self.replica.mesh.pipeline
-        shape = (self.replica.seq_len, self.replica.model.outputs[0].shape[-1])
-        logits = np.empty(shape, np.float32)
+        own = self.replica.model.outputs[0].shape
+        logits = np.empty((own[1] or self.replica.seq_len, own[2]), np.float32)
         if comm.rank == comm.size - 1:
             assert out is not None
             np.copyto(logits, out[0])

@@ -15,7 +15,7 @@ from keras.src.random.seed_generator import global_seed_generator
 
 from tf_dist.errors import UsageError
 from tf_dist.pipeline.graph_partition import GraphCuts, Values
-from tf_dist.pipeline.model_partition import ModelSegment
+from tf_dist.pipeline.model_partition import ModelSegment, one_or_all
 from tf_dist.runners.loss import loss_and_sums
 from tf_dist.runners.replica import concat
 
@@ -38,11 +38,12 @@ class StageVariant:
 
 
 class StageInputs(NamedTuple):
-    """Inputs of a micro-batch: targets (B, T), the number that counts, generator states (G, 2)."""
+    """Inputs of a micro-batch: targets (B, U), how many count, generator states (G, 2), rows (B, T)."""
 
     y_BxT: tf.Tensor
     count: Any
     states: Any
+    rows_BxT: tf.Tensor | None = None
 
 
 class Stage:
@@ -53,6 +54,7 @@ class Stage:
         generators: the states of all random generators of the full model, in its order.
         shape: of its input, (B, T) or (B, T, ...).
         seq_len: T.
+        targets: of a row.
         way: how it is compiled.
         runs: groups of its trainable variables, by index; each has its gradients in one vector.
 
@@ -66,6 +68,7 @@ class Stage:
         generators: Sequence[Any],
         shape: Sequence[int],
         seq_len: int,
+        targets: int,
         way: StageVariant,
         runs: Sequence[range],
     ) -> None:
@@ -77,7 +80,8 @@ class Stage:
         self.out_shape = (shape[0], *(size or seq_len for size in out.shape[1:]))
         self.out_dtype = tf.as_dtype(out.dtype)
         self._dy = tf.TensorSpec(self.out_shape, self.out_dtype)
-        self._targets = tf.TensorSpec((shape[0], seq_len), tf.int32)
+        self._targets = tf.TensorSpec((shape[0], targets), tf.int32)
+        self._rows = tf.TensorSpec((shape[0], seq_len), tf.int32)
         self._trace()
         self._without_gradients: dict[str, Any] = {}
 
@@ -89,7 +93,7 @@ class Stage:
         Returns:
             These, or None if `backward` computes them; and the values saved for the backward pass.
         """
-        inputs = [x, *given]
+        inputs = [x, *given][: len(self._inputs)]
         if self.way.at_once:
             return None, dict(zip(self._inputs, inputs, strict=True))
         (out,), kept = self._kept.run(0, inputs, {})
@@ -129,6 +133,8 @@ class Stage:
         way = self.way
         states = tf.TensorSpec((len(self._generators), 2), tf.int64)
         signature = [self.x, self._targets, tf.TensorSpec((), tf.float32), states]
+        signature += [self._rows] if self.segment.reads_rows else []
+        taken = len(signature)
         signature += [] if way.last else [self._dy]
         found: dict[str, Any] = {}
 
@@ -138,7 +144,7 @@ class Stage:
 
         self.traced = tf.compat.v1.wrap_function(graph, signature)
         inputs = self.traced.graph.inputs[: len(signature)]
-        self._inputs = [tensor.name for tensor in inputs[:4]]
+        self._inputs = [tensor.name for tensor in inputs[:taken]]
         back = ([] if way.first else [found["dx"]]) + ([found["out"]] if way.at_once else [])
         backward = [back, found["dw"]] if way.split else [back + found["dw"]]
         nothing: list[list[Any]] = [[]] * (len(backward) - 1)
@@ -146,11 +152,21 @@ class Stage:
         if way.recompute or way.at_once:
             self._again = GraphCuts(self.traced, [inputs, *nothing], backward)
         if not way.at_once:
-            steps = [inputs[:4], inputs[4:], *nothing]
+            steps = [inputs[:taken], inputs[taken:], *nothing]
             self._kept = GraphCuts(self.traced, steps, [[found["out"]], *backward])
 
-    def _graph(self, x: Any, y_BxT: tf.Tensor, count: Any, states: Any, dy: Any = None) -> dict[str, Any]:
-        """Outputs, and gradients of the input and of each run of variables."""
+    def _graph(self, x: Any, y_BxT: tf.Tensor, count: Any, states: Any, *more: Any) -> dict[str, Any]:
+        """Outputs, and gradients of the input and of each run of variables.
+
+        Args:
+            x: see `forward`.
+            y_BxT: see `StageInputs`, as the next two.
+            count: of targets.
+            states: of generators.
+            more: the rows, if the segment reads them; the gradient of its output, unless it is the last one.
+        """
+        came = [x, more[0]] if self.segment.reads_rows else x
+        dy = None if self.way.last else more[-1]
         pairs = [(one, tf.cast(states[i], one.dtype)) for i, one in enumerate(self._generators)]
         variables = [variable.value for variable in self.segment.trainable]
         # Not assigned to the generators: no step of a split graph may depend on side effects of another one.
@@ -161,10 +177,10 @@ class Stage:
             if not self.way.first:
                 tape.watch(x)
             if self.way.last:
-                target, out = loss_and_sums(self.segment.model, x, y_BxT, training=True)
+                target, out = loss_and_sums(self.segment.model, came, y_BxT, training=True)
                 count = out[1]
             else:
-                target = out = self.segment.model(x, training=True)
+                target = out = self.segment.model(came, training=True)
             own = scope.losses + [v.regularizer(v.value) for v in self.segment.trainable if v.regularizer]
             # As in `Replica`: losses added by layers count once per target.
             targets = [target, sum(own) * count] if own else [target]
@@ -184,17 +200,23 @@ class Stage:
 
     # Without gradients ---------------------------------------------------------------------------
 
-    def evaluate(self, x: Any, y_BxT: tf.Tensor) -> Any:
+    def evaluate(self, x: Any, y_BxT: tf.Tensor, rows_BxT: tf.Tensor) -> Any:
         """The results of `forward`, without dropout, saving nothing."""
+        came, specs = [tf.convert_to_tensor(x)], [self.x]
+        if self.segment.reads_rows:
+            came, specs = [*came, tf.convert_to_tensor(rows_BxT)], [*specs, self._rows]
         if not self.way.last:
-            return self._compiled("evaluate", self._outputs, self.x)(tf.convert_to_tensor(x))
-        function = self._compiled("evaluate", self._sums, self.x, self._targets)
-        return function(tf.convert_to_tensor(x), tf.convert_to_tensor(y_BxT))
+            return self._compiled("evaluate", self._outputs, *specs)(*came)
+        function = self._compiled("evaluate", self._sums, self._targets, *specs)
+        return function(tf.convert_to_tensor(y_BxT), *came)
 
-    def logits(self, x: Any) -> Any:
+    def logits(self, x: Any, row_1xT: Any) -> Any:
         """The activations of one row; of the last stage its logits, float32."""
-        row = tf.TensorSpec((1, *self.x.shape[1:]), self.x.dtype)
-        return self._compiled("logits", self._logits if self.way.last else self._outputs, row)(x)
+        came, specs = [x], [self.x]
+        if self.segment.reads_rows:
+            came, specs = [x, row_1xT], [*specs, self._rows]
+        of_a_row = [tf.TensorSpec((1, *one.shape[1:]), one.dtype) for one in specs]
+        return self._compiled("logits", self._logits if self.way.last else self._outputs, *of_a_row)(*came)
 
     def _compiled(self, name: str, graph: Callable[..., Any], *signature: Any) -> Any:
         """A function that is traced on first use."""
@@ -202,11 +224,11 @@ class Stage:
             self._without_gradients[name] = tf.function(graph, signature).get_concrete_function()
         return self._without_gradients[name]
 
-    def _outputs(self, x: Any) -> Any:
-        return self.segment.model(x, training=False)
+    def _outputs(self, *came: Any) -> Any:
+        return self.segment.model(one_or_all(came), training=False)
 
-    def _logits(self, x: Any) -> Any:
-        return tf.cast(self._outputs(x), tf.float32)
+    def _logits(self, *came: Any) -> Any:
+        return tf.cast(self._outputs(*came), tf.float32)
 
-    def _sums(self, x: Any, y_BxT: tf.Tensor) -> Any:
-        return loss_and_sums(self.segment.model, x, y_BxT, training=False)[1]
+    def _sums(self, y_BxT: tf.Tensor, *came: Any) -> Any:
+        return loss_and_sums(self.segment.model, one_or_all(came), y_BxT, training=False)[1]

@@ -1,4 +1,4 @@
-"""Next-token loss and counts, with the logits in one array or in chunks.
+"""Loss and counts: cross-entropy, with the logits in one array or in chunks; or the error of frames.
 
 Legend: B rows, T tokens, D width, V vocabulary, N = B T, C chunks, S tokens of a chunk.
 """
@@ -15,6 +15,8 @@ import tensorflow as tf
 from tf_dist.layers import VocabularyParallelEmbedding, mappings
 from tf_dist.layers.cross_entropy import cross_entropy as divided_cross_entropy
 from tf_dist.models.lm_head import LanguageModelHead, head_of
+from tf_dist.models.model_outputs import FRAMES, outputs_of
+from tf_dist.runners.frame_loss import frame_loss_and_sums
 
 # Target of padding: no loss, not counted.
 IGNORED = -1
@@ -29,11 +31,14 @@ def loss_and_sums(model: keras.Model, x_BxT: tf.Tensor, y_BxT: tf.Tensor, traini
     """The summed loss in nats, and (3,) float32: that, the number of targets, how many had the highest logit.
 
     Args:
-        model: token ids (B, T) int32 -> logits (B, T, V).
+        model: rows (B, W) int32, as token ids (B, T) -> logits (B, T, V), or what it declares
+            (`tf_dist.models.model_outputs`). Of a segment: its inputs.
         x_BxT: token ids, int32.
-        y_BxT: the next token of each, -1 for padding.
+        y_BxT: the class of each output, as the next token; -1 for padding.
         training: whether dropout is active, and the loss is differentiated.
     """
+    if outputs_of(model) == FRAMES:
+        return frame_loss_and_sums(model(x_BxT, training=training), y_BxT)
     head = head_of(model)
     if head is not None and isinstance(head.embedding, VocabularyParallelEmbedding):
         return _from_shared_head(head, head.embedding, x_BxT, y_BxT, training)

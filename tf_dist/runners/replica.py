@@ -16,6 +16,7 @@ import tensorflow as tf
 from tf_dist.comm.transport.base import Comm
 from tf_dist.errors import UsageError
 from tf_dist.models.meta_init import materialize
+from tf_dist.models.model_outputs import target_len
 from tf_dist.optim.fused_optimizer import optimizer_step
 from tf_dist.optim.optimizers import exclude_vectors
 from tf_dist.parallel.flat_buffer import ALIGNMENT_BYTES, FlatLayout, aligned_empty, norm
@@ -146,7 +147,8 @@ class Replica(FlatParameters):
         super().__init__(optimizer, model.trainable_variables)
         self._generators, self.moving = len(generator_states(model)), MovingStatistics()
         self.rows, self.seq_len, self.xla = rows, seq_len, False
-        self._compile(rows, seq_len)
+        self.target_len = target_len(model, seq_len)
+        self._compile(rows)
 
     def _materialize(self) -> None:
         materialize(self.model.variables)
@@ -155,10 +157,11 @@ class Replica(FlatParameters):
         """Compile forward and backward with XLA, or not: equal except for rounding and dropout masks."""
         self.xla = xla
 
-    def _compile(self, rows: int, seq_len: int) -> None:
-        batch_BxT = tf.TensorSpec((rows, seq_len), tf.int32)
+    def _compile(self, rows: int) -> None:
+        x_BxT = tf.TensorSpec((rows, self.seq_len), tf.int32)
+        y_BxU = tf.TensorSpec((rows, self.target_len), tf.int32)
         states = tf.TensorSpec((self._generators, 2), tf.int64)
-        self.gradients_signature = [batch_BxT, batch_BxT, states]
+        self.gradients_signature = [x_BxT, y_BxU, states]
         self._gradients = {
             xla: tf.function(
                 self._gradients_graph,
@@ -168,7 +171,7 @@ class Replica(FlatParameters):
             )
             for xla in (False, True)
         }
-        self._evaluate = tf.function(self._evaluate_graph, input_signature=[batch_BxT, batch_BxT])
+        self._evaluate = tf.function(self._evaluate_graph, input_signature=[x_BxT, y_BxU])
 
     # Forward and backward ------------------------------------------------------------------------
 

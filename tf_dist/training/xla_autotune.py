@@ -130,5 +130,6 @@ class XlaAutotune:
         return ""
 
     def _one_gradient(self) -> None:
-        ids_BxT = np.zeros((self._replica.rows, self._replica.seq_len), np.int32)
-        self._replica.gradients(ids_BxT, ids_BxT, (0, 0))
+        replica = self._replica
+        x, y = (np.zeros((replica.rows, n), np.int32) for n in (replica.seq_len, replica.target_len))
+        replica.gradients(x, y, (0, 0))

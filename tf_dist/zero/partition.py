@@ -7,8 +7,7 @@ from math import prod
 
 import keras
 
-from tf_dist.models.lm_head import head_of
-from tf_dist.pipeline.model_partition import LayerGraph, keep_head, used
+from tf_dist.pipeline.model_partition import LayerGraph, keep_head, one_or_all, used
 
 # Adjacent layers are merged up to this many weights (4 MiB): each segment costs calls and messages.
 TOGETHER = 1 << 20
@@ -20,12 +19,13 @@ class ShardSegment:
 
     model: from its input tensor to its output tensor; shares the layers of the full model.
     numbers: the trainable variables that it uses, by index in the full model. own: those that no earlier
-    segment uses.
+    segment uses. reads_rows: whether it takes the rows as well, as a second input.
     """
 
     model: keras.Model
     numbers: list[int]
     own: list[int] = field(default_factory=list)
+    reads_rows: bool = False
 
 
 def segments(model: keras.Model, together: int = TOGETHER) -> list[ShardSegment]:
@@ -55,9 +55,9 @@ def segments(model: keras.Model, together: int = TOGETHER) -> list[ShardSegment]
     seen: set[int] = set()
     for begin, end in zip(cuts, [*cuts[1:], len(ends) - 1], strict=True):
         mine = numbers(begin, end)
-        made.append(
-            ShardSegment(keras.Model(ends[begin][0], ends[end][0]), mine, [i for i in mine if i not in seen])
-        )
+        inputs = graph.inputs_of(ends[begin][0], graph.nodes[ends[begin][1] : ends[end][1]])
+        part = keras.Model(one_or_all(inputs), ends[end][0])
+        made.append(ShardSegment(part, mine, [i for i in mine if i not in seen], len(inputs) > 1))
         seen.update(mine)
-    keep_head(made[-1].model, ends[cuts[-1]][0], head_of(model))
+    keep_head(made[-1].model, inputs, model)
     return made

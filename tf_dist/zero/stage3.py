@@ -34,6 +34,7 @@ from tf_dist.parallel.flat_buffer import aligned_empty, neighbours
 from tf_dist.parallel.reduce_scatter import ShardSums
 from tf_dist.parallel.tensor_shard import TensorShard
 from tf_dist.parallel.totals import Totals
+from tf_dist.pipeline.model_partition import one_or_all
 from tf_dist.runners.loss import IGNORED, loss_and_sums
 from tf_dist.runners.replica import as_tensor
 from tf_dist.runners.rng import foreign_draws, generator_states, random_states
@@ -155,8 +156,11 @@ class SegmentFunctions:
         own = {id(variable) for variable in segment.model.variables}
         every = generator_states(replica.model)
         self._generators = [(i, v) for i, v in enumerate(every) if id(v) in own or i == len(every) - 1]
-        came, ids = segment.model.inputs[0], tf.TensorSpec((replica.rows, replica.seq_len), tf.int32)
-        into = ids if not replica.segments.index(segment) else _spec(came, replica.rows)
+        sizes = (replica.seq_len, replica.target_len)
+        rows, targets = (tf.TensorSpec((replica.rows, size), tf.int32) for size in sizes)
+        first = not replica.segments.index(segment)
+        into = [rows if first else _spec(segment.model.inputs[0], replica.rows)]
+        into += [rows] if segment.reads_rows else []
         states = tf.TensorSpec((len(every), 2), tf.int64)
         weights = [tf.TensorSpec(variable.shape, tf.float32) for variable in self._variables]
         used_again = {number for one in later for number in one.numbers}
@@ -167,8 +171,8 @@ class SegmentFunctions:
         out = _spec(segment.model.outputs[0], replica.rows) if later else tf.TensorSpec((0,))
         self.forward = _Traced(self._forward_graph, [states, into, weights])
         self.evaluate = _Traced(self._evaluate_graph, [into, weights])
-        self.sums = _Traced(self._sums_graph, [into, ids, weights])
-        self.backward = _Traced(self._backward_graph, [states, into, out, ids, weights, held])
+        self.sums = _Traced(self._sums_graph, [into, targets, weights])
+        self.backward = _Traced(self._backward_graph, [states, into, out, targets, weights, held])
 
     def foreign_draws(self) -> list[str]:
         """TensorFlow's own random operations in it, which cannot be made repeatable."""
@@ -180,40 +184,45 @@ class SegmentFunctions:
             standing += [(variable, tf.cast(states[i], variable.dtype)) for i, variable in self._generators]
         return StatelessScope(state_mapping=standing, initialize_variables=False)
 
-    def _forward_graph(self, states: Any, came: Any, weights: Any) -> Any:
+    def takes(self, came: Any, rows_BxT: Any) -> list[Any]:
+        """The inputs of the segment: activations, or rows; and the rows again, if it reads them."""
+        return [came, tf.constant(rows_BxT, tf.int32)] if self._segment.reads_rows else [came]
+
+    def _forward_graph(self, states: Any, came: list[Any], weights: Any) -> Any:
         with self._scope(states, weights):
-            return self._segment.model(came, training=True)
+            return self._segment.model(one_or_all(came), training=True)
 
-    def _evaluate_graph(self, came: Any, weights: Any) -> Any:
+    def _evaluate_graph(self, came: list[Any], weights: Any) -> Any:
         with self._scope(None, weights):
-            return self._segment.model(came, training=False)
+            return self._segment.model(one_or_all(came), training=False)
 
-    def _sums_graph(self, came: Any, y_BxT: tf.Tensor, weights: Any) -> Any:
+    def _sums_graph(self, came: list[Any], y_BxT: tf.Tensor, weights: Any) -> Any:
         with self._scope(None, weights):
-            return loss_and_sums(self._segment.model, came, y_BxT, training=False)[1]
+            return loss_and_sums(self._segment.model, one_or_all(came), y_BxT, training=False)[1]
 
     def _backward_graph(
-        self, states: Any, came: Any, wanted: Any, y_BxT: tf.Tensor, weights: Any, held: Any
+        self, states: Any, came: list[Any], wanted: Any, y_BxT: tf.Tensor, weights: Any, held: Any
     ) -> tuple[Any, Any, Any]:
         """Gradients of the input and of the weights, and the sums of the loss.
 
         Args:
             states: of the seed generators.
-            came: the input.
+            came: the inputs.
             wanted: the gradient of the output; ignored for the last segment.
             y_BxT: targets.
             weights: of the segment.
             held: for each, its gradient from later segments; a scalar if these do not use it.
         """
-        sources = [came, *weights] if came.dtype.is_floating else list(weights)
+        differentiable = came[0].dtype.is_floating
+        sources = [came[0], *weights] if differentiable else list(weights)
         with tf.GradientTape() as tape, self._scope(states, weights):
             tape.watch(sources)
             if self._last:
-                out, sums = loss_and_sums(self._segment.model, came, y_BxT, training=True)
+                out, sums = loss_and_sums(self._segment.model, one_or_all(came), y_BxT, training=True)
                 wanted = tf.ones_like(out)
                 count = sums[1]
             else:
-                out, sums = self._segment.model(came, training=True), tf.zeros(3)
+                out, sums = self._segment.model(one_or_all(came), training=True), tf.zeros(3)
                 count = tf.cast(tf.math.count_nonzero(y_BxT != IGNORED), tf.float32)
             losses = self._segment.model.losses
             more = sum(losses, 0.0) * count if losses else None
@@ -221,8 +230,8 @@ class SegmentFunctions:
         found = tape.gradient(
             targets, sources, output_gradients=given, unconnected_gradients=tf.UnconnectedGradients.ZERO
         )
-        back = tf.convert_to_tensor(found[0]) if came.dtype.is_floating else tf.zeros(0)
-        parts = found[1:] if came.dtype.is_floating else found
+        back = tf.convert_to_tensor(found[0]) if differentiable else tf.zeros(0)
+        parts = found[1:] if differentiable else found
         return back, [_with_held(*pair) for pair in zip(parts, held, strict=True)], sums
 
 
@@ -370,7 +379,7 @@ class ZeRO3Runner:
             out = []
             for one, into in zip(mine, came[-1], strict=True):
                 states = tf.constant(self.replica.states_of(at, (step, one.number)))
-                out.append(functions.forward(states, into, weights))
+                out.append(functions.forward(states, functions.takes(into, one.x_BxT), weights))
             came.append(out)
         return came
 
@@ -385,7 +394,8 @@ class ZeRO3Runner:
                 gradients: dict[int, Any] = {}
                 if number < len(mine):
                     one, states = mine[number], self.replica.states_of(at, (step, mine[number].number))
-                    arguments = (states, inputs[number], wanted[number], one.y_BxT)
+                    into = self.replica.functions[at].takes(inputs[number], one.x_BxT)
+                    arguments = (states, into, wanted[number], one.y_BxT)
                     wanted[number], gradients, sums = self._backward_one(at, arguments, weights, held[number])
                     if at == len(self.replica.segments) - 1 and self._speaks:
                         totals.add(one.number, np.asarray(sums, np.float64))
@@ -418,23 +428,26 @@ class ZeRO3Runner:
         ranks = self.replica.comm.size
         for first in range(0, -(-totals.micro_batches // ranks), EVALUATED_TOGETHER):
             mine = batches[first : first + EVALUATED_TOGETHER]
-            states = self._forward_to_the_last([tf.constant(one.x_BxT) for one in mine])
-            weights = self._rooms.gather(len(self.replica.segments) - 1)
+            rows = [tf.constant(one.x_BxT) for one in mine]
+            states = self._forward_to_the_last(rows)
+            weights, last = self._rooms.gather(len(self.replica.segments) - 1), self.replica.functions[-1]
             for one, came in zip(mine, states, strict=True):
-                sums = self.replica.functions[-1].sums(came, tf.constant(one.y_BxT), weights)
+                sums = last.sums(last.takes(came, one.x_BxT), tf.constant(one.y_BxT), weights)
                 if self._speaks:
                     totals.add(one.number, np.asarray(sums, np.float64))
 
     def logits(self, x_1xT: np.ndarray) -> np.ndarray:
         """As in `ModelRunner`: of a micro-batch whose first row counts."""
-        x_BxT = np.repeat(x_1xT, self.replica.rows, axis=0)
+        x_BxT, last = np.repeat(x_1xT, self.replica.rows, axis=0), self.replica.functions[-1]
         (came,) = self._forward_to_the_last([tf.constant(x_BxT, tf.int32)])
-        out = self.replica.functions[-1].evaluate(came, self._rooms.gather(len(self.replica.segments) - 1))
+        out = last.evaluate(last.takes(came, x_BxT), self._rooms.gather(len(self.replica.segments) - 1))
         return np.asarray(tf.cast(out[0], tf.float32))
 
-    def _forward_to_the_last(self, came: list[Any]) -> list[Any]:
+    def _forward_to_the_last(self, rows: list[Any]) -> list[Any]:
         """Token ids through all segments but the last one; a collective."""
+        came = rows
         for at, functions in enumerate(self.replica.functions[:-1]):
             weights = self._rooms.gather(at)
-            came = [functions.evaluate(one, weights) for one in came]
+            taken = [functions.takes(*pair) for pair in zip(came, rows, strict=True)]
+            came = [functions.evaluate(one, weights) for one in taken]
         return came

@@ -1,0 +1,45 @@
+"""What a model's outputs are, which decides its loss: logits, or frames of a spectrogram.
+
+Legend: B rows, U targets of a row, V classes, F frames, M values of a frame (even).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+# (B, U, V) logits; targets (B, U) are classes, -1 is ignored.
+LOGITS = "logits"
+# (B, F, M) values; a target, of (B, F M / 2), is a pair of float16 in one 32-bit word, -1 is ignored.
+FRAMES = "frames"
+VALUES_OF_A_WORD = 2
+
+
+def with_outputs(model: keras.Model, kind: str) -> keras.Model:
+    """Declare what a model returns, and return the model."""
+    model.tf_dist_outputs = kind
+    return model
+
+
+def outputs_of(model: keras.Model) -> str:
+    """`LOGITS`, unless the model declares `FRAMES`."""
+    return str(getattr(model, "tf_dist_outputs", LOGITS))
+
+
+def target_len(model: keras.Model, seq_len: int) -> int:
+    """U, the targets of a row.
+
+    Args:
+        model: with all layers.
+        seq_len: T, tokens that the model takes of a row; U where the model's output shape is not known.
+    """
+    shape = getattr(model, "output_shape", None)
+    if not (isinstance(shape, tuple) and len(shape) == 3 and isinstance(shape[1], int)):
+        return seq_len
+    return shape[1] * shape[2] // VALUES_OF_A_WORD if outputs_of(model) == FRAMES else shape[1]
+
+
+def same_outputs(part: keras.Model, whole: Any) -> keras.Model:
+    """Declare the outputs of a model's last segment to be the whole model's, and return the segment."""
+    return with_outputs(part, outputs_of(whole))
