@@ -1,4 +1,4 @@
-"""Self-attention with heads partitioned among ranks (Megatron-LM, Shoeybi et al. 2019).
+"""Attention with heads partitioned among ranks (Megatron-LM, Shoeybi et al. 2019).
 
 Legend: B rows, T tokens, D width, H heads, h of them on this rank.
 """
@@ -15,11 +15,38 @@ from tf_dist.comm.transport.base import Comm
 from tf_dist.layers.dense import ColumnParallelDense, RowParallelDense
 from tf_dist.layers.partitioned_weights import talks
 from tf_dist.models import attention
+from tf_dist.models.cross_attention import CrossAttention
 from tf_dist.models.transformer import CausalSelfAttention
 from tf_dist.partition import must_divide, share
 
 
-class ParallelSelfAttention(CausalSelfAttention):
+class _ParallelHeads(keras.layers.Layer):
+    """The projections and dropout masks of this rank's heads; mixed with a layer that has these hooks."""
+
+    heads: int
+    attention_dropout: keras.layers.Layer
+
+    def _divide(self, comm: Comm) -> None:
+        """Take this rank's share of the heads, once the layer's constructor has run."""
+        self._comm = comm
+        self.own_heads = len(share(self.heads, comm.rank, comm.size))
+        talks(self)
+
+    def _expanding(self, units: int, groups: int = 1, **kwargs: Any) -> keras.layers.Layer:
+        return ColumnParallelDense(units, self._comm, groups=groups, **kwargs)
+
+    def _contracting(self, units: int, **kwargs: Any) -> keras.layers.Layer:
+        return RowParallelDense(units, self._comm, **kwargs)
+
+    def _drop(self, weights_BxhxTxT: tf.Tensor) -> Any:
+        shape = tf.shape(weights_BxhxTxT)
+        everyone = tf.concat([shape[:1], [self.heads], shape[2:]], axis=0)
+        mask_BxHxTxT = self.attention_dropout(tf.ones(everyone, weights_BxhxTxT.dtype), training=True)
+        own = share(self.heads, self._comm.rank, self._comm.size)
+        return weights_BxhxTxT * mask_BxHxTxT[:, own.start : own.stop]
+
+
+class ParallelSelfAttention(_ParallelHeads, CausalSelfAttention):
     """`CausalSelfAttention` with H / R heads on each of R ranks: (B, T, D) on all -> (B, T, D) on all.
 
     Queries, keys and values are column-parallel, the output projection is row-parallel. Attention dropout
@@ -48,19 +75,25 @@ class ParallelSelfAttention(CausalSelfAttention):
     ) -> None:
         must_divide(comm.size, "heads", heads, "tensor_parallel")
         super().__init__(heads, dropout, output_stddev, attend, **kwargs)
-        self._comm = comm
-        self.own_heads = len(share(heads, comm.rank, comm.size))
-        talks(self)
+        self._divide(comm)
 
-    def _expanding(self, units: int, **kwargs: Any) -> keras.layers.Layer:
-        return ColumnParallelDense(units, self._comm, groups=3, **kwargs)
 
-    def _contracting(self, units: int, **kwargs: Any) -> keras.layers.Layer:
-        return RowParallelDense(units, self._comm, **kwargs)
+class ParallelCrossAttention(_ParallelHeads, CrossAttention):
+    """`CrossAttention` with H / R heads on each of R ranks, as `ParallelSelfAttention`.
 
-    def _drop(self, weights_BxhxTxT: tf.Tensor) -> Any:
-        shape = tf.shape(weights_BxhxTxT)
-        everyone = tf.concat([shape[:1], [self.heads], shape[2:]], axis=0)
-        mask_BxHxTxT = self.attention_dropout(tf.ones(everyone, weights_BxhxTxT.dtype), training=True)
-        own = share(self.heads, self._comm.rank, self._comm.size)
-        return weights_BxhxTxT * mask_BxHxTxT[:, own.start : own.stop]
+    Args:
+        heads: H, over all ranks.
+        dropout: fraction of attention weights dropped in training.
+        output_stddev: standard deviation of the output projection's initial weights.
+        comm: the ranks.
+
+    Raises:
+        UsageError: on every rank: the number of ranks does not divide the heads.
+    """
+
+    def __init__(
+        self, heads: int, dropout: float, output_stddev: float, *, comm: Comm, **kwargs: Any
+    ) -> None:
+        must_divide(comm.size, "heads", heads, "tensor_parallel")
+        super().__init__(heads, dropout, output_stddev, **kwargs)
+        self._divide(comm)

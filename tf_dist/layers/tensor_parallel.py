@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from tf_dist.comm.transport.base import Comm
-from tf_dist.layers.attention import ParallelSelfAttention
+from tf_dist.layers.attention import ParallelCrossAttention, ParallelSelfAttention
 from tf_dist.layers.dense import ColumnParallelDense, RowParallelDense
 from tf_dist.layers.embedding import VocabularyParallelEmbedding
 from tf_dist.layers.lstm import ParallelLSTM
@@ -26,5 +26,6 @@ def tensor_parallel(comm: Comm, layers: Layers = PLAIN) -> Layers:
         row_dense=partial(RowParallelDense, comm=comm),
         attention=partial(ParallelSelfAttention, comm=comm),
         lstm=partial(ParallelLSTM, comm=comm),
+        cross_attention=partial(ParallelCrossAttention, comm=comm),
         embedding=partial(VocabularyParallelEmbedding, comm=comm),
     )

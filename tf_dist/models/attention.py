@@ -1,6 +1,6 @@
-"""Causal attention with custom gradients: in one block for short sequences, blockwise for long ones.
+"""Attention with custom gradients: causal, in one block or blockwise; or masked by a bias, in one block.
 
-Legend: B rows, T tokens, D width, H heads, K = D / H width of a head, S tokens of a block.
+Legend: B rows, T tokens, D width, H heads, K = D / H width of a head, S tokens of a block, Q queries.
 """
 
 from __future__ import annotations
@@ -77,6 +77,38 @@ def plain_attention(q_BxHxTxK: tf.Tensor, k_BxHxTxK: tf.Tensor, v_BxHxTxK: tf.Te
     return run(q_BxHxTxK, k_BxHxTxK, v_BxHxTxK)
 
 
+def biased_attention(
+    q_BxHxQxK: tf.Tensor, k_BxHxTxK: tf.Tensor, v_BxHxTxK: tf.Tensor, bias: tf.Tensor
+) -> Any:
+    """Attention that a bias of its scores masks, (B, H, Q, K), in one block; not causal by itself.
+
+    Args:
+        q_BxHxQxK: queries.
+        k_BxHxTxK: keys.
+        v_BxHxTxK: values.
+        bias: added to the scores: 0 or `MASKED`, of a shape that broadcasts to (B, H, Q, T); no gradient.
+    """
+
+    @tf.custom_gradient  # type: ignore[untyped-decorator]
+    def run(q: Any, k: Any, v: Any) -> Any:
+        q, scale = _scaled(q)
+        weights_BxHxQxT = _biased_weights(q, k, bias)
+        attended = tf.matmul(weights_BxHxQxT, v)
+
+        def gradient(dattended: Any) -> Any:
+            dq, dk, dv = _gradients(q, k, v, weights_BxHxQxT, attended, dattended)
+            return dq * scale, dk, dv
+
+        return attended, gradient
+
+    return run(q_BxHxQxK, k_BxHxTxK, v_BxHxTxK)
+
+
+def _biased_weights(q_BxHxQxK: tf.Tensor, k_BxHxTxK: tf.Tensor, bias: tf.Tensor) -> Any:
+    scores = tf.matmul(q_BxHxQxK, k_BxHxTxK, transpose_b=True)
+    return tf.nn.softmax(scores + tf.cast(bias, scores.dtype))
+
+
 def blockwise_attention(
     q_BxHxTxK: tf.Tensor, k_BxHxTxK: tf.Tensor, v_BxHxTxK: tf.Tensor, block: int = BLOCK
 ) -> Any:
@@ -129,7 +161,11 @@ def _blockwise_gradients(
 
 
 def attention_with_dropout(
-    q_BxHxTxK: tf.Tensor, k_BxHxTxK: tf.Tensor, v_BxHxTxK: tf.Tensor, drop: Callable[[Any], Any]
+    q_BxHxTxK: tf.Tensor,
+    k_BxHxTxK: tf.Tensor,
+    v_BxHxTxK: tf.Tensor,
+    drop: Callable[[Any], Any],
+    bias: tf.Tensor | None = None,
 ) -> Any:
     """Attention with dropout of weights, by TensorFlow's own gradients, in one block.
 
@@ -138,8 +174,11 @@ def attention_with_dropout(
         k_BxHxTxK: keys.
         v_BxHxTxK: values.
         drop: maps the weights (B, H, T, T) to weights with some set to 0 and the others scaled up.
+        bias: as in `biased_attention`; None: causal.
     """
-    return tf.matmul(drop(_weights(_scaled(q_BxHxTxK)[0], k_BxHxTxK)), v_BxHxTxK)
+    q, k = _scaled(q_BxHxTxK)[0], k_BxHxTxK
+    weights = _weights(q, k) if bias is None else _biased_weights(q, k, bias)
+    return tf.matmul(drop(weights), v_BxHxTxK)
 
 
 def _scaled(q_BxHxTxK: tf.Tensor) -> tuple[Any, float]:

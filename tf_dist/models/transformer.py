@@ -12,6 +12,7 @@ import keras
 from keras import layers
 
 from tf_dist.models import attention, fast_lstm
+from tf_dist.models.cross_attention import CrossAttention
 from tf_dist.models.fast_layers import LayerNormalization, gelu
 from tf_dist.models.lm_head import with_head
 
@@ -45,7 +46,7 @@ class CausalSelfAttention(layers.Layer):
         width = input_shape[-1]
         assert width is not None
         self.query_key_value = self._expanding(
-            3 * width, kernel_initializer=normal(0.02), name="query_key_value"
+            3 * width, 3, kernel_initializer=normal(0.02), name="query_key_value"
         )
         self.output_projection = self._contracting(
             width, kernel_initializer=normal(self.output_stddev), name="output_projection"
@@ -56,7 +57,7 @@ class CausalSelfAttention(layers.Layer):
 
     # Overridden with tensor parallelism (`tf_dist.layers.attention`): a rank has own_heads of the heads,
     # projections to and from these, and their part of the dropout mask of all.
-    def _expanding(self, units: int, **options: Any) -> layers.Layer:
+    def _expanding(self, units: int, groups: int = 1, **options: Any) -> layers.Layer:
         return layers.Dense(units, **options)
 
     def _contracting(self, units: int, **options: Any) -> layers.Layer:
@@ -65,12 +66,23 @@ class CausalSelfAttention(layers.Layer):
     def _drop(self, weights_BxHxTxT: Any) -> Any:
         return self.attention_dropout(weights_BxHxTxT, training=True)
 
-    def call(self, x_BxTxD: Any, training: bool = False) -> Any:
-        """Return the attention output, (B, T, D)."""
+    def call(self, x_BxTxD: Any, bias: Any = None, training: bool = False) -> Any:
+        """Return the attention output, (B, T, D).
+
+        Args:
+            x_BxTxD: the input.
+            bias: of the scores, see `tf_dist.models.attention.biased_attention`: it says which tokens see
+                which. None: causal.
+            training: whether dropout is active.
+        """
         qkv_BxTx3D = self.query_key_value(x_BxTxD)
         q_BxHxTxK, k_BxHxTxK, v_BxHxTxK = attention.split_heads(qkv_BxTx3D, self.own_heads)
         if training and self.dropout:
-            attended_BxHxTxK = attention.attention_with_dropout(q_BxHxTxK, k_BxHxTxK, v_BxHxTxK, self._drop)
+            attended_BxHxTxK = attention.attention_with_dropout(
+                q_BxHxTxK, k_BxHxTxK, v_BxHxTxK, self._drop, bias
+            )
+        elif bias is not None:
+            attended_BxHxTxK = attention.biased_attention(q_BxHxTxK, k_BxHxTxK, v_BxHxTxK, bias)
         else:
             attended_BxHxTxK = self.attend(q_BxHxTxK, k_BxHxTxK, v_BxHxTxK)
         return self.output_projection(attention.join_heads(attended_BxHxTxK))
@@ -115,6 +127,7 @@ class Layers(NamedTuple):
     embedding: like `keras.layers.ReversibleEmbedding`.
     column_dense, row_dense: like `keras.layers.Dense`; the output of one feeds only the other.
     lstm: like `keras.layers.LSTM`.
+    cross_attention: (heads, dropout, output_stddev, name=) -> a layer like `CrossAttention`.
     """
 
     attend: Callable[..., Any] = attention.attention
@@ -125,6 +138,7 @@ class Layers(NamedTuple):
     column_dense: Callable[..., Any] = layers.Dense
     row_dense: Callable[..., Any] = layers.Dense
     lstm: Callable[..., Any] = fast_lstm.LSTM
+    cross_attention: Callable[..., Any] = CrossAttention
 
 
 PLAIN = Layers()
@@ -154,19 +168,46 @@ def build(
     x_BxTxD = layers.positions(name="positions")(embedding(tokens_BxT))
     x_BxTxD = keras.layers.Dropout(dropout, name="embedding_dropout")(x_BxTxD)
     for i in range(layer_count):
-        x_BxTxD = _block(x_BxTxD, width, heads, dropout, residual_stddev, f"layer_{i}", layers)
+        x_BxTxD = block(x_BxTxD, width, heads, dropout, residual_stddev, f"layer_{i}", layers)
     x_BxTxD = LayerNormalization(epsilon=1e-5, name="final_norm")(x_BxTxD)
     return with_head(tokens_BxT, x_BxTxD, embedding, "transformer")
 
 
-def _block(
-    x_BxTxD: Any, width: int, heads: int, dropout: float, stddev: float, name: str, layers: Layers
+def block(
+    x_BxTxD: Any,
+    width: int,
+    heads: int,
+    dropout: float,
+    stddev: float,
+    name: str,
+    layers: Layers = PLAIN,
+    bias: Any = None,
 ) -> Any:
-    """One layer: attention, then a feed-forward network four times as wide, each on a normalized input."""
+    """One layer: attention, then a feed-forward network four times as wide, each on a normalized input.
+
+    Args:
+        x_BxTxD: the input.
+        width: D.
+        heads: H.
+        dropout: rate.
+        stddev: of the initial weights of projections to the residual stream.
+        name: that its layers' names begin with.
+        layers: layer types.
+        bias: as in `CausalSelfAttention.call`; None: causal.
+    """
     Dropout = keras.layers.Dropout
     h = LayerNormalization(epsilon=1e-5, name=f"{name}_attention_norm")(x_BxTxD)
-    h = layers.attention(heads, dropout, stddev, attend=layers.attend, name=f"{name}_attention")(h)
+    attention = layers.attention(heads, dropout, stddev, attend=layers.attend, name=f"{name}_attention")
+    h = attention(h) if bias is None else attention(h, bias)
     x_BxTxD = x_BxTxD + Dropout(dropout, name=f"{name}_attention_dropout")(h)
+    return feed_forward(x_BxTxD, width, dropout, stddev, name, layers)
+
+
+def feed_forward(
+    x_BxTxD: Any, width: int, dropout: float, stddev: float, name: str, layers: Layers = PLAIN
+) -> Any:
+    """The second half of a `block`, whose arguments these are."""
+    Dropout = keras.layers.Dropout
     h = LayerNormalization(epsilon=1e-5, name=f"{name}_feed_forward_norm")(x_BxTxD)
     h = layers.column_dense(
         4 * width, activation=gelu, kernel_initializer=normal(0.02), name=f"{name}_feed_forward_in"

@@ -117,14 +117,7 @@ class LayerGraph:
             if carried is last:
                 break
             block = _block(node)
-            # A node of the rows alone can begin no segment: it is computed again in each that needs it.
-            of_rows = all(id(tensor) in self.of_rows for tensor in node.output_tensors)
-            if (
-                carried is not None
-                and len(live) == 1
-                and not of_rows
-                and keras.backend.is_float_dtype(carried.dtype)
-            ):
+            if len(live) == 1 and self._can_begin(carried, node):
                 new = block if block is not None and block not in begun else None
                 points.append(CutPoint(carried, place, node.operation.name, new))
             begun |= {block} - {None}  # type: ignore[arg-type]
@@ -135,6 +128,15 @@ class LayerGraph:
             made = [tensor for tensor in node.output_tensors if uses[id(tensor)]]
             live.update((id(tensor), tensor) for tensor in made if id(tensor) not in self.of_rows)
         return points
+
+    def _can_begin(self, carried: Any, node: Any) -> bool:
+        """Whether a segment can begin with a node, if only one tensor connects it with those before."""
+        if all(id(tensor) in self.of_rows for tensor in node.output_tensors):
+            return False  # computed again in each segment that needs it
+        layer = carried._keras_history.operation
+        on_rows = [one for one in self.nodes if id(one.input_tensors[0]) in self.of_rows]
+        twice = sum(one.operation is layer for one in on_rows) > 1  # Keras cannot cut between such calls
+        return not twice and bool(keras.backend.is_float_dtype(carried.dtype))
 
     def _tensors_of_rows(self) -> set[int]:
         found = {id(self.input)}

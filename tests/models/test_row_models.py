@@ -1,0 +1,137 @@
+"""Models of rows: masks hide padding and the future; shapes, gradients, and cuts for pipelines and ZeRO-3."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tf_dist.models import row_lstms, row_transformers
+from tf_dist.models.row_embedding import BodySizes
+from tf_dist.models.row_heads import Head
+from tf_dist.models.row_layout import RowLayout, Slots
+from tf_dist.pipeline.model_partition import LayerGraph
+from tf_dist.runners.replica import Replica
+from tf_dist.zero.partition import segments
+
+V, S, T, M = 20, 6, 4, 8
+TEXT = RowLayout(Slots(S), Slots(T), V)
+SIZES = BodySizes(layers=2, width=16, heads=2)
+MODELS = {
+    "encoder": (row_transformers.encoder, RowLayout(Slots(S), Slots(0), V), Head("classes", 3)),
+    "masked": (row_transformers.encoder, RowLayout(Slots(S), Slots(0), V), Head("tokens")),
+    "spans": (row_transformers.encoder, RowLayout(Slots(S), Slots(0), V), Head("spans")),
+    "prefix": (row_transformers.prefix_decoder, TEXT, Head("tokens")),
+    "seq2seq": (row_transformers.encoder_decoder, TEXT, Head("tokens")),
+    "caption": (row_transformers.encoder_decoder, RowLayout(Slots(S, M), Slots(T), V), Head("tokens")),
+    "speak": (row_transformers.encoder_decoder, RowLayout(Slots(S), Slots(T, M), V), Head("frames", M)),
+    "lstm encoder": (row_lstms.encoder, RowLayout(Slots(S), Slots(0), V), Head("classes", 3)),
+    "lstm prefix": (row_lstms.prefix_decoder, TEXT, Head("tokens")),
+    "lstm seq2seq": (row_lstms.encoder_decoder, TEXT, Head("tokens")),
+    "lstm speak": (row_lstms.encoder_decoder, RowLayout(Slots(S), Slots(T, M), V), Head("frames", M)),
+}
+SEQ2SEQ = ["prefix", "seq2seq", "caption", "speak", "lstm prefix", "lstm seq2seq", "lstm speak"]
+
+
+def build(name, sizes=SIZES):
+    keras.utils.set_random_seed(1)
+    function, layout, head = MODELS[name]
+    return function(layout, sizes, head), layout
+
+
+def words_of(slots, rng, rows=2):
+    if not slots.width:
+        return rng.integers(0, V, (rows, slots.words)).astype(np.int32)
+    return rng.normal(size=(rows, slots.count * slots.width)).astype(np.float16).view(np.int32)
+
+
+def row(layout, seed=0):
+    rng = np.random.default_rng(seed)
+    return np.concatenate([words_of(layout.source, rng), words_of(layout.target, rng)], axis=1)
+
+
+def outputs(model, x):
+    return np.asarray(model(x, training=False))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_weight_gets_a_gradient(name):
+    model, layout = build(name)
+    replica = Replica(model, keras.optimizers.SGD(0.1), 2, layout.words, seed=1)
+    y = np.random.default_rng(1).integers(0, 2, (2, replica.target_len)).astype(np.int32)
+    gradient, sums = replica.gradients(row(layout), y, (0, 0))
+    assert np.isfinite(gradient).all() and sums[1] == y.size
+    starts = replica.layout.starts
+    silent = [
+        v.path
+        for v, a, b in zip(replica.variables, starts, starts[1:], strict=False)
+        if not np.abs(gradient[a:b]).any()
+    ]
+    # The states that no prediction reads: rows of a table, and LSTM gates, may have none.
+    assert not silent
+
+
+@pytest.mark.parametrize("name", SEQ2SEQ)
+def test_a_target_sees_nothing_after_it(name):
+    model, layout = build(name)
+    x = row(layout)
+    before = outputs(model, x)
+    for slot in range(1, T):
+        changed = x.copy()
+        width = layout.target.words // T
+        start = layout.source.words + slot * width
+        changed[:, start : start + width] = row(layout, seed=7)[:, start : start + width]
+        after = outputs(model, changed)
+        np.testing.assert_array_equal(after[:, :slot], before[:, :slot])
+        assert np.abs(after[:, slot:] - before[:, slot:]).max() > 1e-6
+
+
+@pytest.mark.parametrize("name", ["encoder", "masked", "spans", "prefix", "seq2seq", "caption", "speak"])
+def test_what_stands_in_padding_counts_for_nothing(name):
+    """Attention must not see padding: other vectors there, by another embedding of it, change nothing."""
+    model, layout = build(name)
+    x = row(layout)
+    width = layout.source.words // S
+    x[:, (S - 2) * width : S * width] = -1 if layout.source.width else layout.pad
+    before = outputs(model, x)
+    if layout.source.width:
+        path, place = "positions/positions", slice(S - 2, S)
+    else:
+        path, place = "embedding/embeddings", slice(layout.pad, layout.pad + 1)
+    table = next(v for v in model.weights if v.path == path)
+    value = np.asarray(table.value).copy()
+    value[place] += 1.0
+    table.assign(value)
+    after = outputs(model, x)
+    if name == "masked":  # its own logits, of padding and for it, do change
+        before, after = before[:, : S - 2, :V], after[:, : S - 2, :V]
+    if name in ("prefix", "seq2seq", "caption"):
+        before, after = before[..., :V], after[..., :V]
+    if name == "spans":
+        before, after = before[..., : S - 2], after[..., : S - 2]
+    np.testing.assert_allclose(after, before, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("together", [1, 1000, 1 << 30])
+def test_segments_are_the_model(name, together):
+    """A mask of the rows crosses no cut: a segment that needs it takes the rows as well."""
+    model, layout = build(name)
+    state = x = tf.constant(row(layout))
+    for segment in segments(model, together):
+        state = segment.model([state, x] if segment.reads_rows else state, training=False)
+    np.testing.assert_array_equal(np.asarray(state), outputs(model, x))
+
+
+def test_a_pipeline_can_begin_a_stage_with_every_layer():
+    for name, blocks in (("encoder", [0, 1]), ("prefix", [0, 1]), ("seq2seq", [0, 1, 2, 3])):
+        graph = LayerGraph(build(name)[0])
+        assert [p.block for p in graph.points if p.block is not None] == blocks
+
+
+def test_a_row_of_padding_has_a_finite_loss_of_zero():
+    for name in MODELS:
+        model, layout = build(name)
+        replica = Replica(model, keras.optimizers.SGD(0.1), 2, layout.words, seed=1)
+        x = np.zeros((2, layout.words), np.int32)
+        gradient, sums = replica.gradients(x, np.full((2, replica.target_len), -1, np.int32), (0, 0))
+        assert sums.tolist() == [0, 0, 0] and not np.abs(gradient).any(), name

@@ -1,0 +1,177 @@
+"""Layers without weights that read a row: its parts, its vectors, and biases that mask attention.
+
+Legend: B rows, W words of a row, S slots, M values of a slot, D width, Q queries, K keys.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tf_dist.models.attention import MASKED, biased_attention
+
+PADDING_WORD = -1
+
+
+class _Configured(keras.layers.Layer):
+    """A layer whose constructor's arguments are numbers, named in `ARGUMENTS`."""
+
+    ARGUMENTS: tuple[str, ...] = ()
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the constructor's arguments."""
+        return {**super().get_config(), **{name: getattr(self, name) for name in self.ARGUMENTS}}
+
+
+@keras.saving.register_keras_serializable("tf_dist")
+class Slice(_Configured):
+    """Positions ``start`` to ``stop`` of the second axis: (B, N, ...) -> (B, stop - start, ...)."""
+
+    ARGUMENTS = ("start", "stop")
+
+    def __init__(self, start: int, stop: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.start, self.stop = start, stop
+
+    def call(self, x_BxN: Any) -> Any:
+        """Return the part."""
+        return x_BxN[:, self.start : self.stop]
+
+
+@keras.saving.register_keras_serializable("tf_dist")
+class UnpackVectors(_Configured):
+    """Words of float16 pairs -> vectors: (B, S M / 2) int32 -> (B, S, M); padding becomes 0.
+
+    Args:
+        width: M.
+    """
+
+    ARGUMENTS = ("width",)
+
+    def __init__(self, width: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.width = width
+
+    def call(self, words_BxN: Any) -> Any:
+        """Return the vectors, in the compute dtype."""
+        words_BxN = tf.convert_to_tensor(words_BxN)
+        numbers_BxN = tf.where(words_BxN == PADDING_WORD, 0, words_BxN)
+        values_BxNx2 = tf.cast(tf.bitcast(numbers_BxN[..., None], tf.float16), self.compute_dtype)
+        return tf.reshape(values_BxNx2, (-1, words_BxN.shape[1] * 2 // self.width, self.width))
+
+
+@keras.saving.register_keras_serializable("tf_dist")
+class PaddingBias(_Configured):
+    """0 for a slot that holds something, `MASKED` for padding: (B, S words) -> (B, 1, 1, S) float32.
+
+    Args:
+        padding: the word of padding: an id, or -1 for vectors.
+        words: of a slot; its first one decides.
+    """
+
+    ARGUMENTS = ("padding", "words")
+
+    def __init__(self, padding: int, words: int = 1, **kwargs: Any) -> None:
+        super().__init__(**{"dtype": "float32", **kwargs})
+        self.padding, self.words = padding, words
+
+    def call(self, words_BxN: Any) -> Any:
+        """Return the bias of attention scores."""
+        first_BxS = tf.convert_to_tensor(words_BxN)[:, :: self.words]
+        return tf.where(first_BxS == self.padding, MASKED, 0.0)[:, None, None, :]
+
+
+@keras.saving.register_keras_serializable("tf_dist")
+class PrefixBias(_Configured):
+    """The bias of a prefix decoder (T5's prefix LM, Raffel et al. 2020), (B, 1, S + T, S + T) float32.
+
+    Source slots attend to the source; target slots to the source, to themselves and to those before.
+
+    Args:
+        targets: T.
+    """
+
+    ARGUMENTS = ("targets",)
+
+    def __init__(self, targets: int, **kwargs: Any) -> None:
+        super().__init__(**{"dtype": "float32", **kwargs})
+        self.targets = targets
+
+    def call(self, padding_Bx1x1xS: Any) -> Any:
+        """Return the bias, from that of the source's padding."""
+        S, T = padding_Bx1x1xS.shape[-1], self.targets
+        hidden = np.zeros((S + T, S + T), np.float32)
+        hidden[:S, S:] = MASKED
+        hidden[S:, S:] = np.triu(np.full((T, T), MASKED, np.float32), k=1)
+        return tf.pad(padding_Bx1x1xS, ((0, 0), (0, 0), (0, 0), (0, T))) + hidden
+
+
+@keras.saving.register_keras_serializable("tf_dist")
+class DocumentBias(_Configured):
+    """The bias of packed documents: a token sees those before it in its own document; (B, T) -> (B, 1, T, T).
+
+    Args:
+        end: id of the token that ends a document, and belongs to it.
+    """
+
+    ARGUMENTS = ("end",)
+
+    def __init__(self, end: int, **kwargs: Any) -> None:
+        super().__init__(**{"dtype": "float32", **kwargs})
+        self.end = end
+
+    def call(self, ids_BxT: Any) -> Any:
+        """Return the bias of attention scores, float32."""
+        ids_BxT = tf.convert_to_tensor(ids_BxT)
+        document_BxT = tf.cumsum(tf.cast(ids_BxT == self.end, tf.int32), axis=1, exclusive=True)
+        other_BxTxT = document_BxT[:, :, None] != document_BxT[:, None, :]
+        future_TxT = np.triu(np.full((ids_BxT.shape[1],) * 2, True), k=1)
+        return tf.where(other_BxTxT | future_TxT, MASKED, 0.0)[:, None]
+
+
+@keras.saving.register_keras_serializable("tf_dist")
+class MeanOfSlots(keras.layers.Layer):
+    """The mean over slots that are not padding: (B, S, D) and a bias (B, 1, 1, S) -> (B, 1, D)."""
+
+    def call(self, x_BxSxD: Any, padding_Bx1x1xS: Any) -> Any:
+        """Return the mean, in the compute dtype."""
+        kept_BxSx1 = tf.cast(padding_Bx1x1xS[:, 0, 0, :, None] == 0, tf.float32)
+        # A row of padding has none: it counts for nothing, and must not divide by 0.
+        count_Bx1x1 = tf.maximum(tf.reduce_sum(kept_BxSx1, 1, keepdims=True), 1)
+        sum_Bx1xD = tf.reduce_sum(tf.cast(x_BxSxD, tf.float32) * kept_BxSx1, 1, keepdims=True)
+        return tf.cast(sum_Bx1xD / count_Bx1x1, self.compute_dtype)
+
+
+@keras.saving.register_keras_serializable("tf_dist")
+class SpanLogits(keras.layers.Layer):
+    """Scores of each slot to be the start and the end: (B, S, 2) and a bias -> (B, 2, S) logits."""
+
+    def call(self, scores_BxSx2: Any, padding_Bx1x1xS: Any) -> Any:
+        """Return the logits, float32: in a short dtype the bias would be the only thing left of them."""
+        scores_Bx2xS = tf.transpose(tf.cast(scores_BxSx2, tf.float32), (0, 2, 1))
+        return scores_Bx2xS + padding_Bx1x1xS[:, 0]
+
+
+@keras.saving.register_keras_serializable("tf_dist")
+class Reverse(keras.layers.Layer):
+    """The slots in reverse order: (B, S, D) -> (B, S, D). Padding comes first then."""
+
+    def call(self, x_BxSxD: Any) -> Any:
+        """Return the slots, the last one first."""
+        return tf.reverse(x_BxSxD, [1])
+
+
+@keras.saving.register_keras_serializable("tf_dist")
+class SourceAttention(keras.layers.Layer):
+    """The source's states, weighted by their products with a target's state (Luong et al. 2015, "dot").
+
+    (B, T, D), (B, S, D) and a bias (B, 1, 1, S) -> (B, T, D).
+    """
+
+    def call(self, x_BxTxD: Any, memory_BxSxD: Any, padding_Bx1x1xS: Any) -> Any:
+        """Return the context of each target slot."""
+        q, k = (tf.convert_to_tensor(one)[:, None] for one in (x_BxTxD, memory_BxSxD))
+        return biased_attention(q, k, k, padding_Bx1x1xS)[:, 0]

@@ -1,0 +1,102 @@
+"""Transformers of rows: an encoder, a prefix decoder and an encoder-decoder.
+
+All carry one array of slots from layer to layer, so that a pipeline can be cut between any two: in an
+encoder-decoder it holds the source's states before the target's, and each half of the layers changes its own.
+
+Legend: B rows, S source and T target slots, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from tf_dist.models.fast_layers import LayerNormalization
+from tf_dist.models.row_embedding import BodySizes, EmbeddedRow, embedded_row
+from tf_dist.models.row_heads import Head, with_row_head
+from tf_dist.models.row_layers import PrefixBias, Slice
+from tf_dist.models.row_layout import RowLayout
+from tf_dist.models.transformer import PLAIN, Layers, block, feed_forward
+
+
+def encoder(layout: RowLayout, sizes: BodySizes, head: Head, layers: Layers = PLAIN) -> keras.Model:
+    """A bidirectional encoder (BERT, Devlin et al. 2019; pre-norm), as deep as ``sizes.layers``."""
+    row = embedded_row(layout, sizes, layers)
+    x_BxSxD = _at_positions(row.source, sizes, layers)
+    for i in range(sizes.layers):
+        x_BxSxD = _block(x_BxSxD, sizes, f"layer_{i}", layers, row.padding)
+    return with_row_head(row, _normalized(x_BxSxD, "final_norm"), head, "encoder")
+
+
+def prefix_decoder(layout: RowLayout, sizes: BodySizes, head: Head, layers: Layers = PLAIN) -> keras.Model:
+    """One stack for source and target, which sees all of the source (prefix LM, Raffel et al. 2020)."""
+    row = embedded_row(layout, sizes, layers)
+    bias = PrefixBias(layout.target.count, name="prefix_bias")(row.padding)
+    x_BxNxD = _at_positions(_joined(row), sizes, layers)
+    for i in range(sizes.layers):
+        x_BxNxD = _block(x_BxNxD, sizes, f"layer_{i}", layers, bias)
+    x_BxTxD = Slice(layout.source.count, _slots(layout), name="predicted")(x_BxNxD)
+    return with_row_head(row, _normalized(x_BxTxD, "final_norm"), head, "prefix_decoder")
+
+
+def encoder_decoder(layout: RowLayout, sizes: BodySizes, head: Head, layers: Layers = PLAIN) -> keras.Model:
+    """Vaswani et al. (2017), pre-norm: ``sizes.layers`` layers of encoder, and as many of decoder."""
+    row = embedded_row(layout, sizes, layers)
+    x_BxNxD = _at_positions(_joined(row), sizes, layers)
+    for i in range(sizes.layers):
+        x_BxNxD = _encoder_layer(x_BxNxD, layout, sizes, i, layers, row.padding)
+    for i in range(sizes.layers, 2 * sizes.layers):
+        x_BxNxD = _decoder_layer(x_BxNxD, layout, sizes, i, layers, row.padding)
+    x_BxTxD = Slice(layout.source.count, _slots(layout), name="predicted")(x_BxNxD)
+    return with_row_head(row, _normalized(x_BxTxD, "final_norm"), head, "encoder_decoder")
+
+
+def _encoder_layer(x: Any, layout: RowLayout, sizes: BodySizes, i: int, layers: Layers, padding: Any) -> Any:
+    """A layer of the encoder; the target's slots pass."""
+    source, target = _halves(x, layout, f"layer_{i}")
+    source = _block(source, sizes, f"layer_{i}", layers, padding)
+    if i == sizes.layers - 1:
+        source = _normalized(source, f"layer_{i}_encoder_norm")
+    return keras.layers.Concatenate(axis=1, name=f"layer_{i}_slots")([source, target])
+
+
+def _decoder_layer(x: Any, layout: RowLayout, sizes: BodySizes, i: int, layers: Layers, padding: Any) -> Any:
+    """Causal self-attention, attention to the source, feed-forward; the source's slots pass."""
+    name, Dropout = f"layer_{i}", keras.layers.Dropout
+    source, target = _halves(x, layout, name)
+    stddev, rate = sizes.residual_stddev, sizes.dropout
+    h = _normalized(target, f"{name}_attention_norm")
+    h = layers.attention(sizes.heads, rate, stddev, attend=layers.attend, name=f"{name}_attention")(h)
+    target = target + Dropout(rate, name=f"{name}_attention_dropout")(h)
+    h = _normalized(target, f"{name}_cross_attention_norm")
+    h = layers.cross_attention(sizes.heads, rate, stddev, name=f"{name}_cross_attention")(h, source, padding)
+    target = target + Dropout(rate, name=f"{name}_cross_attention_dropout")(h)
+    target = feed_forward(target, sizes.width, rate, stddev, name, layers)
+    return keras.layers.Concatenate(axis=1, name=f"{name}_slots")([source, target])
+
+
+def _halves(x: Any, layout: RowLayout, name: str) -> tuple[Any, Any]:
+    S = layout.source.count
+    return Slice(0, S, name=f"{name}_source")(x), Slice(S, _slots(layout), name=f"{name}_target")(x)
+
+
+def _slots(layout: RowLayout) -> int:
+    return layout.source.count + layout.target.count
+
+
+def _joined(row: EmbeddedRow) -> Any:
+    return keras.layers.Concatenate(axis=1, name="slots")([row.source, row.target])
+
+
+def _at_positions(x: Any, sizes: BodySizes, layers: Layers) -> Any:
+    x = layers.positions(name="positions")(x)
+    return keras.layers.Dropout(sizes.dropout, name="embedding_dropout")(x)
+
+
+def _block(x: Any, sizes: BodySizes, name: str, layers: Layers, bias: Any) -> Any:
+    return block(x, sizes.width, sizes.heads, sizes.dropout, sizes.residual_stddev, name, layers, bias)
+
+
+def _normalized(x: Any, name: str) -> Any:
+    return LayerNormalization(epsilon=1e-5, name=name)(x)
