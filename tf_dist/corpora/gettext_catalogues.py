@@ -12,7 +12,7 @@ from tf_dist.errors import DataError
 ENTRY = re.compile(r"^(?:#~\s*)?msgid\s", re.MULTILINE)
 
 
-class Message(NamedTuple):
+class CatalogueMessage(NamedTuple):
     """One translated message, and the line of its entry, from 1. ``context`` may be empty."""
 
     line: int
@@ -21,7 +21,7 @@ class Message(NamedTuple):
     context: str
 
 
-def messages(text: str, name: str, skipped: Counter[str]) -> Iterator[Message]:
+def messages(text: str, name: str, skipped: Counter[str]) -> Iterator[CatalogueMessage]:
     """Every translated message of a catalogue; of plural forms the first (singular) and the last (other).
 
     Args:
@@ -55,12 +55,12 @@ def messages(text: str, name: str, skipped: Counter[str]) -> Iterator[Message]:
             continue
         line, context = max(1, entry.linenum - 1), entry.msgctxt or ""
         if not entry.msgid_plural:
-            yield Message(line, entry.msgid, entry.msgstr, context)
+            yield CatalogueMessage(line, entry.msgid, entry.msgstr, context)
             continue
         forms = [entry.msgstr_plural[number] for number in sorted(entry.msgstr_plural)]
         if len(forms) > 1:  # languages without plurals have one form, which is that of any number
-            yield Message(line, entry.msgid, forms[0], context)
-        yield Message(line, entry.msgid_plural, forms[-1], context)
+            yield CatalogueMessage(line, entry.msgid, forms[0], context)
+        yield CatalogueMessage(line, entry.msgid_plural, forms[-1], context)
 
 
 def _left_out(entry: object) -> str:
