@@ -87,6 +87,13 @@ def test_equal_content_is_on_one_side_and_no_label_gets_lost(rows):
     assert {label for label, chosen in zip(labels, in_val, strict=True) if not chosen} == set(labels)
 
 
+def test_a_label_that_shares_its_only_text_with_another_stays_in_training():
+    keys = content_keys([(str(number),) for number in range(20)] + [(str(number),) for number in range(20)])
+    labels = ["common"] * 20 + [f"rare {number}" for number in range(20)]
+    for seed in range(5):
+        assert not stratified_split(labels, 0.5, seed, keys)[20:].any()
+
+
 def test_rows_are_chosen_by_their_content_wherever_they_stand():
     rows = [(str(number), "x") for number in range(200)] * 2
     in_val = split_rows(content_keys(rows), 0.1, 1)
@@ -103,7 +110,8 @@ def test_totals_are_exact_with_many_small_labels():
 
 
 def test_keys_tell_where_a_text_ends():
-    assert len(set(content_keys([("ab", "c"), ("a", "bc"), ("abc", ""), ("ab", "c")]).tolist())) == 3
+    rows = [("ab", "c"), ("a", "bc"), ("abc", ""), ("", "abc"), ("ab", "c")]
+    assert len(set(content_keys(rows).tolist())) == 4
 
 
 def test_golden_split_of_rows():

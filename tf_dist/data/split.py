@@ -126,13 +126,11 @@ def stratified_split(
     label_G, order_G = label_N[first_G], np.argsort(_hashes(keys[first_G], seed), kind="stable")
     left_L = _quotas(np.bincount(label_G, rows_G).astype(np.int64), np.bincount(label_G), val_fraction)
     chosen_G = np.zeros(len(first_G), dtype=np.bool_)
-    groups_left_L = np.bincount(label_G)
     for group in order_G:
         label = label_G[group]
-        if rows_G[group] <= left_L[label] and groups_left_L[label] > 1:
+        if rows_G[group] <= left_L[label]:
             chosen_G[group] = True
             left_L[label] -= rows_G[group]
-            groups_left_L[label] -= 1
     _keep_every_label(label_N, group_N, chosen_G)
     return np.asarray(chosen_G[group_N])
 
