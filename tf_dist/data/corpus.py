@@ -14,7 +14,7 @@ from typing import NamedTuple
 from tf_dist.config.data import DataOptions
 from tf_dist.data.decoding import Counts, decoded, opened
 from tf_dist.data.sources import SourceFile, cap, find_files
-from tf_dist.data.tables import rows
+from tf_dist.data.tables import texts
 from tf_dist.errors import DataError, UsageError
 
 # Small enough that several are tokenized in parallel, one per core.
@@ -98,10 +98,10 @@ class Corpus:
             yield from _stdlib_pieces(file, counts, seen)
         elif file.kind in (".txt", ".md", ".py"):
             with opened(file.path, file.size_bytes) as stream:
-                texts = decoded(stream, str(file.path), self.errors, counts)
-                yield from _document(texts, counts, str(file.path))
+                decoded_texts = decoded(stream, str(file.path), self.errors, counts)
+                yield from _document(decoded_texts, counts, str(file.path))
         else:
-            for where, text in rows(file.path, file.kind, self.text_column, self.errors, counts):
+            for where, text in texts(file.path, file.kind, self.text_column, self.errors, counts):
                 yield from _document(iter([text]), counts, where)
 
 

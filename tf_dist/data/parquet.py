@@ -1,91 +1,90 @@
-"""Cells of one column of a Parquet table, with UTF-8 validation, which Arrow skips."""
+"""Rows of a Parquet table, with UTF-8 validation, which Arrow skips."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
-from tf_dist.data.columns import only_column
+from tf_dist.data.columns import Column, is_null, label, only_column
 from tf_dist.data.decoding import REPLACEMENT, Counts
 from tf_dist.errors import DataError
 
-if TYPE_CHECKING:
-    import pandas as pd
+TEXTS = "string large_string string_view binary large_binary binary_view fixed_size_binary".split()
+LABELS = "boolean integer floating".split()
 
 
-def parquet_cells(
-    raw: BinaryIO, path: Path, column: str, errors: str, counts: Counts, rows_per_chunk: int
-) -> Iterator[pd.Series[Any]]:
-    """Decoded cells of a column of strings or bytes; None for null. The index is the row number.
+def parquet_rows(
+    raw: BinaryIO, path: Path, columns: Sequence[Column], errors: str, counts: Counts, rows_per_chunk: int
+) -> Iterator[tuple[str, tuple[str | None, ...]]]:
+    """Rows of columns of strings or bytes, and of numbers where they are labels; None for null.
 
     Args:
         raw: the open file.
         path: its name.
-        column: which column holds the text.
+        columns: which ones are read.
         errors: ``strict`` or ``replace``, for invalid UTF-8.
         counts: its ``replaced`` is updated.
-        rows_per_chunk: maximum number of cells in memory.
+        rows_per_chunk: maximum number of rows in memory.
 
     Raises:
         DataError: pyarrow is missing, the table is damaged, no such column or two of that name, a column of
             another type, invalid UTF-8.
     """
     try:
-        import pandas as pd
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
         raise DataError(f"reading {path} needs pyarrow: pip install 'tf_dist[parquet]'") from error
 
-    first_row = 1
+    number = 0
     try:
         table = pq.ParquetFile(raw)
-        place = only_column(list(table.schema_arrow.names), column, path)
-        _check_type(table.schema_arrow.types[place], column, path)
-        for batch in table.iter_batches(batch_size=rows_per_chunk, columns=[column]):
-            raws = _as_bytes(batch.column(0)).to_pylist()
-            places = [f"row {row} of {path}" for row in range(first_row, first_row + len(raws))]
-            cells = [
-                None if cell is None else _text(cell, where, errors, counts)
-                for where, cell in zip(places, raws, strict=True)
-            ]
-            yield pd.Series(cells, places, dtype=object)
-            first_row += len(cells)
+        for column in columns:
+            place = only_column(list(table.schema_arrow.names), column, path)
+            _check_type(table.schema_arrow.types[place], column, path)
+        names = list(dict.fromkeys(column.name for column in columns))
+        for batch in table.iter_batches(batch_size=rows_per_chunk, columns=names):
+            read = [_as_cells(batch.column(column.name)) for column in columns]
+            for cells in zip(*read, strict=True):
+                number += 1
+                where = f"row {number} of {path}"
+                yield where, tuple(_text(cell, where, errors, counts) for cell in cells)
     except pa.ArrowException as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{path} is not a sound .parquet table: {reason}. Get a whole copy.") from error
 
 
-def _check_type(kind: Any, column: str, path: Path) -> None:
+def _check_type(kind: Any, column: Column, path: Path) -> None:
     import pyarrow.types as types
 
     if types.is_dictionary(kind):
         kind = kind.value_type
-    texts = (
-        "string",
-        "large_string",
-        "string_view",
-        "binary",
-        "large_binary",
-        "binary_view",
-        "fixed_size_binary",
-    )
-    if not types.is_null(kind) and not any(
-        getattr(types, f"is_{name}", lambda _: False)(kind) for name in texts
-    ):
-        raise DataError(f"{path}: column {column!r} holds {kind}, not text. Use --text-column NAME.")
+    accepted = TEXTS + LABELS if column.labels else TEXTS
+    if types.is_null(kind) or any(getattr(types, f"is_{name}", lambda _: False)(kind) for name in accepted):
+        return
+    wanted = "neither text nor numbers" if column.labels else "not text"
+    raise DataError(f"{path}: column {column.name!r} holds {kind}, {wanted}. Use {column.option} NAME.")
 
 
-def _as_bytes(column: Any) -> Any:
+def _as_cells(column: Any) -> list[Any]:
+    """Bytes of text, Python's own numbers and booleans, and None."""
     import pyarrow as pa
 
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    return column.cast(pa.large_binary())
+    if any(getattr(pa.types, f"is_{name}")(column.type) for name in LABELS):
+        return list(column.to_pylist())
+    return list(column.cast(pa.large_binary()).to_pylist())
 
 
-def _text(cell: bytes, where: str, errors: str, counts: Counts) -> str:
+def _text(cell: Any, where: str, errors: str, counts: Counts) -> str | None:
+    if is_null(cell):
+        return None
+    return _decoded(cell, where, errors, counts) if isinstance(cell, bytes) else label(cell)
+
+
+def _decoded(cell: bytes, where: str, errors: str, counts: Counts) -> str:
     try:
         return cell.decode()
     except UnicodeDecodeError as error:

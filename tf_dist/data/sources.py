@@ -47,20 +47,23 @@ class SourceFile:
         return kind_of(self.path)
 
 
-def kind_of(path: Path) -> str:
-    """The suffix of a file's format, or an empty string if it is unknown."""
+def kind_of(path: Path, suffixes: Sequence[str] = SUFFIXES) -> str:
+    """The suffix of a file's format, or an empty string if it is none of ``suffixes`` (lower case)."""
     suffix, compression = split_name(path.name)
     # Parquet compresses its columns itself, and is read from its end.
-    return suffix if suffix in SUFFIXES and not (compression and suffix == ".parquet") else ""
+    return suffix if suffix in suffixes and not (compression and suffix == ".parquet") else ""
 
 
-def find_files(values: Sequence[str], passed_over: Counter[str] | None = None) -> list[SourceFile]:
+def find_files(
+    values: Sequence[str], passed_over: Counter[str] | None = None, suffixes: Sequence[str] = SUFFIXES
+) -> list[SourceFile]:
     """Every file of the values, each once, in the order of the values and sorted inside each.
 
     Args:
         values: ``stdlib``, files, globs or folders. In folders and globs files of other suffixes are
             skipped, and so are hidden files and folders inside a folder.
         passed_over: counts the files, except hidden ones, of each unsupported suffix.
+        suffixes: that are supported, lower case.
 
     Raises:
         DataError: no file, an unknown suffix, a loop of links, not a regular file, not readable.
@@ -68,7 +71,7 @@ def find_files(values: Sequence[str], passed_over: Counter[str] | None = None) -
     found: dict[str, SourceFile] = {}
     passed_over = Counter() if passed_over is None else passed_over
     for value in values:
-        for file in _expand(value, passed_over):
+        for file in _expand(value, passed_over, suffixes):
             # A file matched twice is read once, else it would count twice in training.
             found.setdefault(os.path.realpath(file.path), file)
     if not found:
@@ -76,47 +79,47 @@ def find_files(values: Sequence[str], passed_over: Counter[str] | None = None) -
     return list(found.values())
 
 
-def _expand(value: str, passed_over: Counter[str]) -> list[SourceFile]:
+def _expand(value: str, passed_over: Counter[str], suffixes: Sequence[str]) -> list[SourceFile]:
     if value == STDLIB:
         return _stdlib_files(Path(sysconfig.get_paths()["stdlib"]))
     if os.path.lexists(value):
-        return _expand_path(Path(value), passed_over)
+        return _expand_path(Path(value), passed_over, suffixes)
     if glob.has_magic(value):
-        return _expand_glob(value, passed_over)
+        return _expand_glob(value, passed_over, suffixes)
     raise DataError(f"no such file or folder: {value}. Check the path; it is taken from {Path.cwd()}.")
 
 
-def _expand_path(path: Path, passed_over: Counter[str]) -> list[SourceFile]:
+def _expand_path(path: Path, passed_over: Counter[str], suffixes: Sequence[str]) -> list[SourceFile]:
     if stat.S_ISDIR(_status(path).st_mode):
-        files = list(_walk(path, (), passed_over))
+        files = list(_walk(path, (), passed_over, suffixes))
         if not files:
-            raise DataError(f"no {_known()} file in the folder {path}. Name the files themselves.")
+            raise DataError(f"no {_known(suffixes)} file in the folder {path}. Name the files themselves.")
         return files
-    if not kind_of(path):
+    if not kind_of(path, suffixes):
         remedy = "Unpack it first." if split_name(path.name)[0] in ARCHIVES else "Rename or convert it."
-        raise DataError(f"{path} is of an unsupported file type: we read {_known()}. {remedy}")
+        raise DataError(f"{path} is of an unsupported file type: we read {_known(suffixes)}. {remedy}")
     return [_source(path, named=True)]
 
 
-def _expand_glob(pattern: str, passed_over: Counter[str]) -> list[SourceFile]:
+def _expand_glob(pattern: str, passed_over: Counter[str], suffixes: Sequence[str]) -> list[SourceFile]:
     matches = sorted(glob.glob(pattern, recursive=True))
     if not matches:
         raise DataError(f"no file matches {pattern}. Quote it, and check it against {Path.cwd()}.")
     files: list[SourceFile] = []
     for match in map(Path, matches):
         if stat.S_ISDIR(_status(match).st_mode):
-            files.extend(_walk(match, (), passed_over))
-        elif kind_of(match):
+            files.extend(_walk(match, (), passed_over, suffixes))
+        elif kind_of(match, suffixes):
             files.append(_source(match))
         else:
             passed_over["".join(split_name(match.name))] += 1
     if not files:
-        raise DataError(f"no {_known()} file among the {len(matches)} matches of {pattern}.")
+        raise DataError(f"no {_known(suffixes)} file among the {len(matches)} matches of {pattern}.")
     return files
 
 
 def _walk(
-    folder: Path, above: tuple[tuple[int, int], ...], passed_over: Counter[str]
+    folder: Path, above: tuple[tuple[int, int], ...], passed_over: Counter[str], suffixes: Sequence[str]
 ) -> Iterator[SourceFile]:
     """The known files under a folder, following links; ``above`` are the enclosing folders."""
     status = _status(folder)
@@ -129,8 +132,8 @@ def _walk(
         raise DataError(f"cannot list {folder}: {error.strerror}. Check its permissions.") from error
     for path in (folder / name for name in names if not name.startswith(".")):
         if stat.S_ISDIR(_status(path).st_mode):
-            yield from _walk(path, (*above, identity), passed_over)
-        elif kind_of(path):
+            yield from _walk(path, (*above, identity), passed_over, suffixes)
+        elif kind_of(path, suffixes):
             yield _source(path)
         else:
             passed_over["".join(split_name(path.name))] += 1
@@ -152,8 +155,8 @@ def _status(path: Path) -> os.stat_result:
         ) from error
 
 
-def _known() -> str:
-    return f"{' '.join(SUFFIXES)} (all but .parquet also with {' '.join(COMPRESSIONS)})"
+def _known(suffixes: Sequence[str]) -> str:
+    return f"{' '.join(suffixes)} (all but .parquet also with {' '.join(COMPRESSIONS)})"
 
 
 def _stdlib_files(root: Path) -> list[SourceFile]:

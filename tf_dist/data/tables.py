@@ -6,34 +6,31 @@ A table is read unchanged or refused with row and line: nothing is guessed, padd
 from __future__ import annotations
 
 import csv
-import itertools
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from tf_dist.data.columns import no_column, only_column, without_surrogates
+from tf_dist.data.columns import Column, is_null, label, no_column, only_column, without_surrogates
 from tf_dist.data.decoding import LINE_CHARACTERS, Counts, decoded, lines, opened
-from tf_dist.data.parquet import parquet_cells
+from tf_dist.data.parquet import parquet_rows
 from tf_dist.errors import DataError
 
-if TYPE_CHECKING:
-    import pandas as pd
-
+# Rows of a Parquet table in memory; JSON lines among which a column must show up.
 ROWS_PER_CHUNK = 1024
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 
 class TableRow(NamedTuple):
-    """A row of a table: its number and its first line, both from 1, and the requested cell."""
+    """A row of a table: where it is, for error messages, and the cells of the requested columns, in order."""
 
-    number: int
-    line: int
-    cell: Any
+    where: str
+    cells: tuple[Any, ...]
 
 
-def rows(path: Path, kind: str, column: str, errors: str, counts: Counts) -> Iterator[tuple[str, str]]:
-    """The texts of one column, in file order, each with its location for error messages.
+def texts(path: Path, kind: str, column: str, errors: str, counts: Counts) -> Iterator[tuple[str, str]]:
+    """The texts of one column, in file order, each with its location; cells without a value are skipped.
 
     Args:
         path: the table, possibly compressed.
@@ -43,30 +40,55 @@ def rows(path: Path, kind: str, column: str, errors: str, counts: Counts) -> Ite
         counts: its ``nulls`` and ``replaced`` are updated.
 
     Raises:
+        DataError: as `rows`.
+    """
+    for where, (text,) in rows(path, kind, [Column(column)], errors, counts):
+        if text is None:
+            counts.nulls += 1
+        else:
+            yield where, text
+
+
+def rows(
+    path: Path, kind: str, columns: Sequence[Column], errors: str, counts: Counts
+) -> Iterator[tuple[str, tuple[str | None, ...]]]:
+    """The rows of a table in file order: where each is, and its cells in the order of ``columns``.
+
+    Args:
+        path: the table, possibly compressed.
+        kind: ``.csv``, ``.tsv``, ``.jsonl`` or ``.parquet``.
+        columns: which ones are read.
+        errors: ``strict`` or ``replace``, for invalid UTF-8.
+        counts: its ``replaced`` is updated.
+
+    Yields:
+        Location and cells; None for a cell without a value.
+
+    Raises:
         DataError: no such column or two of that name, not a table, rows of another length than the header,
             a cell that is not text, invalid UTF-8.
     """
     if kind == ".parquet":
         with opened(path) as raw:
-            for cells in parquet_cells(raw, path, column, errors, counts, ROWS_PER_CHUNK):
-                yield from _present(cells, counts)
+            yield from parquet_rows(raw, path, columns, errors, counts, ROWS_PER_CHUNK)
         return
-    for cells in _text_table(path, kind, column, errors, counts):
-        for where, cell in _present(cells, counts):
-            yield where, _text(cell, where, column, errors, counts)
+    for where, cells in _text_table(path, kind, columns, errors, counts):
+        yield (
+            where,
+            tuple(
+                None if is_null(cell) else _text(cell, where, column, errors, counts)
+                for column, cell in zip(columns, cells, strict=True)
+            ),
+        )
 
 
-def _present(cells: pd.Series[Any], counts: Counts) -> Iterator[tuple[str, Any]]:
-    """Cells with a value, and their locations; nulls are counted."""
-    missing = cells.isna()
-    counts.nulls += int(missing.sum())
-    yield from ((str(where), cell) for where, cell in cells[~missing].items())
-
-
-def _text(cell: Any, where: str, column: str, errors: str, counts: Counts) -> str:
+def _text(cell: Any, where: str, column: Column, errors: str, counts: Counts) -> str:
+    if column.labels and isinstance(cell, bool | int | float) and math.isfinite(cell):
+        return label(cell)
     if not isinstance(cell, str):
         kind = type(cell).__name__
-        raise DataError(f"{where}: column {column!r} holds {kind}, not text. Use --text-column NAME.")
+        wanted = "neither text nor a number" if column.labels else "not text"
+        raise DataError(f"{where}: column {column.name!r} holds {kind}, {wanted}. Use {column.option} NAME.")
     try:
         cell.encode()
     except UnicodeEncodeError as error:
@@ -77,23 +99,26 @@ def _text(cell: Any, where: str, column: str, errors: str, counts: Counts) -> st
     return cell
 
 
-def _text_table(path: Path, kind: str, column: str, errors: str, counts: Counts) -> Iterator[pd.Series[Any]]:
-    import pandas as pd
-
+def _text_table(
+    path: Path, kind: str, columns: Sequence[Column], errors: str, counts: Counts
+) -> Iterator[TableRow]:
     with opened(path) as raw:
         text = lines(decoded(raw, str(path), errors, counts), str(path))
-        found = _json_lines(text, path, column) if kind == ".jsonl" else _csv(text, path, kind, column)
-        while chunk := list(itertools.islice(found, ROWS_PER_CHUNK)):
-            places = [f"row {row.number} of {path} (line {row.line})" for row in chunk]
-            yield pd.Series([row.cell for row in chunk], places, dtype=object)
+        yield from (_json_lines(text, path, columns) if kind == ".jsonl" else _csv(text, path, kind, columns))
 
 
-def _csv(text: Iterator[str], path: Path, kind: str, column: str) -> Iterator[TableRow]:
+def place_of(number: int, path: Path, line: int) -> str:
+    """Where a row is, for error messages: its number and its first line, both from 1."""
+    return f"row {number} of {path} (line {line})"
+
+
+def _csv(text: Iterator[str], path: Path, kind: str, columns: Sequence[Column]) -> Iterator[TableRow]:
     """Rows by Python's strict reader: pandas' splits at carriage returns, and repairs quotes and lengths."""
     csv.field_size_limit(LINE_CHARACTERS)
     reader = csv.reader(text, delimiter=SEPARATORS[kind], strict=True)
     header: list[str] = []
-    place, number, line = 0, 0, 1
+    places: list[int] = []
+    number, line = 0, 1
     while True:
         try:
             cells = next(reader)
@@ -103,12 +128,13 @@ def _csv(text: Iterator[str], path: Path, kind: str, column: str) -> Iterator[Ta
             where = f"row {number + 1}" if header else "the header"
             raise DataError(f"{where} of the table {path} (line {line}): {_csv_reason(error)}") from error
         if not header:
-            header, place = cells, only_column(cells, column, path) if cells else 0
+            header, places = cells, [only_column(cells, column, path) for column in columns if cells]
         elif cells or len(header) == 1:  # an empty line is no row, except in a table of one column
             number += 1
             _check_length(cells or [""], header, f"row {number} of the table {path} (line {line})")
             # Only an empty cell is null: the words "None", "NA" and "null" are text.
-            yield TableRow(number, line, (cells[place] if cells else "") or None)
+            found = tuple((cells[place] if cells else "") or None for place in places)
+            yield TableRow(place_of(number, path, line), found)
         line = reader.line_num + 1
 
 
@@ -139,26 +165,33 @@ def _csv_reason(error: csv.Error) -> str:
     return f"{said}. Mend that row."
 
 
-def _json_lines(text: Iterator[str], path: Path, column: str) -> Iterator[TableRow]:
+def _json_lines(text: Iterator[str], path: Path, columns: Sequence[Column]) -> Iterator[TableRow]:
     """Rows by Python's own reader: pandas' would convert texts that look like dates and numbers."""
     others: dict[str, None] = {}
-    seen, number = False, 0
+    missing, number = list(columns), 0
     for line, spelled in enumerate(text, start=1):
         if not spelled.strip():
             continue
-        record = _record(spelled, column, f"line {line} of {path}")
+        record = _record(spelled, columns, f"line {line} of {path}")
         number += 1
-        if not seen:
-            seen = column in record
+        if missing:
+            missing = [column for column in missing if column.name not in record]
             others.update(dict.fromkeys(record))
-            if not seen and number >= ROWS_PER_CHUNK:
-                raise no_column(path, column, list(others))
-        yield TableRow(number, line, record.get(column))
-    if number and not seen:
-        raise no_column(path, column, list(others))
+            _check_seen(missing, number, path, others)
+        cells = tuple(record.get(column.name) for column in columns)
+        yield TableRow(place_of(number, path, line), cells)
+    if number and missing:
+        raise no_column(path, missing[0], list(others))
 
 
-def _record(line: str, column: str, where: str) -> dict[str, Any]:
+def _check_seen(missing: Sequence[Column], rows_read: int, path: Path, others: Mapping[str, None]) -> None:
+    """Refuse a table in which a column has not shown up, if it should have by now."""
+    for column in missing:
+        if column.required or rows_read >= ROWS_PER_CHUNK:
+            raise no_column(path, column, list(others))
+
+
+def _record(line: str, columns: Sequence[Column], where: str) -> dict[str, Any]:
     twice: set[str] = set()
 
     def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -176,6 +209,7 @@ def _record(line: str, column: str, where: str) -> dict[str, Any]:
         raise DataError(f"{where} is not JSON: {error}. Mend that line of the table.") from error
     if not isinstance(record, dict):
         raise DataError(f"{where} is JSON, but no object with columns. Mend that line of the table.")
-    if column in twice:
-        raise DataError(f"{where} has the key {column!r} twice. Keep one of them.")
+    for column in columns:
+        if column.name in twice:
+            raise DataError(f"{where} has the key {column.name!r} twice. Keep one of them.")
     return record
