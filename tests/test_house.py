@@ -25,7 +25,7 @@ FLOORS = [
         "untrusted_files",
         "version",
     },
-    {"atomic_io", "comm", "faults", "options", "partition", "synonyms", "terminal", "users_code"},
+    {"atomic_io", "comm", "faults", "metrics", "options", "partition", "synonyms", "terminal", "users_code"},
     {"comm.transport", "progress"},
     {"comm.health", "keras_callbacks"},
     {"comm.runtime"},
