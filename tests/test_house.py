@@ -25,7 +25,18 @@ FLOORS = [
         "untrusted_files",
         "version",
     },
-    {"atomic_io", "comm", "corpora", "faults", "options", "partition", "synonyms", "terminal", "users_code"},
+    {
+        "atomic_io",
+        "comm",
+        "corpora",
+        "faults",
+        "metrics",
+        "options",
+        "partition",
+        "synonyms",
+        "terminal",
+        "users_code",
+    },
     {"comm.transport", "progress"},
     {"comm.health", "keras_callbacks"},
     {"comm.runtime"},
@@ -33,7 +44,7 @@ FLOORS = [
     {"strategies"},
     {"config"},
     {"data", "models", "run_options"},
-    {"flags", "keras_fit", "layers", "optim"},
+    {"flags", "keras_fit", "layers", "optim", "tasks"},
     {"ops", "runners"},
     {"checkpoint", "pipeline"},
     {"zero"},
@@ -48,7 +59,7 @@ FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 # They know neither TensorFlow nor Keras: a command answers `--help` without loading it.
 WITHOUT_TENSORFLOW = {name for names in FLOORS[:8] for name in names} - {
     "comm.transport", "comm.health", "comm.runtime", "keras_callbacks",
-} | {"cli", "data", "flags", "ops", "run_options"}  # fmt: skip
+} | {"cli", "data", "flags", "ops", "run_options", "tasks"}  # fmt: skip
 # They build and examine Horovod and other peers, so they import them.
 EXAMINERS = {"build_horovod.py", "check_peers.py"}
 LONGEST_FUNCTION = 60
