@@ -38,6 +38,7 @@ from tf_dist.untrusted_files import CONFIG_LIMIT_BYTES, parsed_yaml, read_bytes,
 PLAIN = (str, bool, int, float, type(None))
 # Headings of --help, in their order, and what else is to be known of a group.
 GROUPS = {
+    "task": "",
     "data": "",
     "model": "",
     "batch and steps": "",

@@ -257,4 +257,4 @@ def test_precision_is_put_back_after_an_error(folder):
 
 def test_check_says_whose_model_it_is():
     with pytest.raises(UsageError, match=r"^mine returned a dict"):
-        check({}, "mine", V, T)
+        check({}, "mine", T, (T, V))

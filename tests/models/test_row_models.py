@@ -7,8 +7,7 @@ import tensorflow as tf
 
 from tf_dist.models import row_lstms, row_transformers
 from tf_dist.models.row_embedding import BodySizes
-from tf_dist.models.row_heads import Head
-from tf_dist.models.row_layout import RowLayout, Slots
+from tf_dist.models.row_layout import Head, RowLayout, Slots
 from tf_dist.pipeline.model_partition import LayerGraph
 from tf_dist.runners.replica import Replica
 from tf_dist.zero.partition import segments

@@ -19,8 +19,8 @@ from tf_dist.bench import models, plots, runner
 
 if TYPE_CHECKING:
     from tf_dist.comm.transport.base import Comm
+    from tf_dist.data.rows import Rows
     from tf_dist.data.sampler import Sampler
-    from tf_dist.data.tokens import Sequences
     from tf_dist.training.trainer import Trainer
 
 MODULE = "tf_dist.bench.network"
@@ -149,7 +149,7 @@ def main_on_ranks(out: Path) -> None:
 class Parts:
     """Steps of a trainer, with what its exchange takes and how much of it is waited for."""
 
-    def __init__(self, comm: Comm, trainer: Trainer, sequences: Sequences, sampler: Sampler) -> None:
+    def __init__(self, comm: Comm, trainer: Trainer, sequences: Rows, sampler: Sampler) -> None:
         self._comm, self._trainer, self._data = comm, trainer, (sequences, sampler)
         self._taken: list[dict[str, float]] = []
 

@@ -17,8 +17,8 @@ import tensorflow as tf
 from tf_dist.bench import keras_baseline_models
 from tf_dist.bench.models import CLIP_NORM, EPSILON, LEARNING_RATE, VOCABULARY, WEIGHT_DECAY
 from tf_dist.config import Config
+from tf_dist.data.rows import Rows
 from tf_dist.data.sampler import Sampler
-from tf_dist.data.tokens import Sequences
 from tf_dist.models import lstm
 from tf_dist.models.build import build
 from tf_dist.parallel.flat_buffer import FlatLayout
@@ -64,7 +64,7 @@ def stock_model(
 
 def trainer_of(
     comm: Comm, sizes: dict[str, Any], rows: int, micro_batches: int, **options: Any
-) -> tuple[Trainer, Sequences, Sampler]:
+) -> tuple[Trainer, Rows, Sampler]:
     """Our Trainer with some rows and micro-batches for each rank, and data for a few steps.
 
     ``sizes`` may say how ranks share the model, by the names of `Config`; ``options`` are the Trainer's.

@@ -30,6 +30,7 @@ from tf_dist.comm.runtime.kernel_settings import settings
 from tf_dist.config import Config
 from tf_dist.config.pipeline import PipelineOptions
 from tf_dist.data.registry import REGISTRY
+from tf_dist.errors import UsageError
 from tf_dist.flags import from_command_line, options_of_run, read_command_line, resolved
 from tf_dist.invocation import program, spelled
 from tf_dist.parallel.mesh import Mesh, data_ranks
@@ -73,7 +74,7 @@ def main(argv: list[str]) -> int:
     if of_run:
         LOG.info(f"options that are not given here are those of {config.run_dir}/config.yaml")
     corpus = shared_corpus(config, comm, REGISTRY, Path(config.run_dir) if config.run_dir else None)
-    config = dataclasses.replace(config, vocab_size=corpus.tokenizer.vocab_size)
+    config = sizes_of_data(config, corpus)
     with progress.task("loading TensorFlow"):
         thread_budget.load_tensorflow()  # only now: a mistake in the flags or the data was said at once
     from tf_dist.training.in_memory_checkpoint import PeerCheckpoints
@@ -137,21 +138,28 @@ def train(
     from tf_dist.run.banner import banner
     from tf_dist.run.job import Job
     from tf_dist.run.progress import ShowSteps, display
+    from tf_dist.run.task_data import TaskData, TaskMetrics
     from tf_dist.training.loss_spikes import Spike
 
     comm = attempt.ranks()
     if comm is None:  # a grid has no room for this rank, until others die
         return
     mesh = Mesh(comm, *config.degrees)
-    steps = planned_steps(config, len(corpus.train))
+    data = TaskData(config, corpus)
+    steps = planned_steps(config, len(data.rows("train")))
     trainer = trainer_for(config, mesh, steps)
     run = run_of(config, foreword, comm)
     config = dataclasses.replace(config, run_dir=str(run.path))
     job = Job(config, comm, corpus, run, trainer, attempt.deaths)
+    training, held_out = data.rows("train"), data.rows("val")
+    if data.task.metrics and len(held_out):
+        metrics = TaskMetrics(data, config.metric_rows)
+        trainer.metrics.append(metrics)
+        job.predicted = metrics.shown
     job.resume()
     with progress.task("trying how to compile the model"):
         trainer.tune()
-    steps_per_epoch = trainer.sampler(trainer.sequences(corpus.train)).steps_per_epoch
+    steps_per_epoch = trainer.sampler(training).steps_per_epoch
     run.say(banner(config, comm, corpus, trainer, steps, steps_per_epoch))
     signals.finish(stop_signals.finish(trainer, run))
     show = display(shown, steps, run.say)
@@ -162,10 +170,10 @@ def train(
         while True:
             try:
                 trainer.fit(
-                    corpus.train,
+                    training,
                     steps=steps,
-                    validation=corpus.val if len(corpus.val) > 1 else None,
-                    validation_bytes=corpus.meta["text_bytes"]["val"],
+                    validation=held_out if len(held_out) else None,
+                    validation_bytes=data.held_out_bytes,
                     eval_every=config.eval_every,
                     callbacks=callbacks_of(job, steps_per_epoch, show_steps, show),
                 )
@@ -195,7 +203,7 @@ def trainer_for(config: Config, mesh: Mesh, steps: int) -> Trainer:
     from tf_dist.optim import optimizers
     from tf_dist.training.loss_spikes import LossSpikes
     from tf_dist.training.memory_estimate import check_room
-    from tf_dist.training.model import model_for
+    from tf_dist.training.model import model_for, words_of_a_row
     from tf_dist.training.preflight import agree_on_weights
     from tf_dist.training.trainer import Trainer
 
@@ -209,7 +217,7 @@ def trainer_for(config: Config, mesh: Mesh, steps: int) -> Trainer:
         config.chosen_strategy(),
         global_batch_size=config.global_batch_size,
         micro_batch_size=config.micro_batch_rows,
-        seq_len=config.seq_len,
+        seq_len=words_of_a_row(config),
         clip_norm=config.clip_norm,
         seed=config.seed,
         check_every=config.check_every,
@@ -227,9 +235,20 @@ def trainer_for(config: Config, mesh: Mesh, steps: int) -> Trainer:
     )
 
 
-def planned_steps(config: Config, tokens: int) -> int:
+def planned_steps(config: Config, rows: int) -> int:
     """Optimizer steps of the whole run: --steps, or --epochs in steps, or 400."""
     if not config.epochs:
         return config.steps or DEFAULT_STEPS
-    sequences = -(-(tokens - 1) // config.seq_len)
-    return config.epochs * -(-sequences // config.global_batch_size)
+    return config.epochs * -(-rows // config.global_batch_size)
+
+
+def sizes_of_data(config: Config, corpus: Prepared) -> Config:
+    """The run with the vocabulary and the number of labels of its data.
+
+    Raises:
+        UsageError: another number of labels was asked for.
+    """
+    labels = len(corpus.meta.get("labels", []))
+    if config.classes not in (0, labels):
+        raise UsageError(f"--classes {config.classes}: the data has {labels} labels. Leave --classes out")
+    return dataclasses.replace(config, vocab_size=corpus.tokenizer.vocab_size, classes=labels)

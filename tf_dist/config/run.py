@@ -22,6 +22,7 @@ from tf_dist.config.performance import PerformanceOptions
 from tf_dist.config.pipeline import PipelineOptions
 from tf_dist.config.recovery import CheckpointOptions, RecoveryOptions
 from tf_dist.config.strategy import StrategyOptions
+from tf_dist.config.task import TaskOptions
 from tf_dist.options import Options
 from tf_dist.strategies.base import Setting
 
@@ -47,6 +48,7 @@ class Config(
     BatchOptions,
     ModelOptions,
     DataOptions,
+    TaskOptions,
 ):
     """One run: the options of its components, flat as flags and YAML files have them.
 

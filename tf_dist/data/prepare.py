@@ -125,7 +125,7 @@ def prepare(
     options = PrepareOptions(text_column, tokenizer, vocab_size or 0, val_fraction, seed, errors, max_bytes)
     corpus = Corpus(sources, text_column=text_column, errors=errors, max_bytes=max_bytes)
     key = _key(options, corpus.files)
-    target = Path(folder) / f"{_name(corpus.sources[0])}-{key[:12]}"
+    target = Path(folder) / f"{name_of(corpus.sources[0])}-{key[:12]}"
     if target.exists():
         try:
             return open_prepared(target)
@@ -134,7 +134,8 @@ def prepare(
     return _make(corpus, options, key, target)
 
 
-def _name(source: str) -> str:
+def name_of(source: str) -> str:
+    """What a prepared folder is called, from the first source."""
     stem = Path(source).name.split(".")[0]
     return re.sub(r"[^A-Za-z0-9_-]+", "-", stem)[:40].strip("-") or "data"
 

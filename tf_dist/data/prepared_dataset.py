@@ -1,6 +1,6 @@
 """A prepared corpus on disk: content of its folder, and its validation.
 
-The folder: ``train.bin`` and ``val.bin`` (tokens), ``tokenizer.json``, ``meta.json``.
+The folder: ``train.bin`` and ``val.bin`` (tokens, or the rows of a task), ``tokenizer.json``, ``meta.json``.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from tf_dist.atomic_io import read_capped, sha256_of, sync_folder, temporary_name
-from tf_dist.data.sources import cap, files_sha256, find_files
+from tf_dist.data.rows import Examples, Rows
+from tf_dist.data.sources import SUFFIXES, cap, files_sha256, find_files
 from tf_dist.data.tokenizer import FILE_LIMIT_BYTES as TOKENIZER_LIMIT_BYTES
 from tf_dist.data.tokenizer import Tokenizer, load_tokenizer
 from tf_dist.data.tokens import (
     LARGEST_VOCAB,
+    Sequences,
     TokenArray,
     content_sha256,
     map_tokens,
@@ -31,6 +33,7 @@ from tf_dist.errors import DataError
 from tf_dist.untrusted_files import opened_to_lock, parsed_json
 
 FORMAT = "tf_dist tokens"
+EXAMPLES = "tf_dist examples"
 # 2: digests of a sample of the tokens, and of the files they were made from; tables are read strictly.
 VERSION = 2
 META_LIMIT_BYTES = 16 << 20
@@ -72,6 +75,25 @@ class Facts(msgspec.Struct, forbid_unknown_fields=True):
     skipped: Annotated[dict[Reason, Count], msgspec.Meta(min_length=4)]
 
 
+class ExampleFacts(Facts, forbid_unknown_fields=True):
+    """Of the rows of a task: also their shape, their number, what was cut off, and labels."""
+
+    dtype: Literal["int32"]  # type: ignore[assignment]
+    task: Text
+    words: Annotated[int, msgspec.Meta(gt=0, lt=1 << 31)]
+    targets: Annotated[int, msgspec.Meta(gt=0, lt=1 << 31)]
+    rows: OfSides
+    counted: OfSides
+    cut: dict[Literal["source", "target"], Count]
+    labels: list[Text]
+    suffixes: list[Text]
+    references_sha256: Sha256
+
+
+# The facts of each format, and its version.
+FORMATS: dict[str, tuple[int, type[Facts]]] = {FORMAT: (VERSION, Facts), EXAMPLES: (1, ExampleFacts)}
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A tokenized corpus.
@@ -86,6 +108,13 @@ class Prepared:
     train: TokenArray
     val: TokenArray
     stamps: dict[str, Stamp] = field(default_factory=dict)
+
+    def rows(self, side: str, seq_len: int) -> Rows:
+        """One side of the split as rows; those of a language model have ``seq_len`` tokens."""
+        tokens = {"train": self.train, "val": self.val}[side]
+        if self.meta["format"] == EXAMPLES:
+            return Examples(tokens, self.meta["words"], self.meta["targets"])
+        return Sequences(tokens, seq_len)
 
     def tokenizer_json(self) -> str:
         """Content of the tokenizer's file. Raises `DataError` if it cannot be read any more."""
@@ -216,7 +245,7 @@ def files_changed(corpus: Prepared, max_bytes: int) -> str:
     sources = corpus.meta["sources"]
     shown = " ".join(sources[:3]) + (" ..." if len(sources) > 3 else "")
     try:
-        files = cap(find_files(sources), max_bytes)
+        files = cap(find_files(sources, None, corpus.meta.get("suffixes", SUFFIXES)), max_bytes)
     except DataError as error:
         return f"the corpus cannot be read any more ({error})"
     return (
@@ -258,13 +287,14 @@ def read_meta(folder: Path) -> dict[str, Any]:
         raise DataError(f"{path} is damaged: {error}. Delete {folder} and prepare again.") from error
     if not isinstance(meta, dict):
         raise DataError(f"{path} is damaged: not an object. Delete {folder} and prepare again.")
-    if (meta.get("format"), meta.get("version")) != (FORMAT, VERSION):
+    version, facts = FORMATS.get(str(meta.get("format")), FORMATS[FORMAT])
+    if meta.get("format") not in FORMATS or meta.get("version") != version:
         raise DataError(
             f"{path} is of format {meta.get('format')!r} version {meta.get('version')!r}; "
             f"this program reads {FORMAT!r} version {VERSION}. Prepare the data again."
         )
     try:
-        msgspec.convert(meta, Facts)
+        msgspec.convert(meta, facts)
     except msgspec.ValidationError as error:
         why = str(error)[:LONGEST_REASON]
         raise DataError(f"{path} is damaged: {why}. Delete {folder} and prepare again.") from error

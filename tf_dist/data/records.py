@@ -68,6 +68,7 @@ class Records:
 
     Attributes:
         files: the files, in order.
+        suffixes: of the kinds of files that are read.
         passed_over: number of skipped files in folders and globs, by unsupported suffix.
 
     Raises:
@@ -97,9 +98,9 @@ class Records:
         ]
         self.errors = errors
         parallel = {f".{name.lower()}" for name in columns.values()}
-        self._suffixes = (*TABLES, CATALOGUE, *sorted(parallel - {*TABLES, CATALOGUE, *COMPRESSIONS}))
+        self.suffixes = (*TABLES, CATALOGUE, *sorted(parallel - {*TABLES, CATALOGUE, *COMPRESSIONS}))
         self.passed_over: Counter[str] = Counter()
-        self.files = find_files(sources, self.passed_over, self._suffixes)
+        self.files = find_files(sources, self.passed_over, self.suffixes)
         self._parallel = self._grouped()
 
     def read(self, counts: RecordCounts | None = None) -> Iterator[Record]:
@@ -145,10 +146,10 @@ class Records:
             # All files of a parallel text are read where the first one is in the list.
             if self._parallel[path][0] == path:
                 yield from self._parallel_rows(path, counts)
-        elif kind_of(path, self._suffixes) == CATALOGUE:
+        elif kind_of(path, self.suffixes) == CATALOGUE:
             yield from self._catalogue_rows(path, counts)
         else:
-            kind = kind_of(path, self._suffixes)
+            kind = kind_of(path, self.suffixes)
             yield from rows(path, kind, self.columns, self.errors, counts)
 
     def _catalogue_rows(self, path: Path, counts: RecordCounts) -> Iterator[Cells]:
@@ -166,17 +167,17 @@ class Records:
         named = [file.path for file in self.files]
         texts: dict[tuple[Path, str], list[Path]] = {}
         for path in named:
-            kind = kind_of(path, self._suffixes)
+            kind = kind_of(path, self.suffixes)
             if kind not in (*TABLES, CATALOGUE):
                 texts.setdefault((path.parent, _stem(path, kind)), []).append(path)
         for (folder, stem), paths in texts.items():
-            kinds = Counter(kind_of(path, self._suffixes) for path in paths)
+            kinds = Counter(kind_of(path, self.suffixes) for path in paths)
             for column in self.columns:
                 _check_part(column, kinds[f".{column.name.lower()}"], folder / stem, paths)
         return {path: paths for paths in texts.values() for path in paths}
 
     def _parallel_rows(self, path: Path, counts: RecordCounts) -> Iterator[Cells]:
-        by_kind = {kind_of(one, self._suffixes): one for one in self._parallel[path]}
+        by_kind = {kind_of(one, self.suffixes): one for one in self._parallel[path]}
         paths = [by_kind[f".{column.name.lower()}"] for column in self.columns]
         with ExitStack() as stack:
             texts = [

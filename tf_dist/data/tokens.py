@@ -180,11 +180,12 @@ class Sequences:
     def __len__(self) -> int:
         return max(0, -(-(len(self.tokens) - 1) // self.seq_len))
 
-    def rows(self, indices: npt.ArrayLike) -> tuple[Batch, Batch]:
+    def rows(self, indices: npt.ArrayLike, draw: tuple[int, int] | None = None) -> tuple[Batch, Batch]:
         """The rows of a batch.
 
         Args:
             indices: shape (B,), window numbers; -1 for a row of padding.
+            draw: as in `tf_dist.data.rows.Rows`; nothing is random here.
 
         Returns:
             x and y, int32 of shape (B, T). For padding, y is -1 and x is 0.

@@ -31,16 +31,39 @@ def build(config: Config, layers: Layers = PLAIN) -> keras.Model:
     Raises:
         UsageError: the user's function cannot be found or does not return a suitable `keras.Model`.
     """
-    keras.utils.set_random_seed(config.seed)
-    function = _users_function(config.model) if ":" in config.model else None
-    with _computing_in(config.precision):
-        if function is None:
-            return _own(config, layers)
+    if ":" in config.model:
+        return users_model(config, layers, config.seq_len, (config.seq_len, config.vocab_size))
+    with reproducible(config):
+        return _own(config, layers)
+
+
+def users_model(config: Config, layers: Layers, words: int, outputs: tuple[int, int]) -> keras.Model:
+    """The model that a user's function returns for a run.
+
+    Args:
+        config: of the run.
+        layers: layer types, where ranks partition the model.
+        words: W, of a row: the model takes (B, W) int32.
+        outputs: what it returns of a row, as (T, V).
+
+    Raises:
+        UsageError: as `build`.
+    """
+    function = _users_function(config.model)
+    with reproducible(config):
         model = function(config, layers) if _takes_layers(function) else function(config)
-        check(model, config.model, config.vocab_size, config.seq_len)
+        check(model, config.model, words, outputs)
         if config.tensor_parallel > 1 and layers is not PLAIN:  # PLAIN when a run is loaded unpartitioned
             _check_divided(model, config)
     return model
+
+
+@contextlib.contextmanager
+def reproducible(config: Config) -> Iterator[None]:
+    """Draw initial weights of models built here from the run's seed; let them compute in its precision."""
+    keras.utils.set_random_seed(config.seed)
+    with _computing_in(config.precision):
+        yield
 
 
 def _takes_layers(function: Callable[..., Any]) -> bool:
@@ -84,8 +107,8 @@ def _own(config: Config, layers: Layers) -> keras.Model:
     return transformer.build(*sizes, config.heads, config.dropout, config.tie_embeddings, layers)
 
 
-def check(model: object, name: str, vocab_size: int, seq_len: int) -> None:
-    """Raise UsageError unless ``model`` maps (B, T) int32 to (B, T, V)."""
+def check(model: object, name: str, seq_len: int, outputs: tuple[int, int]) -> None:
+    """Raise UsageError unless ``model`` maps (B, T) int32 to (B, *outputs)."""
     if not isinstance(model, keras.Model):
         raise UsageError(f"{name} returned a {type(model).__name__}, not a keras.Model")
     if any(map(is_deferred, model.variables)):
@@ -96,10 +119,10 @@ def check(model: object, name: str, vocab_size: int, seq_len: int) -> None:
         shape = tuple(model(tokens_BxT).shape)  # also builds a subclassed model
     except Exception as error:
         raise UsageError(f"{name} does not take token ids of shape (B, {seq_len}): {error}") from error
-    if shape != (1, seq_len, vocab_size):
+    if shape != (1, *outputs):
         raise UsageError(
             f"{name} maps token ids of shape (1, {seq_len}) to {shape}, not to logits of shape "
-            f"(1, {seq_len}, {vocab_size})"
+            f"{(1, *outputs)}"
         )
 
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import keras
 
+from tf_dist.models.row_layout import FRAMES as FRAMES
+from tf_dist.models.row_layout import VALUES_OF_A_WORD as VALUES_OF_A_WORD
+
 # (B, U, V) logits; targets (B, U) are classes, -1 is ignored.
 LOGITS = "logits"
-# (B, F, M) values; a target, of (B, F M / 2), is a pair of float16 in one 32-bit word, -1 is ignored.
-FRAMES = "frames"
-VALUES_OF_A_WORD = 2
+# FRAMES: (B, F, M) values; a target, of (B, F M / 2), is a pair of float16 in one 32-bit word, -1 is ignored.
 
 
 def with_outputs(model: keras.Model, kind: str) -> keras.Model:

@@ -5,7 +5,6 @@ Legend: B rows, S source slots, T target slots, D width, C classes, M values of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -14,17 +13,8 @@ from tf_dist.models.lm_head import with_head
 from tf_dist.models.model_outputs import FRAMES, with_outputs
 from tf_dist.models.row_embedding import EmbeddedRow
 from tf_dist.models.row_layers import MeanOfSlots, SpanLogits
+from tf_dist.models.row_layout import CLASSES, SPANS, TOKENS, Head
 from tf_dist.models.transformer import normal
-
-TOKENS, CLASSES, SPANS, FRAME_VALUES = "tokens", "classes", "spans", "frames"
-
-
-@dataclass(frozen=True)
-class Head:
-    """What a model predicts: ``tokens``, one of ``size`` classes, a span, or frames of ``size`` values."""
-
-    kind: str
-    size: int = 0
 
 
 def with_row_head(row: EmbeddedRow, states: Any, head: Head, name: str) -> keras.Model:

@@ -8,10 +8,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tf_dist.models.model_outputs import VALUES_OF_A_WORD
-
+VALUES_OF_A_WORD = 2
+TOKENS, CLASSES, SPANS, FRAMES = "tokens", "classes", "spans", "frames"
 # Special tokens, with ids that follow the tokenizer's.
 SPECIAL_TOKENS = ("<pad>", "<sep>", "<mask>")
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a model predicts: `TOKENS`, one of ``size`` `CLASSES`, `SPANS`, or `FRAMES` of ``size`` values."""
+
+    kind: str
+    size: int = 0
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,16 @@ class RowLayout:
     def words(self) -> int:
         """W, words of a row."""
         return self.source.words + self.target.words
+
+    def outputs(self, head: Head) -> tuple[int, int]:
+        """The shape of what a model predicts of a row: targets, and logits or values of each."""
+        predicted = self.target.count or self.source.count
+        return {
+            TOKENS: (predicted, self.vocab_size),
+            CLASSES: (1, head.size),
+            SPANS: (2, self.source.count),
+            FRAMES: (predicted, head.size),
+        }[head.kind]
 
     @property
     def vocab_size(self) -> int:

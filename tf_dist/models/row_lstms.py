@@ -10,9 +10,9 @@ from typing import Any
 import keras
 
 from tf_dist.models.row_embedding import BodySizes, embedded_row
-from tf_dist.models.row_heads import Head, with_row_head
+from tf_dist.models.row_heads import with_row_head
 from tf_dist.models.row_layers import Reverse, Slice, SourceAttention
-from tf_dist.models.row_layout import RowLayout
+from tf_dist.models.row_layout import Head, RowLayout
 from tf_dist.models.transformer import PLAIN, Layers
 
 

@@ -14,9 +14,9 @@ import keras
 
 from tf_dist.models.fast_layers import LayerNormalization
 from tf_dist.models.row_embedding import BodySizes, EmbeddedRow, embedded_row
-from tf_dist.models.row_heads import Head, with_row_head
+from tf_dist.models.row_heads import with_row_head
 from tf_dist.models.row_layers import PrefixBias, Slice
-from tf_dist.models.row_layout import RowLayout
+from tf_dist.models.row_layout import Head, RowLayout
 from tf_dist.models.transformer import PLAIN, Layers, block, feed_forward
 
 

@@ -35,7 +35,7 @@ from tf_dist.pipeline.stage import Stage, StageInputs, StageVariant
 from tf_dist.runners.loss import IGNORED
 from tf_dist.runners.replica import FlatParameters, as_tensor, check_model
 from tf_dist.runners.rng import foreign_draws, generator_states, random_states
-from tf_dist.runners.runner import MicroBatch
+from tf_dist.runners.runner import MicroBatch, outputs_by_row
 
 # Micro-batches per rank that are evaluated before senders wait for receivers: otherwise unreceived
 # activations could fill the memory of a rank that runs ahead.
@@ -395,6 +395,10 @@ class PipelineRunner:
         self._messages.settle()
         comm.broadcast(logits.reshape(-1), comm.size - 1)
         return logits
+
+    def outputs(self, x_BxT: np.ndarray) -> np.ndarray:
+        """As in `tf_dist.runners.runner.ModelRunner`; a collective of the pipeline."""
+        return outputs_by_row(self, x_BxT)
 
 
 def _back_at_once(stream: Sequence[Instruction], chunk: int) -> bool:

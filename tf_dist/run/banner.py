@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Mapping
 from math import prod
+from typing import Any
 
 from tf_dist import faults
 from tf_dist.comm.formatting import counted
@@ -15,6 +17,7 @@ from tf_dist.data.prepared_dataset import Prepared
 from tf_dist.data.sampler import share
 from tf_dist.parallel.sharding import part_of
 from tf_dist.run.numerics_environment import slow_bfloat16
+from tf_dist.tasks.registry import task_of
 from tf_dist.training.trainer import Trainer
 from tf_dist.version import __version__
 
@@ -24,14 +27,13 @@ def banner(
 ) -> str:
     """The lines to print about a run; a collective."""
     meta = corpus.meta
-    tokens, text_bytes = meta["tokens"], meta["text_bytes"]["train"]
-    rows, T = config.global_batch_size, config.seq_len
+    rows, T = config.global_batch_size, trainer.seq_len
     lines = {
         "tf_dist": f"{__version__}: {_ranks(config, comm)}",
         **({} if trainer.mesh.plain else {"grid": _grid(trainer)}),
-        "data": f"{' '.join(config.data)}: {tokens['train']:,} tokens ({text_bytes:,} bytes) to train on, "
-        f"{tokens['val']:,} held out",
+        "data": f"{' '.join(config.data)}: {_amount(meta)} held out",
         "tokenizer": f"{meta['tokenizer_kind']} of {meta['vocab_size']:,}, in {corpus.path}",
+        **({} if config.task == Config.task else {"task": _task(config, meta)}),
         "model": f"{config.model}, {_parameters(trainer):,} parameters{_precision(config)}",
         "batch": f"{rows} sequences x {T} tokens = {rows * T:,} tokens a step, as {config.micro_batches} "
         f"micro-batches of {config.micro_batch_rows}; {_shares(config, trainer)}",
@@ -44,6 +46,19 @@ def banner(
         **({"faults": f"armed by {faults.VARIABLE}: {faults.said()}"} if faults.said() else {}),
     }
     return "\n".join(f"{name:10}{text}" for name, text in lines.items())
+
+
+def _amount(meta: Mapping[str, Any]) -> str:
+    """How much there is to train on, and held out."""
+    if "rows" in meta:
+        return f"{meta['rows']['train']:,} rows to train on, {meta['rows']['val']:,}"
+    tokens, text_bytes = meta["tokens"], meta["text_bytes"]["train"]
+    return f"{tokens['train']:,} tokens ({text_bytes:,} bytes) to train on, {tokens['val']:,}"
+
+
+def _task(config: Config, meta: Mapping[str, Any]) -> str:
+    labels = meta.get("labels", [])
+    return f"{config.task}, {task_of(config).architecture}" + (f", {len(labels)} labels" if labels else "")
 
 
 def _strategy(trainer: Trainer) -> str:

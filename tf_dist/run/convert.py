@@ -249,13 +249,15 @@ def _trainer_of(run: LoadedRun) -> Trainer:
     """A trainer of this run, on one process."""
     from tf_dist.comm.transport.base import SerialComm
     from tf_dist.optim import optimizers
+    from tf_dist.training.model import words_of_a_row
     from tf_dist.training.trainer import Trainer
 
     config = run.config
     optimizer = optimizers.build(config, run.model, config.steps or 1)
     return Trainer(
         run.model, optimizer, SerialComm(), global_batch_size=config.global_batch_size,
-        micro_batch_size=config.micro_batch_rows, seq_len=config.seq_len, seed=config.seed, autotune="off",
+        micro_batch_size=config.micro_batch_rows, seq_len=words_of_a_row(config), seed=config.seed,
+        autotune="off",
     )  # fmt: skip
 
 

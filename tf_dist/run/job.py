@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shlex
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from tf_dist.run.plots import loss_curve
 from tf_dist.run.resume import Resume
 from tf_dist.run.rollback import roll_back
 from tf_dist.run.run_folder import RunFolder, point_latest_to
+from tf_dist.tasks.causal_lm import CausalLM
 from tf_dist.training.checkpoint_manager import CheckpointManager
 from tf_dist.training.in_memory_checkpoint import PeerCheckpoints
 from tf_dist.training.loss_spikes import Spike
@@ -49,6 +51,7 @@ class Job:
         checkpoints: in the run folder.
         peers: peer checkpoints, in memory.
         is_elsewhere: what was resumed from is no checkpoint that ``--resume auto`` would find.
+        predicted: returns some predictions to show at the end, for tasks other than language modelling.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class Job:
         self.peers = self._deaths.peers or PeerCheckpoints()
         trainer.in_place.when_first.append(run.take_over)
         self._listeners = list(trainer.in_place.when_first)
+        self.predicted: Callable[[], str] = str
         trainer.nonfinite_gradients.before_giving_up.append(self._save_before_failing)
 
     def resume(self) -> None:
@@ -261,6 +265,9 @@ class Job:
         picture = run.path / "loss.png"
         missing = loss_curve(run.metrics, picture, f"{self.config.model}, {self.comm.size} ranks")
         say(f"no loss curve: {missing}" if missing else f"loss curve   {picture}")
+        if not self._continues_text:
+            say(sample, as_it_is=True)
+            return
         say(f"sample       (prompt => continuation)\n{sample}", as_it_is=True)
         prompt = example_prompt(self.corpus.tokenizer, self.corpus.train)
         given = f" --prompt={shlex.quote(prompt)}" if prompt else ""
@@ -277,8 +284,14 @@ class Job:
             where = f", in {self.run.path / report.file}"
         self.run.say(f"{report.heading:<12} {report.text}{where}")
 
+    @property
+    def _continues_text(self) -> bool:
+        return self.config.task == CausalLM.name
+
     def _sample(self) -> str:
-        """The model's continuation of the beginning of the validation text; a collective."""
+        """The model's continuation of the beginning of the validation text, or predictions; a collective."""
+        if not self._continues_text:
+            return self.predicted()
         tokens = self.corpus.val if len(self.corpus.val) else self.corpus.train
         prompt = tokens[: min(16, self.config.seq_len)]
         runner, tokenizer = self.trainer.runner, self.corpus.tokenizer

@@ -16,10 +16,10 @@ from tf_dist.data.tokenizer import Tokenizer, load_tokenizer
 from tf_dist.errors import CheckpointError, UsageError
 from tf_dist.flags import from_mapping, read_config_file
 from tf_dist.invocation import command
-from tf_dist.models.build import build
 from tf_dist.run.status import correct
 from tf_dist.run_options import check_named
 from tf_dist.training import state_dict
+from tf_dist.training.model import build_model
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def load_run(run_dir: str, which: str = "latest", model: str = "") -> LoadedRun:
     path = _chosen(folder / "checkpoints", which)
     facts = read_manifest(path)["facts"]
     tokenizer = _tokenizer_of(folder, facts.get("tokenizer_sha256"))
-    built = build(config)
+    built = build_model(config)
     step = state_dict.load_weights(built, path)
     return LoadedRun(config, tokenizer, built, step, facts.get("content_sha256"))
 
@@ -68,7 +68,7 @@ def model_of_run(run_dir: str, model: str = "") -> LoadedRun:
     """
     folder = Path(run_dir)
     config = _config_of(folder, model)
-    return LoadedRun(config, _tokenizer_of(folder, None), build(config), 0)
+    return LoadedRun(config, _tokenizer_of(folder, None), build_model(config), 0)
 
 
 def _config_of(folder: Path, named: str) -> Config:

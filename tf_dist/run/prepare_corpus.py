@@ -29,11 +29,14 @@ from tf_dist.data.prepared_dataset import (
 )
 from tf_dist.data.registry import resolve_sources
 from tf_dist.errors import CheckpointError, DataError
+from tf_dist.tasks.prepare import OPTIONS, prepare_examples
+from tf_dist.tasks.registry import task_of
 
 LOG = logging.getLogger(__name__)
 DOWNLOADS = Path("data/downloads")
 # Options that determine the tokens, besides the files and the vocabulary size.
 OF_DATA = ("data", "text_column", "tokenizer", "val_fraction", "seed", "errors", "max_bytes")
+OF_EXAMPLES = tuple(name for name in OPTIONS if name not in ("vocab_size", *OF_DATA))
 
 
 def prepared(config: Config, registry: Path) -> Prepared:
@@ -42,8 +45,11 @@ def prepared(config: Config, registry: Path) -> Prepared:
     Raises:
         DataError, UsageError: see `tf_dist.data.prepare`.
     """
+    sources, task = resolve_sources(config.data, registry, DOWNLOADS), task_of(config)
+    if task.of_tables:
+        return prepare_examples(task, config, sources)
     return prepare(
-        resolve_sources(config.data, registry, DOWNLOADS),
+        sources,
         text_column=config.text_column,
         tokenizer=config.tokenizer,
         vocab_size=config.vocab_size,
@@ -145,7 +151,8 @@ def _of_resumed(config: Config, run_dir: Path | None) -> Prepared | None:
     now, before = config.as_dict(), facts.get("config")
     if not isinstance(before, dict):  # an edited folder; the resume itself reports it
         return None
-    same = all(now[name] == before.get(name) for name in OF_DATA)
+    names = OF_DATA if config.task == Config.task else (*OF_DATA, *OF_EXAMPLES)
+    same = all(now[name] == before.get(name) for name in names)
     if not same or config.vocab_size not in (0, before.get("vocab_size")):
         return None
     tokenizer = facts.get("tokenizer_sha256")

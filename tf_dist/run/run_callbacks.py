@@ -14,6 +14,8 @@ from tf_dist.run.run_folder import RunFolder
 from tf_dist.training.train_state import MetricsAccumulator
 from tf_dist.training.trainer import Trainer
 
+# Of a validation, besides what begins with val_.
+OF_VALIDATION = ("perplexity", "bits_per_byte")
 # Saves, and returns what is on disk then.
 Save = Callable[[], SavedCheckpoint | None]
 
@@ -106,8 +108,8 @@ class LogRun(keras.callbacks.Callback):
         if "val_loss" not in logs:
             return
         row = self._row or {"step": self.trainer.step, "epoch": self.trainer.step / self.steps_per_epoch}
-        keys = ("val_loss", "perplexity", "bits_per_byte", "val_accuracy")
-        self._row = row | {key: logs[key] for key in keys if key in logs}
+        of_validation = {k: v for k, v in logs.items() if k.startswith("val_") or k in OF_VALIDATION}
+        self._row = row | of_validation
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Write the last row, also if the run ended between two rows."""

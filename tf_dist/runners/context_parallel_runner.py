@@ -17,7 +17,7 @@ from tf_dist.parallel.mesh import Mesh
 from tf_dist.parallel.reduction_tree import BlockSum
 from tf_dist.parallel.totals import Totals
 from tf_dist.runners.replica import Replica
-from tf_dist.runners.runner import MicroBatch, WholeRunner
+from tf_dist.runners.runner import MicroBatch, WholeRunner, outputs_by_row
 
 
 def make_runner(
@@ -82,6 +82,10 @@ class ContextParallelRunner(WholeRunner):
         for places, part in zip(self._columns, parts, strict=True):
             logits_TxV[places] = everyone[part].reshape(own_LxV.shape)
         return logits_TxV
+
+    def outputs(self, x_BxT: np.ndarray) -> np.ndarray:
+        """As in `ModelRunner`."""
+        return outputs_by_row(self, x_BxT)
 
     def _own(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
         return [MicroBatch(number, self._take(x), self._take(y)) for number, x, y in batches]

@@ -82,6 +82,9 @@ class ModelRunner(Protocol):
     def logits(self, x_1xT: np.ndarray) -> np.ndarray:
         """The logits (T, V) of one row, (1, T) int32, on every rank; a collective."""
 
+    def outputs(self, x_BxT: np.ndarray) -> np.ndarray:
+        """What the model predicts of the rows of a micro-batch, (B, U, V) float32, as `logits` of each."""
+
 
 class WholeRunner:
     """A rank with all layers of the model.
@@ -107,6 +110,7 @@ class WholeRunner:
         self.replica, self.sums, self._speaks = replica, sums, reports_loss
         self.overlap = OverlappedGradients(replica, sums, micro_batches, overlap)
         self._logits: Callable[..., Any] | None = None
+        self._outputs: Callable[..., Any] | None = None
 
     @property
     def said(self) -> str:
@@ -151,3 +155,15 @@ class WholeRunner:
             model = self.replica.model
             self._logits = tf.function(lambda x: tf.cast(model(x, training=False)[0], tf.float32))
         return np.asarray(self._logits(tf.convert_to_tensor(x_1xT, tf.int32)))
+
+    def outputs(self, x_BxT: np.ndarray) -> np.ndarray:
+        """As in `ModelRunner`."""
+        if self._outputs is None:
+            model = self.replica.model
+            self._outputs = tf.function(lambda x: tf.cast(model(x, training=False), tf.float32))
+        return np.asarray(self._outputs(tf.convert_to_tensor(x_BxT, tf.int32)))
+
+
+def outputs_by_row(runner: ModelRunner, x_BxT: np.ndarray) -> np.ndarray:
+    """`ModelRunner.outputs` of a runner that computes one row at a time; a collective of its ranks."""
+    return np.stack([runner.logits(x_1xT) for x_1xT in x_BxT[:, None]])

@@ -7,8 +7,8 @@ import math
 import numpy as np
 
 from tf_dist import progress
+from tf_dist.data.rows import Rows
 from tf_dist.data.sampler import share
-from tf_dist.data.tokens import Sequences
 from tf_dist.errors import DataError
 from tf_dist.parallel.mesh import DATA, Mesh
 from tf_dist.parallel.totals import CORRECT, LOSS, TOKENS, Totals
@@ -16,7 +16,7 @@ from tf_dist.runners.runner import MicroBatch, ModelRunner
 
 
 def validated(
-    runner: ModelRunner, mesh: Mesh, rows: int, sequences: Sequences, text_bytes: int
+    runner: ModelRunner, mesh: Mesh, rows: int, sequences: Rows, text_bytes: int
 ) -> dict[str, float]:
     """Compute the logs of `Trainer.validate`; a collective.
 

@@ -10,8 +10,8 @@ from typing import Protocol
 import keras
 
 from tf_dist.comm.transport.base import Comm
+from tf_dist.data.rows import Rows
 from tf_dist.data.sampler import Sampler
-from tf_dist.data.tokens import Sequences
 from tf_dist.keras_callbacks.callback_list import RankCallbackList
 from tf_dist.strategies.base import Strategy
 from tf_dist.training.in_place_recovery import InPlaceRecovery
@@ -32,10 +32,10 @@ class Steps(Protocol):
     last_step: int
     synchronize_every: set[int]
 
-    def sampler(self, sequences: Sequences) -> Sampler:
+    def sampler(self, sequences: Rows) -> Sampler:
         """The order of the data."""
 
-    def validate(self, held_out: Sequences, text_bytes: int) -> dict[str, float]:
+    def validate(self, held_out: Rows, text_bytes: int) -> dict[str, float]:
         """Loss over held-out tokens."""
 
     def synchronize(self) -> None:
@@ -71,8 +71,8 @@ class TrainingLoop:
     def __init__(
         self,
         trainer: Steps,
-        sequences: Sequences,
-        held_out: Sequences | None,
+        sequences: Rows,
+        held_out: Rows | None,
         *,
         steps: int,
         stretch: int,
@@ -146,7 +146,7 @@ class TrainingLoop:
         if self.trainer.replay.can:
             self.trainer.compare()
 
-    def _validate(self, held_out: Sequences) -> dict[str, float]:
+    def _validate(self, held_out: Rows) -> dict[str, float]:
         """Validate as Keras's fit does, with its callbacks."""
         self.calls.on_test_begin()
         found = self.trainer.validate(held_out, self.validation_bytes)

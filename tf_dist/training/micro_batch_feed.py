@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from functools import partial
 
 from tf_dist.data.prefetch import Prefetcher
+from tf_dist.data.rows import Rows
 from tf_dist.data.sampler import Sampler
-from tf_dist.data.tokens import Sequences
 from tf_dist.runners.runner import MicroBatch
 from tf_dist.training.train_state import TrainState
 
@@ -23,21 +23,19 @@ class MicroBatchFeed:
 
     def __init__(self, state: TrainState, rows: int, mine: Sequence[int]) -> None:
         self._state, self._rows, self._mine = state, rows, mine
-        self._ahead: tuple[Sequences, Sampler, Prefetcher[list[MicroBatch]]] | None = None
+        self._ahead: tuple[Rows, Sampler, Prefetcher[list[MicroBatch]]] | None = None
 
     def reassign(self, mine: Sequence[int]) -> None:
         """Feed other micro-batches from now on."""
         self._mine, self._ahead = mine, None
 
-    def make(
-        self, sequences: Sequences, sampler: Sampler, step: int, numbers: Sequence[int]
-    ) -> list[MicroBatch]:
+    def make(self, sequences: Rows, sampler: Sampler, step: int, numbers: Sequence[int]) -> list[MicroBatch]:
         """Micro-batches of a step, by index."""
         rows_G = sampler.batch(self._state.spikes.batch_of(step))
         rows = self._rows
-        return [MicroBatch(k, *sequences.rows(rows_G[k * rows : (k + 1) * rows])) for k in numbers]
+        return [MicroBatch(k, *sequences.rows(rows_G[k * rows : (k + 1) * rows], (step, k))) for k in numbers]
 
-    def next(self, sequences: Sequences, sampler: Sampler) -> list[MicroBatch]:
+    def next(self, sequences: Rows, sampler: Sampler) -> list[MicroBatch]:
         """The micro-batches of this rank for the next step; those of the step after it are prefetched."""
         if self._ahead is None or self._ahead[:2] != (sequences, sampler):
             make = partial(self.make, sequences, sampler, numbers=self._mine)

@@ -20,7 +20,7 @@ from tf_dist.comm.formatting import named
 from tf_dist.comm.runtime.consensus import agree_on_many
 from tf_dist.comm.runtime.log_handlers import once
 from tf_dist.comm.transport.base import Comm
-from tf_dist.data.tokens import Sequences
+from tf_dist.data.rows import Rows
 from tf_dist.errors import LaunchError, UsageError
 from tf_dist.keras_callbacks.replica_sync import is_distributed
 from tf_dist.models.lm_head import head_of
@@ -92,9 +92,7 @@ def agree_on_weights(model: keras.Model, mesh: Mesh) -> None:
     agree_on_many(mesh.all, model_facts.of_weights(model), "the weights of the model", BUILD_ALIKE)
 
 
-def agree_on_data(
-    comm: Comm, sequences: Sequences, held_out: Sequences | None, options: Mapping[str, Any]
-) -> None:
+def agree_on_data(comm: Comm, sequences: Rows, held_out: Rows | None, options: Mapping[str, Any]) -> None:
     """Compare the arguments of `fit`; a collective.
 
     Raises:
@@ -209,7 +207,7 @@ def _compare(norms_RxN: np.ndarray, names: list[str], model: keras.Model) -> Non
 
 
 def refuse_probabilities(
-    model: keras.Model, replica: FlatParameters, runner: ModelRunner, mesh: Mesh, sequences: Sequences
+    model: keras.Model, replica: FlatParameters, runner: ModelRunner, mesh: Mesh, sequences: Rows
 ) -> None:
     """Refuse a model that ends in softmax, as a Trainer needs logits; a collective.
 

@@ -12,8 +12,9 @@ import tensorflow as tf
 
 from tf_dist.comm.runtime.consensus import everywhere
 from tf_dist.comm.transport.base import Comm
-from tf_dist.data.tokens import Sequences
+from tf_dist.data.rows import Rows
 from tf_dist.errors import DataError
+from tf_dist.models.model_outputs import FRAMES, outputs_of
 from tf_dist.parallel.mesh import Mesh
 
 # Errors of TensorFlow's gather and cross-entropy about ids outside the vocabulary.
@@ -23,7 +24,7 @@ OUTSIDE = re.compile(
 )
 
 
-def check_token_ids(model: Any, mesh: Mesh, comm: Comm, *texts: Sequences | None) -> None:
+def check_token_ids(model: Any, mesh: Mesh, comm: Comm, *texts: Rows | None) -> None:
     """Compare token ids with the number of logits of the model; a collective.
 
     Args:
@@ -48,6 +49,8 @@ def check_token_ids(model: Any, mesh: Mesh, comm: Comm, *texts: Sequences | None
 
 
 def _vocab_size(model: Any, seq_len: int) -> int | None:
+    if outputs_of(model) == FRAMES:
+        return None
     shape = getattr(model, "output_shape", None)
     if shape is None:  # a subclass of Model has it only after a call
         try:

@@ -25,12 +25,14 @@ from tf_dist.comm.runtime.log_handlers import once
 from tf_dist.comm.transport.base import Comm
 from tf_dist.config import Config
 from tf_dist.config.pipeline import PipelineOptions
+from tf_dist.data.rows import Rows
 from tf_dist.data.sampler import Sampler
 from tf_dist.data.tokens import Sequences
 from tf_dist.errors import DataError, RankLost
 from tf_dist.parallel.mesh import Mesh
 from tf_dist.parallel.totals import CORRECT, LOSS, STOP, TOKENS, Totals
 from tf_dist.runners.moving_statistics import MovingStatistics
+from tf_dist.runners.runner import ModelRunner
 from tf_dist.strategies.base import StepRequest, Strategy
 from tf_dist.strategies.registry import facts_of, strategy_of
 from tf_dist.training.build import RunnerOptions, arrange, rebuilt
@@ -123,6 +125,8 @@ class Trainer:
         tuning: whether XLA compiles forward and backward, and why.
         synchronize_every: after multiples of these steps the model of all ranks is evaluated or saved.
         last_step: of the current `fit`.
+        metrics: called in each validation, on every rank, with runner, mesh, B and held-out rows; what they
+            return, the same on all ranks, is added to its logs.
 
     Raises:
         UsageError: sizes that do not fit, an unknown strategy, or a distributed optimizer.
@@ -186,6 +190,7 @@ class Trainer:
         self.state = TrainState(spikes=self.spikes.seen)
         self._feed = MicroBatchFeed(self.state, self.rows, self.my_micro_batches)
         self.last_step, self.synchronize_every = 0, set[int]()
+        self.metrics: list[Callable[[ModelRunner, Mesh, int, Rows], dict[str, float]]] = []
         self._make_guards(check_every, on_mismatch, min_ranks, max_bad_steps)
         model.stop_training = False
 
@@ -255,7 +260,7 @@ class Trainer:
 
     # One step ------------------------------------------------------------------------------------
 
-    def train_step(self, sequences: Sequences, sampler: Sampler) -> dict[str, float]:
+    def train_step(self, sequences: Rows, sampler: Sampler) -> dict[str, float]:
         """Take one optimizer step on one global batch, over all ranks.
 
         Returns:
@@ -364,11 +369,11 @@ class Trainer:
 
     def fit(
         self,
-        tokens: np.ndarray | Sequences,
+        tokens: np.ndarray | Rows,
         *,
         steps: int | None = None,
         epochs: int | None = None,
-        validation: np.ndarray | Sequences | None = None,
+        validation: np.ndarray | Rows | None = None,
         validation_bytes: int = 0,
         eval_every: int = 0,
         callbacks: Sequence[keras.callbacks.Callback] = (),
@@ -383,7 +388,7 @@ class Trainer:
         if ``eval_every`` is 0; a batch is an optimizer step, counted from the beginning of its epoch.
 
         Args:
-            tokens: 1-D token ids, or `Sequences` of them.
+            tokens: 1-D token ids, `Sequences` of them, or other `tf_dist.data.rows.Rows`.
             steps: optimizer steps, 1 or more; None: as many as ``epochs`` take.
             epochs: passes over the data; None: one.
             validation: held-out tokens; all of them are used, distributed among the ranks.
@@ -411,10 +416,10 @@ class Trainer:
 
     def _loop(
         self,
-        tokens: np.ndarray | Sequences,
+        tokens: np.ndarray | Rows,
         steps: int | None,
         epochs: int | None,
-        validation: np.ndarray | Sequences | None,
+        validation: np.ndarray | Rows | None,
         validation_bytes: int,
         eval_every: int,
         callbacks: Sequence[keras.callbacks.Callback],
@@ -440,7 +445,7 @@ class Trainer:
             warnings.warn(f"step {self.step} is reached already: nothing is trained", stacklevel=3)
         return loop
 
-    def _begin(self, sequences: Sequences, held_out: Sequences | None, options: Mapping[str, Any]) -> None:
+    def _begin(self, sequences: Rows, held_out: Rows | None, options: Mapping[str, Any]) -> None:
         """Run the checks before the first step (`tf_dist.training.preflight`); a collective."""
         prove(self.comm)
         same_environment(self.comm)
@@ -487,11 +492,11 @@ class Trainer:
 
     # Data ----------------------------------------------------------------------------------------
 
-    def sequences(self, tokens: np.ndarray | Sequences) -> Sequences:
+    def sequences(self, tokens: np.ndarray | Rows) -> Rows:
         """Token ids as sequences of this trainer's length."""
-        return tokens if isinstance(tokens, Sequences) else Sequences(tokens, self.seq_len)
+        return Sequences(tokens, self.seq_len) if isinstance(tokens, np.ndarray) else tokens
 
-    def sampler(self, sequences: Sequences) -> Sampler:
+    def sampler(self, sequences: Rows) -> Sampler:
         """The data order: a function of (seed, epoch, index), never of the ranks.
 
         Raises:
@@ -505,7 +510,7 @@ class Trainer:
             )
         return Sampler(len(sequences), self.global_batch_size, self.seed)
 
-    def validate(self, held_out: np.ndarray | Sequences, text_bytes: int = 0) -> dict[str, float]:
+    def validate(self, held_out: np.ndarray | Rows, text_bytes: int = 0) -> dict[str, float]:
         """Loss over all held-out tokens, each counted once, distributed among the ranks.
 
         Returns:
@@ -521,10 +526,13 @@ class Trainer:
         with ids_of_this_model():
             return dict(self.in_place(partial(self._validated, sequences, text_bytes)))
 
-    def _validated(self, sequences: Sequences, text_bytes: int) -> dict[str, float]:
+    def _validated(self, sequences: Rows, text_bytes: int) -> dict[str, float]:
         faults.at("validation")
         self.synchronize()
-        return validated(self.runner, self.mesh, self.rows, sequences, text_bytes)
+        logs = validated(self.runner, self.mesh, self.rows, sequences, text_bytes)
+        for metric in self.metrics:
+            logs |= metric(self.runner, self.mesh, self.rows, sequences)
+        return logs
 
     # Weights -------------------------------------------------------------------------------------
 

@@ -438,10 +438,15 @@ class ZeRO3Runner:
 
     def logits(self, x_1xT: np.ndarray) -> np.ndarray:
         """As in `ModelRunner`: of a micro-batch whose first row counts."""
-        x_BxT, last = np.repeat(x_1xT, self.replica.rows, axis=0), self.replica.functions[-1]
+        outputs_BxTxV = self.outputs(np.repeat(x_1xT, self.replica.rows, axis=0))
+        return np.asarray(outputs_BxTxV[0])
+
+    def outputs(self, x_BxT: np.ndarray) -> np.ndarray:
+        """As in `ModelRunner`; a collective of the ranks that share weights."""
+        last = self.replica.functions[-1]
         (came,) = self._forward_to_the_last([tf.constant(x_BxT, tf.int32)])
         out = last.evaluate(last.takes(came, x_BxT), self._rooms.gather(len(self.replica.segments) - 1))
-        return np.asarray(tf.cast(out[0], tf.float32))
+        return np.asarray(tf.cast(out, tf.float32))
 
     def _forward_to_the_last(self, rows: list[Any]) -> list[Any]:
         """Token ids through all segments but the last one; a collective."""

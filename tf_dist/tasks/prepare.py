@@ -1,0 +1,234 @@
+"""Records of a task -> rows on disk, prepared once and reused, as `tf_dist.data.prepare` does with text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from tf_dist import progress
+from tf_dist.atomic_io import sha256_of, sync_folder, temporary_name, write_whole
+from tf_dist.config import Config
+from tf_dist.data.prepare import KINDS, name_of
+from tf_dist.data.prepared_dataset import EXAMPLES, FORMATS, SIDES, Prepared, open_prepared, publish
+from tf_dist.data.records import Record, RecordCounts, Records
+from tf_dist.data.sources import files_sha256, fingerprint
+from tf_dist.data.split import check_fraction, content_keys, split_rows, stratified_split
+from tf_dist.data.tokenizer import Tokenizer, check_vocab_size, load_tokenizer, train_tokenizer
+from tf_dist.data.tokens import content_sha256, map_tokens, sample_sha256
+from tf_dist.errors import DataError
+from tf_dist.tasks.base import EncodedRows, Task
+
+LOG = logging.getLogger(__name__)
+# Rows that are encoded together.
+BATCH_ROWS = 4096
+REFERENCES = "references.jsonl"
+# Options of a run that determine its rows, besides the files.
+OPTIONS = (
+    "task", "architecture", "text_column", "source_column", "target_column", "label_column", "source_len",
+    "target_len", "seq_len", "tokenizer", "vocab_size", "val_fraction", "seed", "errors",
+)  # fmt: skip
+
+
+class Split(NamedTuple):
+    """The records of each side, and the labels of training."""
+
+    train: list[Record]
+    val: list[Record]
+    labels: list[str]
+
+    def of(self, side: str) -> list[Record]:
+        """One side's records."""
+        return self.train if side == "train" else self.val
+
+
+def prepare_examples(task: Task, config: Config, sources: Sequence[str]) -> Prepared:
+    """The rows of a task, prepared or found.
+
+    Args:
+        task: of tables.
+        config: of the run.
+        sources: files, globs and folders.
+
+    Raises:
+        DataError: a table that cannot be read, with file and row; labels; or nothing can be written.
+        UsageError: an invalid option.
+    """
+    check_fraction(config.val_fraction)
+    records = Records(sources, task.columns(), errors=config.errors)
+    key = _key(config, fingerprint(records.files))
+    target = Path(config.prepared_dir) / f"{name_of(sources[0])}-{key[:12]}"
+    if target.exists():
+        try:
+            return open_prepared(target)
+        except DataError as error:
+            LOG.warning(f"preparing again: {error}")
+    temporary = temporary_name(target)
+    try:
+        temporary.mkdir(parents=True)
+        _write(task, config, list(sources), records, key, temporary)
+        sync_folder(temporary)
+        return publish(temporary, target)
+    except OSError as error:
+        raise DataError(
+            f"cannot write prepared rows to {target.parent}: {error.strerror or error}. Choose another "
+            "--prepared-dir."
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _key(config: Config, files: list[list[str | int]]) -> str:
+    options = {name: getattr(config, name) for name in OPTIONS}
+    if config.tokenizer not in KINDS:
+        options["tokenizer"] = _tokenizer_sha256(config.tokenizer)
+    parts = {"format": EXAMPLES, "version": FORMATS[EXAMPLES][0], "options": options, "files": files}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _tokenizer_sha256(path: str) -> str:
+    try:
+        return sha256_of(Path(path))
+    except OSError as error:
+        raise DataError(
+            f"cannot read tokenizer {path}: {error.strerror}. It is none of {' '.join(KINDS)}"
+        ) from error
+
+
+def _write(task: Task, config: Config, sources: list[str], records: Records, key: str, folder: Path) -> None:
+    counts = RecordCounts()
+    with progress.task("reading the rows"):
+        everything = list(records.read(counts))
+    split = _split(task, config, everything)
+    tokenizer = _tokenizer(task, config, split)
+    tokenizer.save(folder / "tokenizer.json")
+    cut, targets = Counter[str](), dict[str, int]()
+    for side in SIDES:
+        targets[side], lost = _write_side(task, split, side, tokenizer, folder)
+        cut.update(lost)
+    _say_what_was_cut(cut, config)
+    lines = "".join(json.dumps(task.reference(record), ensure_ascii=False) + "\n" for record in split.val)
+    write_whole(folder / REFERENCES, lines.encode("utf-8", "surrogatepass"))
+    _write_meta(task, config, sources, records, key, folder, counts, split, tokenizer, cut, targets)
+
+
+def _split(task: Task, config: Config, records: list[Record]) -> Split:
+    keys = content_keys([record.values[role] for role in task.roles] for record in records)
+    labels = [task.label(record) for record in records]
+    if any(labels):
+        in_val = stratified_split(labels, config.val_fraction, config.seed, keys)
+    else:
+        in_val = split_rows(keys, config.val_fraction, config.seed)
+    sides: tuple[list[Record], list[Record]] = ([], [])
+    for record, held_out in zip(records, in_val, strict=True):
+        sides[int(held_out)].append(record)
+    known = sorted({task.label(record) for record in sides[0]} - {""})
+    said = f", {len(known):,} labels" if known else ""
+    LOG.info(f"{len(sides[0]):,} rows to train on, {len(sides[1]):,} held out{said}")
+    return Split(*sides, known)
+
+
+def _tokenizer(task: Task, config: Config, split: Split) -> Tokenizer:
+    if config.tokenizer not in KINDS:
+        tokenizer = load_tokenizer(config.tokenizer)
+        check_vocab_size(config.tokenizer, config.vocab_size, tokenizer.vocab_size)
+        return tokenizer
+    # A character that only validation has would have no id.
+    records = split.train + (split.val if config.tokenizer == "char" else [])
+    texts = (text for record in records for text in task.texts(record))
+    with progress.task("training the tokenizer"):
+        tokenizer = train_tokenizer(config.tokenizer, texts, config.vocab_size)
+    LOG.info(f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens")
+    return tokenizer
+
+
+def _write_side(
+    task: Task, split: Split, side: str, tokenizer: Tokenizer, folder: Path
+) -> tuple[int, Counter[str]]:
+    """Write the rows of a side; the number of its targets, and of the tokens that were cut off."""
+    records, targets, cut = split.of(side), 0, Counter[str]()
+    with (
+        progress.task(f"encoding rows ({side})", len(records), "rows") as task_shown,
+        open(folder / f"{side}.bin", "xb") as file,
+    ):
+        for start in range(0, len(records), BATCH_ROWS):
+            rows = task.encode(records[start : start + BATCH_ROWS], tokenizer, split.labels)
+            file.write(_words(rows).astype("<i4").tobytes())
+            targets += int(np.count_nonzero(rows.y_NxU != -1))
+            cut.update(rows.cut)
+            task_shown.advance(len(rows.x_NxW))
+    return targets, cut
+
+
+def _words(rows: EncodedRows) -> npt.NDArray[np.int32]:
+    return np.concatenate([rows.x_NxW, rows.y_NxU], axis=1)
+
+
+def _say_what_was_cut(cut: Counter[str], config: Config) -> None:
+    for side, tokens in cut.items():
+        if tokens:
+            slots = getattr(config, f"{side}_len") or config.seq_len
+            LOG.warning(
+                f"{tokens:,} tokens of {side}s were cut off: rows have {slots} slots for them. Raise "
+                f"--{side}-len or --seq-len to keep them"
+            )
+
+
+def _write_meta(
+    task: Task,
+    config: Config,
+    sources: list[str],
+    records: Records,
+    key: str,
+    folder: Path,
+    counts: RecordCounts,
+    split: Split,
+    tokenizer: Tokenizer,
+    cut: Counter[str],
+    targets: dict[str, int],
+) -> None:
+    # One row, to know its shape; there is one, as tables without rows are refused.
+    row = task.encode((split.train or split.val)[:1], tokenizer, split.labels)
+    rows = {side: len(split.of(side)) for side in SIDES}
+    meta: dict[str, Any] = {
+        "format": EXAMPLES,
+        "version": FORMATS[EXAMPLES][0],
+        "key": key,
+        "sources": sources,
+        "files": len(records.files),
+        "documents": rows,
+        "rows": rows,
+        "tokens": {side: rows[side] * (row.x_NxW.shape[1] + row.y_NxU.shape[1]) for side in SIDES},
+        "text_bytes": {"train": counts.text_bytes, "val": 0},
+        "split": "document" if rows["val"] else "none",
+        "seed": config.seed,
+        "val_fraction": config.val_fraction,
+        "dtype": "int32",
+        "vocab_size": tokenizer.vocab_size,
+        "end_of_text": tokenizer.end_of_text,
+        "tokenizer_kind": tokenizer.kind,
+        "tokenizer_sha256": sha256_of(folder / "tokenizer.json"),
+        "content_sha256": content_sha256(folder / "train.bin", folder / "val.bin"),
+        "sample_sha256": {side: sample_sha256(map_tokens(folder / f"{side}.bin", "int32")) for side in SIDES},
+        "files_sha256": files_sha256(records.files),
+        "replaced": counts.replaced,
+        "skipped": {name: getattr(counts, name) for name in ("nulls", "empty", "not_utf8", "duplicates")},
+        "task": config.task,
+        "words": row.x_NxW.shape[1],
+        "targets": row.y_NxU.shape[1],
+        "counted": targets,
+        "cut": {side: cut[side] for side in ("source", "target")},
+        "labels": split.labels,
+        "suffixes": list(records.suffixes),
+        "references_sha256": sha256_of(folder / REFERENCES),
+    }
+    spelled = json.dumps(meta, indent=1, ensure_ascii=False)
+    write_whole(folder / "meta.json", spelled.encode("utf-8", "backslashreplace"))

@@ -1,0 +1,48 @@
+"""Tasks by name, and those of users by ``package.module:Task``."""
+
+from __future__ import annotations
+
+import inspect
+
+from tf_dist.config import Config
+from tf_dist.config.task import TASKS as NAMES
+from tf_dist.errors import UsageError
+from tf_dist.tasks.base import Task
+from tf_dist.tasks.causal_lm import CausalLM
+from tf_dist.tasks.classify import Classify
+from tf_dist.tasks.masked_lm import MaskedLM
+from tf_dist.tasks.text_to_text import Summarize, Translate
+from tf_dist.users_code import imported
+
+TASKS: dict[str, type[Task]] = {one.name: one for one in (CausalLM, MaskedLM, Classify, Translate, Summarize)}
+
+
+def task_of(config: Config) -> Task:
+    """The task of a run.
+
+    Raises:
+        UsageError: it cannot be found, or does not fit other options.
+    """
+    chosen = _users(config.task) if ":" in config.task else TASKS.get(config.task)
+    if chosen is None:
+        assert config.task in NAMES
+        raise UsageError(f"--task {config.task} is not in this version; there are {', '.join(TASKS)}")
+    task = chosen(config)
+    if task.architecture not in task.architectures:
+        raise UsageError(
+            f"--architecture {task.architecture}: --task {config.task} is done with "
+            f"{' or '.join(task.architectures)}"
+        )
+    if config.sequence_parallel > 1 and config.task != CausalLM.name:
+        raise UsageError(
+            f"--sequence-parallel {config.sequence_parallel}: the rows of --task {config.task} have masks, "
+            "which context parallelism does not know. Use --tensor-parallel or --pipeline-parallel"
+        )
+    return task
+
+
+def _users(name: str) -> type[Task]:
+    found = imported(name, "--task")
+    if not (inspect.isclass(found) and issubclass(found, Task)):
+        raise UsageError(f"--task {name} is no class derived from tf_dist.tasks.base.Task")
+    return found

@@ -1,0 +1,72 @@
+"""Text to text: translation, summaries, answers in own words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tf_dist.data.records import Record
+from tf_dist.data.tokenizer import Tokenizer
+from tf_dist.models.row_layout import TOKENS, Head, Slots
+from tf_dist.tasks.base import EncodedRows, Task, next_tokens, padded
+
+
+class TextToText(Task):
+    """A source text -> a target text, token by token (Sutskever et al. 2014)."""
+
+    roles = ("source", "target")
+    architectures = ("encoder-decoder", "prefix-decoder")
+
+    @property
+    def target(self) -> Slots:
+        """Slots of the target's tokens and its end."""
+        return Slots(self.config.target_len or self.config.seq_len)
+
+    def head(self, classes: int) -> Head:
+        """Logits of tokens, (B, T, V)."""
+        return Head(TOKENS)
+
+    def encode(self, records: Sequence[Record], tokenizer: Tokenizer, labels: Sequence[str]) -> EncodedRows:
+        """As in `Task`: source, padding, then the target after a separator."""
+        layout = self.layout(tokenizer.vocab_size)
+        sources = tokenizer.encode_batch([record.values["source"] for record in records])
+        targets = tokenizer.encode_batch([record.values["target"] for record in records])
+        x_NxS, cut = padded(sources, layout.source.count, layout.pad)
+        x_NxT, y_NxT, more = next_tokens(
+            targets, layout.target.count, layout.separator, tokenizer.end_of_text, layout.pad
+        )
+        return EncodedRows(np.concatenate([x_NxS, x_NxT], axis=1), y_NxT, {"source": cut, "target": more})
+
+    def reference(self, record: Record) -> str:
+        """The target text."""
+        return record.values["target"]
+
+    def decode(
+        self, predictions_NxU: npt.NDArray[Any], tokenizer: Tokenizer, labels: Sequence[str]
+    ) -> list[str]:
+        """The texts up to the first end of text; special tokens are left out."""
+        return [text_of(ids, tokenizer) for ids in predictions_NxU]
+
+
+class Translate(TextToText):
+    """Machine translation."""
+
+    name = "translate"
+    metrics = ("bleu", "chrf")
+
+
+class Summarize(TextToText):
+    """Summaries in own words (abstractive)."""
+
+    name = "summarize"
+    metrics = ("rouge_l",)
+
+
+def text_of(ids: npt.NDArray[Any], tokenizer: Tokenizer) -> str:
+    """The text of predicted ids, up to the first end of text, without padding and special tokens."""
+    ends = np.flatnonzero(ids == tokenizer.end_of_text)
+    kept = ids[: ends[0]] if ends.size else ids
+    return tokenizer.decode(kept[(kept >= 0) & (kept < tokenizer.vocab_size)])

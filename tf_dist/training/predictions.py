@@ -1,0 +1,90 @@
+"""Predictions for held-out rows, made by all ranks, in the order of the rows.
+
+Legend: N rows, B rows of a micro-batch, W words of a row, U targets of a row, V classes, T target slots.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from tf_dist import progress
+from tf_dist.data.rows import Rows
+from tf_dist.data.sampler import share
+from tf_dist.data.tokens import NO_TARGET, Batch
+from tf_dist.models.row_layout import RowLayout
+from tf_dist.parallel.mesh import DATA, Mesh
+from tf_dist.runners.runner import ModelRunner
+
+Predict = Callable[[ModelRunner, Batch], npt.NDArray[np.int32]]
+
+
+def predictions(
+    runner: ModelRunner, mesh: Mesh, rows: int, held_out: Rows, count: int, predict: Predict
+) -> npt.NDArray[np.int32]:
+    """Predictions for the first ``count`` rows, the same on every rank; a collective.
+
+    Rows are dealt to ranks in micro-batches, whose content does not depend on the number of ranks.
+
+    Args:
+        runner: of this rank.
+        mesh: all ranks.
+        rows: B.
+        held_out: rows.
+        count: N, at most their number.
+        predict: maps rows (B, W) to predictions (B, U); a collective of the ranks that share a model.
+
+    Returns:
+        (N, U) int32.
+    """
+    batches = math.ceil(count / rows)
+    indices = np.arange(batches * rows)
+    indices[indices >= count] = -1
+    mine = share(batches, mesh.at[DATA], mesh.shape[DATA])
+    found: dict[int, npt.NDArray[np.int32]] = {}
+    with progress.task("predicting", len(mine), "micro-batches") as task:
+        for k in mine:
+            found[k] = predict(runner, held_out.rows(indices[k * rows : (k + 1) * rows])[0])
+            task.advance()
+    targets = held_out.rows(indices[:1])[1].shape[1]
+    # Sums with zeros are exact: each row comes from one rank.
+    everything = np.zeros((batches * rows, targets))
+    if mesh.reports_loss:
+        for k, own in found.items():
+            everything[k * rows : (k + 1) * rows] = own
+    mesh.all.allreduce(everything.reshape(-1))
+    return np.array(everything[:count], np.int32)
+
+
+def best_classes(runner: ModelRunner, x_BxW: Batch) -> npt.NDArray[np.int32]:
+    """The class with the highest logit, of each target: (B, U)."""
+    classes_BxU: npt.NDArray[np.int32] = np.argmax(runner.outputs(x_BxW), axis=-1).astype(np.int32)
+    return classes_BxU
+
+
+def greedy(runner: ModelRunner, x_BxW: Batch, layout: RowLayout, end: int) -> npt.NDArray[np.int32]:
+    """The most probable token, one after the other: (B, T); -1 after the end.
+
+    Args:
+        runner: of this rank.
+        x_BxW: rows, of which the source is read.
+        layout: of the rows.
+        end: the token after which a row is complete.
+    """
+    first, T = layout.source.words, layout.target.count
+    x_BxW = x_BxW.copy()
+    x_BxW[:, first:] = layout.pad
+    x_BxW[:, first] = layout.separator
+    made_BxT = np.full((len(x_BxW), T), NO_TARGET, np.int32)
+    open_B = np.full(len(x_BxW), True)
+    for t in range(T):
+        token_B = np.argmax(runner.outputs(x_BxW)[:, t, : layout.tokenizer_vocab], axis=-1)
+        made_BxT[:, t] = np.where(open_B, token_B, NO_TARGET)
+        open_B &= token_B != end
+        if not open_B.any() or t + 1 == T:
+            break
+        x_BxW[:, first + t + 1] = np.where(open_B, token_B, layout.pad)
+    return made_BxT
