@@ -14,9 +14,11 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import tensorflow as tf
 
+from tf_dist.decoding.forward import CachedForward
 from tf_dist.parallel.buckets import BucketOverlap
 from tf_dist.parallel.reduction_tree import BlockSum
 from tf_dist.parallel.totals import Totals
+from tf_dist.runners.cached_forward import CachedModel
 from tf_dist.runners.grad_hooks import OverlappedGradients
 from tf_dist.runners.replica import Replica
 
@@ -81,6 +83,13 @@ class ModelRunner(Protocol):
 
     def logits(self, x_1xT: np.ndarray) -> np.ndarray:
         """The logits (T, V) of one row, (1, T) int32, on every rank; a collective."""
+
+    def cached_forward(self) -> CachedForward:
+        """The forward pass with a cache, for decoding; a collective of the ranks that share the model.
+
+        Raises:
+            NotIncremental: on every rank: a layer does not say how it is computed for new positions only.
+        """
 
 
 class WholeRunner:
@@ -151,3 +160,7 @@ class WholeRunner:
             model = self.replica.model
             self._logits = tf.function(lambda x: tf.cast(model(x, training=False)[0], tf.float32))
         return np.asarray(self._logits(tf.convert_to_tensor(x_1xT, tf.int32)))
+
+    def cached_forward(self) -> CachedForward:
+        """As in `ModelRunner`."""
+        return CachedModel(self.replica.model, self.replica.seq_len)
