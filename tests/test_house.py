@@ -43,7 +43,7 @@ FLOORS = [
     {"parallel"},
     {"strategies"},
     {"config"},
-    {"data", "models", "run_options"},
+    {"data", "decoding", "models", "run_options"},
     {"flags", "keras_fit", "layers", "optim", "tasks"},
     {"ops", "runners"},
     {"checkpoint", "pipeline"},
@@ -59,7 +59,7 @@ FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 # They know neither TensorFlow nor Keras: a command answers `--help` without loading it.
 WITHOUT_TENSORFLOW = {name for names in FLOORS[:8] for name in names} - {
     "comm.transport", "comm.health", "comm.runtime", "keras_callbacks",
-} | {"cli", "data", "flags", "ops", "run_options", "tasks"}  # fmt: skip
+} | {"cli", "data", "decoding", "flags", "ops", "run_options", "tasks"}  # fmt: skip
 # They build and examine Horovod and other peers, so they import them.
 EXAMINERS = {"build_horovod.py", "check_peers.py"}
 LONGEST_FUNCTION = 60

@@ -62,6 +62,8 @@ class SharedPositions(LearnedPositions):
         ranks: s.
     """
 
+    step = None  # type: ignore[assignment]  # a rank knows some of the positions
+
     def __init__(self, seq_len: int, rank: int, ranks: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.seq_len, self.rank, self.ranks = seq_len, rank, ranks

@@ -42,6 +42,8 @@ class ColumnParallelDense(keras.layers.Dense):
             whose outputs cannot be gathered.
     """
 
+    positionwise = True
+
     def __init__(
         self, units: int, comm: Comm, *, groups: int = 1, gather_output: bool = False, **kwargs: Any
     ) -> None:
@@ -85,6 +87,8 @@ class RowParallelDense(keras.layers.Dense):
     Raises:
         UsageError: on the rank, when it is built: the input is not this rank's slice of E.
     """
+
+    positionwise = True
 
     def __init__(self, units: int, comm: Comm, *, input_width: int | None = None, **kwargs: Any) -> None:
         super().__init__(units, **kwargs)

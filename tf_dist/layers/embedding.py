@@ -35,6 +35,8 @@ class VocabularyParallelEmbedding(keras.layers.ReversibleEmbedding):
         UsageError: on every rank: fewer tokens than ranks, or ``mask_zero``.
     """
 
+    positionwise = True
+
     def __init__(self, input_dim: int, output_dim: int, comm: Comm, **kwargs: Any) -> None:
         super().__init__(input_dim, output_dim, **kwargs)
         if input_dim < comm.size:

@@ -12,11 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import tensorflow as tf
+
 from tf_dist.comm.transport.base import Comm
 from tf_dist.errors import UsageError
 from tf_dist.layers import mappings
 from tf_dist.layers.partitioned_weights import divide, talks
 from tf_dist.models import fast_lstm
+from tf_dist.models.incremental import Span
 from tf_dist.parallel.sharding import ShardSpec, stretches
 from tf_dist.partition import share
 
@@ -73,6 +76,20 @@ class ParallelLSTM(fast_lstm.LSTM):
         if self.return_state or self.stateful:  # else c is not used
             c_Bxh = mappings.gathered(self._comm, c_Bxh, self._parts)
         return h_TxBxH, h_TxBxH[-1], c_Bxh
+
+    # Incremental, as `fast_lstm.LSTM`: all of h is kept, and c of the rank's own units.
+    def step(self, x_BxNxE: Any, *, cache: list[Any], span: Span) -> tuple[Any, list[Any]]:
+        """As in `fast_lstm.LSTM`; a collective."""
+        return super().step(x_BxNxE, cache=cache, span=span)
+
+    def _state_units(self) -> list[int]:
+        return [self.units, len(self._parts[self._comm.rank])]
+
+    def _kept_steps(self, z_NxBxG: Any, state: list[Any], mask_NxBx1: Any) -> tuple[Any, list[Any]]:
+        kernel_HxG = tf.convert_to_tensor(self.cell.recurrent_kernel)
+        own_state = [mappings.own_part(self._comm, state[0], self._parts), state[1]]
+        h_NxBxH, _, c_Bxh = fast_lstm.recurrence(z_NxBxG, kernel_HxG, own_state, mask_NxBx1, self._products)
+        return h_NxBxH, [h_NxBxH[-1], c_Bxh]
 
     def _products(self, kernel_HxG: Any) -> fast_lstm.Products:
         return _SharedProducts(kernel_HxG, self._comm, self._parts)

@@ -23,6 +23,8 @@ class LayerNormalization(keras.layers.LayerNormalization):
     Computed in float32 for any compute dtype, like Keras.
     """
 
+    positionwise = True
+
     def call(self, inputs: Any) -> Any:
         """Return the normalized inputs, (..., D)."""
         x = tf.convert_to_tensor(inputs)

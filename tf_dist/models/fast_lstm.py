@@ -9,7 +9,8 @@ Only the product with R depends on the previous step. x K + b is one product ove
 loop, and so are, after the backward loop, the gradients of K, R and x. TensorFlow's own gradient of a loop
 adds up a product of two thin matrices for every step instead.
 
-Legend: B rows, T steps, E width of the input, H units, G = 4 H gates' inputs in Keras's order: i, f, g, o.
+Legend: B rows, T steps, N new ones, E width of the input, H units, G = 4 H gates' inputs in Keras's order:
+i, f, g, o.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+
+from tf_dist.models.incremental import Span
 
 
 @keras.saving.register_keras_serializable("tf_dist")
@@ -59,6 +62,44 @@ class LSTM(keras.layers.LSTM):
         )
         h_TxBxH, h_BxH, c_BxH = (tf.cast(a, self.compute_dtype) for a in (h_TxBxH, h_BxH, c_BxH))
         return *self._outputs(h_TxBxH, h_BxH, mask_TxBx1), [h_BxH, c_BxH]
+
+    # Incremental (`tf_dist.models.incremental`): the state is kept, in the type in which it is added up.
+    bounded = False
+
+    @property
+    def steps(self) -> bool:
+        """Whether `step` knows these options."""
+        plain = self.return_sequences and not (self.go_backwards or self.return_state or self.stateful)
+        return self._is_plain() and plain
+
+    def begin(self, batch: int, length: int) -> list[Any]:
+        """Return the initial state, h and c, of ``batch`` rows, for any number of positions."""
+        return [tf.zeros((batch, units), self._state_dtype) for units in self._state_units()]
+
+    def step(self, x_BxNxE: Any, *, cache: list[Any], span: Span) -> tuple[Any, list[Any]]:
+        """Return the outputs of new positions, (B, N, H), and the state after the last one of each row."""
+        x_NxBxE = tf.transpose(tf.cast(x_BxNxE, self.compute_dtype), (1, 0, 2))
+        mask_NxBx1 = tf.range(x_BxNxE.shape[1])[:, None, None] < span.count_B[:, None]
+        z_NxBxG = tf.cast(self._input_projection(x_NxBxE, False), self._state_dtype)
+        h_NxBxH, state = self._kept_steps(z_NxBxG, cache, mask_NxBx1)
+        return tf.cast(tf.transpose(h_NxBxH, (1, 0, 2)), self.compute_dtype), state
+
+    @property
+    def _state_dtype(self) -> Any:
+        dtype = tf.as_dtype(self.compute_dtype)
+        return dtype if dtype.size >= tf.float32.size else tf.float32
+
+    def _state_units(self) -> list[int]:
+        """The units of h and c that are kept: with tensor parallelism c is that of the rank's own."""
+        return [self.units, self.units]
+
+    def _kept_steps(
+        self, z_NxBxG: tf.Tensor, state: list[Any], mask_NxBx1: tf.Tensor
+    ) -> tuple[Any, list[Any]]:
+        """The states h of new steps, and h and c after them."""
+        kernel_HxG = tf.convert_to_tensor(self.cell.recurrent_kernel)
+        h_NxBxH, h_BxH, c_BxH = recurrence(z_NxBxG, kernel_HxG, state, mask_NxBx1, Products)
+        return h_NxBxH, [h_BxH, c_BxH]
 
     def _all_steps(
         self,

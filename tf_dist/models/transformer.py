@@ -1,6 +1,6 @@
 """A decoder-only Transformer like GPT-2 (Radford et al. 2019), pre-norm and causal.
 
-Legend: B rows, T tokens, D width, H heads, K = D / H width of a head, V vocabulary, L layers.
+Legend: B rows, T tokens, N new ones, D width, H heads, K = D / H width of a head, V vocabulary, L layers.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import keras
 from keras import layers
 
-from tf_dist.models import attention, fast_lstm
+from tf_dist.models import attention, fast_lstm, kv_cache
 from tf_dist.models.cross_attention import CrossAttention
 from tf_dist.models.fast_layers import LayerNormalization, gelu
+from tf_dist.models.incremental import Span
 from tf_dist.models.lm_head import with_head
 
 
@@ -87,6 +88,26 @@ class CausalSelfAttention(layers.Layer):
             attended_BxHxTxK = self.attend(q_BxHxTxK, k_BxHxTxK, v_BxHxTxK)
         return self.output_projection(attention.join_heads(attended_BxHxTxK))
 
+    # Incremental (`tf_dist.models.incremental`): keys and values are kept.
+    bounded = True
+
+    def begin(self, batch: int, length: int) -> kv_cache.KeyValueCache:
+        """Return the cache of ``batch`` rows, for up to ``length`` positions."""
+        width = self.query_key_value.kernel.shape[0] // self.heads
+        return kv_cache.empty(batch, self.own_heads, length, width, self.compute_dtype)
+
+    def step(
+        self, x_BxNxD: Any, *, cache: kv_cache.KeyValueCache, span: Span
+    ) -> tuple[Any, kv_cache.KeyValueCache]:
+        """Return the attention output of new positions, (B, N, D), and the cache with them."""
+        qkv_BxNx3D = self.query_key_value(x_BxNxD)
+        q_BxHxNxK, k_BxHxNxK, v_BxHxNxK = attention.split_heads(qkv_BxNx3D, self.own_heads)
+        cache = cache.written(k_BxHxNxK, v_BxHxNxK, span)
+        new, length = x_BxNxD.shape[1], cache.k_BxHxLxK.shape[2]
+        bias_Bx1xNxL = kv_cache.causal_bias(span, new, length, q_BxHxNxK.dtype)
+        attended_BxHxNxK = kv_cache.cached_attention(q_BxHxNxK, cache, bias_Bx1xNxL)
+        return self.output_projection(attention.join_heads(attended_BxHxNxK)), cache
+
     def get_config(self) -> dict[str, Any]:
         """Return the constructor's arguments."""
         return {
@@ -110,6 +131,20 @@ class LearnedPositions(layers.Layer):
     def call(self, x_BxTxD: Any) -> Any:
         """Add positions to the input."""
         return x_BxTxD + self.table_TxD
+
+    # Incremental (`tf_dist.models.incremental`): nothing is kept, but a position must be known.
+    bounded = True
+
+    def begin(self, batch: int, length: int) -> tuple[()]:
+        """Return the cache: none."""
+        return ()
+
+    def step(self, x_BxNxD: Any, *, cache: tuple[()], span: Span) -> tuple[Any, tuple[()]]:
+        """Add positions to new ones, (B, N, D)."""
+        table_TxD = keras.ops.convert_to_tensor(self.table_TxD)
+        # Padding may lie behind the last position.
+        places_BxN = keras.ops.minimum(span.positions(x_BxNxD.shape[1]), table_TxD.shape[0] - 1)
+        return x_BxNxD + keras.ops.take(table_TxD, places_BxN, axis=0), cache
 
 
 def normal(stddev: float) -> keras.initializers.Initializer:

@@ -20,6 +20,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_dist.config.pipeline import PipelineOptions
+from tf_dist.decoding.forward import CachedForward
 from tf_dist.errors import UsageError
 from tf_dist.models.meta_init import materialize
 from tf_dist.models.model_outputs import target_len
@@ -29,6 +30,7 @@ from tf_dist.parallel.p2p import P2PChannels
 from tf_dist.parallel.pipeline_schedules import B, F, Instruction, Message, W
 from tf_dist.parallel.reduction_tree import BlockSum, subtrees
 from tf_dist.parallel.totals import Totals
+from tf_dist.pipeline.cached_pipeline import CachedPipeline
 from tf_dist.pipeline.graph_partition import Values, bytes_of
 from tf_dist.pipeline.model_partition import LayerGraph, ModelSegment, choose
 from tf_dist.pipeline.stage import Stage, StageInputs, StageVariant
@@ -399,6 +401,11 @@ class PipelineRunner:
     def outputs(self, x_BxT: np.ndarray) -> np.ndarray:
         """As in `tf_dist.runners.runner.ModelRunner`; a collective of the pipeline."""
         return outputs_by_row(self, x_BxT)
+
+    def cached_forward(self) -> CachedForward:
+        """As in `tf_dist.runners.runner.ModelRunner`."""
+        replica = self.replica
+        return CachedPipeline(replica.model, replica.stages, replica.mesh, self._messages, replica.seq_len)
 
 
 def _back_at_once(stream: Sequence[Instruction], chunk: int) -> bool:

@@ -1,44 +1,23 @@
 """Generates text with a trained model, token by token.
 
-Works with any causal model from token ids (1, T) to logits (1, T, V): the window is padded on the
-right, which a causal model ignores, and slides once it is full.
+Works with any causal model from token ids (B, T) to logits (B, T, V): with a cache if its layers have one
+(`tf_dist.models.incremental`), else from the whole window for each token. `tf_dist.decoding.rows` says what
+happens once a window of T tokens is full.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import keras
 import numpy as np
-import tensorflow as tf
 
-from tf_dist.errors import UsageError
+from tf_dist.decoding.decode import sample
+from tf_dist.decoding.forward import CachedForward
+from tf_dist.decoding.sampling import Sampling, choose
+from tf_dist.runners.decoding_forward import forward_of_model
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen.
-
-    temperature: logits are divided by it; 0 takes the likeliest token (greedy).
-    top_k: choose among the k likeliest tokens only; 0 for all.
-    top_p: choose among the likeliest tokens that together have this probability (Holtzman et al. 2020).
-    seed: of the choice.
-
-    Raises:
-        UsageError: a value out of range.
-    """
-
-    temperature: float = 0.8
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 1
-
-    def __post_init__(self) -> None:
-        if not (self.temperature >= 0 and self.top_k >= 0 and 0 < self.top_p <= 1 and self.seed >= 0):
-            raise UsageError(
-                f"temperature >= 0, top_k >= 0, 0 < top_p <= 1 and seed >= 0 are needed, not {self}"
-            )
+__all__ = ["Sampling", "choose", "continuation", "generate"]
 
 
 def generate(
@@ -47,7 +26,7 @@ def generate(
     """Yield ``count`` token ids that follow ``prompt_ids``.
 
     Args:
-        model: token ids (1, T) int32 -> logits (1, T, V), causal.
+        model: token ids (B, T) int32 -> logits (B, T, V), causal.
         seq_len: T.
         prompt_ids: 1-D, at least one id.
         count: how many to make.
@@ -56,48 +35,15 @@ def generate(
     Raises:
         UsageError: the prompt is empty.
     """
-    logits_at = tf.function(
-        lambda window_1xT, place: tf.cast(model(window_1xT, training=False)[0, place], tf.float32),
-        input_signature=[tf.TensorSpec((1, seq_len), tf.int32), tf.TensorSpec((), tf.int32)],
-    )
-    yield from write_on(logits_at, seq_len, prompt_ids, count, sampling)
+    yield from continuation(forward_of_model(model, seq_len), prompt_ids, count, sampling)
 
 
-def write_on(
-    logits_at: Callable[[np.ndarray, int], np.ndarray | tf.Tensor],
-    seq_len: int,
-    prompt_ids: np.ndarray,
-    count: int,
-    sampling: Sampling,
+def continuation(
+    forward: CachedForward, prompt_ids: np.ndarray, count: int, sampling: Sampling
 ) -> Iterator[int]:
-    """As `generate`, with a function from token ids (1, T) and a position in them to logits (V,).
+    """As `generate`, with what computes the logits.
 
     Ranks that share a model call it together, and sample the same tokens.
     """
-    if len(prompt_ids) == 0:
-        raise UsageError("the prompt is empty: give at least one character")
-    random = np.random.default_rng(sampling.seed)
-    ids = [int(i) for i in prompt_ids]
-    for _ in range(count):
-        recent = ids[-seq_len:]
-        window_1xT = np.zeros((1, seq_len), np.int32)
-        window_1xT[0, : len(recent)] = recent
-        logits_V = np.asarray(logits_at(window_1xT, len(recent) - 1), np.float64)
-        ids.append(choose(logits_V, sampling, random))
-        yield ids[-1]
-
-
-def choose(logits_V: np.ndarray, sampling: Sampling, random: np.random.Generator) -> int:
-    """Draw a token id from logits, (V,) float64."""
-    if sampling.temperature == 0:
-        return int(np.argmax(logits_V))
-    order = np.argsort(-logits_V, kind="stable")
-    scaled = (logits_V[order] - logits_V[order[0]]) / sampling.temperature
-    probabilities = np.exp(scaled)
-    probabilities /= probabilities.sum()
-    kept = len(order) if sampling.top_k == 0 else min(sampling.top_k, len(order))
-    # The token that crosses top_p belongs to the nucleus, so that it is never empty.
-    nucleus = int(np.searchsorted(np.cumsum(probabilities), sampling.top_p)) + 1
-    kept = max(1, min(kept, nucleus))
-    probabilities = probabilities[:kept] / probabilities[:kept].sum()
-    return int(order[random.choice(kept, p=probabilities)])
+    for new_B, _ in sample(forward, [prompt_ids], sampling, count):
+        yield int(new_B[0])

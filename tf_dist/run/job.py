@@ -8,8 +8,6 @@ import shlex
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from tf_dist import progress
 from tf_dist.checkpoint import store
 from tf_dist.checkpoint.async_writer import SavedCheckpoint
@@ -22,12 +20,13 @@ from tf_dist.data.prompt import example_prompt
 from tf_dist.errors import SavedAndStopped
 from tf_dist.invocation import command
 from tf_dist.parallel.buckets import spent
-from tf_dist.run.generate import Sampling, write_on
+from tf_dist.run.generate import Sampling, continuation
 from tf_dist.run.numerics_environment import bits_of_all
 from tf_dist.run.plots import loss_curve
 from tf_dist.run.resume import Resume
 from tf_dist.run.rollback import roll_back
 from tf_dist.run.run_folder import RunFolder, point_latest_to
+from tf_dist.runners.decoding_forward import forward_of
 from tf_dist.tasks.causal_lm import CausalLM
 from tf_dist.training.checkpoint_manager import CheckpointManager
 from tf_dist.training.in_memory_checkpoint import PeerCheckpoints
@@ -294,16 +293,13 @@ class Job:
             return self.predicted()
         tokens = self.corpus.val if len(self.corpus.val) else self.corpus.train
         prompt = tokens[: min(16, self.config.seq_len)]
-        runner, tokenizer = self.trainer.runner, self.corpus.tokenizer
-
-        def logits_at(window_1xT: np.ndarray, place: int) -> np.ndarray:
-            return np.asarray(runner.logits(window_1xT)[place])
-
+        tokenizer = self.corpus.tokenizer
         sharded = self.trainer.strategy.traits.sharding == 3
+        forward = forward_of(self.trainer.runner, self.config.seq_len, lockstep=sharded)
         count = SAMPLE_TOKENS_SHARDED if sharded else SAMPLE_TOKENS
         with progress.task("writing a sample", count, "tokens") as task:
             made = []
-            for token in write_on(logits_at, self.config.seq_len, prompt, count, Sampling()):
+            for token in continuation(forward, prompt, count, Sampling()):
                 made.append(token)
                 task.advance()
         return f"{tokenizer.decode(prompt)} => {tokenizer.decode(made)}\n"

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from tf_dist.comm.transport.base import Comm
+from tf_dist.decoding.forward import CachedForward
+from tf_dist.models.incremental import NotIncremental
 from tf_dist.parallel.buckets import BucketOverlap
 from tf_dist.parallel.context_partition import columns
 from tf_dist.parallel.flat_buffer import aligned_empty
@@ -86,6 +88,10 @@ class ContextParallelRunner(WholeRunner):
     def outputs(self, x_BxT: np.ndarray) -> np.ndarray:
         """As in `ModelRunner`."""
         return outputs_by_row(self, x_BxT)
+
+    def cached_forward(self) -> CachedForward:
+        """As in `ModelRunner`, which it always refuses."""
+        raise NotIncremental("ranks share the tokens of a row")
 
     def _own(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
         return [MicroBatch(number, self._take(x), self._take(y)) for number, x, y in batches]

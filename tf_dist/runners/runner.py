@@ -14,9 +14,11 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import tensorflow as tf
 
+from tf_dist.decoding.forward import CachedForward
 from tf_dist.parallel.buckets import BucketOverlap
 from tf_dist.parallel.reduction_tree import BlockSum
 from tf_dist.parallel.totals import Totals
+from tf_dist.runners.cached_forward import CachedModel
 from tf_dist.runners.grad_hooks import OverlappedGradients
 from tf_dist.runners.replica import Replica
 
@@ -84,6 +86,13 @@ class ModelRunner(Protocol):
 
     def outputs(self, x_BxT: np.ndarray) -> np.ndarray:
         """What the model predicts of the rows of a micro-batch, (B, U, V) float32, as `logits` of each."""
+
+    def cached_forward(self) -> CachedForward:
+        """The forward pass with a cache, for decoding; a collective of the ranks that share the model.
+
+        Raises:
+            NotIncremental: on every rank: a layer does not say how it is computed for new positions only.
+        """
 
 
 class WholeRunner:
@@ -162,6 +171,10 @@ class WholeRunner:
             model = self.replica.model
             self._outputs = tf.function(lambda x: tf.cast(model(x, training=False), tf.float32))
         return np.asarray(self._outputs(tf.convert_to_tensor(x_BxT, tf.int32)))
+
+    def cached_forward(self) -> CachedForward:
+        """As in `ModelRunner`."""
+        return CachedModel(self.replica.model, self.replica.seq_len)
 
 
 def outputs_by_row(runner: ModelRunner, x_BxT: np.ndarray) -> np.ndarray:

@@ -28,6 +28,7 @@ from keras.src.backend.common.stateless_scope import StatelessScope
 
 from tf_dist.comm.transport.base import Comm
 from tf_dist.comm.transport.reduction_order import ALIGNED_ELEMENTS
+from tf_dist.decoding.forward import CachedForward
 from tf_dist.errors import UsageError
 from tf_dist.models.meta_init import is_deferred, materialize
 from tf_dist.parallel.flat_buffer import aligned_empty, neighbours
@@ -39,6 +40,7 @@ from tf_dist.runners.loss import IGNORED, loss_and_sums
 from tf_dist.runners.replica import as_tensor
 from tf_dist.runners.rng import foreign_draws, generator_states, random_states
 from tf_dist.runners.runner import MicroBatch
+from tf_dist.zero.cached_stage3 import CachedSegments
 from tf_dist.zero.partition import ShardSegment, segments
 from tf_dist.zero.sharded_optimizer import ShardedOptimizer, values_of
 from tf_dist.zero.sharded_replica import ShardedReplica, gather
@@ -447,6 +449,10 @@ class ZeRO3Runner:
         (came,) = self._forward_to_the_last([tf.constant(x_BxT, tf.int32)])
         out = last.evaluate(last.takes(came, x_BxT), self._rooms.gather(len(self.replica.segments) - 1))
         return np.asarray(tf.cast(out, tf.float32))
+
+    def cached_forward(self) -> CachedForward:
+        """As in `ModelRunner`; a collective of the ranks that share the weights."""
+        return CachedSegments(self.replica, self.replica.segments, self._rooms.gather)
 
     def _forward_to_the_last(self, rows: list[Any]) -> list[Any]:
         """Token ids through all segments but the last one; a collective."""
