@@ -10,8 +10,10 @@ from typing import Any
 import keras
 
 from tf_dist.config import Config
+from tf_dist.config.fine_tuning import FineTuningOptions
 from tf_dist.errors import UsageError
 from tf_dist.models import lstm, transformer
+from tf_dist.models.fine_tuning import fine_tuned
 from tf_dist.models.meta_init import is_deferred
 from tf_dist.models.transformer import PLAIN, Layers
 from tf_dist.users_code import imported
@@ -21,7 +23,7 @@ def build(config: Config, layers: Layers = PLAIN) -> keras.Model:
     """Build the model that ``config.model`` names, with initial weights drawn from ``config.seed``.
 
     It computes in ``config.precision``; its weights are float32 (Micikevicius et al. 2018).
-    ``config.vocab_size`` must be the tokenizer's.
+    ``config.vocab_size`` must be the tokenizer's. Weights are frozen, and adapters added, as it says.
 
     Args:
         config: of the run.
@@ -34,13 +36,16 @@ def build(config: Config, layers: Layers = PLAIN) -> keras.Model:
     keras.utils.set_random_seed(config.seed)
     function = _users_function(config.model) if ":" in config.model else None
     with _computing_in(config.precision):
-        if function is None:
-            return _own(config, layers)
-        model = function(config, layers) if _takes_layers(function) else function(config)
-        check(model, config.model, config.vocab_size, config.seq_len)
-        if config.tensor_parallel > 1 and layers is not PLAIN:  # PLAIN when a run is loaded unpartitioned
-            _check_divided(model, config)
-    return model
+        model = _own(config, layers) if function is None else _users(function, config, layers)
+        return fine_tuned(model, config.part(FineTuningOptions), config.seed)
+
+
+def _users(function: Callable[..., Any], config: Config, layers: Layers) -> keras.Model:
+    model = function(config, layers) if _takes_layers(function) else function(config)
+    check(model, config.model, config.vocab_size, config.seq_len)
+    if config.tensor_parallel > 1 and layers is not PLAIN:  # PLAIN when a run is loaded unpartitioned
+        _check_divided(model, config)
+    return model  # type: ignore[no-any-return]
 
 
 def _takes_layers(function: Callable[..., Any]) -> bool:
