@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, TypeVar
 
 from tf_dist import options
 from tf_dist.errors import UsageError
 
 option = partial(options.option, group="fine-tuning", on_resume="same")
+Tuned = TypeVar("Tuned", bound=Any)
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,9 @@ class FineTuningOptions(options.Options):
         metavar="PATTERNS",
     )
     lora_rank: int = option(
-        0, text="rank of LoRA adapters beside frozen kernels; 0: none. All else is frozen, or --freeze", least=0
+        0,
+        text="rank of LoRA adapters beside frozen kernels; 0: none. All else is frozen, or --freeze",
+        least=0,
     )
     lora_alpha: float = option(16.0, text="LoRA: adapters are scaled by alpha / rank", least=0)
     lora_targets: str = option(
@@ -92,3 +97,10 @@ class FineTuningOptions(options.Options):
     def frozen(self) -> str:
         """The patterns of frozen weights: with LoRA everything, unless ``freeze`` says otherwise."""
         return self.freeze or ("*" if self.lora_rank else "")
+
+
+def untuned(config: Tuned) -> Tuned:
+    """A `Config` without options of fine-tuning: that of the plain model."""
+    plain = {field.name: field.default for field in dataclasses.fields(FineTuningOptions)}
+    tuned: Tuned = dataclasses.replace(config, **plain)
+    return tuned

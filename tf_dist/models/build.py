@@ -45,7 +45,7 @@ def _users(function: Callable[..., Any], config: Config, layers: Layers) -> kera
     check(model, config.model, config.vocab_size, config.seq_len)
     if config.tensor_parallel > 1 and layers is not PLAIN:  # PLAIN when a run is loaded unpartitioned
         _check_divided(model, config)
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def _takes_layers(function: Callable[..., Any]) -> bool:

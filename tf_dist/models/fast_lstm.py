@@ -111,8 +111,8 @@ class LSTM(keras.layers.LSTM):
         """
         if not self._is_plain():
             raise UsageError(
-                f"layer {self.name!r} cannot have an adapter: on a CPU, with the activations tanh and sigmoid "
-                "and without unroll and use_cudnn it can. Leave it out of --lora-targets"
+                f"layer {self.name!r} cannot have an adapter: on a CPU, with the activations tanh and "
+                "sigmoid, without unroll and use_cudnn it can. Leave it out of --lora-targets"
             )
 
         def added() -> Any:

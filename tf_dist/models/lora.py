@@ -13,7 +13,7 @@ Legend: E width of the input, D of the output, r rank of an adapter.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterable
 from typing import Any, NamedTuple
 
 import keras
@@ -138,12 +138,12 @@ def _product(inputs: Any, a: Any, b: Any) -> Any:
 # Merging --------------------------------------------------------------------------------------------
 
 
-def has_adapters(paths: Any) -> bool:
+def has_adapters(paths: Iterable[str]) -> bool:
     """Whether some of these paths of weights are factors of adapters."""
     return any(path.endswith((A, B)) for path in paths)
 
 
-def merged(path: str, read: Callable[[str], np.ndarray], paths: Mapping[str, Any], scale: float) -> Any:
+def merged(path: str, read: Callable[[str], np.ndarray], paths: Container[str], scale: float) -> Any:
     """A weight as the model without adapters has it: W + s A B, added up in float64.
 
     Args:

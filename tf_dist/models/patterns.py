@@ -41,9 +41,7 @@ def chosen(paths: Sequence[str], patterns: str, option: str) -> list[int]:
 
 def matching(paths: Sequence[str], pattern: str) -> set[int]:
     """The indices of paths that one pattern matches."""
-    return {
-        i for i, path in enumerate(paths) if any(fnmatchcase(name, pattern) for name in names_in(path))
-    }
+    return {i for i, path in enumerate(paths) if any(fnmatchcase(name, pattern) for name in names_in(path))}
 
 
 def names_in(path: str) -> list[str]:
