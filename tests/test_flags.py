@@ -18,6 +18,7 @@ NAMES = """
     model layers width heads seq_len dropout tie_embeddings precision
     global_batch_size micro_batch_size steps epochs seed
     optimizer optimizer_args learning_rate min_learning_rate schedule warmup_steps weight_decay clip_norm
+    init_from init_except freeze lora_rank lora_alpha lora_targets layer_lr_decay lr_scale
     on_spike spike_factor spike_skip max_bad_steps
     tensor_parallel pipeline_parallel sequence_parallel pipeline_schedule pipeline_cuts virtual_stages
     micro_batches_in_flight recompute strategy zero_stage

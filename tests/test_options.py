@@ -26,6 +26,7 @@ HOME_OF = {field.name: one for one in COMPONENTS for field in dataclasses.fields
 # What a run that is resumed may do with an option is a contract: these must be the same ...
 SAME = """
     model layers width heads seq_len tie_embeddings vocab_size global_batch_size seed optimizer
+    freeze lora_rank lora_alpha lora_targets
 """.split()
 # ... and these may differ without a word; of all others it is told.
 FREE = """

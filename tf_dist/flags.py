@@ -43,6 +43,7 @@ GROUPS = {
     "model": "",
     "batch and steps": "",
     "optimizer": "",
+    "fine-tuning": "weights from another training, and which of them are trained (docs/fine-tuning.md)",
     "strategy": "how ranks synchronize; the next groups apply to one strategy each",
     "local SGD and DiLoCo": "for --strategy local-sgd and diloco (--sync-every also for easgd and gossip)",
     "Downpour": "asynchronous parameter server, for --strategy downpour (--master-trains also for easgd)",

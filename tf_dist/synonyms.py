@@ -22,7 +22,7 @@ checkpoint: ckpt ckpt-path step load
 run-dir: output-dir out-dir output out save-dir save log-dir logdir logging-dir checkpoint-dir ckpt-dir
     checkpoints-dir workdir work-dir experiment-dir exp-dir default-root-dir dump-folder job.dump-folder run
     folder dir model model-dir model-path model-name-or-path o
-resume: resume-from resume-from-checkpoint load load-checkpoint load-dir restore checkpoint init-from
+resume: resume-from resume-from-checkpoint load load-checkpoint load-dir restore checkpoint
     load-from ckpt ckpt-path continue continue-from restore-file auto-resume checkpoint.load-path
 data: dataset datasets data-path data-dir train-file train-files train-data train-data-path corpus input
     input-file inputs text text-file file files dataset-name dataset-path data-file train-path data-root
@@ -78,6 +78,13 @@ sync-every: sync-interval local-steps inner-steps communication-period period ta
 outer-lr: outer-learning-rate server-lr
 staleness: max-staleness max-delay
 elastic-force: rho alpha moving-rate elasticity
+init-from: finetune finetune-from init-checkpoint pretrained pretrained-model pretrained-path warm-start
+    init-weights load-weights restore-weights
+freeze: freeze-layers frozen freeze-params
+lora-rank: lora lora-r lora-dim
+lora-targets: target-modules lora-target-modules
+layer-lr-decay: layerwise-lr-decay llrd layer-decay discriminative-lr layerwise-learning-rate-decay
+lr-scale: lr-mult lr-multipliers layer-lr
 tensor-parallel: tp tp-size tp-degree tensor-parallel-size tensor-model-parallel-size tensor-parallel-degree
     model-parallel-size model-parallel parallelism.tensor-parallel-degree
 pipeline-parallel: pp pp-size pp-degree pipeline-model-parallel-size pipeline-parallel-size num-stages

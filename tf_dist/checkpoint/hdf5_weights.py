@@ -77,6 +77,65 @@ def _check(path: Path, limit_bytes: int) -> None:
                     raise CheckpointError(f"its arrays have more than {limit_bytes:,} bytes")
 
 
+def replace_layers(target: Path, source: Path) -> tuple[set[str], list[str]]:
+    """Replace the arrays of layers in one file of weights by those of another, matched by name.
+
+    Args:
+        target: written by Keras a moment ago.
+        source: from `checked`.
+
+    Returns:
+        The names of these layers, and of those that only ``source`` has.
+
+    Raises:
+        ValueError: a layer has other arrays there, or other shapes.
+    """
+    import h5py
+
+    with h5py.File(target, "r+") as into, h5py.File(source, "r") as file:
+        there, own = _layers(file), _layers(into)
+        both = there.keys() & own.keys()
+        for name in sorted(both):
+            new, old = _arrays(there[name]), _arrays(own[name])
+            if new.keys() != old.keys():
+                raise ValueError(f"layer {name} has the weights {sorted(new)} there, not {sorted(old)}")
+            for where, dataset in old.items():
+                if new[where].shape != dataset.shape:
+                    raise ValueError(
+                        f"{name}/{where} is {list(new[where].shape)} there, {list(dataset.shape)} in this "
+                        "model. A layer that shall begin anew needs another name"
+                    )
+                dataset[...] = new[where][...]
+        # Layers without weights are in these files as well.
+        found = {name for name in both if _arrays(own[name])}
+        left = sorted(name for name in there.keys() - own.keys() if _arrays(there[name]))
+    return found, left
+
+
+def _layers(file: Any) -> dict[str, Any]:
+    """The layers of a file, by their names in the model."""
+    groups = file["layers"].values() if "layers" in file else ()
+    named = {str(group["vars"].attrs.get("name", "")): group for group in groups if "vars" in group}
+    named.pop("", None)
+    if not named:
+        raise ValueError("it does not say the names of its layers: it is not of Keras 3")
+    return named
+
+
+def _arrays(group: Any) -> dict[str, Any]:
+    """The arrays below a group, by their paths in it."""
+    import h5py
+
+    found: dict[str, Any] = {}
+
+    def visit(name: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset):
+            found[name] = item
+
+    group.visititems(visit)
+    return found
+
+
 def _bytes_of(dataset: Any) -> int:
     """Its size in memory. Raises `CheckpointError` if its data is in another file."""
     if dataset.external or dataset.is_virtual:

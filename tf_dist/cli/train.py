@@ -64,7 +64,8 @@ def main(argv: list[str]) -> int:
     thread_budget.set_threads(comm, config.threads_per_rank)
     comm = launch.use_backend(comm, config.backend)
 
-    from tf_dist.run.prepare_corpus import shared_corpus
+    from tf_dist.run import init_from
+    from tf_dist.run.prepare_corpus import newest_facts, shared_corpus
     from tf_dist.run.run_folder import Foreword, check_folder
 
     data_ranks(comm.size, *config.degrees)  # what does not fit is refused before anything is read
@@ -73,7 +74,11 @@ def main(argv: list[str]) -> int:
     foreword = Foreword(comm)
     if of_run:
         LOG.info(f"options that are not given here are those of {config.run_dir}/config.yaml")
-    corpus = shared_corpus(config, comm, REGISTRY, Path(config.run_dir) if config.run_dir else None)
+    run_dir = Path(config.run_dir) if config.run_dir else None
+    config = on_root(comm, lambda: init_from.resolved(config, newest_facts(config, run_dir)))
+    corpus = shared_corpus(config, comm, REGISTRY, run_dir)
+    if config.init_from:
+        on_root(comm, lambda: init_from.check_tokenizer(config, corpus))
     config = sizes_of_data(config, corpus)
     with progress.task("loading TensorFlow"):
         thread_budget.load_tensorflow()  # only now: a mistake in the flags or the data was said at once

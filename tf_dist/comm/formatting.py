@@ -1,4 +1,4 @@
-"""Format lists of ranks for messages."""
+"""Format lists of ranks, and of names, for messages."""
 
 from __future__ import annotations
 
@@ -13,3 +13,9 @@ def named(ranks: Sequence[int]) -> str:
 def counted(ranks: int) -> str:
     """``1 rank``, or ``3 ranks``."""
     return f"{ranks} rank{'s' * (ranks > 1)}"
+
+
+def some(names: Sequence[str], most: int = 4) -> str:
+    """The first names of a list, and how many more there are."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")

@@ -14,6 +14,7 @@ from tf_dist.comm.runtime.launch_options import BackendOptions, ThreadOptions
 from tf_dist.config.batch import BatchOptions
 from tf_dist.config.checks import ConsistencyOptions, NumericOptions
 from tf_dist.config.data import DataOptions
+from tf_dist.config.fine_tuning import FineTuningOptions
 from tf_dist.config.model import ModelOptions
 from tf_dist.config.optimizer import OptimizerOptions
 from tf_dist.config.output import OutputOptions
@@ -44,6 +45,7 @@ class Config(
     PipelineOptions,
     ParallelismOptions,
     NumericOptions,
+    FineTuningOptions,
     OptimizerOptions,
     BatchOptions,
     ModelOptions,

@@ -67,6 +67,15 @@ class ColumnParallelDense(keras.layers.Dense):
         own = super().call(mappings.copied(self._comm, tf.convert_to_tensor(inputs)), training=training)
         return mappings.gathered(self._comm, own, self._parts) if self._gather_output else own
 
+    def low_rank_product(self, inputs: Any, a: Any, b: Any) -> Any:
+        """The product of an adapter (`tf_dist.models.lora`), A replicated and B divided like the kernel.
+
+        x A is replicated, so the gradient of A is complete on every rank; that of x A is all-reduced.
+        """
+        low = mappings.copied(self._comm, tf.convert_to_tensor(keras.ops.matmul(inputs, a)))
+        own = keras.ops.matmul(low, b)
+        return mappings.gathered(self._comm, own, self._parts) if self._gather_output else own
+
     def compute_output_shape(self, input_shape: Any) -> Any:
         """Return (..., d), or (..., D)."""
         units = self.units if self._gather_output else sum(map(len, self._ranges))
@@ -119,3 +128,8 @@ class RowParallelDense(keras.layers.Dense):
         if self.use_bias:
             outputs = keras.ops.add(outputs, self.bias)
         return outputs if self.activation is None else self.activation(outputs)
+
+    def low_rank_product(self, inputs: Any, a: Any, b: Any) -> Any:
+        """The product of an adapter (`tf_dist.models.lora`), A divided like the kernel and B replicated."""
+        low = mappings.summed(self._comm, tf.convert_to_tensor(keras.ops.matmul(inputs, a)))
+        return keras.ops.matmul(low, b)

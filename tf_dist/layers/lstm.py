@@ -68,6 +68,9 @@ class ParallelLSTM(fast_lstm.LSTM):
     def _input_projection(self, x_TxBxE: Any, training: bool) -> Any:
         return super()._input_projection(mappings.copied(self._comm, x_TxBxE), training)
 
+    def _adapter_product(self, a_Exr: Any, b_rxG: Any) -> Any:
+        return super()._adapter_product(mappings.copied(self._comm, a_Exr), b_rxG)  # A is replicated
+
     def _all_steps(
         self, z_TxBxG: Any, kernel_HxG: Any, state: list[Any], mask_TxBx1: Any, training: bool
     ) -> tuple[Any, Any, Any]:

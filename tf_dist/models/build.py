@@ -10,8 +10,10 @@ from typing import Any
 import keras
 
 from tf_dist.config import Config
+from tf_dist.config.fine_tuning import FineTuningOptions
 from tf_dist.errors import UsageError
 from tf_dist.models import lstm, transformer
+from tf_dist.models.fine_tuning import fine_tuned
 from tf_dist.models.meta_init import is_deferred
 from tf_dist.models.transformer import PLAIN, Layers
 from tf_dist.users_code import imported
@@ -21,7 +23,7 @@ def build(config: Config, layers: Layers = PLAIN) -> keras.Model:
     """Build the model that ``config.model`` names, with initial weights drawn from ``config.seed``.
 
     It computes in ``config.precision``; its weights are float32 (Micikevicius et al. 2018).
-    ``config.vocab_size`` must be the tokenizer's.
+    ``config.vocab_size`` must be the tokenizer's. Weights are frozen, and adapters added, as it says.
 
     Args:
         config: of the run.
@@ -34,7 +36,7 @@ def build(config: Config, layers: Layers = PLAIN) -> keras.Model:
     if ":" in config.model:
         return users_model(config, layers, config.seq_len, (config.seq_len, config.vocab_size))
     with reproducible(config):
-        return _own(config, layers)
+        return fine_tuned(_own(config, layers), config.part(FineTuningOptions), config.seed)
 
 
 def users_model(config: Config, layers: Layers, words: int, outputs: tuple[int, int]) -> keras.Model:
@@ -55,7 +57,7 @@ def users_model(config: Config, layers: Layers, words: int, outputs: tuple[int, 
         check(model, config.model, words, outputs)
         if config.tensor_parallel > 1 and layers is not PLAIN:  # PLAIN when a run is loaded unpartitioned
             _check_divided(model, config)
-    return model
+        return fine_tuned(model, config.part(FineTuningOptions), config.seed)
 
 
 @contextlib.contextmanager

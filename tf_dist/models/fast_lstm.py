@@ -21,6 +21,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from tf_dist.errors import UsageError
 from tf_dist.models.incremental import Span
 
 
@@ -55,7 +56,7 @@ class LSTM(keras.layers.LSTM):
         dtype = x_TxBxE.dtype if x_TxBxE.dtype.size >= tf.float32.size else tf.float32
         h_TxBxH, h_BxH, c_BxH = self._all_steps(
             tf.cast(self._input_projection(x_TxBxE, training), dtype),
-            tf.convert_to_tensor(self.cell.recurrent_kernel),
+            self._weight("recurrent_kernel"),
             [tf.cast(state_BxH, dtype) for state_BxH in initial_state],
             mask_TxBx1,
             training,
@@ -127,7 +128,7 @@ class LSTM(keras.layers.LSTM):
 
     def _input_projection(self, x_TxBxE: tf.Tensor, training: bool) -> Any:
         """The sums x K + b of all steps, (T, B, G)."""
-        kernel_ExG = tf.convert_to_tensor(self.cell.kernel)
+        kernel_ExG = self._weight("kernel")
         mask = self.cell.get_dropout_mask(x_TxBxE[0]) if training and 0 < self.dropout < 1 else None
         if isinstance(mask, list):  # one per gate
             gates = zip(mask, tf.split(kernel_ExG, 4, axis=1), strict=True)
@@ -135,6 +136,39 @@ class LSTM(keras.layers.LSTM):
         else:
             z_TxBxG = _product(x_TxBxE if mask is None else x_TxBxE * mask, kernel_ExG)
         return z_TxBxG + tf.convert_to_tensor(self.cell.bias) if self.use_bias else z_TxBxG
+
+    def adapt(self, name: str, a: Any, b: Any, scale: float) -> None:
+        """Add ``scale * A B`` to a kernel of the cell, in every step (`tf_dist.models.lora`).
+
+        Args:
+            name: ``kernel`` or ``recurrent_kernel``.
+            a: (E, r) or (H, r).
+            b: (r, G).
+            scale: of the product.
+
+        Raises:
+            UsageError: Keras's code would run this layer, and not see the adapter.
+        """
+        if not self._is_plain():
+            raise UsageError(
+                f"layer {self.name!r} cannot have an adapter: on a CPU, with the activations tanh and "
+                "sigmoid, without unroll and use_cudnn it can. Leave it out of --lora-targets"
+            )
+
+        def added() -> Any:
+            return scale * self._adapter_product(tf.convert_to_tensor(a), tf.convert_to_tensor(b))
+
+        # A function: of a variable Keras would think that it is another weight of this layer.
+        setattr(self, f"_{name}_adapter", added)
+
+    def _weight(self, name: str) -> Any:
+        """A kernel of the cell, with its adapter if it has one."""
+        kernel = tf.convert_to_tensor(getattr(self.cell, name))
+        added = getattr(self, f"_{name}_adapter", None)
+        return kernel if added is None else kernel + added()
+
+    def _adapter_product(self, a_Exr: tf.Tensor, b_rxG: tf.Tensor) -> Any:
+        return tf.matmul(a_Exr, b_rxG)
 
     def _outputs(self, h_TxBxH: tf.Tensor, h_BxH: tf.Tensor, mask_TxBx1: tf.Tensor) -> tuple[Any, Any]:
         """Keras's outputs from the states h: masked steps repeat the previous output, or are zero."""

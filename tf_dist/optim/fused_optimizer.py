@@ -10,7 +10,7 @@ Legend: P parameters.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, chain, groupby
+from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ import tensorflow as tf
 from tf_dist.errors import UsageError
 from tf_dist.optim import elementwise
 from tf_dist.optim.flat_optimizer_state import FlatSlots
+from tf_dist.optim.layer_lr import lr_scale_of
 from tf_dist.parallel.sharding import part_of
 from tf_dist.parallel.tensor_shard import TensorShard, variable_shard
 
@@ -43,9 +44,14 @@ def optimizer_step(optimizer: Any, variables: Sequence[Any]) -> FusedOptimizer:
         variables: the Keras variables that it updates, in the order of the flat gradient.
 
     Raises:
-        UsageError: the optimizer was built for other variables.
+        UsageError: the optimizer was built for other variables, or cannot have learning rates by layer.
     """
     reason = elementwise.why_not(optimizer, variables)
+    if reason and any(lr_scale_of(variable) != 1 for variable in variables):
+        raise UsageError(
+            f"learning rates by layer need an elementwise optimizer of Keras, such as adamw, and {reason}: "
+            "use another --optimizer, or leave out --layer-lr-decay and --lr-scale"
+        )
     if reason:
         return VariableStep(optimizer, variables, reason)
     try:
@@ -144,6 +150,7 @@ class BlockStep(FusedOptimizer):
         self, optimizer: Any, variables: Sequence[Any], fused: bool = True, alone_from: int = ALONE_FROM
     ) -> None:
         super().__init__(optimizer, variables, compiled=False)
+        self._scales = [lr_scale_of(variable) for variable in variables]
         places = [optimizer._get_variable_index(variable.value) for variable in variables]
         slots = elementwise.slots_of(optimizer)
         self._slots = [{name: slot[place] for name, slot in slots.items()} for place in places]
@@ -168,12 +175,18 @@ class BlockStep(FusedOptimizer):
             slots.give_back()
 
     def _blocks(self, alone_from: int) -> tuple[list[int], list[list[int]]]:
-        """Which variables are updated alone, and which together, by index."""
+        """Which variables are updated alone, and which together, by index; a block has one learning rate."""
         large = [i for i, part in enumerate(self.parts) if len(part) >= alone_from]
         small = [i for i, part in enumerate(self.parts) if len(part) < alone_from]
         sizes = accumulate(len(self.parts[i]) for i in small)
-        number = {i: size // TOGETHER for i, size in zip(small, sizes, strict=True)}
-        return large, [list(group) for _, group in groupby(small, key=number.__getitem__)]
+        groups: dict[tuple[float, int], list[int]] = {}
+        for i, size in zip(small, sizes, strict=True):
+            groups.setdefault((self._scales[i], size // TOGETHER), []).append(i)
+        return large, list(groups.values())
+
+    def _rate(self, rate: Any, i: int) -> Any:
+        """The learning rate of a variable: a scalar, so that the numbers do not depend on the blocks."""
+        return rate if self._scales[i] == 1 else rate * self._scales[i]
 
     def _graph(self, gradient_P: tf.Tensor, scale: Any) -> None:
         optimizer = self.optimizer
@@ -183,10 +196,12 @@ class BlockStep(FusedOptimizer):
         for i in self._alone:
             part, slots = self.parts[i], {name: slot.value for name, slot in self._slots[i].items()}
             gradient = gradient_P[part.start : part.stop]
-            self._in_place(gradient, scale, self.variables[i].value, slots, rate, decays[i])
+            variable = self.variables[i].value
+            self._in_place(gradient, scale, variable, slots, self._rate(rate, i), decays[i])
         for group, flat in zip(self._groups, self._flat, strict=True):
             gradient = _joined([gradient_P[run.start : run.stop] for run in self._runs(group)])
-            self._step_together(group, flat, gradient, scale, rate, self._which_decay(group, decays))
+            decayed = self._which_decay(group, decays)
+            self._step_together(group, flat, gradient, scale, self._rate(rate, group[0]), decayed)
         optimizer._iterations.assign_add(1)
 
     def _step_together(

@@ -7,8 +7,10 @@ from typing import Any
 import keras
 
 from tf_dist.config import Config
+from tf_dist.config.fine_tuning import FineTuningOptions
 from tf_dist.errors import UsageError
 from tf_dist.models.meta_init import is_deferred
+from tf_dist.optim.layer_lr import scale_learning_rates
 from tf_dist.optim.lr_schedules import schedule
 from tf_dist.spelling import did_you_mean
 
@@ -16,7 +18,8 @@ from tf_dist.spelling import did_you_mean
 def build(config: Config, model: keras.Model, steps: int) -> keras.optimizers.Optimizer:
     """Create the optimizer that ``config.optimizer`` names; not built: that depends on the rank.
 
-    Matrices decay; biases and the gains of normalization do not, as in GPT-2 and nanoGPT.
+    Matrices decay; biases and the gains of normalization do not, as in GPT-2 and nanoGPT. Factors of the
+    learning rate by layer are set on the model's variables (`tf_dist.optim.layer_lr`).
 
     Args:
         config: optimizer, its arguments, learning rate, schedule and weight decay.
@@ -39,6 +42,7 @@ def build(config: Config, model: keras.Model, steps: int) -> keras.optimizers.Op
         optimizer = _optimizer_class(config.optimizer)(**arguments)
     except (TypeError, ValueError) as error:
         raise UsageError(f"optimizer {config.optimizer} with {config.optimizer_args}: {error}") from error
+    scale_learning_rates(model.weights, config.part(FineTuningOptions))
     if optimizer.weight_decay:
         vectors = [variable for variable in model.trainable_variables if len(variable.shape) < 2]
         if any(map(is_deferred, vectors)):

@@ -226,6 +226,7 @@ class PipelineRunner:
     """
 
     local_gradients = True
+    gathers_weights = False
 
     def __init__(
         self,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -65,14 +66,16 @@ def convert(source: Path, target: Path, which: str = "latest", model: str = "") 
 
 
 def _to_file(run_dir: Path, path: Path, which: str, model: str) -> str:
-    from tf_dist.run.load_run import load_run
+    from tf_dist.run.load_run import load_run, without_adapters
 
-    run = load_run(str(run_dir), which=which, model=model)
+    run = without_adapters(load_run(str(run_dir), which=which, model=model))
     ending = next(kind for kind in KINDS if path.name.endswith(kind))
     note = ""
     with replaced(path, CheckpointError, ending) as temporary:
         if path.name.endswith(SAFETENSORS):
-            _safetensors().save_file(named(run.model), temporary, {"format": "np", "step": str(run.step)})
+            safetensors_package().save_file(
+                named(run.model), temporary, {"format": "np", "step": str(run.step)}
+            )
         else:
             note = _save_by_keras(run, temporary, ending)
         with opened(temporary, follow=False) as file:
@@ -167,6 +170,40 @@ def read(path: Path, model: keras.Model) -> None:
         ) from error
 
 
+def read_layers(path: Path, model: keras.Model) -> tuple[set[str], list[str]]:
+    """Set the weights of those layers of a model that a file by Keras has, matched by name.
+
+    Args:
+        path: a ``.weights.h5`` or ``.keras`` file.
+        model: built, with values.
+
+    Returns:
+        The names of these layers, and of layers that only the file has.
+
+    Raises:
+        CheckpointError: it uses features that no file of weights needs, or is too large.
+        ValueError: a layer has other weights, or shapes.
+    """
+    from tf_dist.checkpoint import hdf5_weights
+    from tf_dist.models.stock import take
+
+    bytes_of_model = sum(math.prod(variable.shape) * 8 for variable in model.variables)
+    stock = _stock(model)
+    written = model if stock is None else stock
+    with (
+        hdf5_weights.checked(path, MOST_TIMES * bytes_of_model + SLACK_BYTES) as sound,
+        tempfile.TemporaryDirectory(prefix="tf_dist-") as folder,
+    ):
+        # A file of the whole model, in which layers that both have are replaced: Keras reads it by itself.
+        whole = Path(folder) / f"model{WEIGHTS_H5}"
+        written.save_weights(whole)
+        found, left = hdf5_weights.replace_layers(whole, sound)
+        written.load_weights(whole)
+    if stock is not None:
+        take(model, stock)
+    return found, left
+
+
 def _read_by_keras(path: Path, model: keras.Model) -> None:
     """Read a file of stock layers or, from older versions, of this model's layers.
 
@@ -221,7 +258,7 @@ def named(model: keras.Model) -> dict[str, np.ndarray]:
 
 def _read_safetensors(path: Path, model: keras.Model) -> None:
     wanted = {variable.path: variable for variable in model.weights}
-    with _safetensors(".").safe_open(path, framework="np") as file:
+    with safetensors_package(".").safe_open(path, framework="np") as file:
         there = set(file.keys())
         if there != set(wanted):
             more, less = sorted(there - set(wanted)), sorted(set(wanted) - there)
@@ -236,7 +273,12 @@ def _read_safetensors(path: Path, model: keras.Model) -> None:
             variable.assign(file.get_tensor(name))
 
 
-def _safetensors(module: str = ".numpy") -> ModuleType:
+def safetensors_package(module: str = ".numpy") -> ModuleType:
+    """The package safetensors, or a module of it.
+
+    Raises:
+        BackendMissing: it is not installed.
+    """
     import importlib
 
     try:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import keras
+import numpy as np
 
 from tf_dist.checkpoint import store
 from tf_dist.checkpoint.manifest import read_manifest
 from tf_dist.config import Config
+from tf_dist.config.fine_tuning import untuned
 from tf_dist.data.prepared_dataset import sha256_of_file
 from tf_dist.data.tokenizer import Tokenizer, load_tokenizer
 from tf_dist.errors import CheckpointError, UsageError
 from tf_dist.flags import from_mapping, read_config_file
 from tf_dist.invocation import command
+from tf_dist.models.lora import merged
 from tf_dist.run.status import correct
 from tf_dist.run_options import check_named
 from tf_dist.training import state_dict
@@ -57,6 +60,22 @@ def load_run(run_dir: str, which: str = "latest", model: str = "") -> LoadedRun:
     built = build_model(config)
     step = state_dict.load_weights(built, path)
     return LoadedRun(config, tokenizer, built, step, facts.get("content_sha256"))
+
+
+def without_adapters(run: LoadedRun) -> LoadedRun:
+    """A run with plain weights: LoRA adapters are added to their kernels, and the model has none."""
+    config = run.config
+    if not config.lora_rank:
+        return run
+    weights = {variable.path: variable for variable in run.model.weights}
+    model, scale = build_model(untuned(config)), config.lora_alpha / config.lora_rank
+
+    def read(path: str) -> np.ndarray:
+        return np.asarray(weights[path].value)
+
+    for variable in model.weights:
+        variable.assign(merged(variable.path, read, weights, scale))
+    return replace(run, model=model)
 
 
 def model_of_run(run_dir: str, model: str = "") -> LoadedRun:

@@ -145,7 +145,7 @@ def _on_all(comm: Comm, find: Callable[[], Prepared]) -> Prepared:
 
 def _of_resumed(config: Config, run_dir: Path | None) -> Prepared | None:
     """The tokens of a run that is resumed with the same data options."""
-    facts = _newest_facts(config, run_dir)
+    facts = newest_facts(config, run_dir)
     if facts is None or run_dir is None:
         return None
     now, before = config.as_dict(), facts.get("config")
@@ -167,7 +167,7 @@ def _of_resumed(config: Config, run_dir: Path | None) -> Prepared | None:
     return found
 
 
-def _newest_facts(config: Config, run_dir: Path | None) -> Mapping[str, Any] | None:
+def newest_facts(config: Config, run_dir: Path | None) -> Mapping[str, Any] | None:
     """The facts of the newest checkpoint to be resumed from, whether its tensors are valid or not."""
     if run_dir is None or config.resume == "never":
         return None

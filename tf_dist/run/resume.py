@@ -16,6 +16,7 @@ from tf_dist.comm.runtime.consensus import on_root
 from tf_dist.config import Config
 from tf_dist.data.prepared_dataset import Prepared
 from tf_dist.errors import CheckpointError
+from tf_dist.run.init_from import initialize
 from tf_dist.run.numerics_environment import changes
 from tf_dist.run.rollback import set_aside_after
 from tf_dist.run.run_folder import RunFolder
@@ -76,10 +77,12 @@ class Resume:
             self._after_deaths()
         elif self._config.resume == "never":
             on_root(self._comm, self._run.set_aside)
+            self._initialize()
         elif self._config.resume != "auto":
             self._from_named(self._before_reading)
         elif not self._recovered([self._checkpoints], self._before_reading):
             on_root(self._comm, lambda: self._run.drop_metrics_after(-1, set_aside=True))
+            self._initialize()
 
     def _after_deaths(self) -> None:
         self._run.be_first(self._comm)
@@ -89,9 +92,15 @@ class Resume:
         if self._config.resume in ("auto", "never"):
             self._report_restart("step 0")
             on_root(self._comm, lambda: self._run.drop_metrics_after(-1))
+            self._initialize()
         else:
             self._report_restart(self._config.resume)
             self._from_named(lambda source: faults.at("load"))
+
+    def _initialize(self) -> None:
+        """Begin at step 0, with the weights of ``--init-from`` if there are any."""
+        if self._config.init_from:
+            initialize(self._trainer, self._config, self._corpus)
 
     def _recovered(
         self, sources: Sequence[SnapshotSource], turn_to: Callable[[SnapshotSource], object]

@@ -40,9 +40,12 @@ class ModelRunner(Protocol):
     Attributes:
         local_gradients: True if `recompute_gradients` yields local gradients; False if it yields this rank's
             shard of the sum.
+        gathers_weights: True if every forward pass is a collective of all ranks that share weights: then each
+            makes as many.
     """
 
     local_gradients: bool
+    gathers_weights: bool
 
     @property
     def said(self) -> str:
@@ -107,6 +110,7 @@ class WholeRunner:
     """
 
     local_gradients = True
+    gathers_weights = False
 
     def __init__(
         self,

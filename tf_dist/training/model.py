@@ -7,9 +7,11 @@ import contextlib
 import keras
 
 from tf_dist.config import Config
+from tf_dist.config.fine_tuning import FineTuningOptions
 from tf_dist.layers import tensor_parallel
 from tf_dist.layers.context_parallel import sequence_parallel
 from tf_dist.models import build, row_lstms, row_transformers
+from tf_dist.models.fine_tuning import fine_tuned
 from tf_dist.models.meta_init import outline
 from tf_dist.models.row_embedding import BodySizes
 from tf_dist.models.transformer import PLAIN, Layers
@@ -58,5 +60,5 @@ def build_model(config: Config, layers: Layers = PLAIN) -> keras.Model:
     kind = row_lstms if config.model == "lstm" else row_transformers
     sizes = BodySizes(config.layers, config.width, config.heads, config.dropout, config.tie_embeddings)
     with build.reproducible(config):
-        model: keras.Model = getattr(kind, task.architecture.replace("-", "_"))(layout, sizes, head, layers)
-    return model
+        model = getattr(kind, task.architecture.replace("-", "_"))(layout, sizes, head, layers)
+        return fine_tuned(model, config.part(FineTuningOptions), config.seed)

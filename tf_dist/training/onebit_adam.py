@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from tf_dist.errors import UsageError
 from tf_dist.optim import elementwise
+from tf_dist.optim.layer_lr import lr_scale_of
 from tf_dist.runners.replica import FlatParameters, as_tensor, concat
 
 
@@ -48,16 +49,17 @@ class OneBitAdam:
         optimizer = self.optimizer
         rate = tf.convert_to_tensor(optimizer.learning_rate)
         step = tf.cast(optimizer.iterations + 1, tf.float32)
-        alpha = rate * self._bias / (1.0 - tf.pow(self.beta, step))
         sizes = [int(np.prod(variable.shape, dtype=np.int64)) for variable in self.variables]
         everything = zip(
             self.variables, self._momentums, self._velocities, sizes, accumulate(sizes), strict=True
         )
         for variable, momentum, velocity, size, end in everything:
+            own_rate = rate if lr_scale_of(variable) == 1 else rate * lr_scale_of(variable)
+            alpha = own_rate * self._bias / (1.0 - tf.pow(self.beta, step))
             new = tf.reshape(momentum_P[end - size : end], variable.shape)
             momentum.assign(new)
             if elementwise.decays(optimizer, variable):
-                variable.assign_sub(variable.value * optimizer.weight_decay * rate)
+                variable.assign_sub(variable.value * optimizer.weight_decay * own_rate)
             variable.assign_sub(alpha * new / (tf.sqrt(velocity.value) + optimizer.epsilon))
         optimizer.iterations.assign_add(1)
 

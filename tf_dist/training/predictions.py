@@ -14,7 +14,7 @@ import numpy.typing as npt
 from tf_dist import progress
 from tf_dist.data.rows import Rows
 from tf_dist.data.sampler import share
-from tf_dist.data.tokens import NO_TARGET, Batch
+from tf_dist.data.tokens import NO_SEQUENCE, NO_TARGET, Batch
 from tf_dist.models.row_layout import RowLayout
 from tf_dist.parallel.mesh import DATA, Mesh
 from tf_dist.runners.runner import ModelRunner
@@ -44,17 +44,18 @@ def predictions(
     indices = np.arange(batches * rows)
     indices[indices >= count] = -1
     mine = share(batches, mesh.at[DATA], mesh.shape[DATA])
-    found: dict[int, npt.NDArray[np.int32]] = {}
-    with progress.task("predicting", len(mine), "micro-batches") as task:
-        for k in mine:
-            found[k] = predict(runner, held_out.rows(indices[k * rows : (k + 1) * rows])[0])
-            task.advance()
-    targets = held_out.rows(indices[:1])[1].shape[1]
+    padding = np.full(rows, NO_SEQUENCE)
+    places = [indices[k * rows : (k + 1) * rows] for k in mine]
+    if runner.gathers_weights:  # a rank with fewer of them goes on with padding
+        places += [padding] * (math.ceil(batches / mesh.shape[DATA]) - len(places))
     # Sums with zeros are exact: each row comes from one rank.
-    everything = np.zeros((batches * rows, targets))
-    if mesh.reports_loss:
-        for k, own in found.items():
-            everything[k * rows : (k + 1) * rows] = own
+    everything = np.zeros((batches * rows, held_out.rows(padding)[1].shape[1]))
+    with progress.task("predicting", len(places), "micro-batches") as task:
+        for turn, at in enumerate(places):
+            own = predict(runner, held_out.rows(at)[0])
+            if mesh.reports_loss and turn < len(mine):
+                everything[mine[turn] * rows : (mine[turn] + 1) * rows] = own
+            task.advance()
     mesh.all.allreduce(everything.reshape(-1))
     return np.array(everything[:count], np.int32)
 
@@ -84,7 +85,7 @@ def greedy(runner: ModelRunner, x_BxW: Batch, layout: RowLayout, end: int) -> np
         token_B = np.argmax(runner.outputs(x_BxW)[:, t, : layout.tokenizer_vocab], axis=-1)
         made_BxT[:, t] = np.where(open_B, token_B, NO_TARGET)
         open_B &= token_B != end
-        if not open_B.any() or t + 1 == T:
+        if t + 1 == T or not (open_B.any() or runner.gathers_weights):
             break
         x_BxW[:, first + t + 1] = np.where(open_B, token_B, layout.pad)
     return made_BxT

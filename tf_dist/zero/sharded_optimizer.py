@@ -20,6 +20,7 @@ from tf_dist.errors import UsageError
 from tf_dist.models.meta_init import initial_value, is_deferred, materialize
 from tf_dist.optim import elementwise
 from tf_dist.optim.fused_optimizer import BlockStep
+from tf_dist.optim.layer_lr import lr_scale_of, set_lr_scale
 from tf_dist.optim.optimizers import exclude_vectors, spared
 from tf_dist.parallel.flat_buffer import FlatLayout
 from tf_dist.parallel.sharding import part_of
@@ -158,6 +159,7 @@ def _stretch(number: int, variable: Any, inner: range) -> VariableSlice:
         return VariableSlice(number, inner, variable, whole=True)
     values = initial_value(variable).reshape(-1) if is_deferred(variable) else values_of(variable)
     part = keras.Variable(values[inner.start : inner.stop], dtype="float32", name=variable.name)
+    set_lr_scale(part, lr_scale_of(variable))
     return VariableSlice(number, inner, part, whole=False)
 
 

@@ -329,6 +329,7 @@ class ZeRO3Runner:
     """
 
     local_gradients = False
+    gathers_weights = True
 
     def __init__(self, replica: GatheredReplica, micro_batches: int, reports_loss: bool) -> None:
         self.replica, self._speaks = replica, reports_loss
