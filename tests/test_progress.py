@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 from tf_dist import processes, progress
-from tf_dist.progress import CountedSequence, Task, TaskLines, fitted
+from tf_dist.progress import CountedSequence, ProgressTask, TaskLines, fitted
 
 
 @pytest.fixture(autouse=True)
@@ -156,19 +156,19 @@ def test_an_error_ends_a_task(monkeypatch):
     ],
 )
 def test_how_far_it_has_come(done, total, unit, text):
-    task = Task("x", total, unit)
+    task = ProgressTask("x", total, unit)
     task.done, task.begun = done, time.monotonic() - 3661.5
     assert task.text == text
 
 
 def test_a_resumed_run_is_not_taken_for_a_fast_one():
-    task = Task("x", 100, "steps")
+    task = ProgressTask("x", 100, "steps")
     task.first, task.done, task.begun = 50, 75, time.monotonic() - 60.5
     assert task.text == "75 of 100 steps, 1:00 left"
 
 
 def test_a_sequence_that_counts_how_far_it_was_read():
-    task = Task("x", 6)
+    task = ProgressTask("x", 6)
     items = CountedSequence("abcdef", task)
     assert items[2:4] == "cd" and task.done == 2
     assert items[1] == "b" and task.done == 2
@@ -205,4 +205,4 @@ def test_a_reader_that_has_gone_does_not_end_the_work(monkeypatch):
     monkeypatch.setattr(sys, "stderr", closed)
     waits = iter([False, True])
     over = SimpleNamespace(wait=lambda seconds: next(waits))
-    progress._tell(Task("x"), over)
+    progress._tell(ProgressTask("x"), over)

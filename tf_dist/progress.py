@@ -71,7 +71,7 @@ def _outermost_launcher() -> int | None:
     return found
 
 
-class Task:
+class ProgressTask:
     """Work under way. ``done`` of ``total`` in ``unit``; a total of 0: nobody knows how much it is."""
 
     def __init__(self, title: str, total: float = 0, unit: str = "") -> None:
@@ -117,7 +117,7 @@ def _clock(seconds: float) -> str:
 class CountedSequence(Sequence[Item]):
     """A sequence that counts as done, for a task, how far it has been read."""
 
-    def __init__(self, items: Sequence[Item], task: Task) -> None:
+    def __init__(self, items: Sequence[Item], task: ProgressTask) -> None:
         self._items, self._task = items, task
 
     def __len__(self) -> int:
@@ -140,10 +140,10 @@ class CountedSequence(Sequence[Item]):
 class NoTask:
     """Shows nothing."""
 
-    def add(self, task: Task) -> None:
+    def add(self, task: ProgressTask) -> None:
         """Show nothing."""
 
-    def remove(self, task: Task) -> None:
+    def remove(self, task: ProgressTask) -> None:
         """Show nothing."""
 
 
@@ -153,17 +153,17 @@ class TaskLines:
     def __init__(self) -> None:
         self._over: dict[int, threading.Event] = {}
 
-    def add(self, task: Task) -> None:
+    def add(self, task: ProgressTask) -> None:
         """Begin to tell of a task."""
         over = self._over[id(task)] = threading.Event()
         threading.Thread(target=_tell, args=(task, over), name="progress", daemon=True).start()
 
-    def remove(self, task: Task) -> None:
+    def remove(self, task: ProgressTask) -> None:
         """Tell no more."""
         self._over.pop(id(task)).set()
 
 
-def _tell(task: Task, over: threading.Event) -> None:
+def _tell(task: ProgressTask, over: threading.Event) -> None:
     while not over.wait(max(EVERY_S, SHARE * task.elapsed_s)):
         # Not on stdout, which may be somebody's data.
         terminal.write_error(f"{task.title} ... {task.text}")
@@ -212,10 +212,10 @@ class TaskBars:
         )  # fmt: skip
         self._stream = stream
         self._lock = threading.RLock()  # a signal may end all this in the middle of it
-        self._shown: dict[int, tuple[Task, Any]] = {}
+        self._shown: dict[int, tuple[ProgressTask, Any]] = {}
         self._over = threading.Event()
 
-    def add(self, task: Task) -> None:
+    def add(self, task: ProgressTask) -> None:
         """Show a bar; with the first one begins the thread that draws them."""
         with self._lock:
             bar = self._live.add_task(task.title, total=task.total or None, ours=task)
@@ -226,7 +226,7 @@ class TaskBars:
                     self._live.start()
                 threading.Thread(target=self._draw, args=(self._over,), name="progress", daemon=True).start()
 
-    def remove(self, task: Task) -> None:
+    def remove(self, task: ProgressTask) -> None:
         """Take a bar away; with the last one the terminal is as it was found."""
         with self._lock:
             _, bar = self._shown.pop(id(task), (None, None))
@@ -290,7 +290,7 @@ def end() -> None:
 
 
 @contextlib.contextmanager
-def task(title: str, total: float = 0, unit: str = "") -> Iterator[Task]:
+def task(title: str, total: float = 0, unit: str = "") -> Iterator[ProgressTask]:
     """Show work that is under way until the block is left.
 
     Args:
@@ -298,7 +298,7 @@ def task(title: str, total: float = 0, unit: str = "") -> Iterator[Task]:
         total: how much there is to do; 0: nobody knows.
         unit: of the total, as in "rows"; "bytes" are shown as MB.
     """
-    made, where = Task(title, total, unit), _shown
+    made, where = ProgressTask(title, total, unit), _shown
     where.add(made)
     try:
         yield made

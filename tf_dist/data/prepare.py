@@ -273,7 +273,7 @@ def _tokenizer(corpus: Corpus, options: PrepareOptions, plan: PreparePlan) -> To
     return tokenizer
 
 
-def _read_by(task: progress.Task, texts: Iterator[str]) -> Iterator[str]:
+def _read_by(task: progress.ProgressTask, texts: Iterator[str]) -> Iterator[str]:
     """The texts, with progress; the duration of tokenizer training is not known in advance."""
     for text in texts:
         yield text

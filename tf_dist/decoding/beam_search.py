@@ -12,7 +12,7 @@ import numpy as np
 
 from tf_dist.decoding.decoded import Decoded
 from tf_dist.decoding.forward import CachedForward
-from tf_dist.decoding.rows import Rows
+from tf_dist.decoding.rows import DecodedRows
 from tf_dist.decoding.sampling import log_softmax
 from tf_dist.errors import UsageError
 
@@ -59,9 +59,11 @@ class _Row:
 
 
 class _Search:
-    """A beam search over the rows of a batch, whose beams are the rows of `Rows`."""
+    """A beam search over the rows of a batch, whose beams are the rows of `DecodedRows`."""
 
-    def __init__(self, search: BeamSearch, rows: Rows, batch: int, count: int, end: int | None) -> None:
+    def __init__(
+        self, search: BeamSearch, rows: DecodedRows, batch: int, count: int, end: int | None
+    ) -> None:
         self._search, self._rows, self._count, self._end = search, rows, count, end
         self._prompt = [len(rows.tokens[row * search.beams]) for row in range(batch)]
         only_first = np.full(search.beams, -np.inf)  # all beams are equal: one is enough
@@ -149,6 +151,6 @@ def beam_search(
         count: tokens of a continuation, at most; at least 1.
         end: the token that ends a text, which is not part of it; None: there is none.
     """
-    rows = Rows(forward, prompts, count)
+    rows = DecodedRows(forward, prompts, count)
     rows.select(np.repeat(np.arange(len(prompts)), search.beams))
     return _Search(search, rows, len(prompts), count, end).run()

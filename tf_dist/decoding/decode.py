@@ -13,7 +13,7 @@ from tf_dist.comm.transport.base import Comm, SerialComm
 from tf_dist.decoding.beam_search import BeamSearch, beam_search
 from tf_dist.decoding.decoded import Decoded
 from tf_dist.decoding.forward import CachedForward
-from tf_dist.decoding.rows import Rows
+from tf_dist.decoding.rows import DecodedRows
 from tf_dist.decoding.sampling import Sampling, choose, log_softmax
 from tf_dist.errors import UsageError
 from tf_dist.partition import share
@@ -119,7 +119,7 @@ def sample(
     Raises:
         UsageError: a prompt is empty.
     """
-    rows = Rows(forward, prompts, count)
+    rows = DecodedRows(forward, prompts, count)
     randoms = [sampling.generator(number) for number in numbers or range(len(prompts))]
     going_B = np.ones(len(prompts), bool)
     for made in range(1, count + 1):

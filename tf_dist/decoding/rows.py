@@ -23,7 +23,7 @@ from tf_dist.errors import UsageError
 LENGTH_STEP = 64
 
 
-class Rows:
+class DecodedRows:
     """Rows of tokens with the logits of what follows each.
 
     Args:

@@ -116,7 +116,7 @@ class Bar:
     def __init__(self, steps: int) -> None:
         self._steps, self._parts = steps, {"loss": "training"}
         self._stack = contextlib.ExitStack()
-        self._task: progress.Task | None = None
+        self._task: progress.ProgressTask | None = None
 
     def __call__(self, row: dict[str, Any]) -> None:
         """Show one row."""
