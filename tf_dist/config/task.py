@@ -48,6 +48,9 @@ class TaskOptions(options.Options):
         "target", text="column with the text, or file, to be produced", metavar="COLUMN"
     )
     label_column: str = option("label", text="column with the label of classify", metavar="COLUMN")
+    context_column: str = option("context", text="column with the text that answer reads", metavar="COLUMN")
+    question_column: str = option("question", text="column with the question of answer", metavar="COLUMN")
+    answer_column: str = option("answer", text="column with the answer", metavar="COLUMN")
     source_len: int = option(0, text="slots of the source; 0: --seq-len", least=0, on_resume="same")
     target_len: int = option(0, text="slots of the target; 0: --seq-len", least=0, on_resume="same")
     classes: int = option(0, text="number of labels; 0: as many as the data has", least=0, on_resume="same")

@@ -87,7 +87,7 @@ class ExampleFacts(Facts, forbid_unknown_fields=True):
     cut: dict[Literal["source", "target"], Count]
     labels: list[Text]
     suffixes: list[Text]
-    references_sha256: Sha256
+    held_out_sha256: Sha256
 
 
 # The facts of each format, and its version.

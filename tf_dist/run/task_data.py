@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
-import numpy.typing as npt
+import msgspec
 
 from tf_dist.config import Config
 from tf_dist.data.prepared_dataset import Prepared
 from tf_dist.data.rows import Rows
 from tf_dist.errors import DataError
 from tf_dist.metrics import compute, named_metrics
-from tf_dist.models.row_layout import TOKENS
+from tf_dist.models.row_layout import SPANS, TOKENS
 from tf_dist.parallel.mesh import Mesh
 from tf_dist.runners.runner import ModelRunner
-from tf_dist.tasks.base import Task
+from tf_dist.tasks.base import Task, Values
 from tf_dist.tasks.causal_lm import CausalLM
-from tf_dist.tasks.prepare import REFERENCES
+from tf_dist.tasks.prepare import HELD_OUT
 from tf_dist.tasks.registry import task_of
-from tf_dist.training.predictions import best_classes, greedy, predictions
+from tf_dist.training.predictions import Predict, best_classes, best_spans, greedy, predictions
 from tf_dist.untrusted_files import opened
 
-REFERENCES_LIMIT_BYTES = 1 << 30
+HELD_OUT_LIMIT_BYTES = 1 << 30
 # Predictions that are printed when a run ends.
 SHOWN = 5
+# Slots of an extracted answer, at most.
+LONGEST_ANSWER = 64
 
 
 class TaskData:
@@ -62,31 +62,39 @@ class TaskData:
         """Names of the classes."""
         return list(self._corpus.meta.get("labels", []))
 
-    def references(self) -> list[str]:
-        """What predictions for the held-out rows are compared with.
+    def held_out(self) -> list[dict[str, str]]:
+        """The cells of the held-out rows, by role.
 
         Raises:
             DataError: the file is damaged.
         """
-        path = self._corpus.path / REFERENCES
-        with opened(path, follow=True) as file:
-            data = file.read(REFERENCES_LIMIT_BYTES)
-        lines = data.decode("utf-8", "surrogatepass").splitlines()
-        found = [json.loads(line) for line in lines]
-        if len(found) != self._corpus.meta["rows"]["val"] or not all(isinstance(one, str) for one in found):
+        path = self._corpus.path / HELD_OUT
+        try:
+            with opened(path, follow=True) as file:
+                data = file.read(HELD_OUT_LIMIT_BYTES)
+            found = msgspec.json.Decoder(dict[str, str]).decode_lines(data)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} is damaged: {error}. Delete its folder and prepare again.") from error
+        if len(found) != self._corpus.meta["rows"]["val"]:
             raise DataError(f"{path} is damaged. Delete its folder and prepare again.")
-        return found
+        return list(found)
 
-    def decode(self, predicted_NxU: npt.NDArray[Any]) -> list[str]:
-        """Predictions as texts or labels."""
-        return self.task.decode(predicted_NxU, self._corpus.tokenizer, self.labels)
-
-    def predict(self, runner: ModelRunner, mesh: Mesh, rows: int, held_out: Rows, count: int) -> list[str]:
-        """Predictions for the first held-out rows, decoded; a collective."""
-        how = best_classes
-        if self.task.head(len(self.labels)).kind == TOKENS:
+    def predict(
+        self, runner: ModelRunner, mesh: Mesh, rows: int, held_out: Rows, given: Sequence[Values]
+    ) -> list[str]:
+        """Predictions for the first held-out rows, whose cells are given, decoded; a collective."""
+        how: Predict = best_classes
+        if self.decodes:
             how = partial(greedy, layout=self.layout, end=self._corpus.tokenizer.end_of_text)
-        return self.decode(predictions(runner, mesh, rows, held_out, count, how))
+        elif self.task.head(len(self.labels)).kind == SPANS:
+            how = partial(best_spans, layout=self.layout, longest=LONGEST_ANSWER)
+        found_NxU = predictions(runner, mesh, rows, held_out, len(given), how)
+        return self.task.decode(found_NxU, self._corpus.tokenizer, self.labels, given)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether a prediction is made token by token."""
+        return self.task.head(len(self.labels)).kind == TOKENS
 
 
 class TaskMetrics:
@@ -97,15 +105,16 @@ class TaskMetrics:
         rows: how many; 0: all.
 
     Attributes:
+        given: the cells of the rows. references: what predictions are compared with.
         predicted: the newest predictions.
-        references: what they are compared with.
     """
 
     def __init__(self, data: TaskData, rows: int) -> None:
         self._data, self._metrics = data, named_metrics(data.task.metrics)
-        self.references: Sequence[str] = data.references()
-        if rows and data.task.head(len(data.labels)).kind == TOKENS:
-            self.references = self.references[:rows]
+        self.given: Sequence[Values] = data.held_out()
+        if rows and data.decodes:
+            self.given = self.given[:rows]
+        self.references = [data.task.reference_of(values) for values in self.given]
         self.predicted: Sequence[str] = []
 
     def shown(self) -> str:
@@ -116,5 +125,5 @@ class TaskMetrics:
 
     def __call__(self, runner: ModelRunner, mesh: Mesh, rows: int, held_out: Rows) -> dict[str, float]:
         """Predict and compare; the same on every rank."""
-        self.predicted = self._data.predict(runner, mesh, rows, held_out, len(self.references))
+        self.predicted = self._data.predict(runner, mesh, rows, held_out, self.given)
         return compute(self._metrics, self.predicted, self.references)

@@ -19,6 +19,9 @@ from tf_dist.data.tokens import NO_TARGET, Batch
 from tf_dist.errors import DataError
 from tf_dist.models.row_layout import Head, RowLayout, Slots
 
+# Cells of a row, by role.
+Values = Mapping[str, str]
+
 
 class EncodedRows(NamedTuple):
     """Rows of a task. x: (N, W) int32. y: (N, U) int32. cut: tokens that had no slot, by side."""
@@ -101,14 +104,18 @@ class Task:
         """The prepared rows as they are trained on: with noise, for a task that has some."""
         return rows
 
-    def reference(self, record: Record) -> str:
-        """What a prediction for the record is compared with."""
+    def reference_of(self, values: Values) -> str:
+        """What a prediction for a row with these values is compared with."""
         raise NotImplementedError
 
     def decode(
-        self, predictions_NxU: npt.NDArray[Any], tokenizer: Tokenizer, labels: Sequence[str]
+        self,
+        predictions_NxU: npt.NDArray[Any],
+        tokenizer: Tokenizer,
+        labels: Sequence[str],
+        given: Sequence[Values],
     ) -> list[str]:
-        """Predicted classes or tokens as `reference` has them."""
+        """Predicted classes or tokens as `reference_of` has them; ``given`` are the values of the rows."""
         raise NotImplementedError
 
 

@@ -30,11 +30,13 @@ from tf_dist.tasks.base import EncodedRows, Task
 LOG = logging.getLogger(__name__)
 # Rows that are encoded together.
 BATCH_ROWS = 4096
-REFERENCES = "references.jsonl"
+# The cells of held-out rows, by role.
+HELD_OUT = "held_out.jsonl"
 # Options of a run that determine its rows, besides the files.
 OPTIONS = (
     "task", "architecture", "text_column", "source_column", "target_column", "label_column", "source_len",
-    "target_len", "seq_len", "tokenizer", "vocab_size", "val_fraction", "seed", "errors",
+    "target_len", "seq_len", "tokenizer", "vocab_size", "val_fraction", "seed", "errors", "context_column",
+    "question_column", "answer_column", "sample_rate", "mels", "stack_frames", "image_size", "patch_size",
 )  # fmt: skip
 
 
@@ -115,8 +117,8 @@ def _write(task: Task, config: Config, sources: list[str], records: Records, key
         targets[side], lost = _write_side(task, split, side, tokenizer, folder)
         cut.update(lost)
     _say_what_was_cut(cut, config)
-    lines = "".join(json.dumps(task.reference(record), ensure_ascii=False) + "\n" for record in split.val)
-    write_whole(folder / REFERENCES, lines.encode("utf-8", "surrogatepass"))
+    lines = "".join(json.dumps(dict(record.values), ensure_ascii=False) + "\n" for record in split.val)
+    write_whole(folder / HELD_OUT, lines.encode("utf-8", "surrogatepass"))
     _write_meta(task, config, sources, records, key, folder, counts, split, tokenizer, cut, targets)
 
 
@@ -228,7 +230,7 @@ def _write_meta(
         "cut": {side: cut[side] for side in ("source", "target")},
         "labels": split.labels,
         "suffixes": list(records.suffixes),
-        "references_sha256": sha256_of(folder / REFERENCES),
+        "held_out_sha256": sha256_of(folder / HELD_OUT),
     }
     spelled = json.dumps(meta, indent=1, ensure_ascii=False)
     write_whole(folder / "meta.json", spelled.encode("utf-8", "backslashreplace"))

@@ -89,3 +89,23 @@ def greedy(runner: ModelRunner, x_BxW: Batch, layout: RowLayout, end: int) -> np
             break
         x_BxW[:, first + t + 1] = np.where(open_B, token_B, layout.pad)
     return made_BxT
+
+
+def best_spans(runner: ModelRunner, x_BxW: Batch, layout: RowLayout, longest: int) -> npt.NDArray[np.int32]:
+    """The most probable first and last slot of an answer, (B, 2), after the separator of the question.
+
+    Args:
+        runner: of this rank.
+        x_BxW: rows: a question, a separator, a context.
+        layout: of the rows.
+        longest: slots of an answer.
+    """
+    start_BxS, end_BxS = np.moveaxis(runner.outputs(x_BxW), 1, 0)
+    S = start_BxS.shape[1]
+    first_B = np.argmax(x_BxW == layout.separator, axis=1) + 1
+    scores_BxSxS = start_BxS[:, :, None] + end_BxS[:, None, :]
+    length_SxS = np.arange(S)[None, :] - np.arange(S)[:, None]
+    scores_BxSxS[:, (length_SxS < 0) | (length_SxS >= longest)] = -np.inf
+    scores_BxSxS[np.arange(S)[None, :] < first_B[:, None]] = -np.inf
+    flat_B = np.argmax(scores_BxSxS.reshape(len(x_BxW), -1), axis=1)
+    return np.stack(np.divmod(flat_B, S), axis=1).astype(np.int32)
