@@ -10,7 +10,6 @@ with the same weights. A run that resumes from a checkpoint of its own does not 
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -38,8 +37,8 @@ TOKENIZER = "tokenizer.json"
 VOCABULARY = {"embeddings": 0, "reverse_embeddings": 1}
 
 
-def resolved(config: Config, resumed: Mapping[str, Any] | None) -> Config:
-    """The options of a run with ``init_from`` pinned, and the tokenizer that comes with it; on rank 0.
+def pinned(config: Config, resumed: Mapping[str, Any] | None) -> dict[str, str]:
+    """What a run's options become: ``init_from`` pinned, and the tokenizer that comes with it; on rank 0.
 
     Args:
         config: as given.
@@ -49,18 +48,18 @@ def resolved(config: Config, resumed: Mapping[str, Any] | None) -> Config:
         UsageError, CheckpointError: there are no such weights.
     """
     if not config.init_from or (resumed is None and config.resume not in ("auto", "never")):
-        return config
+        return {}
     before = (resumed or {}).get("config")
     if isinstance(before, dict) and isinstance(before.get("init_from"), str):
-        pinned, tokenizer = before["init_from"], before.get("tokenizer")
+        weights, tokenizer = before["init_from"], before.get("tokenizer")
     elif resumed is not None:
-        return config
+        return {}
     else:
         path = _pinned(Path(config.init_from))
-        pinned, tokenizer = str(path), _tokenizer_beside(path)
+        weights, tokenizer = str(path), _tokenizer_beside(path)
     if config.tokenizer == DataOptions.tokenizer and isinstance(tokenizer, str) and tokenizer:
-        config = dataclasses.replace(config, tokenizer=tokenizer)
-    return dataclasses.replace(config, init_from=pinned)
+        return {"init_from": weights, "tokenizer": tokenizer}
+    return {"init_from": weights}
 
 
 def _pinned(path: Path) -> Path:
