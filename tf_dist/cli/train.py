@@ -179,7 +179,7 @@ def train(
                     training,
                     steps=steps,
                     validation=held_out if len(held_out) else None,
-                    validation_bytes=data.held_out_bytes,
+                    validation_bytes=data.text_bytes("val"),
                     eval_every=config.eval_every,
                     callbacks=callbacks_of(job, steps_per_epoch, show_steps, show),
                 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import msgspec
 
@@ -14,17 +15,21 @@ from tf_dist.errors import DataError
 from tf_dist.metrics import compute, named_metrics
 from tf_dist.models.row_layout import SPANS, TOKENS
 from tf_dist.parallel.mesh import Mesh
+from tf_dist.run.speech import write_recordings
 from tf_dist.runners.runner import ModelRunner
 from tf_dist.tasks.base import Task, Values
 from tf_dist.tasks.causal_lm import CausalLM
 from tf_dist.tasks.prepare import HELD_OUT
 from tf_dist.tasks.registry import task_of
+from tf_dist.tasks.speak import Speak
 from tf_dist.training.predictions import Predict, best_classes, best_spans, greedy, predictions
 from tf_dist.untrusted_files import opened
 
 HELD_OUT_LIMIT_BYTES = 1 << 30
 # Predictions that are printed when a run ends.
 SHOWN = 5
+# Texts that are spoken together.
+RECORDED_TOGETHER = 8
 # Slots of an extracted answer, at most.
 LONGEST_ANSWER = 64
 
@@ -51,11 +56,10 @@ class TaskData:
         rows = self._corpus.rows(side, self._config.seq_len)
         return self.task.rows(rows, self.layout, self._config.seed)
 
-    @property
-    def held_out_bytes(self) -> int:
-        """UTF-8 bytes of the held-out text, of which every token is predicted; 0 where it is not all."""
+    def text_bytes(self, side: str) -> int:
+        """UTF-8 bytes of the text of one side, if each of its tokens is predicted; else 0."""
         of_all = self.task.name == CausalLM.name
-        return int(self._corpus.meta["text_bytes"]["val"]) if of_all else 0
+        return int(self._corpus.meta["text_bytes"][side]) if of_all else 0
 
     @property
     def labels(self) -> list[str]:
@@ -125,5 +129,21 @@ class TaskMetrics:
 
     def __call__(self, runner: ModelRunner, mesh: Mesh, rows: int, held_out: Rows) -> dict[str, float]:
         """Predict and compare; the same on every rank."""
+        if not self._metrics:
+            return {}
         self.predicted = self._data.predict(runner, mesh, rows, held_out, self.given)
         return compute(self._metrics, self.predicted, self.references)
+
+    def rows(self, runner: ModelRunner, held_out: Rows, path: Path) -> list[dict[str, str]]:
+        """The cells of each row with its reference and prediction, for a file at ``path``; on one rank.
+
+        Predicted recordings are written beside it.
+        """
+        predicted, task = self.predicted, self._data.task
+        if isinstance(task, Speak):
+            x_NxW = held_out.rows(range(len(held_out)))[0]
+            folder = path.with_suffix(".wav")
+            names = write_recordings(runner, task, self._data.layout, x_NxW, RECORDED_TOGETHER, folder)
+            predicted = [f"{folder.name}/{name}" for name in names]
+        pairs = zip(self.given, self.references, predicted, strict=True)
+        return [{**given, "reference": r, "prediction": p} for given, r, p in pairs]

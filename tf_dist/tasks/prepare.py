@@ -52,13 +52,16 @@ class Split(NamedTuple):
         return self.train if side == "train" else self.val
 
 
-def prepare_examples(task: Task, config: Config, sources: Sequence[str]) -> Prepared:
+def prepare_examples(
+    task: Task, config: Config, sources: Sequence[str], labels: Sequence[str] | None = None
+) -> Prepared:
     """The rows of a task, prepared or found.
 
     Args:
         task: of tables.
         config: of the run.
         sources: files, globs and folders.
+        labels: of a trained run, whose model all rows are to be judged by: all are held out. None: some are.
 
     Raises:
         DataError: a table that cannot be read, with file and row; labels; or nothing can be written.
@@ -66,7 +69,7 @@ def prepare_examples(task: Task, config: Config, sources: Sequence[str]) -> Prep
     """
     check_fraction(config.val_fraction)
     records = Records(sources, task.columns(), errors=config.errors)
-    key = _key(config, fingerprint(records.files))
+    key = _key(config, fingerprint(records.files), labels)
     target = Path(config.prepared_dir) / f"{name_of(sources[0])}-{key[:12]}"
     if target.exists():
         try:
@@ -76,7 +79,7 @@ def prepare_examples(task: Task, config: Config, sources: Sequence[str]) -> Prep
     temporary = temporary_name(target)
     try:
         temporary.mkdir(parents=True)
-        _write(task, config, list(sources), records, key, temporary)
+        _write(task, config, list(sources), records, key, temporary, labels)
         sync_folder(temporary)
         return publish(temporary, target)
     except OSError as error:
@@ -88,11 +91,12 @@ def prepare_examples(task: Task, config: Config, sources: Sequence[str]) -> Prep
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _key(config: Config, files: list[list[str | int]]) -> str:
+def _key(config: Config, files: list[list[str | int]], labels: Sequence[str] | None) -> str:
     options = {name: getattr(config, name) for name in OPTIONS}
     if config.tokenizer not in KINDS:
         options["tokenizer"] = _tokenizer_sha256(config.tokenizer)
-    parts = {"format": EXAMPLES, "version": FORMATS[EXAMPLES][0], "options": options, "files": files}
+    parts: dict[str, Any] = {"format": EXAMPLES, "version": FORMATS[EXAMPLES][0], "options": options}
+    parts |= {"files": files} if labels is None else {"files": files, "labels": list(labels)}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -105,11 +109,22 @@ def _tokenizer_sha256(path: str) -> str:
         ) from error
 
 
-def _write(task: Task, config: Config, sources: list[str], records: Records, key: str, folder: Path) -> None:
+def _write(
+    task: Task,
+    config: Config,
+    sources: list[str],
+    records: Records,
+    key: str,
+    folder: Path,
+    labels: Sequence[str] | None,
+) -> None:
     counts = RecordCounts()
     with progress.task("reading the rows"):
         everything = list(records.read(counts))
-    split = _split(task, config, everything)
+    if labels is None:
+        split = _split(task, config, everything)
+    else:
+        split = Split([], everything, list(labels))
     tokenizer = _tokenizer(task, config, split)
     tokenizer.save(folder / "tokenizer.json")
     cut, targets = Counter[str](), dict[str, int]()
