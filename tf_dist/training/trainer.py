@@ -29,6 +29,7 @@ from tf_dist.data.rows import Rows
 from tf_dist.data.sampler import Sampler
 from tf_dist.data.tokens import Sequences
 from tf_dist.errors import DataError, RankLost
+from tf_dist.models.model_outputs import FRAMES, outputs_of
 from tf_dist.parallel.mesh import Mesh
 from tf_dist.parallel.totals import CORRECT, LOSS, STOP, TOKENS, Totals
 from tf_dist.runners.moving_statistics import MovingStatistics
@@ -530,6 +531,8 @@ class Trainer:
         faults.at("validation")
         self.synchronize()
         logs = validated(self.runner, self.mesh, self.rows, sequences, text_bytes)
+        if outputs_of(self.model) == FRAMES:  # which are right or wrong by degrees
+            logs = {"val_loss": logs["val_loss"]}
         for metric in self.metrics:
             logs |= metric(self.runner, self.mesh, self.rows, sequences)
         return logs
