@@ -7,11 +7,13 @@ from functools import partial
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
 from tf_dist.config import Config
+from tf_dist.data.class_weights import class_weights
 from tf_dist.data.prepared_dataset import Prepared
 from tf_dist.data.rows import Rows
-from tf_dist.errors import DataError
+from tf_dist.errors import DataError, UsageError
 from tf_dist.metrics import compute, named_metrics
 from tf_dist.models.row_layout import SPANS, TOKENS
 from tf_dist.parallel.mesh import Mesh
@@ -28,6 +30,7 @@ from tf_dist.untrusted_files import opened
 HELD_OUT_LIMIT_BYTES = 1 << 30
 # Predictions that are printed when a run ends.
 SHOWN = 5
+NO_WEIGHTS = "none"
 # Texts that are spoken together.
 RECORDED_TOGETHER = 8
 # Slots of an extracted answer, at most.
@@ -60,6 +63,21 @@ class TaskData:
         """UTF-8 bytes of the text of one side, if each of its tokens is predicted; else 0."""
         of_all = self.task.name == CausalLM.name
         return int(self._corpus.meta["text_bytes"][side]) if of_all else 0
+
+    @property
+    def class_weights(self) -> list[float]:
+        """The weight of each class in the loss of training; none if all weigh the same.
+
+        Raises:
+            UsageError: the task has no labels.
+        """
+        if self._config.class_weights == NO_WEIGHTS:
+            return []
+        if not self.labels:
+            raise UsageError(f"--class-weights: --task {self._config.task} has no labels. Leave it out")
+        classes_N = self.rows("train").tokens.reshape(-1, self.seq_len + 1)[:, -1]
+        counts = np.bincount(classes_N, minlength=len(self.labels))
+        return list(class_weights(counts, self._config.class_weights))
 
     @property
     def labels(self) -> list[str]:
