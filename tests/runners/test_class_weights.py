@@ -1,4 +1,4 @@
-"""Class weights: a weighted loss of training, the plain one of validation; also of a pipeline's last segment."""
+"""Class weights: a weighted loss of training, the plain one of validation; in the last segment too."""
 
 import keras
 import numpy as np
