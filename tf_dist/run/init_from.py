@@ -235,8 +235,9 @@ def initialize(trainer: Trainer, config: Config, corpus: Prepared) -> None:
     LOG.info(f"initial weights: {made}, from {config.init_from}")
     if made.frozen:
         LOG.warning(
-            f"{len(made.frozen)} weights are frozen and were not in {config.init_from}: they stay as they "
-            f"were drawn ({some(made.frozen)}). Exclude them from --freeze, as in --freeze '*,!{made.frozen[0]}'"
+            f"{len(made.frozen)} weights are frozen and not in {config.init_from}: they stay "
+            f"as they were drawn ({some(made.frozen)}). Exclude them from --freeze, as in "
+            f"--freeze '*,!{made.frozen[0]}'"
         )
 
 

@@ -30,9 +30,9 @@ WEIGHTS = "weights/"
 class WeightSource:
     """Weights by path; on rank 0.
 
-    shapes: of those that there are. read: one of them. said: where they are, for messages. config: of the run
-    that trained them, as its checkpoint has it; empty if not known. left: layers that a file has and the model
-    has not, where these are known by name only.
+    shapes: of those that there are. read: one of them. said: where they are, for messages. config: of the
+    run that trained them, as its checkpoint has it; empty if not known. left: layers that only the file has,
+    where these are known by name.
     """
 
     shapes: dict[str, tuple[int, ...]]
