@@ -15,7 +15,7 @@ K = keras.optimizers
 @pytest.mark.parametrize(
     ("paths", "wanted"),
     [
-        ("embedding/e positions/p layer_0_norm/g layer_0_in/k layer_1_norm/g final_norm/g", [0, 0, 1, 1, 2, 3]),
+        ("embed/e positions/p layer_0_norm/g layer_0_in/k layer_1_norm/g final_norm/g", [0, 0, 1, 1, 2, 3]),
         ("embedding/embeddings layer_0/lstm_cell/kernel layer_1/lstm_cell/kernel", [0, 1, 2]),
         ("embedding/embeddings embedding/reverse_embeddings layer_0/k final_norm/g", [0, 2, 1, 2]),
         ("layer_9/k layer_10/k layer_10/b head/k head/b", [1, 2, 2, 3, 3]),

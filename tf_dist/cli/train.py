@@ -197,6 +197,7 @@ def callbacks_of(
 
 def trainer_for(config: Config, mesh: Mesh, steps: int) -> Trainer:
     """The model of a run, on its grid of ranks, and what trains it."""
+    from tf_dist.models.fine_tuning import trained_parameters
     from tf_dist.optim import optimizers
     from tf_dist.training.loss_spikes import LossSpikes
     from tf_dist.training.memory_estimate import check_room
@@ -207,6 +208,8 @@ def trainer_for(config: Config, mesh: Mesh, steps: int) -> Trainer:
     model = model_for(config, mesh)
     agree_on_weights(model, mesh)
     check_room(model, config, mesh)
+    if config.frozen:
+        LOG.info("{:,} of {:,} parameters are trained".format(*trained_parameters(model)))
     return Trainer(
         model,
         optimizers.build(config, model, steps),

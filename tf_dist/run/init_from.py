@@ -50,14 +50,16 @@ def resolved(config: Config, resumed: Mapping[str, Any] | None) -> Config:
     """
     if not config.init_from or (resumed is None and config.resume not in ("auto", "never")):
         return config
-    before = (resumed or {}).get("config")
-    if isinstance(before, dict) and isinstance(before.get("init_from"), str):
-        pinned, tokenizer = before["init_from"], before.get("tokenizer")
-    elif resumed is not None:
-        return config
-    else:
+    if resumed is None:
         path = _pinned(Path(config.init_from))
         pinned, tokenizer = str(path), _tokenizer_beside(path)
+    else:
+        before = resumed.get("config")
+        before = before if isinstance(before, dict) else {}
+        pinned, tokenizer = str(before.get("init_from", "")), before.get("tokenizer")
+        if not pinned:
+            LOG.warning("--init-from is for a new training, and this one resumes from a checkpoint: not used")
+            return dataclasses.replace(config, init_from="", init_except="")
     if config.tokenizer == DataOptions.tokenizer and isinstance(tokenizer, str) and tokenizer:
         config = dataclasses.replace(config, tokenizer=tokenizer)
     return dataclasses.replace(config, init_from=pinned)
