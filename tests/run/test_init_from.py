@@ -50,10 +50,15 @@ def lora_run(tmp_path_factory):
     return trained(tmp_path_factory.mktemp("runs") / "lora", config)
 
 
+def resolved(config, facts=None):
+    """The options of a run that begins, or resumes."""
+    return dataclasses.replace(config, **init_from.pinned(config, facts))
+
+
 def initialized(path, tokens=256, **options):
     """A trainer that begins with these weights."""
     config = dataclasses.replace(CONFIG, init_from=str(path), **options)
-    config = init_from.resolved(config, None)
+    config = resolved(config)
     model = build(config)
     trainer = Trainer(
         model, optimizers.build(config, model, 9), SerialComm(), global_batch_size=2, micro_batch_size=2,
@@ -205,13 +210,13 @@ def test_a_damaged_checkpoint_and_a_damaged_file_are_refused(run, tmp_path):
 def test_paths_that_lead_nowhere(tmp_path, name):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match=f"--init-from .*{name}"):
-        init_from.resolved(dataclasses.replace(CONFIG, init_from=str(tmp_path / name)), None)
+        resolved(dataclasses.replace(CONFIG, init_from=str(tmp_path / name)), None)
 
 
 def test_a_run_is_pinned_to_a_checkpoint_with_its_tokenizer(run, monkeypatch):
     monkeypatch.chdir(run.parent)
     given = dataclasses.replace(CONFIG, init_from=run.name)
-    found = init_from.resolved(given, None)
+    found = resolved(given)
     step = store.newest(run / "checkpoints")
     assert Path(found.init_from) == step.resolve()
     assert found.tokenizer == str((run / "tokenizer.json").resolve())
@@ -219,14 +224,14 @@ def test_a_run_is_pinned_to_a_checkpoint_with_its_tokenizer(run, monkeypatch):
     facts = {
         "config": dataclasses.replace(found, init_from="/gone/step-1", tokenizer="/gone/t.json").as_dict()
     }
-    again = init_from.resolved(given, facts)
+    again = resolved(given, facts)
     assert (again.init_from, again.tokenizer) == ("/gone/step-1", "/gone/t.json")
-    assert init_from.resolved(given, {"config": CONFIG.as_dict()}).init_from == ""
-    assert init_from.resolved(CONFIG, None) == CONFIG
+    assert resolved(given, {"config": CONFIG.as_dict()}).init_from == ""
+    assert resolved(CONFIG, None) == CONFIG
 
 
 def test_another_tokenizer_is_refused(run, tmp_path):
-    config = init_from.resolved(dataclasses.replace(CONFIG, init_from=str(run)), None)
+    config = resolved(dataclasses.replace(CONFIG, init_from=str(run)))
     from tf_dist.data.prepared_dataset import sha256_of_file
 
     own = sha256_of_file(run / "tokenizer.json")

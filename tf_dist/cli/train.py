@@ -74,7 +74,8 @@ def main(argv: list[str]) -> int:
     if of_run:
         LOG.info(f"options that are not given here are those of {config.run_dir}/config.yaml")
     run_dir = Path(config.run_dir) if config.run_dir else None
-    config = on_root(comm, lambda: init_from.resolved(config, newest_facts(config, run_dir)))
+    pinned = on_root(comm, lambda: init_from.pinned(config, newest_facts(config, run_dir)))
+    config = dataclasses.replace(config, **pinned)
     corpus = shared_corpus(config, comm, REGISTRY, run_dir)
     if config.init_from:
         on_root(comm, lambda: init_from.check_tokenizer(config, corpus))

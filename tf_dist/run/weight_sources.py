@@ -90,7 +90,7 @@ def open_source(path: Path, config: Config) -> WeightSource:
     """Open a checkpoint or a weight file; on rank 0.
 
     Args:
-        path: pinned (`tf_dist.run.init_from.resolved`).
+        path: pinned (`tf_dist.run.init_from.pinned`).
         config: of the new run: the model that HDF5 files are read into.
 
     Raises:
