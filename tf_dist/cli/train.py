@@ -207,6 +207,7 @@ def callbacks_of(
 
 def trainer_for(config: Config, mesh: Mesh, steps: int, class_weights: Sequence[float] = ()) -> Trainer:
     """The model of a run, on its grid of ranks, and what trains it."""
+    from tf_dist.models.fine_tuning import trained_parameters
     from tf_dist.models.model_outputs import with_class_weights
     from tf_dist.optim import optimizers
     from tf_dist.training.loss_spikes import LossSpikes
@@ -218,6 +219,8 @@ def trainer_for(config: Config, mesh: Mesh, steps: int, class_weights: Sequence[
     model = with_class_weights(model_for(config, mesh), class_weights)
     agree_on_weights(model, mesh)
     check_room(model, config, mesh)
+    if config.frozen:
+        LOG.info("{:,} of {:,} parameters are trained".format(*trained_parameters(model)))
     return Trainer(
         model,
         optimizers.build(config, model, steps),
