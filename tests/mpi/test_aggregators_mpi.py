@@ -35,7 +35,13 @@ def refused(everyone, kind, function):
 
 
 # The default of one node with every model; how else sums travel does not depend on the model.
-WHOLE = [*(("window", name) for name in MODELS), ("fixed-order", "embedding"), ("allreduce", "functional")]
+WHOLE = [
+    *(
+        pytest.param("window", name, marks=[pytest.mark.extended] * (name not in ("embedding", "train_step")))
+        for name in MODELS
+    ),
+    *(("fixed-order", "embedding"), ("allreduce", "functional")),
+]
 
 
 @pytest.mark.parametrize(("kind", "name"), WHOLE)
