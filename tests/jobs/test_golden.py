@@ -15,7 +15,7 @@ from cases import CASES, RANKS
 from runs import environment, hashes, recorded
 
 # `make test` has those of one and two ranks, without what other tests show: tests/mpi has uneven shares and
-# pipelines, test_grids.py the grids, test_updates.py the strategies that are left out here.
+# pipelines and XLA, test_grids.py the grids, test_updates.py the strategies that are left out here.
 REPEATED = {
     *("np2 transformer zero 1 messages", "np2 lstm allreduce", "np1 lstm gossip"),
     *("np2 lstm bfloat16 zero 2", "np1 lstm bfloat16", "np2 transformer sgd zero 1", "np1 transformer sgd"),
@@ -23,7 +23,7 @@ REPEATED = {
     *("np2 transformer tensor", "np2 lstm tensor zero 1", "np2 transformer sequence"),
     *("np2 transformer local-sgd", "np2 transformer easgd", "np2 transformer powersgd"),
     *("np2 transformer diloco delay", "np1 transformer diloco", "np1 transformer diloco resumed"),
-    "np1 transformer 1x2x2 as one",
+    *("np1 transformer 1x2x2 as one", "np2 transformer xla", "np1 transformer xla"),
 }
 CHOSEN = [case for case in CASES if EVERYTHING or (case.ranks < 3 and case.key not in REPEATED)]
 GROUPS = {one.alike: [case.key for case in CHOSEN if case.alike == one.alike] for one in CHOSEN if one.alike}
