@@ -10,6 +10,7 @@ with the same weights. A run that resumes from a checkpoint of its own does not 
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -49,6 +50,7 @@ def pinned(config: Config, resumed: Mapping[str, Any] | None) -> dict[str, str]:
     """
     if not config.init_from or (resumed is None and config.resume not in ("auto", "never")):
         return {}
+    tokenizer: object
     if resumed is None:
         path = _located(Path(config.init_from))
         found, tokenizer = str(path), _tokenizer_beside(path)
