@@ -24,7 +24,7 @@ from tf_dist.tasks.causal_lm import CausalLM
 from tf_dist.tasks.prepare import HELD_OUT
 from tf_dist.tasks.registry import task_of
 from tf_dist.tasks.speak import Speak
-from tf_dist.training.predictions import Predict, best_classes, best_spans, greedy, predictions
+from tf_dist.training.predictions import Decoder, Predict, best_classes, best_spans, predictions
 from tf_dist.untrusted_files import opened
 
 HELD_OUT_LIMIT_BYTES = 1 << 30
@@ -53,6 +53,7 @@ class TaskData:
         self.layout = self.task.layout(corpus.tokenizer.vocab_size)
         self.seq_len = self.layout.words if self.task.of_tables else config.seq_len
         self._config, self._corpus = config, corpus
+        self._decoder = Decoder(self.layout, corpus.tokenizer.end_of_text)
 
     def rows(self, side: str) -> Rows:
         """The rows of one side of the split, ``train`` or ``val``."""
@@ -107,7 +108,7 @@ class TaskData:
         """Predictions for the first held-out rows, whose cells are given, decoded; a collective."""
         how: Predict = best_classes
         if self.decodes:
-            how = partial(greedy, layout=self.layout, end=self._corpus.tokenizer.end_of_text)
+            how = self._decoder
         elif self.task.head(len(self.labels)).kind == SPANS:
             how = partial(best_spans, layout=self.layout, longest=LONGEST_ANSWER)
         found_NxU = predictions(runner, mesh, rows, held_out, len(given), how)
