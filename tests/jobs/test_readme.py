@@ -74,6 +74,8 @@ def checkout(tmp_path_factory):
     for entry in (ROOT / "data").iterdir():
         if entry.name not in ("prepared", "downloads"):
             (folder / "data" / entry.name).symlink_to(entry)
+    rows = "".join(f"{word} number {i},{word}\n" for i in range(20) for word in ("good", "bad"))
+    (folder / "reviews.csv").write_text(f"text,label\n{rows}")
     return folder
 
 
