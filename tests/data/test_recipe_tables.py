@@ -27,6 +27,9 @@ def sha256(data):
 APT_GET = """#!{python}
 # Stands for apt-get: it notes how it was called, and writes what a mirror would have given.
 import os, pathlib, sys
+if sys.argv[1] == "indextargets":
+    print("\\n".join(["http://own/debian"] * 3 if pathlib.Path({mirrors!r}).exists() else []))
+    sys.exit()
 configuration = pathlib.Path(os.environ["APT_CONFIG"]).read_text()
 state = pathlib.Path(configuration.split('Dir::State "')[1].split('"')[0])
 source = (state / "sources.list").read_text()
@@ -48,7 +51,10 @@ def apt(tmp_path, monkeypatch):
     """Commands that were given to apt-get."""
     log, program = tmp_path / "log", tmp_path / "bin/apt-get"
     program.parent.mkdir()
-    program.write_text(APT_GET.format(python=sys.executable, log=str(log), index=INDEX, package=PACKAGE))
+    mirrors = tmp_path / "mirrors"
+    mirrors.touch()
+    values = {"log": str(log), "index": INDEX, "package": PACKAGE, "mirrors": str(mirrors)}
+    program.write_text(APT_GET.format(python=sys.executable, **values))
     program.chmod(0o755)
     (tmp_path / "bin/apt-config").write_text("#!/bin/sh\necho 'Acquire::http::Proxy \"http://proxy\";'\n")
     (tmp_path / "bin/apt-config").chmod(0o755)
@@ -112,6 +118,15 @@ def test_another_mirror_is_tried(apt, get):
     mirrors = ["http://broken/debian", "http://mirror/debian"]
     assert get(apt=indices(mirrors=mirrors)).is_file()
     assert apt() == ["-q update", "-q update"]
+
+
+def test_mirrors_are_those_of_this_machine(tmp_path, apt, get):
+    get(apt=indices())
+    assert "http://own/debian" in (tmp_path / "log").read_text()
+    (tmp_path / "downloads/apt/bookworm-Translation-en").unlink()
+    (tmp_path / "downloads/small/train.jsonl").unlink()
+    (tmp_path / "mirrors").unlink()
+    assert "apt knows no mirror" in refused(get, apt=indices())
 
 
 def refused(get, **fields):

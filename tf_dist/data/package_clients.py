@@ -45,7 +45,7 @@ def fetch_deb_files(source: AptSource, folder: Path) -> list[Path]:
             client.run(["download", wanted], into)
 
         if not _is_there(path, package.sha256):
-            _first_that_works(what, path, source.mirrors, download)
+            _first_that_works(what, path, source.mirrors or own_mirrors(), download)
             _verify(path, package.sha256, what)
         found.append(path)
     return found
@@ -72,7 +72,7 @@ def fetch_indices(source: AptSource, folder: Path) -> dict[str, Path]:
             shutil.copyfile(listed, into / name)
 
         if not _is_there(path, index.sha256):
-            _first_that_works(what, path, source.mirrors, download)
+            _first_that_works(what, path, source.mirrors or own_mirrors(), download)
             _verify(path, index.sha256, what)
         found[index.name] = path
     return found
@@ -172,6 +172,25 @@ class AptGet:
         done = subprocess.run(["apt-config", "dump", "Acquire"], capture_output=True, timeout=TIMEOUT_S)
         lines = done.stdout.decode("utf-8", "replace").splitlines()
         return "".join(f"{line}\n" for line in lines if line.startswith(CONNECTIONS))
+
+
+def own_mirrors() -> list[str]:
+    """The mirrors that apt is set up with on this machine.
+
+    Raises:
+        DataError: apt is not here, or knows none.
+    """
+    command = ["apt-get", "indextargets", "--format", "$(REPO_URI)"]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=TIMEOUT_S)
+    except OSError as error:
+        raise DataError(f"apt-get is needed, and cannot be run here: {error.strerror}") from error
+    found = list(dict.fromkeys(done.stdout.decode("utf-8", "replace").split()))
+    if not found:
+        raise DataError(
+            "apt knows no mirror on this machine: add one to its sources, or name `mirrors` in datasets.yaml"
+        )
+    return found
 
 
 def _first_that_works(

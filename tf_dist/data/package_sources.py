@@ -8,7 +8,6 @@ import msgspec
 
 Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Url = Annotated[str, msgspec.Meta(pattern=r"^https?://[!-~]+\Z")]
-DEBIAN = ("http://mirror/debian", "http://other/debian")
 
 
 class AptIndex(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -27,12 +26,15 @@ class AptPackage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class AptSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Indices and packages of one suite of Debian's, component main, and mirrors that have it."""
+    """Indices and packages of one suite of Debian's, component main.
+
+    ``mirrors`` have it; none: those that apt is set up with on this machine.
+    """
 
     suite: Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z-]*\Z")]
     indices: tuple[AptIndex, ...] = ()
     packages: tuple[AptPackage, ...] = ()
-    mirrors: Annotated[tuple[Url, ...], msgspec.Meta(min_length=1)] = DEBIAN
+    mirrors: tuple[Url, ...] = ()
 
 
 class PipPackage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
