@@ -184,7 +184,7 @@ def own_mirrors() -> list[str]:
     try:
         done = subprocess.run(command, capture_output=True, timeout=TIMEOUT_S)
     except OSError as error:
-        raise DataError(f"apt-get is needed, and cannot be run here: {error.strerror}") from error
+        raise DataError("it needs apt-get, of Debian or Ubuntu: there is none on this machine") from error
     found = list(dict.fromkeys(done.stdout.decode("utf-8", "replace").split()))
     if not found:
         raise DataError(
