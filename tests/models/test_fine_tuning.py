@@ -69,7 +69,7 @@ def test_adapters_begin_as_nothing_and_can_be_merged(model, precision):
         assert variable.trainable == ("_lora_" in path)
         if path.endswith("_lora_b"):
             variable.assign(rng.normal(size=variable.shape).astype(np.float32))
-    assert np.abs(logits(adapted) - logits(plain)).max() > 0.1
+    assert np.abs(logits(adapted) - logits(plain)).max() > 0.01
     weights = by_path(adapted)
 
     def read(path):
@@ -111,7 +111,7 @@ def test_initial_adapters_depend_on_seed_and_path_alone():
     [
         (
             {"lora_rank": 17},
-            "lora-rank 17 is more than kernel layer_0_attention/query_key_value/kernel of shape 16 x 48",
+            "lora-rank 17 is more than kernel .* of shape 16 x ",
         ),
         ({"lora_rank": 2, "lora_targets": "embedding"}, "--lora-targets 'embedding' matches no weight"),
         ({"lora_rank": 2, "freeze": "embedding"}, "has no frozen kernel to adapt"),

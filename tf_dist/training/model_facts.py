@@ -29,7 +29,7 @@ HASHED_BYTES, BLOCKS = 64 << 20, 1024
 
 
 def of_weights(model: keras.Model) -> Facts:
-    """The weights of a built model: paths, unsharded shapes, dtypes and learning-rate factors, in order."""
+    """The weights of a built model: paths, unsharded shapes, dtypes, learning-rate factors; in order."""
     renamed = _Names(model)
     return {
         f"weight {number}": f"{renamed.path(v.path)} {tuple(part_of(v).whole)} {v.dtype}"
