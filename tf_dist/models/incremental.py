@@ -37,7 +37,8 @@ from keras.src.backend import AutocastScope
 # may compute anything.
 POSITIONWISE = frozenset(
     {
-        *("Activation", "ActivityRegularization", "Add", "AlphaDropout", "Average", "Concatenate", "Dense"),
+        *("Activation", "ActivityRegularization", "Add", "AlphaDropout", "Average", "BatchNormalization"),
+        *("Concatenate", "Dense", "RMSNormalization"),
         *(
             "Dropout",
             "ELU",
@@ -64,7 +65,8 @@ class NotIncremental(Exception):
 class Span(NamedTuple):
     """The new positions of a call, in each row: ``count_B`` of N, from ``start_B`` on; the rest is padding.
 
-    (B,) int32 each. Padding is behind the new positions, and so at positions that come again later.
+    (B,) int32 each. Padding is behind the new positions, and so at positions that come again later. A mask
+    that lets a position look ahead must leave out those from ``start_B + count_B`` on.
     """
 
     start_B: Any
