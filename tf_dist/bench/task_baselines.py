@@ -30,7 +30,9 @@ def linear(train: Sequence[Record], held_out: Sequence[Record]) -> Predictions:
         from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.linear_model import LogisticRegression
     except ImportError as error:
-        raise BackendMissing("this baseline needs scikit-learn: pip install scikit-learn") from error
+        raise BackendMissing(
+            "this baseline needs scikit-learn: pip install 'tf_dist[bench-tasks]'"
+        ) from error
     vectorizer = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
     x = vectorizer.fit_transform(record.values["text"] for record in train)
     model = LogisticRegression(C=10.0, max_iter=1000)

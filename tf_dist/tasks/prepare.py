@@ -122,7 +122,7 @@ def _write(
     with progress.task("reading the rows"):
         everything = list(records.read(counts))
     if labels is None:
-        split = _split(task, config, everything)
+        split = split_records(task, config, everything)
     else:
         split = Split([], everything, list(labels))
     tokenizer = _tokenizer(task, config, split)
@@ -137,7 +137,17 @@ def _write(
     _write_meta(task, config, sources, records, key, folder, counts, split, tokenizer, cut, targets)
 
 
-def _split(task: Task, config: Config, records: list[Record]) -> Split:
+def split_records(task: Task, config: Config, records: Sequence[Record]) -> Split:
+    """Both sides of the split of some records, by their content: what a run trains on, and what it holds out.
+
+    Args:
+        task: of the run; one with labels is split by label.
+        config: of the run: fraction and seed.
+        records: all of them, in the order of the files.
+
+    Raises:
+        UsageError: an invalid fraction.
+    """
     keys = content_keys([record.values[role] for role in task.roles] for record in records)
     labels = [task.label(record) for record in records]
     if any(labels):
