@@ -44,7 +44,8 @@ NAMES = (
 MODULES = {"faults": "faults.campaign", "fault-cost": "faults.cost"}
 # These take words: names of models or tasks, or the path of a text.
 WITH_WORDS = (
-    "decode", "step", "scaling", "memory", "nanogpt", "parallel", "strategies", "faults", "fault-cost", "tasks",
+    "decode", "step", "scaling", "memory", "nanogpt", "parallel", "strategies", "faults", "fault-cost",
+    "tasks",
 )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from tf_dist.tasks.prepare import HELD_OUT
 from tf_dist.tasks.registry import task_of
 from tf_dist.tasks.speak import Speak
 from tf_dist.training.predictions import Decoder, Predict, best_classes, best_spans, predictions
+from tf_dist.training.pseudo_perplexity import PseudoPerplexity
 from tf_dist.untrusted_files import opened
 
 HELD_OUT_LIMIT_BYTES = 1 << 30
@@ -59,6 +60,11 @@ class TaskData:
         """The rows of one side of the split, ``train`` or ``val``."""
         rows = self._corpus.rows(side, self._config.seq_len)
         return self.task.rows(rows, self.layout, self._config.seed)
+
+    def pseudo_perplexity(self, side: str) -> PseudoPerplexity:
+        """The metric of a masked language model over the first ``metric_rows`` windows of a side."""
+        windows = self._corpus.rows(side, self._config.seq_len)
+        return PseudoPerplexity(windows, self.layout, self._config.metric_rows or len(windows))
 
     def text_bytes(self, side: str) -> int:
         """UTF-8 bytes of the text of one side, if each of its tokens is predicted; else 0."""
