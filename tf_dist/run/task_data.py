@@ -13,6 +13,8 @@ from tf_dist.config import Config
 from tf_dist.data.class_weights import class_weights
 from tf_dist.data.prepared_dataset import Prepared
 from tf_dist.data.rows import Rows
+from tf_dist.decoding.beam_search import BeamSearch
+from tf_dist.decoding.sampling import Sampling
 from tf_dist.errors import DataError, UsageError
 from tf_dist.metrics import compute, named_metrics
 from tf_dist.models.row_layout import SPANS, TOKENS
@@ -24,7 +26,7 @@ from tf_dist.tasks.causal_lm import CausalLM
 from tf_dist.tasks.prepare import HELD_OUT
 from tf_dist.tasks.registry import task_of
 from tf_dist.tasks.speak import Speak
-from tf_dist.training.predictions import Decoder, Predict, best_classes, best_spans, predictions
+from tf_dist.training.predictions import GREEDY, Decoder, Predict, best_classes, best_spans, predictions
 from tf_dist.training.pseudo_perplexity import PseudoPerplexity
 from tf_dist.untrusted_files import opened
 
@@ -44,17 +46,18 @@ class TaskData:
     Args:
         config: of the run, with the vocabulary of its tokenizer.
         corpus: prepared for it.
+        decoding: how texts are predicted, token by token.
 
     Attributes:
         task: of the run. layout: of its rows. seq_len: words that the model takes of a row.
     """
 
-    def __init__(self, config: Config, corpus: Prepared) -> None:
+    def __init__(self, config: Config, corpus: Prepared, decoding: Sampling | BeamSearch = GREEDY) -> None:
         self.task: Task = task_of(config)
         self.layout = self.task.layout(corpus.tokenizer.vocab_size)
         self.seq_len = self.layout.words if self.task.of_tables else config.seq_len
         self._config, self._corpus = config, corpus
-        self._decoder = Decoder(self.layout, corpus.tokenizer.end_of_text)
+        self._decoder = Decoder(self.layout, corpus.tokenizer.end_of_text, decoding)
 
     def rows(self, side: str) -> Rows:
         """The rows of one side of the split, ``train`` or ``val``."""
