@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import platform
 import shutil
 import tempfile
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tf_dist.atomic_io import write_in_place_of, write_whole
+from tf_dist.atomic_io import temporary_name, write_in_place_of, write_whole
 from tf_dist.corpora.recipes import RECIPES
 from tf_dist.corpora.table_rows import MediaFile, Row, TableRecipe
 from tf_dist.data.package_clients import fetch_deb_files, fetch_distribution, fetch_indices
@@ -97,7 +98,12 @@ def _cell(value: str | int | float | MediaFile, folder: Path) -> str | int | flo
     if not path.resolve().is_relative_to(folder.resolve()):
         raise DataError(f"a package names the file {value.name!r}, which leads out of {folder}.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, value.data)
+    temporary = temporary_name(path)
+    with open(
+        temporary, "xb"
+    ) as file:  # not synced one by one: there are thousands, and they can be made again
+        file.write(value.data)
+    os.replace(temporary, path)
     return value.name
 
 
