@@ -52,6 +52,7 @@ def pinned(config: Config, resumed: Mapping[str, Any] | None) -> dict[str, str]:
     """
     if not config.init_from or (resumed is None and config.resume not in ("auto", "never")):
         return {}
+    tokenizer: object
     if resumed is None:
         path = _located(Path(config.init_from))
         found, tokenizer = str(path), _tokenizer_beside(path)
