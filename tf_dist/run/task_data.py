@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -12,19 +11,16 @@ import numpy.typing as npt
 from tf_dist.config import Config
 from tf_dist.data.prepared_dataset import Prepared
 from tf_dist.data.rows import Rows
-from tf_dist.errors import DataError
 from tf_dist.metrics import compute, named_metrics
 from tf_dist.models.row_layout import TOKENS
 from tf_dist.parallel.mesh import Mesh
 from tf_dist.runners.runner import ModelRunner
 from tf_dist.tasks.base import Task
 from tf_dist.tasks.causal_lm import CausalLM
-from tf_dist.tasks.prepare import REFERENCES
+from tf_dist.tasks.prepare import references
 from tf_dist.tasks.registry import task_of
 from tf_dist.training.predictions import best_classes, greedy, predictions
-from tf_dist.untrusted_files import opened
 
-REFERENCES_LIMIT_BYTES = 1 << 30
 # Predictions that are printed when a run ends.
 SHOWN = 5
 
@@ -66,16 +62,9 @@ class TaskData:
         """What predictions for the held-out rows are compared with.
 
         Raises:
-            DataError: the file is damaged.
+            DataError: the file is missing, or damaged.
         """
-        path = self._corpus.path / REFERENCES
-        with opened(path, follow=True) as file:
-            data = file.read(REFERENCES_LIMIT_BYTES)
-        lines = data.decode("utf-8", "surrogatepass").splitlines()
-        found = [json.loads(line) for line in lines]
-        if len(found) != self._corpus.meta["rows"]["val"] or not all(isinstance(one, str) for one in found):
-            raise DataError(f"{path} is damaged. Delete its folder and prepare again.")
-        return found
+        return references(self._corpus)
 
     def decode(self, predicted_NxU: npt.NDArray[Any]) -> list[str]:
         """Predictions as texts or labels."""
