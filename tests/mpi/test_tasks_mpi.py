@@ -200,9 +200,7 @@ def test_bfloat16_is_one_rank(connected, everyone, data, alone, name):
 def test_strategies_without_lockstep_train_and_validate_alike(connected, everyone, data, strategy):
     config, corpus = data("translate")
     trainer, rows = trainer_and_data(connected, with_options(config, strategy=strategy), corpus)
-    result = trainer.fit(
-        rows.rows("train"), steps=8, validation=rows.rows("val"), eval_every=4, callbacks=[]
-    )
+    result = trainer.fit(rows.rows("train"), steps=8, validation=rows.rows("val"), eval_every=4, callbacks=[])
     final = trainer.validate(rows.rows("val"))
     assert everyone(final) == [final] * N
     assert {"val_loss", "val_bleu", "val_chrf"} <= final.keys() and np.isfinite(list(final.values())).all()

@@ -36,7 +36,9 @@ def test_a_text_is_padded_or_cut_at_its_end():
 
 
 def test_a_decoder_predicts_each_next_token_and_the_end():
-    x, y, cut = next_tokens([np.array([1, 2]), np.array([3, 4, 5]), np.array([], int)], 3, SEPARATOR, END, PAD)
+    x, y, cut = next_tokens(
+        [np.array([1, 2]), np.array([3, 4, 5]), np.array([], int)], 3, SEPARATOR, END, PAD
+    )
     # Behind its end nothing is predicted, so what stands there makes no difference.
     assert x.tolist() == [[SEPARATOR, 1, 2], [SEPARATOR, 3, 4], [SEPARATOR, END, PAD]]
     assert y.tolist() == [[1, 2, END], [3, 4, 5], [END, -1, -1]]

@@ -36,7 +36,9 @@ def test_shares_are_those_of_bert():
     # Of the random ones, one in V is the token itself.
     assert random.sum() / count == pytest.approx(0.1 * (1 - 1 / V), abs=4 * np.sqrt(0.1 * 0.9 / count))
     assert kept.sum() / count == pytest.approx(0.1 + 0.1 / V, abs=4 * np.sqrt(0.1 * 0.9 / count))
-    assert set(np.unique(x[random])) == set(range(V)), "random tokens are all of the tokenizer's, and no others"
+    assert set(np.unique(x[random])) == set(range(V)), (
+        "random tokens are all of the tokenizer's, and no others"
+    )
     np.testing.assert_array_equal(x[~chosen], plain[~chosen])
     np.testing.assert_array_equal(y[chosen], plain[chosen])
 

@@ -64,7 +64,9 @@ def test_rows_of_texts(tmp_path):
     x, y = val.rows(np.arange(10))
     assert (x.shape, y.shape) == ((10, 8), (10, 3))
     numbers = [reference[1:] for reference in references(corpus)]
-    assert [corpus.tokenizer.decode(row[1 : 1 + len(one)]) for row, one in zip(x, numbers, strict=True)] == numbers
+    assert [
+        corpus.tokenizer.decode(row[1 : 1 + len(one)]) for row, one in zip(x, numbers, strict=True)
+    ] == numbers
 
 
 def test_tokens_that_were_cut_are_counted_and_said(tmp_path, told):
@@ -99,7 +101,6 @@ def test_every_label_is_trained_on_however_rare(tmp_path):
 def test_one_batch_or_many_are_the_same_rows(tmp_path, monkeypatch):
     whole = run(tmp_path, classified()).train.tobytes()
     monkeypatch.setattr(prepare_module, "BATCH_ROWS", 7)
-    assert run(tmp_path / "..", classified(), prepared_dir=str(tmp_path / "other")) if False else True
     again = run(tmp_path, table(tmp_path, classified(), "again.jsonl"))
     assert again.train.tobytes() == whole
 
@@ -219,7 +220,19 @@ def test_references_that_were_damaged_since(tmp_path, name):
 # What tables may hold --------------------------------------------------------------------------------
 
 
-ODD = ["a\u2028b", "a\x85b", "a\x0cb", "a\x1cb", "new\nline", "cr\r\nlf", '"quoted"', "\\", " a ", "é", "\U0001f600"]
+ODD = [
+    "a\u2028b",
+    "a\x85b",
+    "a\x0cb",
+    "a\x1cb",
+    "new\nline",
+    "cr\r\nlf",
+    '"quoted"',
+    "\\",
+    " a ",
+    "é",
+    "\U0001f600",
+]
 
 
 def test_labels_and_references_may_be_any_text(tmp_path):
@@ -245,7 +258,9 @@ def test_many_labels(tmp_path):
 
 def test_a_text_is_no_label(tmp_path):
     rows = [*classified(3), {"text": "a", "label": "word " * 1000}]
-    with pytest.raises(DataError, match=r"row 4 of .*table.jsonl \(line 4\): a label of 5,000 char.*--label-column"):
+    with pytest.raises(
+        DataError, match=r"row 4 of .*table.jsonl \(line 4\): a label of 5,000 char.*--label-column"
+    ):
         run(tmp_path, rows)
     assert not list((tmp_path / "prepared").glob("[!.]*"))
 
@@ -286,7 +301,11 @@ MISTAKES = {
     "no text": ({"text": None, "label": "a"}, {}, ["row 1", "'text'", "empty"]),
     "an empty target": ({"source": "a", "target": ""}, {"task": "translate"}, ["row 1", "'target'", "empty"]),
     "a list for a label": ({"text": "a", "label": ["b"]}, {}, ["row 1", "'label'", "list"]),
-    "a lone surrogate": ({"text": "a", "label": "b"}, {"raw": '{"text": "\\ud800", "label": "b"}\n'}, ["surrogate"]),
+    "a lone surrogate": (
+        {"text": "a", "label": "b"},
+        {"raw": '{"text": "\\ud800", "label": "b"}\n'},
+        ["surrogate"],
+    ),
     "no JSON": ({}, {"raw": "{\n"}, ["line 1", "not JSON"]),
     "no rows": ({}, {"raw": ""}, ["table.jsonl"]),
     "no UTF-8": ({}, {"raw": b'{"text": "caf\xe9", "label": "b"}\n'}, ["0xe9", "--errors replace"]),
@@ -335,8 +354,8 @@ def test_the_tokenizer_of_another_corpus(tmp_path):
     second = run(tmp_path, translated(), task="translate", tokenizer=path)
     assert second.tokenizer.vocab_size == first.tokenizer.vocab_size == 265
     assert second.meta["tokenizer_sha256"] == first.meta["tokenizer_sha256"]
-    with pytest.raises(UsageError, match="300"):
-        run(tmp_path, translated(), task="translate", tokenizer=path, vocab_size=300)
+    with pytest.raises(UsageError, match="100"):
+        run(tmp_path, translated(), task="translate", tokenizer=path, vocab_size=100)
 
 
 def test_a_character_that_a_tokenizer_lacks_names_its_row(tmp_path):

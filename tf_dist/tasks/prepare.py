@@ -32,7 +32,13 @@ from tf_dist.data.prepared_dataset import (
 from tf_dist.data.records import Record, RecordCounts, Records
 from tf_dist.data.sources import files_sha256, fingerprint
 from tf_dist.data.split import check_fraction, content_keys, split_rows, stratified_split
-from tf_dist.data.tokenizer import Tokenizer, check_vocab_size, load_tokenizer, train_tokenizer
+from tf_dist.data.tokenizer import (
+    Tokenizer,
+    UnknownCharacter,
+    check_vocab_size,
+    load_tokenizer,
+    train_tokenizer,
+)
 from tf_dist.data.tokens import content_sha256, map_tokens, sample_sha256
 from tf_dist.errors import DataError
 from tf_dist.tasks.base import EncodedRows, Task
@@ -203,7 +209,7 @@ def _write_side(
         open(folder / f"{side}.bin", "xb") as file,
     ):
         for start in range(0, len(records), BATCH_ROWS):
-            rows = task.encode(records[start : start + BATCH_ROWS], tokenizer, split.labels)
+            rows = _encoded(task, records[start : start + BATCH_ROWS], tokenizer, split.labels)
             file.write(_words(rows).astype("<i4").tobytes())
             targets += int(np.count_nonzero(rows.y_NxU != -1))
             cut.update(rows.cut)
@@ -211,6 +217,21 @@ def _write_side(
         file.flush()
         os.fsync(file.fileno())
     return targets, cut
+
+
+def _encoded(
+    task: Task, records: Sequence[Record], tokenizer: Tokenizer, labels: Sequence[str]
+) -> EncodedRows:
+    try:
+        return task.encode(records, tokenizer, labels)
+    except UnknownCharacter as error:
+        # A tokenizer encodes many texts at once, and knows no rows: one at a time finds it again.
+        for record in records:
+            try:
+                task.encode([record], tokenizer, labels)
+            except UnknownCharacter as own:
+                raise DataError(f"{record.where}: {own}") from error
+        raise
 
 
 def _words(rows: EncodedRows) -> npt.NDArray[np.int32]:
