@@ -4,6 +4,7 @@ Models are small. Held-out rows are few, so that ranks have unequal numbers of m
 """
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -73,6 +74,13 @@ def data(connected, tmp_path_factory):
     return of
 
 
+def patiently():
+    """Wait for all ranks without a core of one's own."""
+    request = MPI.COMM_WORLD.Ibarrier()
+    while not request.Test():
+        time.sleep(0.005)
+
+
 def trainer_and_data(comm, config, corpus):
     from tf_dist.cli.train import trainer_for
     from tf_dist.run.task_data import TaskData, TaskMetrics
@@ -105,16 +113,19 @@ def weights(trainer):
 
 
 @pytest.fixture(scope="module")
-def alone(data):
-    """``alone(name, **options)``: of one rank; each rank does it for itself."""
+def alone(connected, data):
+    """``alone(name, **options)``: of one rank, which computes for all."""
     made = {}
 
     def of(name, **options):
         key = (name, *sorted(options.items()))
         if key not in made:
             config, corpus = data(name)
-            trainer, *found = trained(SerialComm(), with_options(config, **options), corpus)
-            made[key] = trainer.whole().weights_sha256(), *found
+            if connected.rank == 0:
+                trainer, *found = trained(SerialComm(), with_options(config, **options), corpus)
+                made[key] = trainer.whole().weights_sha256(), *found
+            patiently()
+            made[key] = MPI.COMM_WORLD.bcast(made.get(key))
         return made[key]
 
     return of

@@ -157,7 +157,7 @@ def test_what_does_not_fit_is_refused(options, words):
 
 
 def test_an_unknown_task_is_refused_with_what_was_meant():
-    with pytest.raises(UsageError, match="'clasify'.*Did you mean 'classify'"):
+    with pytest.raises(UsageError, match=r"'clasify'.*Did you mean 'classify'"):
         Config(task="clasify").check()
 
 
@@ -168,5 +168,5 @@ def test_a_users_task():
 
 
 def test_a_role_without_an_option_is_refused():
-    with pytest.raises(UsageError, match="role 'mood' is none of .*source"):
+    with pytest.raises(UsageError, match=r"role 'mood' is none of .*source"):
         OddRole(Config(task=f"{__name__}:OddRole")).columns()

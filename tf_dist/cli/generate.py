@@ -63,8 +63,8 @@ def write(flags: argparse.Namespace) -> int:
             run = load_run(flags.run_dir, flags.checkpoint, flags.model)
         if task_of(run.config).name != CausalLM.name:
             raise UsageError(
-                f"the model in {flags.run_dir} was trained with --task {run.config.task}: it continues no text. "
-                f"{command('evaluate')} judges it"
+                f"the model in {flags.run_dir} was trained with --task {run.config.task}, and continues no "
+                f"text. {command('evaluate')} judges it"
             )
         prompts = [encoded(run, text, where) for where, text in texts]
         forward = forward_of_model(run.model, run.config.seq_len)

@@ -1,7 +1,7 @@
 """A prepared corpus on disk: content of its folder, and its validation.
 
-The folder: ``train.bin`` and ``val.bin`` (tokens, or the rows of a task), ``tokenizer.json``, ``meta.json``; for a
-task also ``references.jsonl``, what predictions for the held-out rows are compared with.
+The folder: ``train.bin`` and ``val.bin`` (tokens, or the rows of a task), ``tokenizer.json``, ``meta.json``;
+for a task also ``references.jsonl``, what predictions for the held-out rows are compared with.
 """
 
 from __future__ import annotations

@@ -163,8 +163,8 @@ def _split(task: Task, config: Config, records: list[Record]) -> Split:
     for record, label in zip(records, labels, strict=True):
         if len(label) > LONGEST_LABEL:
             raise DataError(
-                f"{record.where}: a label of {len(label):,} characters ({label[:20]!r}...) is a text, and no class. "
-                "Name the column with the labels by --label-column NAME"
+                f"{record.where}: a label of {len(label):,} characters ({label[:20]!r}...) is a text, and no "
+                "class. Name the column with the labels by --label-column NAME"
             )
     if any(labels):
         in_val = stratified_split(labels, config.val_fraction, config.seed, keys)
@@ -299,7 +299,7 @@ def _write_meta(
     spelled = json.dumps(meta, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace")
     if len(spelled) > META_LIMIT_BYTES:
         raise DataError(
-            f"{len(split.labels):,} labels are too many: their names take more than {META_LIMIT_BYTES:,} bytes. "
-            "Name the column with the labels by --label-column NAME"
+            f"{len(split.labels):,} labels are too many: their names take more than {META_LIMIT_BYTES:,} "
+            "bytes. Name the column with the labels by --label-column NAME"
         )
     write_whole(folder / "meta.json", spelled)
