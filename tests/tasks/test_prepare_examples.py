@@ -339,6 +339,35 @@ def test_options_that_cannot_be(tmp_path, options, kind, words):
         run(tmp_path, classified(), **options)
 
 
+def test_what_is_left_out_is_said(tmp_path, told):
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "a.de").write_bytes(b"eins\n\ndr\xe9i\n" + b"".join(b"%d\n" % n for n in range(9)))
+    (tmp_path / "t" / "a.en").write_bytes(b"one\n\nthree\n" + b"".join(b"%d\n" % n for n in range(9)))
+    (tmp_path / "t" / "readme.md").write_text("not one of them")
+    columns = {"source_column": "de", "target_column": "en", "errors": "replace"}
+    corpus = run(tmp_path, str(tmp_path / "t"), task="translate", **columns)
+    assert corpus.meta["rows"] == {"train": 8, "val": 3}
+    for said in ("passed over: 1 .md", "empty in all files, left out: 1", "now U+FFFD: in 1 places"):
+        assert [one for one in told.messages if said in one], said
+
+
+def test_entries_of_catalogues_that_are_left_out_are_said(tmp_path, told):
+    pytest.importorskip("polib")
+    entries = "".join(f'msgid "m{n}"\nmsgstr "t{n}"\n\n' for n in range(9)) + 'msgid "more"\nmsgstr ""\n'
+    (tmp_path / "de.po").write_text(
+        'msgid ""\nmsgstr "Content-Type: text/plain; charset=UTF-8\\n"\n\n' + entries
+    )
+    columns = {"source_column": "msgid", "target_column": "msgstr"}
+    run(tmp_path, str(tmp_path / "de.po"), task="translate", **columns)
+    assert "untranslated entries of catalogues, left out: 1" in told.messages
+
+
+def test_one_label_is_nothing_to_learn(tmp_path, told):
+    corpus = run(tmp_path, classified(20, ["all"]))
+    assert (corpus.meta["rows"]["val"], corpus.meta["labels"]) == (5, ["all"])
+    assert "all rows have the label 'all': there is nothing to learn" in told.messages
+
+
 # Tokenizers ------------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from tf_dist import progress
 from tf_dist.atomic_io import read_capped, sha256_of, sync_folder, temporary_name, write_whole
 from tf_dist.config import Config
-from tf_dist.data.prepare import KINDS, name_of
+from tf_dist.data.prepare import KINDS, left_out, name_of
 from tf_dist.data.prepared_dataset import (
     EXAMPLES,
     FORMATS,
@@ -144,6 +144,10 @@ def _write(task: Task, config: Config, sources: list[str], records: Records, key
     counts = RecordCounts()
     with progress.task("reading the rows"):
         everything = list(records.read(counts))
+    others = {f"{reason} entries of catalogues": count for reason, count in counts.skipped.items()}
+    others["lines that are empty in all files"] = counts.empty
+    for line in left_out(records.passed_over, others, counts.replaced):
+        LOG.info(line)
     split = _split(task, config, everything)
     tokenizer = _tokenizer(task, config, split)
     tokenizer.save(folder / "tokenizer.json")
@@ -180,7 +184,9 @@ def _split(task: Task, config: Config, records: list[Record]) -> Split:
             else "no row is held out: all rows are equal. There will be no validation"
         )
     known = sorted({task.label(record) for record in sides[0]} - {""})
-    said = f", {len(known):,} labels" if known else ""
+    if len(known) == 1:
+        LOG.warning(f"all rows have the label {known[0]!r}: there is nothing to learn")
+    said = f", {len(known):,} label{'s' * (len(known) != 1)}" if known else ""
     LOG.info(f"{len(sides[0]):,} rows to train on, {len(sides[1]):,} held out{said}")
     return Split(*sides, known)
 
