@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from tf_dist import progress, terminal
 from tf_dist.comm.runtime import launch, thread_budget
-from tf_dist.comm.runtime.consensus import agree, on_root, versions
+from tf_dist.comm.runtime.consensus import agree, everywhere, on_root, versions
 from tf_dist.comm.runtime.kernel_settings import settings
 from tf_dist.config import Config
 from tf_dist.config.pipeline import PipelineOptions
@@ -65,6 +65,7 @@ def main(argv: list[str]) -> int:
     thread_budget.set_threads(comm, config.threads_per_rank)
     comm = launch.use_backend(comm, config.backend)
 
+    check_task(config, comm)
     from tf_dist.run import init_from
     from tf_dist.run.prepare_corpus import newest_facts, shared_corpus
     from tf_dist.run.run_folder import Foreword, check_folder
@@ -92,6 +93,18 @@ def main(argv: list[str]) -> int:
         with attempt.outlived():
             train(config, corpus, foreword, signals, shown, attempt)
     return 0
+
+
+def check_task(config: Config, comm: Comm) -> None:
+    """Refuse a task that does not fit, or whose metrics need what is not installed; a collective.
+
+    Raises:
+        UsageError, BackendMissing: on every rank, before anything is prepared.
+    """
+    from tf_dist.metrics import named_metrics
+    from tf_dist.tasks.registry import task_of
+
+    everywhere(comm, lambda: named_metrics(task_of(config).metrics))
 
 
 def run_of(config: Config, foreword: Foreword, comm: Comm) -> RunFolder:

@@ -47,4 +47,7 @@ def _users(name: str) -> type[Task]:
     found = imported(name, "--task")
     if not (inspect.isclass(found) and issubclass(found, Task)):
         raise UsageError(f"--task {name} is no class derived from tf_dist.tasks.base.Task")
+    missing = [one for one in ("name", "roles", "architectures") if not hasattr(found, one)]
+    if missing:
+        raise UsageError(f"--task {name}: the class has no {', '.join(missing)} (tf_dist.tasks.base.Task)")
     return found
