@@ -15,7 +15,7 @@ from tf_dist.flags import CONFIG_LIMIT_BYTES, flag_values, from_command_line, fr
 # The command line is a contract: other people's scripts use these names. Add here, never rename.
 NAMES = """
     task architecture source_column target_column label_column source_len target_len classes metric_rows
-    data text_column tokenizer vocab_size val_fraction errors max_bytes prepared_dir
+    data documents end_of_text text_column tokenizer vocab_size val_fraction errors max_bytes prepared_dir
     model layers width heads seq_len dropout tie_embeddings precision
     global_batch_size micro_batch_size steps epochs seed
     optimizer optimizer_args learning_rate min_learning_rate schedule warmup_steps weight_decay clip_norm

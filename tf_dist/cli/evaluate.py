@@ -44,6 +44,7 @@ def main(argv: list[str]) -> int:
     from tf_dist.optim import optimizers
     from tf_dist.run.load_run import load_run
     from tf_dist.run.prepare_corpus import corpus_of_run, other_corpus
+    from tf_dist.run.task_data import TaskData
     from tf_dist.training.trainer import Trainer
 
     with progress.task("reading the checkpoint"), shown_by(terminal.write):
@@ -76,8 +77,8 @@ def main(argv: list[str]) -> int:
         micro_batch_size=config.micro_batch_rows,
         seq_len=config.seq_len,
     )
-    tokens = corpus.train if flags.data else corpus.val
-    result = trainer.validate(tokens, corpus.meta["text_bytes"][side])
+    data = TaskData(config, corpus)
+    result = trainer.validate(data.rows(side), data.text_bytes(side))
     if comm.rank == 0:
         what = " ".join(flags.data) if flags.data else "the held-out text of the run"
         terminal.write(f"step {run.step}, {what}: {corpus.meta['tokens'][side]:,} tokens")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy.typing as npt
 
 from tf_dist.config import Config
+from tf_dist.config.data import PACKED
 from tf_dist.data.prepared_dataset import Prepared
 from tf_dist.data.rows import Rows
 from tf_dist.errors import DataError
@@ -51,11 +52,10 @@ class TaskData:
         rows = self._corpus.rows(side, self._config.seq_len)
         return self.task.rows(rows, self.layout, self._config.seed)
 
-    @property
-    def held_out_bytes(self) -> int:
-        """UTF-8 bytes of the held-out text, of which every token is predicted; 0 where it is not all."""
-        of_all = self.task.name == CausalLM.name
-        return int(self._corpus.meta["text_bytes"]["val"]) if of_all else 0
+    def text_bytes(self, side: str) -> int:
+        """UTF-8 bytes of the text of one side, of which every token is predicted; 0 where it is not all."""
+        of_all = self.task.name == CausalLM.name and self._config.documents != PACKED
+        return int(self._corpus.meta["text_bytes"][side]) if of_all else 0
 
     @property
     def labels(self) -> list[str]:
