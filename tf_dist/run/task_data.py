@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from tf_dist.config import Config
+from tf_dist.config.data import PACKED
 from tf_dist.data.class_weights import class_weights
 from tf_dist.data.prepared_dataset import Prepared
 from tf_dist.data.rows import Rows
@@ -67,8 +68,8 @@ class TaskData:
         return PseudoPerplexity(windows, self.layout, self._config.metric_rows or len(windows))
 
     def text_bytes(self, side: str) -> int:
-        """UTF-8 bytes of the text of one side, if each of its tokens is predicted; else 0."""
-        of_all = self.task.name == CausalLM.name
+        """UTF-8 bytes of the text of one side, of which every token is predicted; 0 where it is not all."""
+        of_all = self.task.name == CausalLM.name and self._config.documents != PACKED
         return int(self.corpus.meta["text_bytes"][side]) if of_all else 0
 
     @property

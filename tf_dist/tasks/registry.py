@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 
 from tf_dist.config import Config
+from tf_dist.config.data import PACKED
 from tf_dist.errors import UsageError
 from tf_dist.tasks.answer import Answer
 from tf_dist.tasks.base import Task
@@ -34,6 +35,11 @@ def task_of(config: Config) -> Task:
         raise UsageError(
             f"--architecture {task.architecture}: --task {config.task} is done with "
             f"{' or '.join(task.architectures)}"
+        )
+    if task.of_tables and config.documents == PACKED:
+        raise UsageError(
+            f"--documents packed is for running text; a row of --task {config.task} is one example. "
+            "Leave it out"
         )
     if config.sequence_parallel > 1 and config.task != CausalLM.name:
         raise UsageError(
