@@ -25,7 +25,7 @@ Row = Mapping[str, "str | int | float | MediaFile"]
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TableRecipe:
     """How a table is made.
 
     Args:

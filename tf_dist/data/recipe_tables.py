@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from tf_dist.atomic_io import temporary_name, write_in_place_of, write_whole
 from tf_dist.corpora.recipes import RECIPES
-from tf_dist.corpora.table_rows import MediaFile, Recipe, Row
+from tf_dist.corpora.table_rows import MediaFile, Row, TableRecipe
 from tf_dist.data.package_clients import fetch_deb_files, fetch_distribution, fetch_indices
 from tf_dist.data.package_sources import TableSource
 from tf_dist.data.unpacking import unpack
@@ -62,7 +62,7 @@ def fetch_table(name: str, source: TableSource, downloads: Path) -> Path:
     return table
 
 
-def _unpack_all(source: TableSource, recipe: Recipe, downloads: Path, folder: Path) -> None:
+def _unpack_all(source: TableSource, recipe: TableRecipe, downloads: Path, folder: Path) -> None:
     if source.apt is not None:
         for name, path in fetch_indices(source.apt, downloads / "apt").items():
             shutil.copyfile(path, folder / name)
@@ -107,7 +107,7 @@ def _cell(value: str | int | float | MediaFile, folder: Path) -> str | int | flo
     return value.name
 
 
-def _facts(source: TableSource, recipe: Recipe) -> dict[str, Any]:
+def _facts(source: TableSource, recipe: TableRecipe) -> dict[str, Any]:
     """What a table depends on: other facts, another table."""
     hashes = [package.sha256 for package in source.pip]
     if source.apt is not None:
