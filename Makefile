@@ -21,11 +21,14 @@ FAST_MPI := $(addprefix tests/mpi/test_,comm_contract.py shared_memory_mpi.py pr
 # What `make docs` needs besides: the extra `docs` of setup.cfg.
 DOCS = $(shell sed -n '/^docs =/,/^[^ ]/s/^ \+//p' setup.cfg | sed 's/.*/"&"/')
 
+# What a baseline of `make tasks` needs besides.
+BENCH_TASKS = $(shell sed -n '/^bench-tasks =/,/^[^ ]/s/^ \+//p' setup.cfg | sed 's/.*/"&"/')
+
 # Open MPI refuses root, and more ranks than cores, unless told otherwise. `make install` writes the same
 # into .venv/bin/activate (scripts/mpi_environment.sh), so that plain mpirun lines work as well.
 RUN := source scripts/mpi_environment.sh &&
 
-.PHONY: help install train test test-fast test-pure test-jobs fuzz-fit keras-suite examples lint docs horovod torch bench check-peers clean
+.PHONY: help install train test test-fast test-pure test-jobs fuzz-fit keras-suite examples lint docs horovod torch bench tasks check-peers clean
 
 help: ## this list
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z%-]+):.*## /  make \1|/' | column -t -s '|'
@@ -54,7 +57,7 @@ test-mpi-%: install ## the tests of real ranks, on 1, 2, 3, 4 ... of them
 	$(RUN) timeout -k 10 $(TEST_TIMEOUT) $(MPIRUN) -np $* $(MPIFLAGS) $(PY) -m pytest --color=no tests/mpi
 
 test-jobs: install ## whole jobs, as a user starts them
-	$(RUN) $(PY) -m pytest tests/jobs -n 2 --dist loadfile --durations=10
+	$(RUN) $(PY) -m pytest tests/jobs -n 2 --dist loadfile --no-loadscope-reorder --durations=10
 
 fuzz-fit: install ## 300 random scripts of Keras users on 2 and 3 ranks (ARGS="--number 20 --seed 1 --np 2")
 	$(RUN) $(PY) tests/fuzz_fit/campaign.py $(ARGS)
@@ -87,6 +90,10 @@ bench: install ## all benchmarks
 
 bench-%: install ## one benchmark: bench-step (ARGS=gpt-0.81M), bench-comm ...; docs/benchmarks.md has them all
 	$(RUN) $(PY) scripts/bench.py $* $(ARGS)
+
+tasks: install ## every task on real data: training, metrics, baselines, bits (ARGS="sections noto-emoji=PATH")
+	$(PY) -c 'import sklearn' 2>/dev/null || $(PY) -m pip --disable-pip-version-check install --quiet $(BENCH_TASKS)
+	$(RUN) $(PY) scripts/bench.py tasks $(ARGS)
 
 check-peers: install ## see for yourself what Horovod and tf.distribute do under Keras 3
 	$(RUN) $(PY) scripts/check_peers.py

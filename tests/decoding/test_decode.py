@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from thread_comm import on_ranks
 
-from tf_dist.decoding.beam_search import BeamSearch, beam_search
+from tf_dist.decoding.beam_search import BeamSearch, _largest, beam_search
 from tf_dist.decoding.decode import decode, sample
 from tf_dist.decoding.forward import WindowForward
-from tf_dist.decoding.rows import Rows
+from tf_dist.decoding.rows import DecodedRows
 from tf_dist.decoding.sampling import GREEDY, Sampling, log_softmax
 from tf_dist.errors import UsageError
 
@@ -119,7 +119,7 @@ def test_linear_in_the_tokens():
         decode(forward, [[1, 2, 3, 0]], GREEDY, count)
         assert forward.computed == 4 + count - 1
         assert forward.calls == [(1, 4)] + [(1, 1)] * (count - 1)
-    rows = Rows(Counting(limit=128, longest=128), [[1, 2, 3], [1]], 9)
+    rows = DecodedRows(Counting(limit=128, longest=128), [[1, 2, 3], [1]], 9)
     assert rows.computed == 8  # padded to a power of 2
 
 
@@ -271,3 +271,9 @@ def test_ranks_that_must_keep_step_decode_all_rows():
 
     (first, calls), (second, others) = on_ranks(2, rank)
     assert first == second == decode(Counting(), PROMPTS, GREEDY, 6, END, 2) and calls == others
+
+
+def test_the_largest_come_first_and_of_equal_ones_the_first():
+    values = np.array([1.0, 3.0, -np.inf, 3.0, 2.0])
+    assert _largest(values, 4).tolist() == [1, 3, 4, 0]
+    assert _largest(values, 9).tolist() == [1, 3, 4, 0, 2]

@@ -3,11 +3,9 @@
 Keras is imported inside functions: ``connected`` comes first, as in a user's script.
 """
 
-import time
-
 import numpy as np
 import pytest
-from mpi4py import MPI
+from conftest import from_rank_0
 
 from tf_dist.comm.transport.base import SerialComm
 
@@ -53,15 +51,6 @@ def trained(
     return trainer.check_equal(), (logs["loss"], logs.get("val_loss")), arrays, logits
 
 
-def from_rank_0(make):
-    """What rank 0 alone makes. The others sleep: ranks may be more than cores."""
-    made = make() if MPI.COMM_WORLD.rank == 0 else None
-    request = MPI.COMM_WORLD.Ibarrier()
-    while not request.Test():
-        time.sleep(0.005)
-    return MPI.COMM_WORLD.bcast(made)
-
-
 @pytest.fixture(scope="module")
 def serial(connected):
     """As allreduce has it on one rank."""
@@ -102,7 +91,7 @@ def test_a_fit_that_goes_on_has_the_bits_of_one_that_was_never_stopped(connected
     assert found[1][1] == serial[1][1]
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.extended)])
 def test_stage_3_in_segments_has_the_bits_of_one_rank(connected, monkeypatch, tied):
     from tf_dist.zero import stage3
     from tf_dist.zero.partition import segments

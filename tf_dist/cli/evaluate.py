@@ -1,9 +1,10 @@
-"""Evaluate a trained model on held-out text: loss, perplexity, accuracy, bits per byte.
+"""Evaluate a trained model on held-out text or rows: loss, and the metrics of its task.
 
     tf-dist evaluate               # the newest run, its held-out text
     mpirun -np 2 tf-dist evaluate --run-dir runs/one     # faster
     tf-dist evaluate --run-dir runs/one --data other.txt
     tf-dist evaluate --data reviews.csv --text-column body
+    tf-dist evaluate --predictions out.jsonl   # of each row of a task
 
 Text is tokenized by the run's own tokenizer. The default is the text that training held out, even if the
 files have changed since.
@@ -17,15 +18,22 @@ import argparse
 import dataclasses
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tf_dist import progress, terminal
 from tf_dist.cli.run_flags import add_run_flags
 from tf_dist.comm.runtime import launch, thread_budget
 from tf_dist.comm.runtime.log_handlers import shown_by
 from tf_dist.data.registry import REGISTRY
-from tf_dist.errors import DataError
+from tf_dist.decoding.beam_search import BeamSearch
+from tf_dist.errors import DataError, UsageError
 from tf_dist.flags import Parser
 from tf_dist.invocation import program, spelled
+
+if TYPE_CHECKING:
+    from tf_dist.data.prepared_dataset import Prepared
+    from tf_dist.run.task_data import TaskData
+    from tf_dist.training.trainer import Trainer
 
 
 def main(argv: list[str]) -> int:
@@ -45,6 +53,8 @@ def main(argv: list[str]) -> int:
     from tf_dist.run.load_run import load_run
     from tf_dist.run.prepare_corpus import corpus_of_run, other_corpus
     from tf_dist.run.task_data import TaskData
+    from tf_dist.training.model import words_of_a_row
+    from tf_dist.training.predictions import GREEDY
     from tf_dist.training.trainer import Trainer
 
     with progress.task("reading the checkpoint"), shown_by(terminal.write):
@@ -63,7 +73,9 @@ def main(argv: list[str]) -> int:
     else:
         with shown_by(terminal.write):
             corpus = corpus_of_run(config, run.content_sha256, comm, REGISTRY, folder)
-    side = "train" if flags.data else "val"
+    more = {} if flags.length_penalty is None else {"length_penalty": flags.length_penalty}
+    data = TaskData(config, corpus, BeamSearch(flags.beams, **more) if flags.beams else GREEDY)
+    side = "train" if flags.data and not data.task.of_tables else "val"
     if corpus.meta["tokens"][side] < 2:
         raise DataError(
             f"{'that text' if flags.data else 'the held-out text of the run'} has no two tokens: "
@@ -75,15 +87,44 @@ def main(argv: list[str]) -> int:
         comm,
         global_batch_size=config.global_batch_size,
         micro_batch_size=config.micro_batch_rows,
-        seq_len=config.seq_len,
+        seq_len=words_of_a_row(config),
     )
-    data = TaskData(config, corpus)
-    result = trainer.validate(data.rows(side), data.text_bytes(side))
+    result = judged(trainer, data, side, flags.predictions)
     if comm.rank == 0:
         what = " ".join(flags.data) if flags.data else "the held-out text of the run"
-        terminal.write(f"step {run.step}, {what}: {corpus.meta['tokens'][side]:,} tokens")
+        terminal.write(f"step {run.step}, {what}: {amount(corpus, side)}")
         terminal.write(json.dumps({"step": run.step, **result}))
     return 0
+
+
+def amount(corpus: Prepared, side: str) -> str:
+    """How much there is on a side of the split."""
+    rows = corpus.meta.get("rows")
+    return f"{rows[side]:,} rows" if rows else f"{corpus.meta['tokens'][side]:,} tokens"
+
+
+def judged(trainer: Trainer, data: TaskData, side: str, predictions: str | None) -> dict[str, float]:
+    """The loss and metrics of a side's rows; what is predicted goes to a file; a collective.
+
+    Raises:
+        UsageError: predictions of running text are wanted.
+    """
+    from tf_dist.run.predictions_file import write_predictions
+    from tf_dist.run.task_data import TaskMetrics
+    from tf_dist.tasks.masked_lm import MaskedLM
+
+    rows, metrics = data.rows(side), None
+    if data.task.of_tables:
+        metrics = TaskMetrics(data, 0)
+        trainer.metrics.append(metrics)
+    elif data.task.name == MaskedLM.name and not predictions:
+        trainer.metrics.append(data.pseudo_perplexity(side))
+    elif predictions:
+        raise UsageError("--predictions are of the rows of a task; running text has none. Leave it out")
+    result = trainer.validate(rows, data.text_bytes(side))
+    if predictions and metrics and trainer.comm.rank == 0:
+        write_predictions(Path(predictions), metrics.rows(trainer.runner, rows, Path(predictions)))
+    return result
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -98,6 +139,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--errors",
         choices=("strict", "replace"),
         help="bytes of --data that are not UTF-8: stop, or U+FFFD [as in training]",
+    )
+    parser.add_argument(
+        "--beams", type=int, metavar="N", default=0, help="predict texts by beam search with N beams [greedy]"
+    )
+    parser.add_argument(
+        "--length-penalty", type=float, metavar="X", help="of beam search, as in generate [0.6]"
+    )
+    parser.add_argument(
+        "--predictions", metavar="FILE", help="write what is predicted for each row of a task, as JSON lines"
     )
     parser.add_argument(
         "--prepared-dir", metavar="FOLDER", help="cache folder of tokenized data [as in training]"

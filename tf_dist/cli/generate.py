@@ -31,7 +31,9 @@ from tf_dist.decoding.decode import decode_in_order
 from tf_dist.decoding.sampling import Sampling
 from tf_dist.errors import DataError, UsageError
 from tf_dist.flags import Parser
-from tf_dist.invocation import program, spelled
+from tf_dist.invocation import command, program, spelled
+from tf_dist.tasks.causal_lm import CausalLM
+from tf_dist.tasks.registry import task_of
 
 if TYPE_CHECKING:
     from tf_dist.decoding.forward import CachedForward
@@ -60,6 +62,11 @@ def write(flags: argparse.Namespace) -> int:
     with shown_by(terminal.write_error):
         with progress.task("reading the checkpoint"):
             run = load_run(flags.run_dir, flags.checkpoint, flags.model)
+        if task_of(run.config).name != CausalLM.name:
+            raise UsageError(
+                f"the model in {flags.run_dir} was trained with --task {run.config.task}, and continues no "
+                f"text. {command('evaluate')} judges it"
+            )
         prompts = [encoded(run, text, where) for where, text in texts]
         forward = forward_of_model(run.model, run.config.seq_len)
     if flags.prompts or len(prompts) > 1:

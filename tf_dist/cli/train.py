@@ -20,13 +20,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from tf_dist import progress, terminal
 from tf_dist.comm.runtime import launch, thread_budget
-from tf_dist.comm.runtime.consensus import agree, on_root, versions
+from tf_dist.comm.runtime.consensus import agree, everywhere, on_root, versions
 from tf_dist.comm.runtime.kernel_settings import settings
 from tf_dist.config import Config
 from tf_dist.config.data import PACKED
@@ -66,6 +66,7 @@ def main(argv: list[str]) -> int:
     thread_budget.set_threads(comm, config.threads_per_rank)
     comm = launch.use_backend(comm, config.backend)
 
+    check_task(config, comm)
     from tf_dist.run import init_from
     from tf_dist.run.prepare_corpus import newest_facts, shared_corpus
     from tf_dist.run.run_folder import Foreword, check_folder
@@ -77,7 +78,8 @@ def main(argv: list[str]) -> int:
     if of_run:
         LOG.info(f"options that are not given here are those of {config.run_dir}/config.yaml")
     run_dir = Path(config.run_dir) if config.run_dir else None
-    config = on_root(comm, lambda: init_from.resolved(config, newest_facts(config, run_dir)))
+    pinned = on_root(comm, lambda: init_from.pinned(config, newest_facts(config, run_dir)))
+    config = dataclasses.replace(config, **pinned)
     corpus = shared_corpus(config, comm, REGISTRY, run_dir)
     if config.init_from:
         on_root(comm, lambda: init_from.check_tokenizer(config, corpus))
@@ -92,6 +94,18 @@ def main(argv: list[str]) -> int:
         with attempt.outlived():
             train(config, corpus, foreword, signals, shown, attempt)
     return 0
+
+
+def check_task(config: Config, comm: Comm) -> None:
+    """Refuse a task that does not fit, or whose metrics need what is not installed; a collective.
+
+    Raises:
+        UsageError, BackendMissing: on every rank, before anything is prepared.
+    """
+    from tf_dist.metrics import named_metrics
+    from tf_dist.tasks.registry import task_of
+
+    everywhere(comm, lambda: named_metrics(task_of(config).metrics))
 
 
 def run_of(config: Config, foreword: Foreword, comm: Comm) -> RunFolder:
@@ -154,7 +168,7 @@ def train(
     mesh = Mesh(comm, *config.degrees)
     data = TaskData(config, corpus)
     steps = planned_steps(config, len(data.rows("train")))
-    trainer = trainer_for(config, mesh, steps)
+    trainer = trainer_for(config, mesh, steps, data.class_weights)
     run = run_of(config, foreword, comm)
     config = dataclasses.replace(config, run_dir=str(run.path))
     job = Job(config, comm, corpus, run, trainer, attempt.deaths)
@@ -220,8 +234,10 @@ def epochs_of_corpora(job: Job) -> Callable[[int], dict[str, float]]:
     return columns
 
 
-def trainer_for(config: Config, mesh: Mesh, steps: int) -> Trainer:
+def trainer_for(config: Config, mesh: Mesh, steps: int, class_weights: Sequence[float] = ()) -> Trainer:
     """The model of a run, on its grid of ranks, and what trains it."""
+    from tf_dist.models.fine_tuning import trained_parameters
+    from tf_dist.models.model_outputs import with_class_weights
     from tf_dist.optim import optimizers
     from tf_dist.training.loss_spikes import LossSpikes
     from tf_dist.training.memory_estimate import check_room
@@ -229,9 +245,11 @@ def trainer_for(config: Config, mesh: Mesh, steps: int) -> Trainer:
     from tf_dist.training.preflight import agree_on_weights
     from tf_dist.training.trainer import Trainer
 
-    model = model_for(config, mesh)
+    model = with_class_weights(model_for(config, mesh), class_weights)
     agree_on_weights(model, mesh)
     check_room(model, config, mesh)
+    if config.frozen:
+        LOG.info("{:,} of {:,} parameters are trained".format(*trained_parameters(model)))
     return Trainer(
         model,
         optimizers.build(config, model, steps),

@@ -15,6 +15,7 @@ from tf_dist.config.batch import BatchOptions
 from tf_dist.config.checks import ConsistencyOptions, NumericOptions
 from tf_dist.config.data import DataOptions
 from tf_dist.config.fine_tuning import FineTuningOptions
+from tf_dist.config.media import MediaOptions
 from tf_dist.config.model import ModelOptions
 from tf_dist.config.optimizer import OptimizerOptions
 from tf_dist.config.output import OutputOptions
@@ -50,6 +51,7 @@ class Config(
     BatchOptions,
     ModelOptions,
     DataOptions,
+    MediaOptions,
     TaskOptions,
 ):
     """One run: the options of its components, flat as flags and YAML files have them.

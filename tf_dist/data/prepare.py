@@ -15,7 +15,8 @@ import logging
 import math
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -303,22 +304,30 @@ def _plan(corpus: Corpus, options: PrepareOptions) -> PreparePlan:
             f"the last {characters - cut_at:,} for validation"
         )
     LOG.info(f"{len(sizes):,} document{'s' * (len(sizes) != 1)}, {sum(sizes):,} bytes of text")
-    for line in _left_out(corpus, counts):
+    for line in left_out(
+        corpus.passed_over, {"documents without text": counts.nulls + counts.empty}, counts.replaced
+    ):
         LOG.info(line)
     return PreparePlan(len(sizes), in_val, cut_at, counts)
 
 
-def _left_out(corpus: Corpus, counts: Counts) -> Iterator[str]:
-    """Messages about parts of the corpus that are skipped or changed."""
-    others = corpus.passed_over
-    if others:
-        kinds = ", ".join(f"{count:,} {suffix or 'without one'}" for suffix, count in others.most_common(5))
-        more = ", ..." if len(others) > 5 else ""
+def left_out(passed_over: Counter[str], others: Mapping[str, int], replaced: int) -> Iterator[str]:
+    """Messages about what is skipped or changed.
+
+    Args:
+        passed_over: numbers of files, by suffix.
+        others: numbers of what else is left out, by what it is.
+        replaced: places with bytes that are not UTF-8.
+    """
+    if passed_over:
+        kinds = ", ".join(
+            f"{count:,} {suffix or 'without one'}" for suffix, count in passed_over.most_common(5)
+        )
+        more = ", ..." if len(passed_over) > 5 else ""
         yield f"files of other suffixes, passed over: {kinds}{more}"
-    if counts.nulls or counts.empty:
-        yield f"documents without text, left out: {counts.nulls + counts.empty:,}"
-    if counts.replaced:
-        yield f"bytes that are not UTF-8, now U+FFFD: in {counts.replaced:,} places"
+    yield from (f"{what}, left out: {count:,}" for what, count in others.items() if count)
+    if replaced:
+        yield f"bytes that are not UTF-8, now U+FFFD: in {replaced:,} places"
 
 
 def _tokenizer(portions: Sequence[Portion], options: PrepareOptions) -> Tokenizer:

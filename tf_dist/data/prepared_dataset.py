@@ -1,6 +1,7 @@
 """A prepared corpus on disk: content of its folder, and its validation.
 
-The folder: ``train.bin`` and ``val.bin`` (tokens, or the rows of a task), ``tokenizer.json``, ``meta.json``.
+The folder: ``train.bin`` and ``val.bin`` (tokens, or the rows of a task), ``tokenizer.json``, ``meta.json``;
+for a task also ``held_out.jsonl``, the cells of held-out rows by role.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from tf_dist.untrusted_files import opened_to_lock, parsed_json
 
 FORMAT = "tf_dist tokens"
 EXAMPLES = "tf_dist examples"
+HELD_OUT = "held_out.jsonl"
 MIXTURE = "tf_dist mixture"
 # 2: digests of a sample of the tokens, and of the files they were made from; tables are read strictly.
 VERSION = 2
@@ -90,7 +92,7 @@ class ExampleFacts(Facts, forbid_unknown_fields=True):
     cut: dict[Literal["source", "target"], Count]
     labels: list[Text]
     suffixes: list[Text]
-    references_sha256: Sha256
+    held_out_sha256: Sha256
 
 
 class PartFacts(msgspec.Struct, forbid_unknown_fields=True):
@@ -193,6 +195,8 @@ def open_prepared(path: Path | str) -> Prepared:
     meta = read_meta(folder)
     if sha256_of_file(folder / "tokenizer.json") != meta["tokenizer_sha256"]:
         raise DataError(f"{folder / 'tokenizer.json'} is not the tokenizer of these tokens. Prepare again.")
+    if meta["format"] == EXAMPLES and sha256_of_file(folder / HELD_OUT) != meta["held_out_sha256"]:
+        raise _changed(folder, HELD_OUT)
     arrays = {side: map_tokens(folder / f"{side}.bin", meta["dtype"]) for side in SIDES}
     for side, array in arrays.items():
         if len(array) != meta["tokens"][side]:

@@ -5,6 +5,7 @@ Legend: B rows, N new positions of a call, L positions of a cache, H heads, K wi
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -39,6 +40,27 @@ def empty(batch: int, heads: int, length: int, width: int, dtype: str) -> KeyVal
     """A cache of B rows, for L positions."""
     zeros = tf.zeros((batch, heads, length, width), dtype)
     return KeyValueCache(zeros, zeros)
+
+
+@dataclass(frozen=True)
+class BiasOfAll:
+    """A bias that is given once, with the first positions: (B, 1, Q, Q) of all Q positions of a row.
+
+    What it hides from the last position, as padding of a source, stays hidden from those that come later.
+    """
+
+    bias: Any
+
+
+def no_bias(batch: int, length: int) -> Any:
+    """The bias of L cached positions that all are seen, (B, 1, 1, L) float32."""
+    return tf.zeros((batch, 1, 1, length))
+
+
+def padded_bias(bias_Bx1xQxN: Any, length: int, beyond: float) -> Any:
+    """A bias of the first N keys for all L, (B, 1, Q, L); ``beyond`` is that of the others."""
+    more = length - bias_Bx1xQxN.shape[3]
+    return tf.pad(bias_Bx1xQxN, ((0, 0), (0, 0), (0, 0), (0, more)), constant_values=beyond)
 
 
 def causal_bias(span: Span, new: int, length: int, dtype: Any) -> Any:

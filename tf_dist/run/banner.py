@@ -83,7 +83,7 @@ def _documents(meta: Mapping[str, Any]) -> str:
 
 def _is_one_document(meta: Mapping[str, Any]) -> bool:
     """Whether a corpus is a single document: split at a position, or not at all."""
-    return meta["split"] == "position" or (meta["split"] == "none" and meta["documents"]["train"] == 1)
+    return bool(meta["split"] == "position" or (meta["split"] == "none" and meta["documents"]["train"] == 1))
 
 
 def _task(config: Config, meta: Mapping[str, Any]) -> str:

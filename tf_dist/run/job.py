@@ -26,6 +26,7 @@ from tf_dist.parallel.buckets import spent
 from tf_dist.run.generate import Sampling, continuation
 from tf_dist.run.numerics_environment import bits_of_all
 from tf_dist.run.plots import loss_curve
+from tf_dist.run.prepare_corpus import LABELS
 from tf_dist.run.resume import Resume
 from tf_dist.run.rollback import roll_back
 from tf_dist.run.run_folder import RunFolder, point_latest_to
@@ -109,6 +110,8 @@ class Job:
             LOG.info(f"copies    no peer copies are made: {why}")
         self.run.write("config.yaml", self.config.as_yaml())
         self.run.write("tokenizer.json", self.corpus.tokenizer_json())
+        if labels := self.corpus.meta.get("labels"):
+            self.run.write(LABELS, json.dumps(labels, ensure_ascii=False, indent=1) + "\n")
         self.run.status(step=self.trainer.step, val_loss=self.trainer.state.val_loss)
         if self.comm.rank == 0:
             point_latest_to(self.run.path)

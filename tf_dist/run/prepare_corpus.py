@@ -13,6 +13,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from tf_dist.atomic_io import read_capped
 from tf_dist.checkpoint.manifest import read_manifest
 from tf_dist.checkpoint.store import listing
 from tf_dist.comm.runtime.consensus import agree, everywhere, on_root
@@ -36,6 +39,9 @@ from tf_dist.tasks.registry import task_of
 
 LOG = logging.getLogger(__name__)
 DOWNLOADS = Path("data/downloads")
+# In a run folder: the names of classes, in their order.
+LABELS = "labels.json"
+LABELS_LIMIT_BYTES = 64 << 20
 # Options that determine the tokens, besides the files and the vocabulary size.
 OF_DATA = ("data", "text_column", "tokenizer", "val_fraction", "seed", "errors", "max_bytes")
 OF_EXAMPLES = tuple(name for name in OPTIONS if name not in ("vocab_size", *OF_DATA))
@@ -129,6 +135,8 @@ def corpus_of_run(
 def other_corpus(config: Config, comm: Comm, registry: Path, run_dir: Path) -> Prepared:
     """All text selected by ``config`` in tokens of a run's tokenizer, as training side; a collective.
 
+    Rows of a task are on the validation side, with the run's labels.
+
     Raises:
         DataError: the text is missing, unreadable, too short, or has characters that the tokenizer lacks.
         LaunchError: ranks ended up with different tokens.
@@ -136,7 +144,30 @@ def other_corpus(config: Config, comm: Comm, registry: Path, run_dir: Path) -> P
     config = dataclasses.replace(
         config, tokenizer=str(run_dir / "tokenizer.json"), vocab_size=0, val_fraction=0.0
     )
-    return _on_all(comm, lambda: prepared(config, registry))
+    task = task_of(config)
+    if not task.of_tables:
+        return _on_all(comm, lambda: prepared(config, registry))
+
+    def find() -> Prepared:
+        sources = resolve_sources(config.data, registry, DOWNLOADS)
+        return prepare_examples(task, config, sources, labels_of(run_dir))
+
+    return _on_all(comm, find)
+
+
+def labels_of(run_dir: Path) -> list[str]:
+    """The names of a run's classes, in their order; none, if it has no classes.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    path = run_dir / LABELS
+    if not path.exists():
+        return []
+    try:
+        return msgspec.json.decode(read_capped(path, LABELS_LIMIT_BYTES, follow=False), type=list[str])
+    except (OSError, msgspec.DecodeError) as error:
+        raise DataError(f"{path} is damaged: {error}. Train the run again, or put its labels back") from error
 
 
 def _on_all(comm: Comm, find: Callable[[], Prepared]) -> Prepared:

@@ -16,8 +16,11 @@ from tf_dist.data.records import Record
 from tf_dist.data.rows import Rows
 from tf_dist.data.tokenizer import Tokenizer
 from tf_dist.data.tokens import NO_TARGET, Batch
-from tf_dist.errors import DataError
+from tf_dist.errors import DataError, UsageError
 from tf_dist.models.row_layout import Head, RowLayout, Slots
+
+# Cells of a row, by role.
+Values = Mapping[str, str]
 
 
 class EncodedRows(NamedTuple):
@@ -55,8 +58,17 @@ class Task:
         return self.config.architecture or self.architectures[0]
 
     def columns(self) -> dict[str, str]:
-        """The name of the column of each role."""
-        return {role: str(getattr(self.config, f"{role}_column")) for role in self.roles}
+        """The name of the column of each role.
+
+        Raises:
+            UsageError: a role (of a user's task) has no option that names its column.
+        """
+        options = self.config.as_dict()
+        known = [name.removesuffix("_column") for name in options if name.endswith("_column")]
+        for role in self.roles:
+            if role not in known:
+                raise UsageError(f"--task {self.config.task}: role {role!r} is none of {', '.join(known)}")
+        return {role: str(options[f"{role}_column"]) for role in self.roles}
 
     @property
     def source(self) -> Slots:
@@ -101,14 +113,18 @@ class Task:
         """The prepared rows as they are trained on: with noise, for a task that has some."""
         return rows
 
-    def reference(self, record: Record) -> str:
-        """What a prediction for the record is compared with."""
+    def reference_of(self, values: Values) -> str:
+        """What a prediction for a row with these values is compared with."""
         raise NotImplementedError
 
     def decode(
-        self, predictions_NxU: npt.NDArray[Any], tokenizer: Tokenizer, labels: Sequence[str]
+        self,
+        predictions_NxU: npt.NDArray[Any],
+        tokenizer: Tokenizer,
+        labels: Sequence[str],
+        given: Sequence[Values],
     ) -> list[str]:
-        """Predicted classes or tokens as `reference` has them."""
+        """Predicted classes or tokens as `reference_of` has them; ``given`` are the values of the rows."""
         raise NotImplementedError
 
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from tf_dist.data.records import Record
 from tf_dist.data.tokenizer import Tokenizer
 from tf_dist.models.row_layout import CLASSES, Head
-from tf_dist.tasks.base import EncodedRows, Task, class_of, padded
+from tf_dist.tasks.base import EncodedRows, Task, Values, class_of, padded
 
 
 class Classify(Task):
@@ -43,12 +43,16 @@ class Classify(Task):
         y = [class_of(record.values["label"], labels, places, record.where) for record in records]
         return EncodedRows(x_NxS, np.array(y, np.int32)[:, None], {"source": cut, "target": 0})
 
-    def reference(self, record: Record) -> str:
+    def reference_of(self, values: Values) -> str:
         """The row's label."""
-        return record.values["label"]
+        return values["label"]
 
     def decode(
-        self, predictions_NxU: npt.NDArray[Any], tokenizer: Tokenizer, labels: Sequence[str]
+        self,
+        predictions_NxU: npt.NDArray[Any],
+        tokenizer: Tokenizer,
+        labels: Sequence[str],
+        given: Sequence[Values],
     ) -> list[str]:
         """Names of classes."""
         return [labels[int(place)] for place in predictions_NxU[:, 0]]

@@ -16,7 +16,7 @@ from tf_dist.data.rows import Rows
 from tf_dist.data.sampler import MASK as WORD_MASK
 from tf_dist.data.sampler import Words, mix, mix_words
 from tf_dist.data.tokens import NO_TARGET, Batch
-from tf_dist.models.row_layout import TOKENS, Head, RowLayout
+from tf_dist.models.row_layout import TOKENS, Head, RowLayout, Slots
 from tf_dist.tasks.base import Task
 
 # Of the tokens, and of those chosen: BERT's shares. The rest of these is left as it is.
@@ -32,6 +32,11 @@ class MaskedLM(Task):
     roles = ()
     architectures = ("encoder",)
     of_tables = False
+
+    @property
+    def source(self) -> Slots:
+        """Windows of text are as long as a language model's; ``source_len`` is for tables."""
+        return Slots(self.config.seq_len)
 
     def head(self, classes: int) -> Head:
         """Logits of tokens, (B, T, V)."""

@@ -6,16 +6,21 @@ import inspect
 
 from tf_dist.config import Config
 from tf_dist.config.data import PACKED
-from tf_dist.config.task import TASKS as NAMES
 from tf_dist.errors import UsageError
+from tf_dist.tasks.answer import Answer
 from tf_dist.tasks.base import Task
 from tf_dist.tasks.causal_lm import CausalLM
 from tf_dist.tasks.classify import Classify
 from tf_dist.tasks.masked_lm import MaskedLM
+from tf_dist.tasks.media_to_text import Caption, Transcribe
+from tf_dist.tasks.speak import Speak
 from tf_dist.tasks.text_to_text import Summarize, Translate
 from tf_dist.users_code import imported
 
-TASKS: dict[str, type[Task]] = {one.name: one for one in (CausalLM, MaskedLM, Classify, Translate, Summarize)}
+TASKS: dict[str, type[Task]] = {
+    one.name: one
+    for one in (CausalLM, MaskedLM, Classify, Translate, Summarize, Answer, Transcribe, Speak, Caption)
+}
 
 
 def task_of(config: Config) -> Task:
@@ -24,10 +29,7 @@ def task_of(config: Config) -> Task:
     Raises:
         UsageError: it cannot be found, or does not fit other options.
     """
-    chosen = _users(config.task) if ":" in config.task else TASKS.get(config.task)
-    if chosen is None:
-        assert config.task in NAMES
-        raise UsageError(f"--task {config.task} is not in this version; there are {', '.join(TASKS)}")
+    chosen = _users(config.task) if ":" in config.task else TASKS[config.task]
     task = chosen(config)
     if task.architecture not in task.architectures:
         raise UsageError(
@@ -51,4 +53,7 @@ def _users(name: str) -> type[Task]:
     found = imported(name, "--task")
     if not (inspect.isclass(found) and issubclass(found, Task)):
         raise UsageError(f"--task {name} is no class derived from tf_dist.tasks.base.Task")
+    missing = [one for one in ("name", "roles", "architectures") if not hasattr(found, one)]
+    if missing:
+        raise UsageError(f"--task {name}: the class has no {', '.join(missing)} (tf_dist.tasks.base.Task)")
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -11,14 +11,14 @@ import numpy.typing as npt
 from tf_dist.data.records import Record
 from tf_dist.data.tokenizer import Tokenizer
 from tf_dist.models.row_layout import TOKENS, Head, Slots
-from tf_dist.tasks.base import EncodedRows, Task, next_tokens, padded
+from tf_dist.tasks.base import EncodedRows, Task, Values, next_tokens, padded
 
 
 class TextToText(Task):
     """A source text -> a target text, token by token (Sutskever et al. 2014)."""
 
-    roles = ("source", "target")
-    architectures = ("encoder-decoder", "prefix-decoder")
+    roles: ClassVar[tuple[str, ...]] = ("source", "target")
+    architectures: ClassVar[tuple[str, ...]] = ("encoder-decoder", "prefix-decoder")
 
     @property
     def target(self) -> Slots:
@@ -40,12 +40,16 @@ class TextToText(Task):
         )
         return EncodedRows(np.concatenate([x_NxS, x_NxT], axis=1), y_NxT, {"source": cut, "target": more})
 
-    def reference(self, record: Record) -> str:
+    def reference_of(self, values: Values) -> str:
         """The target text."""
-        return record.values["target"]
+        return values["target"]
 
     def decode(
-        self, predictions_NxU: npt.NDArray[Any], tokenizer: Tokenizer, labels: Sequence[str]
+        self,
+        predictions_NxU: npt.NDArray[Any],
+        tokenizer: Tokenizer,
+        labels: Sequence[str],
+        given: Sequence[Values],
     ) -> list[str]:
         """The texts up to the first end of text; special tokens are left out."""
         return [text_of(ids, tokenizer) for ids in predictions_NxU]

@@ -30,6 +30,7 @@ from tf_dist.data.rows import Rows
 from tf_dist.data.sampler import Sampler
 from tf_dist.data.tokens import Sequences
 from tf_dist.errors import DataError, RankLost
+from tf_dist.models.model_outputs import FRAMES, outputs_of
 from tf_dist.parallel.mesh import Mesh
 from tf_dist.parallel.totals import CORRECT, LOSS, STOP, TOKENS, Totals
 from tf_dist.runners.moving_statistics import MovingStatistics
@@ -429,7 +430,7 @@ class Trainer:
         check_counts(steps, epochs, eval_every)
         sequences = self.sequences(tokens)
         held_out = None if validation is None else self.sequences(validation)
-        check_token_ids(self.model, self.mesh, self.comm, sequences, held_out)
+        check_token_ids(self.model, self.mesh, self.comm, self.seq_len, sequences, held_out)
         self.state.stopped, whole = False, self.sampler(sequences).steps_per_epoch
         loop = TrainingLoop(
             self,
@@ -523,7 +524,7 @@ class Trainer:
         """
         sequences = self.sequences(held_out)
         if sequences is not held_out:  # `fit` has checked its own
-            self.in_place(partial(check_token_ids, self.model, self.mesh, self.comm, sequences))
+            self.in_place(partial(check_token_ids, self.model, self.mesh, self.comm, self.seq_len, sequences))
         with ids_of_this_model():
             return dict(self.in_place(partial(self._validated, sequences, text_bytes)))
 
@@ -531,6 +532,8 @@ class Trainer:
         faults.at("validation")
         self.synchronize()
         logs = validated(self.runner, self.mesh, self.rows, sequences, text_bytes)
+        if outputs_of(self.model) == FRAMES:  # which are right or wrong by degrees
+            logs = {"val_loss": logs["val_loss"]}
         for metric in self.metrics:
             logs |= metric(self.runner, self.mesh, self.rows, sequences)
         return logs

@@ -1,0 +1,136 @@
+"""Question answering: a span of the context (extractive), or a text in own words (generative).
+
+Legend: N rows, S source slots.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from tf_dist.data.records import Record
+from tf_dist.data.tokenizer import Tokenizer
+from tf_dist.data.tokens import NO_TARGET
+from tf_dist.errors import DataError
+from tf_dist.models.row_layout import SPANS, Head, Slots
+from tf_dist.tasks.base import EncodedRows, Values, next_tokens, padded
+from tf_dist.tasks.text_to_text import TextToText
+
+# A context is encoded word by word, so that every token belongs to one word, whose place is known.
+WORD = re.compile(r"\s*\S+")
+
+
+class ContextTokens(NamedTuple):
+    """A context in tokens. ids: of all. word: of each token. places: of each word in the text."""
+
+    ids: npt.NDArray[Any]
+    word: npt.NDArray[np.int64]
+    places: list[tuple[int, int]]
+
+
+class Answer(TextToText):
+    """A question about a context -> its answer (SQuAD, Rajpurkar et al. 2016; with a decoder, generative)."""
+
+    name = "answer"
+    roles = ("context", "question", "answer")
+    architectures = ("encoder", "encoder-decoder", "prefix-decoder")
+    metrics = ("exact_match", "f1")
+
+    @property
+    def extractive(self) -> bool:
+        """Whether the answer is a span of the context."""
+        return self.architecture == "encoder"
+
+    @property
+    def target(self) -> Slots:
+        """None for a span; else those of the answer."""
+        return Slots(0) if self.extractive else super().target
+
+    def head(self, classes: int) -> Head:
+        """Logits of start and end, (B, 2, S), or of tokens."""
+        return Head(SPANS) if self.extractive else super().head(classes)
+
+    def encode(self, records: Sequence[Record], tokenizer: Tokenizer, labels: Sequence[str]) -> EncodedRows:
+        """As in `Task`: question, separator and context; an answer that has no slot is not trained on."""
+        layout = self.layout(tokenizer.vocab_size)
+        questions = [self._question(record.values, tokenizer) for record in records]
+        contexts = [spans(record.values["context"], tokenizer) for record in records]
+        sources = [np.concatenate([q, c.ids]) for q, c in zip(questions, contexts, strict=True)]
+        x_NxS, cut = padded(sources, layout.source.count, layout.pad)
+        if self.extractive:
+            found = [
+                self._place(record, context, len(question), layout.source.count)
+                for record, context, question in zip(records, contexts, questions, strict=True)
+            ]
+            return EncodedRows(x_NxS, np.array(found, np.int32), {"source": cut, "target": 0})
+        answers = tokenizer.encode_batch([record.values["answer"] for record in records])
+        x_NxT, y_NxT, more = next_tokens(
+            answers, layout.target.count, layout.separator, tokenizer.end_of_text, layout.pad
+        )
+        return EncodedRows(np.concatenate([x_NxS, x_NxT], axis=1), y_NxT, {"source": cut, "target": more})
+
+    def _question(self, values: Values, tokenizer: Tokenizer) -> npt.NDArray[Any]:
+        separator = self.layout(tokenizer.vocab_size).separator
+        return np.append(tokenizer.encode(values["question"]).astype(np.int64), separator)
+
+    def _place(self, record: Record, context: ContextTokens, before: int, slots: int) -> tuple[int, int]:
+        """The first and the last slot of the answer.
+
+        Raises:
+            DataError: the context does not contain it.
+        """
+        answer = record.values["answer"].strip()
+        start = record.values["context"].find(answer)
+        if start < 0:
+            raise DataError(
+                f"{record.where}: the answer {answer[:60]!r} is not in the context. Copy it from there, or "
+                "use --architecture encoder-decoder, which answers in own words"
+            )
+        stop = start + len(answer)
+        words = [i for i, (a, b) in enumerate(context.places) if a < stop and b > start]
+        tokens = before + np.flatnonzero(np.isin(context.word, words))
+        if not len(tokens) or tokens[-1] >= slots:
+            return NO_TARGET, NO_TARGET
+        return int(tokens[0]), int(tokens[-1])
+
+    def reference_of(self, values: Values) -> str:
+        """The answer."""
+        return values["answer"].strip()
+
+    def decode(
+        self,
+        predictions_NxU: npt.NDArray[Any],
+        tokenizer: Tokenizer,
+        labels: Sequence[str],
+        given: Sequence[Values],
+    ) -> list[str]:
+        """The span of the context that each row's two slots name, or the text."""
+        if not self.extractive:
+            return super().decode(predictions_NxU, tokenizer, labels, given)
+        made = []
+        for (first, last), values in zip(predictions_NxU, given, strict=True):
+            before = len(self._question(values, tokenizer))
+            context = values["context"]
+            span = spans(context, tokenizer)
+            made.append(text_between(context, span, int(first) - before, int(last) - before))
+        return made
+
+
+def spans(context: str, tokenizer: Tokenizer) -> ContextTokens:
+    """The tokens of a context, each with its word."""
+    places = [found.span() for found in WORD.finditer(context)]
+    pieces = tokenizer.encode_batch([context[a:b] for a, b in places])
+    word = np.repeat(np.arange(len(pieces)), [len(piece) for piece in pieces])
+    ids = np.concatenate([np.zeros(0, np.int64), *pieces])
+    return ContextTokens(ids, word, places)
+
+
+def text_between(context: str, span: ContextTokens, first: int, last: int) -> str:
+    """The words from one token to another; empty if these are no tokens of the context, or in reverse."""
+    if not 0 <= first <= last < len(span.word):
+        return ""
+    return context[span.places[span.word[first]][0] : span.places[span.word[last]][1]].strip()
