@@ -174,7 +174,11 @@ MISTAKES = {
     "another number of classes": (["--classes", "3"], 64, ["--classes 3", "2 labels"]),
     "another architecture": (["--architecture", "decoder"], 64, ["decoder", "classify", "encoder"]),
     "an unknown task": (["--task", "clasify"], 64, ["'clasify'", "'classify'?"]),
-    "context parallelism": (["--sequence-parallel", "2", "--dropout", "0"], 64, ["--sequence-parallel 2", "classify"]),
+    "context parallelism": (
+        ["--sequence-parallel", "2", "--dropout", "0"],
+        64,
+        ["--sequence-parallel 2", "classify"],
+    ),
 }  # fmt: skip
 
 
