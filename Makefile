@@ -57,7 +57,7 @@ test-mpi-%: install ## the tests of real ranks, on 1, 2, 3, 4 ... of them
 	$(RUN) timeout -k 10 $(TEST_TIMEOUT) $(MPIRUN) -np $* $(MPIFLAGS) $(PY) -m pytest --color=no tests/mpi
 
 test-jobs: install ## whole jobs, as a user starts them
-	$(RUN) $(PY) -m pytest tests/jobs -n 2 --dist loadfile --durations=10
+	$(RUN) $(PY) -m pytest tests/jobs -n 2 --dist loadfile --no-loadscope-reorder --durations=10
 
 fuzz-fit: install ## 300 random scripts of Keras users on 2 and 3 ranks (ARGS="--number 20 --seed 1 --np 2")
 	$(RUN) $(PY) tests/fuzz_fit/campaign.py $(ARGS)

@@ -1,7 +1,9 @@
 """Set before anything imports Keras. Plain pytest and ``mpirun -np N python -m pytest`` both read this."""
 
+import gc
 import logging
 import os
+import sys
 
 import pytest
 from extended import EVERYTHING
@@ -21,6 +23,17 @@ def pytest_collection_modifyitems(config, items):
         extended = {item for item in items if item.get_closest_marker("extended")}
         config.hook.pytest_deselected(items=list(extended))
         items[:] = [item for item in items if item not in extended]
+
+
+FROZEN = []
+
+
+def pytest_runtest_teardown():
+    """What TensorFlow is made of is not looked through at each collection: 5 % of the time of all tests."""
+    if not FROZEN and "tensorflow" in sys.modules:
+        FROZEN.append(True)
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,8 @@
     python tests/mutants.py --only tree sent       # those whose names contain one of these words
     python tests/mutants.py --sound                # the same tests without a fault: all must pass
 
-Each fault is planted in a copy of the files that git tracks, and the tests that must catch it are run there.
+Each fault is planted in a copy of the files that git tracks, and the tests that must catch it are run there:
+those of `make test`, without what is marked ``extended``, and on the numbers of ranks that it runs them on.
 """
 
 import argparse
@@ -65,12 +66,8 @@ def command_of(tests: str) -> list[str]:
 
 def verdict(tests: str, folder: Path) -> tuple[str, str]:
     """Run tests on a copy: "passed", "failed", "hung" or "no verdict"; and what failed first, or why."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(folder),
-        "TMPDIR": str(folder / "tmp"),
-        "TF_DIST_TESTS": "all",
-    }
+    environment = {**os.environ, "PYTHONPATH": str(folder), "TMPDIR": str(folder / "tmp")}
+    environment.pop("TF_DIST_TESTS", None)
     (folder / "tmp").mkdir(exist_ok=True)
     sourced = ["bash", "-c", 'source scripts/mpi_environment.sh && exec "$@"', "bash", *command_of(tests)]
     process = subprocess.Popen(

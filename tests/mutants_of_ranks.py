@@ -4,8 +4,8 @@ from mutant import Mutant
 
 COMM, PARALLEL, TRAINING = "tf_dist/comm", "tf_dist/parallel", "tf_dist/training"
 STRATEGIES = "tf_dist/strategies"
-CONTRACT, NODE = "np 2: tests/mpi/test_comm_contract.py", "np 2: tests/mpi/test_shared_memory_mpi.py"
-ZERO, PIPELINE = "np 2: tests/mpi/test_zero_mpi.py", "np 2: tests/mpi/test_pipeline_mpi.py"
+CONTRACT, NODE = "np 3: tests/mpi/test_comm_contract.py", "np 4: tests/mpi/test_shared_memory_mpi.py"
+ZERO, PIPELINE = "np 3: tests/mpi/test_zero_mpi.py", "np 2: tests/mpi/test_pipeline_mpi.py"
 TREE, SCHEDULE, COMPRESS = (
     f"tests/parallel/test_{name}.py" for name in ("reduction_tree", "pipeline_schedules", "compress")
 )
@@ -28,20 +28,20 @@ OF_RANKS = (
         "slice-not-copied", "tf_dist/comm/transport/pipelined_allreduce.py",
         "if total.ctypes.data != target.ctypes.data:", "if total.ctypes.data == target.ctypes.data:",
         "the slice that a rank has added is not the one it sends", (CONTRACT,),
-        caught_by="np 2: test_comm_contract.py::test_terms_are_added_in_the_order_of_one_rank",
+        caught_by="np 3: test_comm_contract.py::test_terms_are_added_in_the_order_of_one_rank",
     ),
     Mutant(
         "window-never-turns", "tf_dist/comm/transport/shared_memory.py",
         "        self._turn = 1 - self._turn", "        self._turn = self._turn",
         "a fast rank writes the terms of the next step over a sum that others still read", (NODE,),
-        caught_by="np 2: test_shared_memory_mpi.py::test_the_bits_of_one_rank",
+        caught_by="np 4: test_shared_memory_mpi.py::test_the_bits_of_one_rank",
     ),
     Mutant(
         "squares-of-other-blocks", "tf_dist/comm/transport/shared_memory.py",
         "part, at = parts[self._result], first + start // SQUARES_BLOCK",
         "part, at = parts[self._result], start // SQUARES_BLOCK",
         "all ranks of a node write their sums of squares to the first one's place", (NODE,),
-        caught_by="np 2: test_shared_memory_mpi.py::test_the_bits_of_one_rank",
+        caught_by="np 4: test_shared_memory_mpi.py::test_the_bits_of_one_rank",
     ),
     Mutant(
         "reduced-to-rank-0", "tf_dist/comm/transport/mpi.py",
@@ -58,7 +58,7 @@ OF_RANKS = (
         "order-of-two-not-compared", "tf_dist/comm/runtime/collective_order.py",
         "if len(set(everyone)) > 1:", "if len(set(everyone)) > 2:",
         "TF_DIST_DEBUG lets two ranks be in different collectives",
-        ("np 2: tests/mpi/test_consistency_check_mpi.py",),
+        ("np 3: tests/mpi/test_consistency_check_mpi.py",),
     ),
     Mutant(
         "calls-not-counted", "tf_dist/comm/transport/base.py",

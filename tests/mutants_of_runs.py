@@ -6,7 +6,7 @@ TRAINING, FIT = "tf_dist/training", "tf_dist/keras_fit"
 CHECKPOINT, SAVING = "tests/checkpoint/test_store.py", "tests/training/test_checkpoint_manager.py"
 IN_PLACE, AGAIN = "tests/training/test_in_place_recovery.py", "tests/training/test_restart.py"
 TRAINER, SAMPLER = "tests/training/test_trainer.py", "tests/data/test_sampler.py"
-FITS, OBJECTIVE = "np 2: tests/mpi/test_fit_mpi.py", "np 2: tests/mpi/test_fit_objective_mpi.py"
+FITS, OBJECTIVE = "np 2: tests/mpi/test_fit_mpi.py", "np 3: tests/mpi/test_fit_objective_mpi.py"
 CALLBACKS, TRAININGS = "np 2: tests/mpi/test_callbacks_mpi.py", "np 2: tests/mpi/test_training_mpi.py"
 
 # fmt: off
@@ -52,7 +52,7 @@ OF_RUNS = (
         "values = part.reshape(-1)[piece.start : piece.stop]",
         "values = part.reshape(-1)[: piece.stop - piece.start]",
         "a resumed shard takes the beginning of a tensor for its own part",
-        ("np 2: tests/mpi/test_zero_mpi.py",),
+        ("np 3: tests/mpi/test_zero_mpi.py",),
     ),
     Mutant(
         "parts-that-nobody-waits-for", "tf_dist/checkpoint/sharded_state.py",
@@ -187,7 +187,7 @@ OF_RUNS = (
         "if scope is None or not scope.training or scope.rank == 0:",
         "if scope is None or not scope.training or scope.rank >= 0:",
         "all ranks drop out the same units",
-        ("np 2: tests/mpi/test_fit_objective_mpi.py::test_dropout_is_another_on_each_rank",),
+        ("np 3: tests/mpi/test_fit_objective_mpi.py::test_dropout_is_another_on_each_rank",),
     ),
     Mutant(
         "compared-too-seldom", f"{FIT}/fit_consistency.py",

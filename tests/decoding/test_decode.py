@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from thread_comm import on_ranks
 
-from tf_dist.decoding.beam_search import BeamSearch, beam_search
+from tf_dist.decoding.beam_search import BeamSearch, _largest, beam_search
 from tf_dist.decoding.decode import decode, sample
 from tf_dist.decoding.forward import WindowForward
 from tf_dist.decoding.rows import Rows
@@ -271,3 +271,9 @@ def test_ranks_that_must_keep_step_decode_all_rows():
 
     (first, calls), (second, others) = on_ranks(2, rank)
     assert first == second == decode(Counting(), PROMPTS, GREEDY, 6, END, 2) and calls == others
+
+
+def test_the_largest_come_first_and_of_equal_ones_the_first():
+    values = np.array([1.0, 3.0, -np.inf, 3.0, 2.0])
+    assert _largest(values, 4).tolist() == [1, 3, 4, 0]
+    assert _largest(values, 9).tolist() == [1, 3, 4, 0, 2]

@@ -17,19 +17,24 @@ from plan import plan_of
 from script import script_of
 
 
-def run(seeds, counts, folder):
-    """Verdicts by number of ranks and seed; ``counts``: of ranks."""
-    runs = Runs(folder)
-    scripts = [runs.folder / f"seed-{seed}.py" for seed in seeds]
-    for seed, script in zip(seeds, scripts, strict=True):
+def run(seeds_of, runs):
+    """Verdicts by number of ranks and seed.
+
+    Args:
+        seeds_of: by number of ranks, those of the scripts to run on so many.
+        runs: where to.
+    """
+    scripts = {seed: runs.folder / f"seed-{seed}.py" for seeds in seeds_of.values() for seed in seeds}
+    for seed, script in scripts.items():
         text = script_of(seed)
         if not script.exists() or script.read_text() != text:
             script.write_text(text)
-    runs.plain(scripts)
+    runs.plain(list(scripts.values()))
     found = {}
-    for size in counts:
-        runs.ranks(scripts, size)
-        found[size] = dict(zip(seeds, runs.verdicts(scripts, size).values(), strict=True))
+    for size, seeds in seeds_of.items():
+        chosen = [scripts[seed] for seed in seeds]
+        runs.ranks(chosen, size)
+        found[size] = dict(zip(seeds, runs.verdicts(chosen, size).values(), strict=True))
     return found
 
 
@@ -67,7 +72,7 @@ def main():
     folder = arguments.folder or tempfile.mkdtemp(prefix="fuzz-fit-")
     begun = time.monotonic()
     seeds = range(arguments.seed, arguments.seed + arguments.number)
-    found = run(seeds, arguments.np, folder)
+    found = run(dict.fromkeys(arguments.np, seeds), Runs(folder))
     print(table(found, folder))
     bad = sum(not verdict.good for verdicts in found.values() for verdict in verdicts.values())
     print(f"{arguments.number} scripts, {bad} bad verdicts, {time.monotonic() - begun:.0f} s, in {folder}")

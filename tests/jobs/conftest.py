@@ -26,6 +26,8 @@ GONE_S = 5
 NOT_A_USERS = ("KERAS_BACKEND", "PYTEST", "TF_", "OMP_", "OPENBLAS_", "MKL_", "RAYON_", "PYTHONPATH")
 WORDS = "the a quick brown fox cat dog tree sat ran jumps over under on lazy mat and then".split()
 
+# A picture of the loss and a sample of 200 tokens are a second of a core at the end of each run, and are
+# looked at where one run is one job.
 SEVERAL = """
 import json, sys
 from pathlib import Path
@@ -33,10 +35,26 @@ from pathlib import Path
 script = Path(sys.argv[1])
 sys.path.insert(0, str(script.parent))
 module = __import__(script.stem)
+if script.stem == "train":
+    from tf_dist.run import job
+    job.loss_curve = lambda metrics, picture, title: "none is drawn in this test"
+    job.SAMPLE_TOKENS = job.SAMPLE_TOKENS_SHARDED = 2
 for flags in json.loads(Path(sys.argv[2]).read_text()):
     module.main(flags)
     print("-----", flush=True)
 """
+
+
+# Files of minutes, in this order: a worker that began the last of them late would leave the others idle.
+LONGEST = """
+    golden fuzz_fit runs updates readme grids deaths equivalence failures keras_suite memory_limit
+""".split()
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first. With ``--dist loadfile`` that takes ``--no-loadscope-reorder``."""
+    places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 @dataclass(frozen=True)
@@ -177,14 +195,14 @@ class Launcher:
         self._mpirun, self._environment, self._jobs = mpirun, environment, []
         self._warm, self.is_cold = WarmPython(environment), False
 
-    def start(self, np, *args, cwd, env=None):
+    def start(self, np, *args, cwd, env=None, cold=False):
         """Start ``python *args`` on ``np`` ranks; 0 is without mpirun."""
-        return self.start_parts([(np, args)], cwd=cwd, env=env)
+        return self.start_parts([(np, args)], cwd=cwd, env=env, cold=cold)
 
-    def start_parts(self, parts, *, cwd, env=None):
+    def start_parts(self, parts, *, cwd, env=None, cold=False):
         """Start ``mpirun -np N python ... : -np M python ...``; each part may begin with mpirun options."""
         command = []
-        python = self._python(parts, env or {})
+        python = [sys.executable] if cold else self._python(parts, env or {})
         for np, args in parts:
             options = [word for word in args if isinstance(word, tuple)]
             words = [self._word(word) for word in args if not isinstance(word, tuple)]
@@ -200,6 +218,10 @@ class Launcher:
         foreign = [name for name in env if not name.startswith("TF_DIST_")]
         if self.is_cold or foreign or not all(script.endswith(".py") for script in scripts):
             return [sys.executable]
+        return self._warm.python()
+
+    def warm_python(self):
+        """What to start in place of this Python, for who starts jobs of its own."""
         return self._warm.python()
 
     def start_command(self, command, *, cwd, env=None):
@@ -257,8 +279,8 @@ def _cold_or_warm(request):
 
 @pytest.fixture
 def start_job(launcher, tmp_path):
-    """``start_job(np, *args, env=..., cwd=...)``: a `Job` under way, in ``tmp_path``."""
-    return lambda np, *args, cwd=tmp_path, env=None: launcher.start(np, *args, cwd=cwd, env=env)
+    """``start_job(np, *args, env=..., cwd=..., cold=...)``: a `Job` under way, in ``tmp_path``."""
+    return lambda np, *args, cwd=tmp_path, **more: launcher.start(np, *args, cwd=cwd, **more)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from extended import EVERYTHING
 
 from tf_dist.checkpoint import store
 
-STEPS, HALF = 30, 15
+STEPS, HALF = 16, 8
 # Uneven shares. Two and four: test_golden.py, and all with TF_DIST_TESTS=all; eight: `make bench-exact`.
 RANKS = (1, 2, 3, 4) if EVERYTHING else (1, 3)
 MODELS = {
@@ -21,6 +21,13 @@ UPDATES = ("allreduce", "master")
 
 
 ASKED = [(model, update) for model in MODELS for update in UPDATES]
+
+
+def asked_of(ranks):
+    """What some ranks train; who takes the step is no question of one rank, nor one of a precision."""
+    if EVERYTHING:
+        return ASKED
+    return [(m, u) for m, u in ASKED if u == "allreduce" or (ranks > 1 and m == "transformer")]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +43,7 @@ def runs(launcher, small, tmp_path_factory):
                     *(*small, "--steps", STEPS, *MODELS[m], "--update", u, "--save-every", HALF),
                     *("--threads-per-rank", "1", "--run-dir", folder / f"{ranks}-{m}-{u}"),
                 ]
-                for m, u in ASKED
+                for m, u in asked_of(ranks)
             ]
             job = launcher.several(ranks, "train.py", asked, cwd=folder).wait()
             assert job.code == 0, job.output
@@ -60,9 +67,9 @@ def sha256(path):
     return json.loads((path / "status.json").read_text())["weights_sha256"]
 
 
-@pytest.mark.parametrize(("ranks", "model", "update"), [(n, *one) for n in RANKS for one in ASKED])
+@pytest.mark.parametrize(("ranks", "model", "update"), [(n, *one) for n in RANKS for one in asked_of(n)])
 def test_any_number_of_ranks_is_one_rank(runs, ranks, update, model):
-    """In bits: the weights after 30 steps with dropout, and every loss and norm on the way."""
+    """In bits: the weights after 16 steps with dropout, and every loss and norm on the way."""
     serial, parallel = runs(1, model, "allreduce"), runs(ranks, model, update)
     assert sha256(parallel) == sha256(serial)
     for ours, theirs in zip(weights(parallel), weights(serial), strict=True):

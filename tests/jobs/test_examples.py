@@ -35,7 +35,7 @@ CHOSEN = [script for script in SCRIPTS if ALL or script.stem in IN_MAKE_TEST]
 
 @pytest.fixture(scope="module")
 def runs(launcher, tmp_path_factory):
-    made = Runs(tmp_path_factory.mktemp("examples"))
+    made = Runs(tmp_path_factory.mktemp("examples"), launcher.warm_python())
     made.plain(CHOSEN)
     return made
 

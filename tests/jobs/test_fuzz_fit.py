@@ -1,26 +1,25 @@
-"""Twenty random scripts of `make fuzz-fit`: each equals plain Keras, or is refused before its first step."""
+"""Fourteen random scripts of `make fuzz-fit`: equal to plain Keras, or refused before the first step."""
 
 import sys
 from pathlib import Path
 
-import pytest
-
 sys.path.insert(0, str(Path(__file__).parents[1] / "fuzz_fit"))
 
 import campaign
+from jobs import Runs
 from plan import plan_of
 from script import script_of
 
-SEEDS = {2: range(1, 11), 3: range(11, 21)}
+# Of the first twenty those that have most of their tasks, forms, steps and extras between them.
+SEEDS = {2: (1, 2, 3, 5, 7, 8, 9), 3: (11, 13, 15, 16, 17, 18, 20)}
 
 
-@pytest.mark.parametrize("ranks", SEEDS)
-def test_ranks_train_what_one_process_trains(launcher, tmp_path, ranks):
-    found = campaign.run(SEEDS[ranks], [ranks], tmp_path)
-    bad = [verdict for verdict in found[ranks].values() if not verdict.good]
-    assert not bad, campaign.table(found, tmp_path)
-    words = [verdict.word for verdict in found[ranks].values()]
-    assert words.count("equal") > len(words) / 2, campaign.table(found, tmp_path)
+def test_ranks_train_what_one_process_trains(launcher, tmp_path):
+    found = campaign.run(SEEDS, Runs(tmp_path, launcher.warm_python()))
+    for verdicts in found.values():
+        assert all(verdict.good for verdict in verdicts.values()), campaign.table(found, tmp_path)
+        words = [verdict.word for verdict in verdicts.values()]
+        assert words.count("equal") > len(words) / 2, campaign.table(found, tmp_path)
 
 
 def test_a_script_is_a_function_of_its_seed():

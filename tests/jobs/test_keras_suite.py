@@ -14,5 +14,5 @@ def test_as_many_pass_as_without_tf_dist(launcher, tmp_path):
     keras = suite.sources()
     if keras is None:
         pytest.skip("this Keras was installed without its tests")
-    bad, lines = suite.run([keras / name for name in suite.QUICK], [2], tmp_path)
+    bad, lines = suite.run_hopeful([keras / name for name in suite.QUICK], 2, tmp_path)
     assert not bad, "\n".join([*lines, *bad])

@@ -59,7 +59,7 @@ def verdicts(launcher, tmp_path_factory):
     for name, (text, _) in SCRIPTS.items():
         scripts.append(folder / f"{name}.py")
         scripts[-1].write_text(BEGIN + text + "\n")
-    runs = Runs(folder)
+    runs = Runs(folder, launcher.warm_python())
     runs.plain(scripts)
     runs.ranks(scripts, 2)
     return runs.verdicts(scripts, 2)

@@ -6,6 +6,7 @@ replaced by a small one.
 """
 
 import importlib.util
+import os
 import re
 import shlex
 import sys
@@ -73,17 +74,31 @@ def checkout(tmp_path_factory):
     for entry in (ROOT / "data").iterdir():
         if entry.name not in ("prepared", "downloads"):
             (folder / "data" / entry.name).symlink_to(entry)
+    rows = "".join(f"{word} number {i},{word}\n" for i in range(20) for word in ("good", "bad"))
+    (folder / "reviews.csv").write_text(f"text,label\n{rows}")
     return folder
 
 
+@pytest.fixture(scope="module")
+def warm_path(launcher, tmp_path_factory):
+    """A PATH on which ``python SCRIPT.py`` is forked from an interpreter that has TensorFlow loaded."""
+    folder = tmp_path_factory.mktemp("bin")
+    warm, cold = shlex.join(map(str, launcher.warm_python())), shlex.quote(sys.executable)
+    (folder / "python").write_text(
+        f'#!/bin/sh\ncase "$1" in *.py) exec {warm} "$@" ;; *) exec {cold} "$@" ;; esac\n'
+    )
+    (folder / "python").chmod(0o755)
+    return os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ["PATH"]])
+
+
 @pytest.mark.parametrize("line", commands(README.read_text()) if README.exists() else ["no README.md"])
-def test_command(launcher, checkout, corpus, line):
+def test_command(launcher, checkout, corpus, warm_path, line):
     if not README.exists():
         pytest.skip("README.md is missing")
     if "horovod" in line and importlib.util.find_spec("horovod") is None:
         pytest.skip("Horovod is not installed: `make horovod`")
     words = shortened(line, corpus, checkout)
-    job = launcher.start_command(words, cwd=checkout).wait()
+    job = launcher.start_command(words, cwd=checkout, env={"PATH": warm_path}).wait()
     assert job.code == 0, f"{shlex.join(words)}\n{job.output}"
     assert "Traceback" not in job.output, job.output
     if "generate.py" in line:

@@ -108,7 +108,6 @@ def test_output_of_each_rank(first_run):
 # How a run goes on ---------------------------------------------------------------------------------
 
 
-@pytest.mark.cold
 def test_a_run_with_accidents_is_the_run_without(first_run, small, start_job, run_job, tmp_path, one_error):
     """Stopped by a signal, resumed, killed, its newest checkpoint damaged, resumed: the same weights."""
     path = tmp_path / "run"
@@ -129,7 +128,7 @@ def test_a_run_with_accidents_is_the_run_without(first_run, small, start_job, ru
     three = shutil.copytree(path, tmp_path / "three")
 
     # The same line again, and a rank is killed once it has come further.
-    job = start_job(2, "train.py", *flags)
+    job = start_job(2, "train.py", *flags, cold=True)
     job.wait_until(lambda: len(steps_saved(path)) == 3 and steps_saved(path)[0] > status["step"])
     os.kill(job.pid_of_rank(1), signal.SIGKILL)
     killed = job.wait()

@@ -122,6 +122,19 @@ def test_a_user_s_model_of_known_layers():
     np.testing.assert_allclose(logits_BxV, whole_BxTxV[:, 5], atol=1e-5)
 
 
+@pytest.mark.parametrize("recurrent", ["GRU", "LSTM", "SimpleRNN"])
+def test_keras_s_own_recurrent_layers(recurrent):
+    """Also where a row has fewer new positions than others."""
+    model = of(getattr(keras.layers, recurrent)(D, return_sequences=True), keras.layers.Dropout(0.5))
+    forward, whole_BxTxV = CachedModel(model, T), np.asarray(model(IDS))
+    assert forward.limit is None
+    read_B = np.array([5, 1, 3], np.int32)
+    logits_BxV, state = forward(IDS[:, :5], np.zeros(B, np.int32), read_B, forward.begin(B, T))
+    np.testing.assert_allclose(logits_BxV, whole_BxTxV[np.arange(B), read_B - 1], atol=1e-5)
+    logits_BxV, _ = forward(IDS[np.arange(B), read_B][:, None], read_B, np.ones(B, np.int32), state)
+    np.testing.assert_allclose(logits_BxV, whole_BxTxV[np.arange(B), read_B], atol=1e-5)
+
+
 class LookingAhead(CausalSelfAttention):
     """A subclass that computes something else, and says nothing of new positions."""
 

@@ -96,6 +96,15 @@ def meet(report):
         time.sleep(0.001)
 
 
+def from_rank_0(make):
+    """What rank 0 alone makes. The others sleep: ranks may be more than cores."""
+    made = make() if WORLD.rank == 0 else None
+    request = WORLD.Ibarrier()
+    while not request.Test():
+        time.sleep(0.005)
+    return WORLD.bcast(made)
+
+
 @pytest.fixture(scope="session")
 def connected():
     """All ranks, as a user's script gets them: before TensorFlow is imported, where nobody has yet."""

@@ -14,7 +14,7 @@ from tf_dist.config import Config
 from tf_dist.errors import LaunchError
 from tf_dist.parallel.mesh import Mesh
 
-pytestmark = pytest.mark.ranks(2, 4)
+pytestmark = pytest.mark.ranks(4)  # two ranks have one axis, which has files of its own
 
 V, T, G, B = 30, 12, 8, 2
 SIZES = {"vocab_size": V, "seq_len": T, "layers": 4, "width": 24, "heads": 12, "seed": 7}

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import made
+from conftest import from_rank_0, made
 from mpi4py import MPI
 from test_shared_memory_mpi import leaf, whole
 from test_training_mpi import G, flat, refused_everywhere, steps_of, trainer
@@ -32,10 +32,13 @@ def serial(connected):
     """Logs and weights of the same training on one rank, by rows of a micro-batch; made when asked for."""
     found = {}
 
+    def alone(rows):
+        made = trainer(SerialComm(), rows=rows)
+        return steps_of(made, STEPS), flat(made.model)
+
     def find(rows):
         if rows not in found:
-            alone = trainer(SerialComm(), rows=rows)
-            found[rows] = steps_of(alone, STEPS), flat(alone.model)
+            found[rows] = from_rank_0(lambda: alone(rows))
         return found[rows]
 
     return find

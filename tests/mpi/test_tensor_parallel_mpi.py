@@ -167,7 +167,9 @@ def trainer(comm, mesh, layers, **values):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["transformer", pytest.param("lstm", marks=few_ranks)])
+@pytest.mark.parametrize(
+    "name", ["transformer", pytest.param("lstm", marks=[few_ranks, pytest.mark.extended])]
+)
 def test_fifty_steps(connected, everyone, name):
     from tf_dist.layers import tensor_parallel
     from tf_dist.models.transformer import PLAIN

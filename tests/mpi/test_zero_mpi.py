@@ -3,11 +3,9 @@
 Keras is imported inside functions: ``connected`` comes first, as in a user's script.
 """
 
-import time
-
 import numpy as np
 import pytest
-from mpi4py import MPI
+from conftest import from_rank_0
 
 from tf_dist.comm.transport.base import SerialComm
 
@@ -51,15 +49,6 @@ def trained(
     arrays = [np.array(array) for _, array in trainer.whole().tensors()]
     logits = trainer.runner.logits(np.arange(T, dtype=np.int32)[None])
     return trainer.check_equal(), (logs["loss"], logs.get("val_loss")), arrays, logits
-
-
-def from_rank_0(make):
-    """What rank 0 alone makes. The others sleep: ranks may be more than cores."""
-    made = make() if MPI.COMM_WORLD.rank == 0 else None
-    request = MPI.COMM_WORLD.Ibarrier()
-    while not request.Test():
-        time.sleep(0.005)
-    return MPI.COMM_WORLD.bcast(made)
 
 
 @pytest.fixture(scope="module")

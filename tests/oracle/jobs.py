@@ -47,10 +47,11 @@ class Runs:
 
     Args:
         folder: made if missing.
+        python: what to start as ``*python SCRIPT``; a new interpreter for each process by default.
     """
 
-    def __init__(self, folder):
-        self.folder = Path(folder)
+    def __init__(self, folder, python=(sys.executable,)):
+        self.folder, self._python = Path(folder), python
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def plain(self, scripts):
@@ -90,7 +91,7 @@ class Runs:
         place = self._place(np_)
         place.mkdir(exist_ok=True)
         launch = [mpirun() or "mpirun", "-np", str(np_)] if np_ else []
-        command = [*launch, sys.executable, str(WORKER), str(place), "ranks" if np_ else "plain"]
+        command = [*launch, *map(str, self._python), str(WORKER), str(place), "ranks" if np_ else "plain"]
         log = self.folder / f"{name}.log"
         with open(log, "wb") as output:
             process = subprocess.Popen(

@@ -135,7 +135,7 @@ def test_cuts_that_cannot_be():
         assert said in text
     bare = LayerGraph(chain(layers.Dropout(0.1), layers.Dense(8), layers.Activation("relu")))
     assert len(bare.points) == 4
-    assert "has too few layers with weights for 5 stages" in refusal(choose, bare, 5)
+    assert "has too few layers with trained weights for 5 stages" in refusal(choose, bare, 5)
     assert all(segment.trainable for segment in bare.segments(choose(bare, 3)))
     short = LayerGraph(chain(layers.Dense(8, name="a")))
     assert "can be cut at 2 places, 4 stages need 3 cuts: a stage can begin with 1 (a)" in refusal(

@@ -1,11 +1,16 @@
 """Choosing the next token, and feeding it back."""
 
+import logging
+
 import keras
 import numpy as np
 import pytest
 
+from tf_dist.config import Config
 from tf_dist.errors import UsageError
-from tf_dist.run.generate import Sampling, choose, generate
+from tf_dist.models.build import build
+from tf_dist.run.generate import Sampling, choose, continuation, generate
+from tf_dist.runners.decoding_forward import window_forward_of_model
 
 V, T = 11, 4
 
@@ -62,3 +67,38 @@ def test_top_k_and_top_p_leave_the_rest_out():
 def test_values_out_of_range(values):
     with pytest.raises(UsageError):
         Sampling(**values)
+
+
+@pytest.mark.parametrize("model", ["transformer", "lstm"])
+def test_greedy_and_drawn_text_are_those_without_a_cache(model):
+    """Of a trained model, up to its window; a Transformer's also beyond it."""
+    config = Config(vocab_size=V, seq_len=16, width=16, heads=2, layers=2, model=model)
+    trained = build(config)
+    trained.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    text = np.tile((np.arange(V) * 3 + 1) % V, 40)
+    x_BxT = np.stack([text[i : i + 16] for i in range(200)])
+    y_BxT = np.stack([text[i + 1 : i + 17] for i in range(200)])
+    trained.fit(x_BxT, y_BxT, epochs=3, batch_size=20, verbose=0)
+    count = 40 if model == "transformer" else 13
+    plain = window_forward_of_model(trained, 16)
+    for sampling in (Sampling(temperature=0), Sampling(seed=3), Sampling(1.5, top_k=5, seed=4)):
+        for prompt in ([1], [4, 2, 7]):
+            found = list(generate(trained, 16, np.array(prompt), count, sampling))
+            assert found == list(continuation(plain, np.array(prompt), count, sampling))
+
+
+def test_a_model_that_is_not_known_is_said_once_and_works(caplog):
+    class Own(keras.layers.Layer):
+        def call(self, x):
+            return x * 2.0
+
+    log = logging.getLogger("tf_dist")
+    log.addHandler(caplog.handler)
+    tokens = keras.Input((T,), dtype="int32")
+    model = keras.Model(tokens, Own(name="mine")(keras.layers.Embedding(V, V)(tokens)))
+    made = list(generate(model, T, np.array([3]), 2 * T, Sampling(temperature=0)))
+    log.removeHandler(caplog.handler)
+    table = model.layers[1].get_weights()[0]
+    expected = [int(table[token].argmax()) for token in [3, *made[:-1]]]
+    assert made == expected
+    assert caplog.text.count("layer 'mine' (Own) does not say") == 1

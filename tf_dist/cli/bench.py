@@ -10,6 +10,7 @@
   exact-cost  and the overhead of that
   comm        all-reduce: ours, MPI's, Horovod's, and the memory bandwidth
   optimizer   the optimizer step: per variable, flat, in blocks
+  decode      text: tokens/s with a cache and without
   step        training tokens/s: ours and all baselines
   scaling     weak and strong scaling, against the compute-only ceiling
   memory      memory of a rank, against a formula
@@ -36,14 +37,15 @@ from tf_dist.flags import Parser
 from tf_dist.invocation import program, spelled
 
 NAMES = (
-    "exact", "exact-cost", "comm", "optimizer", "step", "scaling", "memory", "nanogpt", "network", "parallel",
-    "strategies", "faults", "fault-cost", "tasks",
+    "exact", "exact-cost", "comm", "optimizer", "decode", "step", "scaling", "memory", "nanogpt", "network",
+    "parallel", "strategies", "faults", "fault-cost", "tasks",
 )  # fmt: skip
 # Others have a module of their own name.
 MODULES = {"faults": "faults.campaign", "fault-cost": "faults.cost"}
 # These take words: names of models or tasks, or the path of a text.
 WITH_WORDS = (
-    "step", "scaling", "memory", "nanogpt", "parallel", "strategies", "faults", "fault-cost", "tasks",
+    "decode", "step", "scaling", "memory", "nanogpt", "parallel", "strategies", "faults", "fault-cost",
+    "tasks",
 )  # fmt: skip
 
 

@@ -108,11 +108,14 @@ def judged(trainer: Trainer, data: TaskData, side: str, predictions: str | None)
     """
     from tf_dist.run.predictions_file import write_predictions
     from tf_dist.run.task_data import TaskMetrics
+    from tf_dist.tasks.masked_lm import MaskedLM
 
     rows, metrics = data.rows(side), None
     if data.task.of_tables:
         metrics = TaskMetrics(data, 0)
         trainer.metrics.append(metrics)
+    elif data.task.name == MaskedLM.name and not predictions:
+        trainer.metrics.append(data.pseudo_perplexity(side))
     elif predictions:
         raise UsageError("--predictions are of the rows of a task; running text has none. Leave it out")
     result = trainer.validate(rows, data.text_bytes(side))

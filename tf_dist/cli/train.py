@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -153,7 +154,7 @@ def train(
     mesh = Mesh(comm, *config.degrees)
     data = TaskData(config, corpus)
     steps = planned_steps(config, len(data.rows("train")))
-    trainer = trainer_for(config, mesh, steps)
+    trainer = trainer_for(config, mesh, steps, data.class_weights)
     run = run_of(config, foreword, comm)
     config = dataclasses.replace(config, run_dir=str(run.path))
     job = Job(config, comm, corpus, run, trainer, attempt.deaths)
@@ -204,8 +205,10 @@ def callbacks_of(
     ]
 
 
-def trainer_for(config: Config, mesh: Mesh, steps: int) -> Trainer:
+def trainer_for(config: Config, mesh: Mesh, steps: int, class_weights: Sequence[float] = ()) -> Trainer:
     """The model of a run, on its grid of ranks, and what trains it."""
+    from tf_dist.models.fine_tuning import trained_parameters
+    from tf_dist.models.model_outputs import with_class_weights
     from tf_dist.optim import optimizers
     from tf_dist.training.loss_spikes import LossSpikes
     from tf_dist.training.memory_estimate import check_room
@@ -213,9 +216,11 @@ def trainer_for(config: Config, mesh: Mesh, steps: int) -> Trainer:
     from tf_dist.training.preflight import agree_on_weights
     from tf_dist.training.trainer import Trainer
 
-    model = model_for(config, mesh)
+    model = with_class_weights(model_for(config, mesh), class_weights)
     agree_on_weights(model, mesh)
     check_room(model, config, mesh)
+    if config.frozen:
+        LOG.info("{:,} of {:,} parameters are trained".format(*trained_parameters(model)))
     return Trainer(
         model,
         optimizers.build(config, model, steps),

@@ -54,6 +54,11 @@ class TaskOptions(options.Options):
     source_len: int = option(0, text="slots of the source; 0: --seq-len", least=0, on_resume="same")
     target_len: int = option(0, text="slots of the target; 0: --seq-len", least=0, on_resume="same")
     classes: int = option(0, text="number of labels; 0: as many as the data has", least=0, on_resume="same")
+    class_weights: str = option(
+        "none",
+        text="of classify, in the loss of training: none, or balanced: each label weighs the same in all",
+        choices=("none", "balanced"),
+    )
     metric_rows: int = option(
         256, text="validation rows that are decoded for metrics while training; 0: all", least=0
     )

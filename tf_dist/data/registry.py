@@ -1,4 +1,8 @@
-"""Well-known corpora by name: ``data/datasets.yaml`` -> a verified file in the downloads folder."""
+"""Well-known corpora by name: ``data/datasets.yaml`` -> a verified file in the downloads folder.
+
+An entry has ``files``, texts at addresses; or a ``table``, which a recipe makes from packages of Debian
+and PyPI.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
 from tf_dist.atomic_io import read_capped
+from tf_dist.data.package_sources import Sha256, TableSource, Url
 from tf_dist.data.sources import STDLIB
 from tf_dist.errors import DataError
 from tf_dist.untrusted_files import parsed_yaml, shown
@@ -21,11 +26,10 @@ REGISTRY = Path(__file__).with_name("datasets.yaml")
 REGISTRY_LIMIT_BYTES = 1 << 20
 READ_TIMEOUT_S = 30.0
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-Url = Annotated[str, msgspec.Meta(pattern=r"^https?://[!-~]+\Z")]
 Size = Annotated[int, msgspec.Meta(ge=0)]
-Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 # Of what is wrong with an entry that may be anybody's.
 LONGEST_REASON = 300
+S = TypeVar("S", bound=msgspec.Struct)
 
 
 class RemoteFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -45,11 +49,12 @@ class RemoteFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class Dataset:
-    """A corpus of the registry; ``files`` by split, of which ``train`` is always there."""
+    """A corpus of the registry: ``files`` by split, of which ``train`` is always there; or a ``table``."""
 
     name: str
     licence: str
     files: Mapping[str, RemoteFile]
+    table: TableSource | None = None
 
 
 def read_registry(path: Path | str) -> dict[str, Dataset]:
@@ -72,17 +77,26 @@ def read_registry(path: Path | str) -> dict[str, Dataset]:
 
 def _dataset(name: str, entry: Any, path: Path) -> Dataset:
     files = entry.get("files") if isinstance(entry, dict) else None
+    if isinstance(entry, dict) and "table" in entry and files is None and NAME.fullmatch(name):
+        table = _converted(entry["table"], TableSource, f"{path}: {name}, table")
+        return Dataset(name, str(entry.get("licence", "")), {}, table)
     if not NAME.fullmatch(name) or not isinstance(files, dict) or "train" not in files:
-        raise DataError(f"{path}: {shown(name)} needs a plain name, and `files` with at least `train`.")
+        raise DataError(
+            f"{path}: {shown(name)} needs a plain name, and `files` with at least `train`, or `table`."
+        )
     checked = {}
     for split, fields in files.items():
         if not NAME.fullmatch(str(split)):
             raise DataError(f"{path}: {name}: {shown(split)} is no plain name.")
-        try:
-            checked[str(split)] = msgspec.convert(fields, RemoteFile)
-        except msgspec.ValidationError as error:
-            raise DataError(f"{path}: {name}, {split}: {str(error)[:LONGEST_REASON]}.") from error
+        checked[str(split)] = _converted(fields, RemoteFile, f"{path}: {name}, {split}")
     return Dataset(name, str(entry.get("licence", "")), checked)
+
+
+def _converted(fields: Any, kind: type[S], where: str) -> S:
+    try:
+        return msgspec.convert(fields, kind)
+    except msgspec.ValidationError as error:
+        raise DataError(f"{where}: {str(error)[:LONGEST_REASON]}.") from error
 
 
 def fetch(
@@ -92,12 +106,12 @@ def fetch(
     *,
     timeout_s: float = READ_TIMEOUT_S,
 ) -> Path:
-    """A corpus of the registry as a text file on this machine, downloaded unless it is here already.
+    """A corpus of the registry as a file on this machine, downloaded or made unless it is here already.
 
     Args:
         name: ``NAME`` for its training text, or ``NAME/SPLIT``, as in ``wikitext-2/test``.
         registry_path: the YAML file.
-        folder: downloads; the file becomes ``folder/NAME/SPLIT.txt``.
+        folder: downloads; a text becomes ``folder/NAME/SPLIT.txt``, a table ``folder/NAME/train.jsonl``.
         timeout_s: of each single read from the network.
 
     Raises:
@@ -111,8 +125,12 @@ def fetch(
         raise _unknown(name, list(datasets))
     dataset = datasets[base]
     split = split or "train"
+    if dataset.table is not None and split == "train":
+        from tf_dist.data.recipe_tables import fetch_table  # here, because most runs need none
+
+        return fetch_table(base, dataset.table, Path(folder))
     if split not in dataset.files:
-        raise DataError(f"{base} has no part {split!r}. It has: {' '.join(dataset.files)}.")
+        raise DataError(f"{base} has no part {split!r}. It has: {' '.join(dataset.files or ['train'])}.")
     remote = dataset.files[split]
     target = Path(folder) / base / f"{split}.txt"
     if remote.member is None:

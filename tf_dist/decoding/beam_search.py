@@ -94,7 +94,7 @@ class _Search:
             return np.arange(K), np.zeros(K, np.int64)
         total_KV = (one.live[:, None] + log_KxV).reshape(-1)
         # Each beam has one candidate that ends it, so K of these go on, if the vocabulary has so many.
-        order = np.argsort(-total_KV, kind="stable")[: 2 * K]
+        order = _largest(total_KV, 2 * K)
         beams, tokens = np.divmod(order, log_KxV.shape[1])
         ends = np.zeros(len(order), bool) if self._end is None else tokens == self._end
         for place in np.flatnonzero(ends[:K] & np.isfinite(total_KV[order[:K]])):
@@ -133,6 +133,12 @@ class _Search:
             score = self._search.score(float(one.live[0]), len(tokens))
             found.append(Decoded(tuple(tokens), float(one.live[0]), score, False))
         return max(found, key=lambda each: each.score)
+
+
+def _largest(values: np.ndarray, count: int) -> np.ndarray:
+    """Where the largest values are, from the largest on; of equal ones the first is first."""
+    found = np.argpartition(-values, count)[:count] if count < len(values) else np.arange(len(values))
+    return found[np.lexsort((found, -values[found]))]
 
 
 def beam_search(

@@ -12,6 +12,7 @@ import tensorflow as tf
 from keras import layers
 
 from tf_dist.models import attention
+from tf_dist.models.incremental import Span
 
 
 @keras.saving.register_keras_serializable("tf_dist")
@@ -32,6 +33,7 @@ class CrossAttention(layers.Layer):
     def build(self, x_shape: Any, memory_shape: Any, bias_shape: Any) -> None:
         """Create the projections: of queries, of keys and values together, of the output."""
         width = x_shape[-1]
+        self._sources = memory_shape[1]
         begin = keras.initializers.RandomNormal(stddev=0.02)
         self.query = self._expanding(width, kernel_initializer=begin, name="query")
         # An initializer of its own: Keras's draw the same numbers each time.
@@ -75,6 +77,23 @@ class CrossAttention(layers.Layer):
         else:
             attended_BxHxTxK = attention.biased_attention(q_BxHxTxK, k_BxHxSxK, v_BxHxSxK, bias)
         return self.output_projection(attention.join_heads(attended_BxHxTxK))
+
+    bounded = True
+
+    def begin(self, batch: int, length: int) -> Any:
+        """Return the cache: keys, values and the bias of the source's slots."""
+        K, S = self.query.kernel.shape[0] // self.heads, self._sources
+        zeros = tf.zeros((batch, self.own_heads, S, K), self.compute_dtype)
+        return zeros, zeros, tf.zeros((batch, 1, 1, S))
+
+    def step(self, x: Any, memory: Any, bias: Any, *, cache: Any, span: Span) -> tuple[Any, Any]:
+        """Return the output of new target tokens, (B, N, D), and the cache, with the source once given."""
+        if memory is not None:
+            cache = (*_heads(self.key_value(memory), self.own_heads, 2), bias)
+        k_BxHxSxK, v_BxHxSxK, bias = cache
+        (q_BxHxNxK,) = _heads(self.query(x), self.own_heads, 1)
+        attended_BxHxNxK = attention.biased_attention(q_BxHxNxK, k_BxHxSxK, v_BxHxSxK, bias)
+        return self.output_projection(attention.join_heads(attended_BxHxNxK)), cache
 
     def compute_output_shape(self, x_shape: Any, memory_shape: Any, bias_shape: Any) -> Any:
         """Return (B, T, D)."""

@@ -37,7 +37,8 @@ from keras.src.backend import AutocastScope
 # may compute anything.
 POSITIONWISE = frozenset(
     {
-        *("Activation", "ActivityRegularization", "Add", "AlphaDropout", "Average", "Concatenate", "Dense"),
+        *("Activation", "ActivityRegularization", "Add", "AlphaDropout", "Average", "BatchNormalization"),
+        *("Concatenate", "Dense", "RMSNormalization"),
         *(
             "Dropout",
             "ELU",
@@ -51,6 +52,7 @@ POSITIONWISE = frozenset(
         *("Softmax", "Subtract"),
     }
 )
+RECURRENT = (keras.layers.GRU, keras.layers.LSTM, keras.layers.SimpleRNN)
 ELEMENTWISE = frozenset(
     {"Add", "Cast", "Divide", "Gelu", "Multiply", "Relu", "Sigmoid", "Silu", "Subtract", "Tanh", "TrueDivide"}
 )
@@ -63,7 +65,8 @@ class NotIncremental(Exception):
 class Span(NamedTuple):
     """The new positions of a call, in each row: ``count_B`` of N, from ``start_B`` on; the rest is padding.
 
-    (B,) int32 each. Padding is behind the new positions, and so at positions that come again later.
+    (B,) int32 each. Padding is behind the new positions, and so at positions that come again later. A mask
+    that lets a position look ahead must leave out those from ``start_B + count_B`` on.
     """
 
     start_B: Any
@@ -92,6 +95,30 @@ class Stepped(Protocol):
 
     def step(self, x: Any, *, cache: Any, span: Span) -> tuple[Any, ...]:
         """The output at new positions, and the cache with these in it."""
+
+
+class RecurrentStep:
+    """`Stepped`, of one of Keras's own recurrent layers: its state is kept.
+
+    Args:
+        layer: (B, T, D) -> (B, T, H).
+    """
+
+    bounded = False
+
+    def __init__(self, layer: keras.layers.RNN) -> None:
+        self._layer = layer
+
+    def begin(self, batch: int, length: int) -> list[Any]:
+        """As in `Stepped`."""
+        return list(self._layer.get_initial_state(batch))
+
+    def step(self, x: Any, *, cache: list[Any], span: Span) -> tuple[Any, list[Any]]:
+        """As in `Stepped`."""
+        present_BxN = tf.range(x.shape[1]) < span.count_B[:, None]
+        x = tf.cast(x, self._layer.compute_dtype)
+        _, outputs_BxNxH, state = self._layer.inner_loop(x, cache, present_BxN, training=False)
+        return outputs_BxNxH, list(state)
 
 
 class IncrementalModel:
@@ -196,6 +223,9 @@ def _stepped(node: Any) -> Any:
     if _declares(kind, "step"):
         if getattr(layer, "steps", True):
             return layer
+    elif kind in RECURRENT:
+        if _keeps_its_state(node):
+            return RecurrentStep(layer)
     elif kind.__module__.startswith("keras.src.ops"):
         if kind.__name__ in ELEMENTWISE and not _mixes(node):
             return None
@@ -221,6 +251,14 @@ def _declares(kind: type, name: str) -> bool:
 
 # What a layer computes is in one of these.
 CALLS = ("call", "inner_loop")
+
+
+def _keeps_its_state(node: Any) -> bool:
+    """Whether `RecurrentStep` knows the options of a recurrent layer, and what it is called with."""
+    layer = node.operation
+    others = ("go_backwards", "return_state", "stateful", "unroll", "zero_output_for_mask")
+    plain = layer.return_sequences and not any(getattr(layer, name, False) for name in others)
+    return plain and len(node.input_tensors) == 1
 
 
 def _over_positions(layer: Any, rank: int) -> bool:

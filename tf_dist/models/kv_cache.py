@@ -41,6 +41,17 @@ def empty(batch: int, heads: int, length: int, width: int, dtype: str) -> KeyVal
     return KeyValueCache(zeros, zeros)
 
 
+def no_bias(batch: int, length: int) -> Any:
+    """The bias of L cached positions that all are seen, (B, 1, 1, L) float32."""
+    return tf.zeros((batch, 1, 1, length))
+
+
+def padded_bias(bias_Bx1xQxN: Any, length: int, beyond: float) -> Any:
+    """A bias of the first N keys for all L, (B, 1, Q, L); ``beyond`` is that of the others."""
+    more = length - bias_Bx1xQxN.shape[3]
+    return tf.pad(bias_Bx1xQxN, ((0, 0), (0, 0), (0, 0), (0, more)), constant_values=beyond)
+
+
 def causal_bias(span: Span, new: int, length: int, dtype: Any) -> Any:
     """What is added to scores so that a new position attends to itself and to those before, (B, 1, N, L)."""
     later = tf.range(length) > span.positions(new)[:, None, :, None]

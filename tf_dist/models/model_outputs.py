@@ -5,6 +5,7 @@ Legend: B rows, U targets of a row, V classes, F frames, M values of a frame (ev
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -28,6 +29,22 @@ def outputs_of(model: keras.Model) -> str:
     return str(getattr(model, "tf_dist_outputs", LOGITS))
 
 
+def with_class_weights(model: keras.Model, weights: Sequence[float]) -> keras.Model:
+    """Let each class weigh differently in the loss of training, and return the model.
+
+    Args:
+        model: that returns logits of C classes.
+        weights: of each, (C,), with mean 1 over the training rows, so that losses keep their size.
+    """
+    model.tf_dist_class_weights = tuple(map(float, weights))
+    return model
+
+
+def class_weights_of(model: keras.Model) -> tuple[float, ...]:
+    """The weights of a model's classes; none if all weigh the same."""
+    return tuple(getattr(model, "tf_dist_class_weights", ()))
+
+
 def target_len(model: keras.Model, seq_len: int) -> int:
     """U, the targets of a row.
 
@@ -43,4 +60,4 @@ def target_len(model: keras.Model, seq_len: int) -> int:
 
 def same_outputs(part: keras.Model, whole: Any) -> keras.Model:
     """Declare the outputs of a model's last segment to be the whole model's, and return the segment."""
-    return with_outputs(part, outputs_of(whole))
+    return with_class_weights(with_outputs(part, outputs_of(whole)), class_weights_of(whole))

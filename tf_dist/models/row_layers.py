@@ -12,14 +12,29 @@ import numpy as np
 import tensorflow as tf
 
 from tf_dist.models.attention import MASKED, biased_attention
+from tf_dist.models.incremental import Span
 
 PADDING_WORD = -1
 
 
+def _step_of_source(layer: Any, *inputs: Any, cache: Any, span: Span) -> tuple[Any, ...]:
+    """``step`` of a layer whose inputs are complete in the first call, and missing in later ones."""
+    return layer.call(*inputs), cache
+
+
 class _Configured(keras.layers.Layer):
-    """A layer whose constructor's arguments are numbers, named in `ARGUMENTS`."""
+    """A layer without weights, whose constructor's arguments are numbers, named in `ARGUMENTS`.
+
+    In incremental decoding (`tf_dist.models.incremental`) the first call has the source and the first slot
+    of the target, the later ones a slot of the target each: there is no new source then.
+    """
 
     ARGUMENTS: tuple[str, ...] = ()
+    bounded = True
+
+    def begin(self, batch: int, length: int) -> tuple[()]:
+        """Return the cache: none."""
+        return ()
 
     def get_config(self) -> dict[str, Any]:
         """Return the constructor's arguments."""
@@ -40,6 +55,40 @@ class Slice(_Configured):
         """Return the part."""
         return x_BxN[:, self.start : self.stop]
 
+    def step(self, *inputs: Any, cache: Any, span: Span) -> tuple[Any, ...]:
+        """Return the part that is new, None if nothing of it is; its positions are counted from its start."""
+        (x_BxN,) = inputs
+        if x_BxN.shape[1] == 1:
+            return (x_BxN if self.start else None), cache, Span(span.start_B - self.start, span.count_B)
+        count_B = tf.clip_by_value(span.count_B - self.start, 0, self.stop - self.start)
+        return self.call(x_BxN), cache, Span(tf.zeros_like(count_B), count_B)
+
+
+@keras.saving.register_keras_serializable("tf_dist")
+class JoinSlots(_Configured):
+    """The slots of a source before those of a target: (B, T, D), (B, S, D) -> (B, S + T, D).
+
+    Args:
+        sources: S.
+    """
+
+    ARGUMENTS = ("sources",)
+
+    def __init__(self, sources: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.sources = sources
+
+    def call(self, target_BxTxD: Any, source_BxSxD: Any) -> Any:
+        """Return all slots."""
+        return tf.concat([source_BxSxD, target_BxTxD], axis=1)
+
+    def step(self, *inputs: Any, cache: Any, span: Span) -> tuple[Any, ...]:
+        """Return the new slots."""
+        target, source = inputs
+        if source is None:
+            return target, cache, Span(span.start_B + self.sources, span.count_B)
+        return self.call(target, source), cache, Span(span.start_B, span.count_B + self.sources)
+
 
 @keras.saving.register_keras_serializable("tf_dist")
 class UnpackVectors(_Configured):
@@ -50,6 +99,7 @@ class UnpackVectors(_Configured):
     """
 
     ARGUMENTS = ("width",)
+    step = _step_of_source
 
     def __init__(self, width: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -73,6 +123,7 @@ class PaddingBias(_Configured):
     """
 
     ARGUMENTS = ("padding", "words")
+    step = _step_of_source
 
     def __init__(self, padding: int, words: int = 1, **kwargs: Any) -> None:
         super().__init__(**{"dtype": "float32", **kwargs})
@@ -95,6 +146,7 @@ class PrefixBias(_Configured):
     """
 
     ARGUMENTS = ("targets",)
+    step = _step_of_source
 
     def __init__(self, targets: int, **kwargs: Any) -> None:
         super().__init__(**{"dtype": "float32", **kwargs})
@@ -156,8 +208,10 @@ class SpanLogits(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable("tf_dist")
-class Reverse(keras.layers.Layer):
+class Reverse(_Configured):
     """The slots in reverse order: (B, S, D) -> (B, S, D). Padding comes first then."""
+
+    step = _step_of_source
 
     def call(self, x_BxSxD: Any) -> Any:
         """Return the slots, the last one first."""
@@ -165,13 +219,28 @@ class Reverse(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable("tf_dist")
-class SourceAttention(keras.layers.Layer):
+class SourceAttention(_Configured):
     """The source's states, weighted by their products with a target's state (Luong et al. 2015, "dot").
 
     (B, T, D), (B, S, D) and a bias (B, 1, 1, S) -> (B, T, D).
     """
 
-    def call(self, x_BxTxD: Any, memory_BxSxD: Any, padding_Bx1x1xS: Any) -> Any:
+    def call(self, x: Any, memory: Any, padding: Any) -> Any:
         """Return the context of each target slot."""
-        q, k = (tf.convert_to_tensor(one)[:, None] for one in (x_BxTxD, memory_BxSxD))
-        return biased_attention(q, k, k, padding_Bx1x1xS)[:, 0]
+        q, k = (tf.convert_to_tensor(one)[:, None] for one in (x, memory))
+        return biased_attention(q, k, k, padding)[:, 0]
+
+    def build(self, x_shape: Any, memory_shape: Any, padding_shape: Any) -> None:
+        """Note how many states there are to attend to."""
+        self._memory_shape = tuple(memory_shape[1:])
+
+    def begin(self, batch: int, length: int) -> Any:
+        """Return the cache: the source's states and the bias of its padding."""
+        S, D = self._memory_shape
+        return tf.zeros((batch, S, D), self.compute_dtype), tf.zeros((batch, 1, 1, S))
+
+    def step(self, *inputs: Any, cache: Any, span: Span) -> tuple[Any, ...]:
+        """Return the context of new target slots, and the cache with the source's states."""
+        x, memory, padding = inputs
+        cache = cache if memory is None else (tf.cast(memory, self.compute_dtype), padding)
+        return self.call(x, *cache), cache

@@ -11,7 +11,7 @@ import keras
 
 from tf_dist.models.row_embedding import BodySizes, embedded_row
 from tf_dist.models.row_heads import with_row_head
-from tf_dist.models.row_layers import Reverse, Slice, SourceAttention
+from tf_dist.models.row_layers import JoinSlots, Reverse, Slice, SourceAttention
 from tf_dist.models.row_layout import Head, RowLayout
 from tf_dist.models.transformer import PLAIN, Layers
 
@@ -25,7 +25,7 @@ def encoder(layout: RowLayout, sizes: BodySizes, head: Head, layers: Layers = PL
 def prefix_decoder(layout: RowLayout, sizes: BodySizes, head: Head, layers: Layers = PLAIN) -> keras.Model:
     """One stack that reads the source, then predicts the target (Sutskever et al. 2014, one network)."""
     row = embedded_row(layout, sizes, layers)
-    x = keras.layers.Concatenate(axis=1, name="slots")([row.source, row.target])
+    x = JoinSlots(layout.source.count, name="slots")(row.target, row.source)
     x = keras.layers.Dropout(sizes.dropout, name="embedding_dropout")(x)
     for i in range(sizes.layers):
         x = layers.lstm(sizes.width, return_sequences=True, name=f"layer_{i}")(x)

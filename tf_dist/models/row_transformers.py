@@ -15,7 +15,7 @@ import keras
 from tf_dist.models.fast_layers import LayerNormalization
 from tf_dist.models.row_embedding import BodySizes, EmbeddedRow, embedded_row
 from tf_dist.models.row_heads import with_row_head
-from tf_dist.models.row_layers import PrefixBias, Slice
+from tf_dist.models.row_layers import JoinSlots, PrefixBias, Slice
 from tf_dist.models.row_layout import Head, RowLayout
 from tf_dist.models.transformer import PLAIN, Layers, block, feed_forward
 
@@ -33,7 +33,7 @@ def prefix_decoder(layout: RowLayout, sizes: BodySizes, head: Head, layers: Laye
     """One stack for source and target, which sees all of the source (prefix LM, Raffel et al. 2020)."""
     row = embedded_row(layout, sizes, layers)
     bias = PrefixBias(layout.target.count, name="prefix_bias")(row.padding)
-    x_BxNxD = _at_positions(_joined(row), sizes, layers)
+    x_BxNxD = _at_positions(_joined(row, layout), sizes, layers)
     for i in range(sizes.layers):
         x_BxNxD = _block(x_BxNxD, sizes, f"layer_{i}", layers, bias)
     x_BxTxD = Slice(layout.source.count, _slots(layout), name="predicted")(x_BxNxD)
@@ -43,7 +43,7 @@ def prefix_decoder(layout: RowLayout, sizes: BodySizes, head: Head, layers: Laye
 def encoder_decoder(layout: RowLayout, sizes: BodySizes, head: Head, layers: Layers = PLAIN) -> keras.Model:
     """Vaswani et al. (2017), pre-norm: ``sizes.layers`` layers of encoder, and as many of decoder."""
     row = embedded_row(layout, sizes, layers)
-    x_BxNxD = _at_positions(_joined(row), sizes, layers)
+    x_BxNxD = _at_positions(_joined(row, layout), sizes, layers)
     for i in range(sizes.layers):
         x_BxNxD = _encoder_layer(x_BxNxD, layout, sizes, i, layers, row.padding)
     for i in range(sizes.layers, 2 * sizes.layers):
@@ -58,7 +58,7 @@ def _encoder_layer(x: Any, layout: RowLayout, sizes: BodySizes, i: int, layers: 
     source = _block(source, sizes, f"layer_{i}", layers, padding)
     if i == sizes.layers - 1:
         source = _normalized(source, f"layer_{i}_encoder_norm")
-    return keras.layers.Concatenate(axis=1, name=f"layer_{i}_slots")([source, target])
+    return JoinSlots(layout.source.count, name=f"layer_{i}_slots")(target, source)
 
 
 def _decoder_layer(x: Any, layout: RowLayout, sizes: BodySizes, i: int, layers: Layers, padding: Any) -> Any:
@@ -73,7 +73,7 @@ def _decoder_layer(x: Any, layout: RowLayout, sizes: BodySizes, i: int, layers: 
     h = layers.cross_attention(sizes.heads, rate, stddev, name=f"{name}_cross_attention")(h, source, padding)
     target = target + Dropout(rate, name=f"{name}_cross_attention_dropout")(h)
     target = feed_forward(target, sizes.width, rate, stddev, name, layers)
-    return keras.layers.Concatenate(axis=1, name=f"{name}_slots")([source, target])
+    return JoinSlots(layout.source.count, name=f"{name}_slots")(target, source)
 
 
 def _halves(x: Any, layout: RowLayout, name: str) -> tuple[Any, Any]:
@@ -85,8 +85,8 @@ def _slots(layout: RowLayout) -> int:
     return layout.source.count + layout.target.count
 
 
-def _joined(row: EmbeddedRow) -> Any:
-    return keras.layers.Concatenate(axis=1, name="slots")([row.source, row.target])
+def _joined(row: EmbeddedRow, layout: RowLayout) -> Any:
+    return JoinSlots(layout.source.count, name="slots")(row.target, row.source)
 
 
 def _at_positions(x: Any, sizes: BodySizes, layers: Layers) -> Any:

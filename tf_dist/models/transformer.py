@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import keras
+import tensorflow as tf
 from keras import layers
 
 from tf_dist.models import attention, fast_lstm, kv_cache
@@ -41,6 +42,7 @@ class CausalSelfAttention(layers.Layer):
         self.heads, self.dropout, self.output_stddev = heads, dropout, output_stddev
         self.attend = attend
         self.own_heads = heads
+        self.biased = False
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
         """Create the two projections: one for queries, keys and values together, one for the output."""
@@ -76,6 +78,7 @@ class CausalSelfAttention(layers.Layer):
                 which. None: causal.
             training: whether dropout is active.
         """
+        self.biased = bias is not None
         qkv_BxTx3D = self.query_key_value(x_BxTxD)
         q_BxHxTxK, k_BxHxTxK, v_BxHxTxK = attention.split_heads(qkv_BxTx3D, self.own_heads)
         if training and self.dropout:
@@ -91,15 +94,16 @@ class CausalSelfAttention(layers.Layer):
     # Incremental (`tf_dist.models.incremental`): keys and values are kept.
     bounded = True
 
-    def begin(self, batch: int, length: int) -> kv_cache.KeyValueCache:
-        """Return the cache of ``batch`` rows, for up to ``length`` positions."""
+    def begin(self, batch: int, length: int) -> kv_cache.KeyValueCache | tuple[kv_cache.KeyValueCache, Any]:
+        """Return the cache of ``batch`` rows, for up to ``length`` positions; with a bias, that of each."""
         width = self.query_key_value.kernel.shape[0] // self.heads
-        return kv_cache.empty(batch, self.own_heads, length, width, self.compute_dtype)
+        cache = kv_cache.empty(batch, self.own_heads, length, width, self.compute_dtype)
+        return (cache, kv_cache.no_bias(batch, length)) if self.biased else cache
 
-    def step(
-        self, x_BxNxD: Any, *, cache: kv_cache.KeyValueCache, span: Span
-    ) -> tuple[Any, kv_cache.KeyValueCache]:
+    def step(self, x_BxNxD: Any, bias: Any = None, *, cache: Any, span: Span) -> tuple[Any, Any]:
         """Return the attention output of new positions, (B, N, D), and the cache with them."""
+        if self.biased:
+            return self._biased_step(x_BxNxD, bias, cache, span)
         qkv_BxNx3D = self.query_key_value(x_BxNxD)
         q_BxHxNxK, k_BxHxNxK, v_BxHxNxK = attention.split_heads(qkv_BxNx3D, self.own_heads)
         cache = cache.written(k_BxHxNxK, v_BxHxNxK, span)
@@ -107,6 +111,24 @@ class CausalSelfAttention(layers.Layer):
         bias_Bx1xNxL = kv_cache.causal_bias(span, new, length, q_BxHxNxK.dtype)
         attended_BxHxNxK = kv_cache.cached_attention(q_BxHxNxK, cache, bias_Bx1xNxL)
         return self.output_projection(attention.join_heads(attended_BxHxNxK)), cache
+
+    def _biased_step(
+        self, x_BxNxD: Any, bias: Any, given: tuple[kv_cache.KeyValueCache, Any], span: Span
+    ) -> tuple[Any, Any]:
+        """A step where a bias says who sees whom: given with the first positions, it hides some later too."""
+        cache, keys_Bx1x1xL = given
+        q_BxHxNxK, k_BxHxNxK, v_BxHxNxK = attention.split_heads(self.query_key_value(x_BxNxD), self.own_heads)
+        cache = cache.written(k_BxHxNxK, v_BxHxNxK, span)
+        new, length = x_BxNxD.shape[1], cache.k_BxHxLxK.shape[2]
+        if bias is None:
+            bias_Bx1xNxL = keys_Bx1x1xL + kv_cache.causal_bias(span, new, length, tf.float32)
+        else:
+            bias_Bx1xNxL = kv_cache.padded_bias(bias[:, :, :new, :new], length, attention.MASKED)
+            keys_Bx1x1xL = kv_cache.padded_bias(bias[:, :, -1:, :new], length, 0.0)
+        bias_Bx1xNxL = tf.cast(bias_Bx1xNxL, q_BxHxNxK.dtype)
+        attended_BxHxNxK = kv_cache.cached_attention(q_BxHxNxK, cache, bias_Bx1xNxL)
+        out_BxNxD = self.output_projection(attention.join_heads(attended_BxHxNxK))
+        return out_BxNxD, (cache, keys_Bx1x1xL)
 
     def get_config(self) -> dict[str, Any]:
         """Return the constructor's arguments."""

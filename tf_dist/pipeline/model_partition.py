@@ -179,7 +179,7 @@ class LayerGraph:
             if not segment.trainable:
                 raise UsageError(
                     f"stage {number} of {len(parts)} ({', '.join(n.operation.name for n in part)}) has no "
-                    "trainable weights: use fewer stages, or other --pipeline-cuts"
+                    "trainable weights: use fewer stages, other --pipeline-cuts, or freeze fewer layers"
                 )
             made.append(segment)
         return made
@@ -224,8 +224,8 @@ def choose(graph: LayerGraph, count: int, wanted: str = "") -> list[CutPoint]:
     cuts = balanced(graph, count)
     if cuts is None:
         raise UsageError(
-            f"model {graph.model.name!r} has too few layers with weights for {count} stages: use fewer "
-            "stages or more layers"
+            f"model {graph.model.name!r} has too few layers with trained weights for {count} stages: use "
+            "fewer stages or more layers, or let --freeze name fewer of them"
         )
     return [graph.points[at] for at in cuts]
 

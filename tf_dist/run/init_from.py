@@ -10,6 +10,7 @@ with the same weights. A run that resumes from a checkpoint of its own does not 
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tf_dist.checkpoint.manifest import read_manifest
+from tf_dist.checkpoint.manifest import NAME, read_manifest
 from tf_dist.comm.formatting import some
 from tf_dist.comm.runtime.consensus import on_root
 from tf_dist.config import Config
@@ -38,7 +39,7 @@ VOCABULARY = {"embeddings": 0, "reverse_embeddings": 1}
 
 
 def pinned(config: Config, resumed: Mapping[str, Any] | None) -> dict[str, str]:
-    """What a run's options become: ``init_from`` pinned, and the tokenizer that comes with it; on rank 0.
+    """Options that change: ``init_from``, pinned, and the tokenizer that comes with it; on rank 0.
 
     Args:
         config: as given.
@@ -49,20 +50,23 @@ def pinned(config: Config, resumed: Mapping[str, Any] | None) -> dict[str, str]:
     """
     if not config.init_from or (resumed is None and config.resume not in ("auto", "never")):
         return {}
-    before = (resumed or {}).get("config")
-    if isinstance(before, dict) and isinstance(before.get("init_from"), str):
-        weights, tokenizer = before["init_from"], before.get("tokenizer")
-    elif resumed is not None:
-        return {}
+    tokenizer: object
+    if resumed is None:
+        path = _located(Path(config.init_from))
+        found, tokenizer = str(path), _tokenizer_beside(path)
     else:
-        path = _pinned(Path(config.init_from))
-        weights, tokenizer = str(path), _tokenizer_beside(path)
+        before = resumed.get("config")
+        before = before if isinstance(before, dict) else {}
+        found, tokenizer = str(before.get("init_from", "")), before.get("tokenizer")
+        if not found:
+            LOG.warning("--init-from is for a new training, and this one resumes from a checkpoint: not used")
+            return {"init_from": "", "init_except": ""}
     if config.tokenizer == DataOptions.tokenizer and isinstance(tokenizer, str) and tokenizer:
-        return {"init_from": weights, "tokenizer": tokenizer}
-    return {"init_from": weights}
+        return {"init_from": found, "tokenizer": tokenizer}
+    return {"init_from": found}
 
 
-def _pinned(path: Path) -> Path:
+def _located(path: Path) -> Path:
     from tf_dist.run.convert import is_file_of_weights
     from tf_dist.run.weight_sources import checkpoint_of
 
@@ -86,8 +90,8 @@ def check_tokenizer(config: Config, corpus: Prepared) -> None:
         CheckpointError: its SHA-256 is another one.
     """
     path = Path(config.init_from)
-    if not path.is_dir():
-        return  # a file of weights does not say
+    if not (path / NAME).exists():
+        return  # a file of weights does not say; a run that resumes may have outlived the other one
     wanted = read_manifest(path)["facts"].get("tokenizer_sha256")
     if wanted is None and (tokenizer := _tokenizer_beside(path)):
         wanted = sha256_of_file(Path(tokenizer), follow=False)
@@ -197,7 +201,7 @@ def initialize(trainer: Trainer, config: Config, corpus: Prepared) -> None:
 
     Args:
         trainer: receives the weights; its optimizer is new.
-        config: of the run, resolved.
+        config: of the run, with ``init_from`` `pinned`.
         corpus: its tokens; only their tokenizer's vocabulary matters.
 
     Raises:
@@ -216,16 +220,16 @@ def initialize(trainer: Trainer, config: Config, corpus: Prepared) -> None:
     }
     opened: list[WeightSource] = []
 
-    def find() -> InitPlan:
+    def find() -> dict[str, Any]:
         source = open_source(Path(config.init_from), config).without_adapters_but(paths)
         _check_heads(source, config)
         _check_adapters(source, config, paths)
         names = list(paths)
         anew = [names[i] for i in chosen(names, config.init_except, "--init-except")]
         opened.append(source)
-        return plan(weights, source, anew, corpus.tokenizer.vocab_size)
+        return dataclasses.asdict(plan(weights, source, anew, corpus.tokenizer.vocab_size))
 
-    made = on_root(trainer.comm, find)
+    made = InitPlan(**on_root(trainer.comm, find))
     for path in made.loaded:
         entry = paths[path]
         own = next(iter(state.tensors([entry])))[1] if path in made.longer else None
@@ -234,8 +238,8 @@ def initialize(trainer: Trainer, config: Config, corpus: Prepared) -> None:
     LOG.info(f"initial weights: {made}, from {config.init_from}")
     if made.frozen:
         LOG.warning(
-            f"{len(made.frozen)} weights are frozen and were not in {config.init_from}: they stay as they "
-            f"were drawn ({some(made.frozen)}). Exclude them from --freeze, as in "
+            f"{len(made.frozen)} weights are frozen and not in {config.init_from}: they stay "
+            f"as they were drawn ({some(made.frozen)}). Exclude them from --freeze, as in "
             f"--freeze '*,!{made.frozen[0]}'"
         )
 

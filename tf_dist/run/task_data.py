@@ -7,11 +7,13 @@ from functools import partial
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
 from tf_dist.config import Config
+from tf_dist.data.class_weights import class_weights
 from tf_dist.data.prepared_dataset import Prepared
 from tf_dist.data.rows import Rows
-from tf_dist.errors import DataError
+from tf_dist.errors import DataError, UsageError
 from tf_dist.metrics import compute, named_metrics
 from tf_dist.models.row_layout import SPANS, TOKENS
 from tf_dist.parallel.mesh import Mesh
@@ -22,12 +24,14 @@ from tf_dist.tasks.causal_lm import CausalLM
 from tf_dist.tasks.prepare import HELD_OUT
 from tf_dist.tasks.registry import task_of
 from tf_dist.tasks.speak import Speak
-from tf_dist.training.predictions import Predict, best_classes, best_spans, greedy, predictions
+from tf_dist.training.predictions import Decoder, Predict, best_classes, best_spans, predictions
+from tf_dist.training.pseudo_perplexity import PseudoPerplexity
 from tf_dist.untrusted_files import opened
 
 HELD_OUT_LIMIT_BYTES = 1 << 30
 # Predictions that are printed when a run ends.
 SHOWN = 5
+NO_WEIGHTS = "none"
 # Texts that are spoken together.
 RECORDED_TOGETHER = 8
 # Slots of an extracted answer, at most.
@@ -50,16 +54,37 @@ class TaskData:
         self.layout = self.task.layout(corpus.tokenizer.vocab_size)
         self.seq_len = self.layout.words if self.task.of_tables else config.seq_len
         self._config, self._corpus = config, corpus
+        self._decoder = Decoder(self.layout, corpus.tokenizer.end_of_text)
 
     def rows(self, side: str) -> Rows:
         """The rows of one side of the split, ``train`` or ``val``."""
         rows = self._corpus.rows(side, self._config.seq_len)
         return self.task.rows(rows, self.layout, self._config.seed)
 
+    def pseudo_perplexity(self, side: str) -> PseudoPerplexity:
+        """The metric of a masked language model over the first ``metric_rows`` windows of a side."""
+        windows = self._corpus.rows(side, self._config.seq_len)
+        return PseudoPerplexity(windows, self.layout, self._config.metric_rows or len(windows))
+
     def text_bytes(self, side: str) -> int:
         """UTF-8 bytes of the text of one side, if each of its tokens is predicted; else 0."""
         of_all = self.task.name == CausalLM.name
         return int(self._corpus.meta["text_bytes"][side]) if of_all else 0
+
+    @property
+    def class_weights(self) -> list[float]:
+        """The weight of each class in the loss of training; none if all weigh the same.
+
+        Raises:
+            UsageError: the task has no labels.
+        """
+        if self._config.class_weights == NO_WEIGHTS:
+            return []
+        if not self.labels:
+            raise UsageError(f"--class-weights: --task {self._config.task} has no labels. Leave it out")
+        classes_N = self.rows("train").tokens.reshape(-1, self.seq_len + 1)[:, -1]
+        counts = np.bincount(classes_N, minlength=len(self.labels))
+        return list(class_weights(counts, self._config.class_weights))
 
     @property
     def labels(self) -> list[str]:
@@ -89,7 +114,7 @@ class TaskData:
         """Predictions for the first held-out rows, whose cells are given, decoded; a collective."""
         how: Predict = best_classes
         if self.decodes:
-            how = partial(greedy, layout=self.layout, end=self._corpus.tokenizer.end_of_text)
+            how = self._decoder
         elif self.task.head(len(self.labels)).kind == SPANS:
             how = partial(best_spans, layout=self.layout, longest=LONGEST_ANSWER)
         found_NxU = predictions(runner, mesh, rows, held_out, len(given), how)

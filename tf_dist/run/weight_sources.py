@@ -30,9 +30,9 @@ WEIGHTS = "weights/"
 class WeightSource:
     """Weights by path; on rank 0.
 
-    shapes: of those that there are. read: one of them. said: where they are, for messages. config: of the run
-    that trained them, as its checkpoint has it; empty if not known. left: layers that a file has and the
-    model has not, where these are known by name only.
+    shapes: of those that there are. read: one of them. said: where they are, for messages. config: of the
+    run that trained them, as its checkpoint has it; empty if not known. left: layers that only the file has,
+    where these are known by name.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -90,7 +90,7 @@ def open_source(path: Path, config: Config) -> WeightSource:
     """Open a checkpoint or a weight file; on rank 0.
 
     Args:
-        path: pinned (`tf_dist.run.init_from.resolved`).
+        path: pinned (`tf_dist.run.init_from.pinned`).
         config: of the new run: the model that HDF5 files are read into.
 
     Raises:

@@ -47,6 +47,11 @@ def forward_of_model(model: keras.Model, seq_len: int) -> CachedForward:
         return CachedModel(model, seq_len)
     except NotIncremental as why:
         LOG.info(WITHOUT_CACHE.format(why))
+        return window_forward_of_model(model, seq_len)
+
+
+def window_forward_of_model(model: keras.Model, seq_len: int) -> WindowForward:
+    """The forward pass without a cache, of all T tokens for each new one."""
 
     @tf.function(autograph=False)  # type: ignore[untyped-decorator]
     def logits_at(x_BxT: tf.Tensor, place_B: tf.Tensor) -> Any:

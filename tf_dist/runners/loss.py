@@ -5,7 +5,7 @@ Legend: B rows, T tokens, D width, V vocabulary, N = B T, C chunks, S tokens of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ import tensorflow as tf
 from tf_dist.layers import VocabularyParallelEmbedding, mappings
 from tf_dist.layers.cross_entropy import cross_entropy as divided_cross_entropy
 from tf_dist.models.lm_head import LanguageModelHead, head_of
-from tf_dist.models.model_outputs import FRAMES, outputs_of
+from tf_dist.models.model_outputs import FRAMES, class_weights_of, outputs_of
 from tf_dist.runners.frame_loss import frame_loss_and_sums
 
 # Target of padding: no loss, not counted.
@@ -43,17 +43,22 @@ def loss_and_sums(model: keras.Model, x_BxT: tf.Tensor, y_BxT: tf.Tensor, traini
     if head is not None and isinstance(head.embedding, VocabularyParallelEmbedding):
         return _from_shared_head(head, head.embedding, x_BxT, y_BxT, training)
     if head is None or y_BxT.shape.num_elements() * head.vocab_size < CHUNKED_FROM:
-        return _from_logits(model(x_BxT, training=training), y_BxT)
+        weights = class_weights_of(model) if training else ()
+        return _from_logits(model(x_BxT, training=training), y_BxT, weights)
     return _from_states(head.trunk(x_BxT, training=training), head.table(), y_BxT, training)
 
 
-def _from_logits(logits_BxTxV: tf.Tensor, y_BxT: tf.Tensor) -> tuple[Any, Any]:
+def _from_logits(
+    logits_BxTxV: tf.Tensor, y_BxT: tf.Tensor, weights_V: Sequence[float] = ()
+) -> tuple[Any, Any]:
     logits_BxTxV = tf.cast(logits_BxTxV, tf.float32)
     counted_BxT = y_BxT != IGNORED
     correct = _count(tf.equal(tf.argmax(logits_BxTxV, axis=-1, output_type=tf.int32), y_BxT))
     # If the logits have no other reader, TensorFlow overwrites them with their gradient.
     with tf.control_dependencies([correct]):
         losses_BxT = tf.nn.sparse_softmax_cross_entropy_with_logits(tf.maximum(y_BxT, 0), logits_BxTxV)
+    if weights_V:
+        losses_BxT *= tf.gather(tf.constant(weights_V, tf.float32), tf.maximum(y_BxT, 0))
     # where() and not a product: a padding row may hold anything, and 0 * inf is NaN.
     loss = tf.reduce_sum(tf.where(counted_BxT, losses_BxT, 0.0))
     return loss, tf.stack([loss, _count(counted_BxT), correct])

@@ -24,7 +24,7 @@ from tf_dist.tasks.text_to_text import TextToText
 WORD = re.compile(r"\s*\S+")
 
 
-class Span(NamedTuple):
+class ContextTokens(NamedTuple):
     """A context in tokens. ids: of all. word: of each token. places: of each word in the text."""
 
     ids: npt.NDArray[Any]
@@ -77,7 +77,7 @@ class Answer(TextToText):
         separator = self.layout(tokenizer.vocab_size).separator
         return np.append(tokenizer.encode(values["question"]).astype(np.int64), separator)
 
-    def _place(self, record: Record, context: Span, before: int, slots: int) -> tuple[int, int]:
+    def _place(self, record: Record, context: ContextTokens, before: int, slots: int) -> tuple[int, int]:
         """The first and the last slot of the answer.
 
         Raises:
@@ -120,16 +120,16 @@ class Answer(TextToText):
         return made
 
 
-def spans(context: str, tokenizer: Tokenizer) -> Span:
+def spans(context: str, tokenizer: Tokenizer) -> ContextTokens:
     """The tokens of a context, each with its word."""
     places = [found.span() for found in WORD.finditer(context)]
     pieces = tokenizer.encode_batch([context[a:b] for a, b in places])
     word = np.repeat(np.arange(len(pieces)), [len(piece) for piece in pieces])
     ids = np.concatenate([np.zeros(0, np.int64), *pieces])
-    return Span(ids, word, places)
+    return ContextTokens(ids, word, places)
 
 
-def text_between(context: str, span: Span, first: int, last: int) -> str:
+def text_between(context: str, span: ContextTokens, first: int, last: int) -> str:
     """The words from one token to another; empty if these are no tokens of the context, or in reverse."""
     if not 0 <= first <= last < len(span.word):
         return ""

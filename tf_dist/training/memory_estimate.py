@@ -43,9 +43,15 @@ def check_room(model: keras.Model, config: Config, mesh: Mesh) -> None:
     )
     # Stages of a pipeline have about equal sizes, and the largest is at least the mean.
     parameters = sum(sizes) / config.pipeline_parallel
-    needed = certain_bytes(parameters, config, mesh)
+    needed = certain_bytes(parameters, config, mesh) + _frozen_bytes(model) / config.pipeline_parallel
     what = f"weights, gradient and optimizer state of {parameters:,.0f} parameters: {gib(needed)} each"
     refuse_too_much(mesh.all, max(0, int(needed) - there), what)
+
+
+def _frozen_bytes(model: keras.Model) -> int:
+    """Of frozen weights that are not there yet: a rank has no gradient and no state of them."""
+    frozen = [variable for variable in model.weights if not variable.trainable and is_deferred(variable)]
+    return FLOAT32 * sum(prod(part_of(variable).shape) for variable in frozen)
 
 
 def certain_bytes(parameters: float, config: Config, mesh: Mesh) -> float:

@@ -16,6 +16,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from tf_dist.optim.layer_lr import lr_scale_of
 from tf_dist.parallel.sharding import part_of
 
 Facts = dict[str, Any]
@@ -28,13 +29,18 @@ HASHED_BYTES, BLOCKS = 64 << 20, 1024
 
 
 def of_weights(model: keras.Model) -> Facts:
-    """The weights of a built model: paths, unsharded shapes and dtypes, in order."""
+    """The weights of a built model: paths, unsharded shapes, dtypes, learning-rate factors; in order."""
     renamed = _Names(model)
     return {
         f"weight {number}": f"{renamed.path(v.path)} {tuple(part_of(v).whole)} {v.dtype}"
-        f"{'' if v.trainable else ' (not trained)'}"
+        f"{'' if v.trainable else ' (not trained)'}{_rate(v)}"
         for number, v in enumerate(model.weights)
     }
+
+
+def _rate(variable: Any) -> str:
+    scale = lr_scale_of(variable)
+    return "" if scale == 1 else f", learning rate x {scale!r}"
 
 
 def of_layers(model: keras.Model) -> Facts:

@@ -15,10 +15,17 @@ from tf_dist import progress
 from tf_dist.data.rows import Rows
 from tf_dist.data.sampler import share
 from tf_dist.data.tokens import NO_SEQUENCE, NO_TARGET, Batch
+from tf_dist.decoding.beam_search import BeamSearch
+from tf_dist.decoding.decode import decode
+from tf_dist.decoding.forward import CachedForward
+from tf_dist.decoding.sampling import Sampling
+from tf_dist.errors import UsageError
+from tf_dist.models.incremental import NotIncremental
 from tf_dist.models.row_layout import RowLayout
 from tf_dist.parallel.mesh import DATA, Mesh
 from tf_dist.runners.runner import ModelRunner
 
+GREEDY = Sampling(temperature=0)
 Predict = Callable[[ModelRunner, Batch], npt.NDArray[np.int32]]
 
 
@@ -66,8 +73,43 @@ def best_classes(runner: ModelRunner, x_BxW: Batch) -> npt.NDArray[np.int32]:
     return classes_BxU
 
 
+class Decoder:
+    """Continues the separator after each row's source, token by token.
+
+    Args:
+        layout: of the rows.
+        end: the token after which a row is complete.
+        strategy: how the next token is chosen.
+    """
+
+    def __init__(self, layout: RowLayout, end: int, strategy: Sampling | BeamSearch = GREEDY) -> None:
+        self._layout, self._end, self._strategy = layout, end, strategy
+        self._forward: CachedForward | None = None
+
+    def __call__(self, runner: ModelRunner, x_BxW: Batch) -> npt.NDArray[np.int32]:
+        """The tokens of rows, (B, T); -1 after the end; see `Predict`.
+
+        Raises:
+            UsageError: the model keeps no cache, and the strategy needs one.
+        """
+        if self._forward is None:
+            try:
+                self._forward = runner.cached_forward()
+            except NotIncremental as why:
+                if self._strategy != GREEDY:
+                    raise UsageError(f"only greedy decoding works without a cache: {why}") from why
+                return greedy(runner, x_BxW, self._layout, self._end)
+        first, T = self._layout.source.words, self._layout.target.count
+        prompts = np.concatenate([x_BxW[:, :first], np.full((len(x_BxW), 1), self._layout.separator)], axis=1)
+        made = decode(self._forward, list(prompts), self._strategy, T, self._end, batch=len(prompts))
+        ids_BxT = np.full((len(made), T), NO_TARGET, np.int32)
+        for row, one in zip(ids_BxT, made, strict=True):
+            row[: len(one.ids)] = one.ids
+        return ids_BxT
+
+
 def greedy(runner: ModelRunner, x_BxW: Batch, layout: RowLayout, end: int) -> npt.NDArray[np.int32]:
-    """The most probable token, one after the other: (B, T); -1 after the end.
+    """The most probable token, one after the other, by a model without a cache: (B, T); -1 from the end on.
 
     Args:
         runner: of this rank.
@@ -82,9 +124,9 @@ def greedy(runner: ModelRunner, x_BxW: Batch, layout: RowLayout, end: int) -> np
     made_BxT = np.full((len(x_BxW), T), NO_TARGET, np.int32)
     open_B = np.full(len(x_BxW), True)
     for t in range(T):
-        token_B = np.argmax(runner.outputs(x_BxW)[:, t, : layout.tokenizer_vocab], axis=-1)
-        made_BxT[:, t] = np.where(open_B, token_B, NO_TARGET)
+        token_B = np.argmax(runner.outputs(x_BxW)[:, t], axis=-1)
         open_B &= token_B != end
+        made_BxT[:, t] = np.where(open_B, token_B, NO_TARGET)
         if t + 1 == T or not (open_B.any() or runner.gathers_weights):
             break
         x_BxW[:, first + t + 1] = np.where(open_B, token_B, layout.pad)
