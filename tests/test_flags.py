@@ -17,7 +17,7 @@ NAMES = """
     task architecture source_column target_column label_column context_column question_column answer_column
     source_len target_len classes class_weights metric_rows
     sample_rate mels stack_frames image_size patch_size
-    data text_column tokenizer vocab_size val_fraction errors max_bytes prepared_dir
+    data documents end_of_text text_column tokenizer vocab_size val_fraction errors max_bytes prepared_dir
     model layers width heads seq_len dropout tie_embeddings precision
     global_batch_size micro_batch_size steps epochs seed
     optimizer optimizer_args learning_rate min_learning_rate schedule warmup_steps weight_decay clip_norm

@@ -381,6 +381,8 @@ async def g():
 def test_docstrings(tmp_path, monkeypatch):
     write(tmp_path / "a.py", DOCSTRINGS)
     write(tmp_path / "broken.py", "def (")
+    (tmp_path / "linked.py").symlink_to(tmp_path / "a.py")
+    (tmp_path / "dangling.py").symlink_to(tmp_path / "none.py")
     write(tmp_path / "site-packages/b.py", '"""Not.\n\nThis."""')
     monkeypatch.setattr(stdlib_docstrings.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     assert rows("stdlib-docstrings", tmp_path) == [{"body": "Long\n  words.", "summary": "Do it."}]

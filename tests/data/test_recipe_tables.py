@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from tf_dist.corpora.recipes import RECIPES
-from tf_dist.corpora.table_rows import MediaFile, Recipe
+from tf_dist.corpora.table_rows import MediaFile, TableRecipe
 from tf_dist.data import package_clients, recipe_tables
 from tf_dist.data.package_sources import AptSource
 from tf_dist.data.records import read_records
@@ -104,7 +104,7 @@ def test_a_table_is_made_again_when_its_package_or_recipe_changes(tmp_path, monk
     get(apt=indices())
     assert path.read_text() == "changed"
     old = RECIPES["debian-summaries"]
-    monkeypatch.setitem(RECIPES, "debian-summaries", Recipe(old.rows, version=2))
+    monkeypatch.setitem(RECIPES, "debian-summaries", TableRecipe(old.rows, version=2))
     get(apt=indices())
     assert "Hello there." in path.read_text()
     # Put there by hand: nothing is known of it.
@@ -208,11 +208,13 @@ def test_unknown_recipe_or_part_or_another_number_of_rows(tmp_path, apt, get):
 
 def test_files_beside_the_table(tmp_path, monkeypatch, get):
     found = [{"audio": MediaFile("wav/a.wav", b"sound"), "text": "a"}]
-    monkeypatch.setitem(RECIPES, "sounds", Recipe(lambda _: iter(found)))
+    monkeypatch.setitem(RECIPES, "sounds", TableRecipe(lambda _: iter(found)))
     path = get(recipe="sounds")
     assert json.loads(path.read_text()) == {"audio": "wav/a.wav", "text": "a"}
     assert (path.parent / "wav/a.wav").read_bytes() == b"sound"
-    monkeypatch.setitem(RECIPES, "out", Recipe(lambda _: iter([{"audio": MediaFile("../../a.wav", b"")}])))
+    monkeypatch.setitem(
+        RECIPES, "out", TableRecipe(lambda _: iter([{"audio": MediaFile("../../a.wav", b"")}]))
+    )
     assert "leads out of" in refused(get, recipe="out")
 
 

@@ -9,7 +9,7 @@ from thread_comm import on_ranks
 from tf_dist.decoding.beam_search import BeamSearch, _largest, beam_search
 from tf_dist.decoding.decode import decode, sample
 from tf_dist.decoding.forward import WindowForward
-from tf_dist.decoding.rows import Rows
+from tf_dist.decoding.rows import DecodedRows
 from tf_dist.decoding.sampling import GREEDY, Sampling, log_softmax
 from tf_dist.errors import UsageError
 
@@ -119,7 +119,7 @@ def test_linear_in_the_tokens():
         decode(forward, [[1, 2, 3, 0]], GREEDY, count)
         assert forward.computed == 4 + count - 1
         assert forward.calls == [(1, 4)] + [(1, 1)] * (count - 1)
-    rows = Rows(Counting(limit=128, longest=128), [[1, 2, 3], [1]], 9)
+    rows = DecodedRows(Counting(limit=128, longest=128), [[1, 2, 3], [1]], 9)
     assert rows.computed == 8  # padded to a power of 2
 
 

@@ -145,6 +145,7 @@ def test_two_ranks_go_on_from_what_they_saved(run_limited, two_ranks, limit):
     assert len(again.peaks) == 2 and max(again.peaks) <= limit
 
 
+@pytest.mark.extended
 def test_one_process_without_a_limit_writes_with_it(run_job, two_ranks):
     written = run_job(0, "generate.py", "--run-dir", two_ranks.path, "--prompt", "the ", "--tokens", 3)
     assert written.code == 0, written.output

@@ -32,7 +32,7 @@ def made(comm, model="transformer", pipeline=1, tensor=1, sequence=1, strategy="
     trainer = Trainer(
         built, optimizers.build(config, built, 20), comm,
         global_batch_size=8, micro_batch_size=2, seq_len=T, seed=3, mesh=mesh, update=strategy,
-        zero_stage=stage, **more,
+        zero_stage=stage, pipeline=more or None,
     )  # fmt: skip
     held = trainer.replica.variables
     if stage == 3:  # there are only this rank's parts

@@ -352,7 +352,11 @@ WITH_EMPTY_RANKS = [
     "metrics of the user", "eager metrics", "a penalty", "a penalty on a sum",
     "across rows",
 ]  # fmt: skip
-SHOWN = {1: ["mask_zero", "a step's mean"], 2: list(CASES)}.get(MPI.COMM_WORLD.size, WITH_EMPTY_RANKS)
+REPEATED = ["F1"]  # by "convolution"
+SHOWN = [
+    pytest.param(case, marks=[pytest.mark.extended] * (case in REPEATED))
+    for case in {1: ["mask_zero", "a step's mean"], 2: list(CASES)}.get(MPI.COMM_WORLD.size, WITH_EMPTY_RANKS)
+]
 
 
 def of_one_process(train):
@@ -412,7 +416,9 @@ def test_metrics_of_the_user_share_the_rows_of_all_ranks(connected, monkeypatch)
     assert {gathered.count(graph) for graph in gathered} == {2}
 
 
-@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize(
+    "policy", [pytest.param("mixed_float16", marks=pytest.mark.extended), "mixed_bfloat16"]
+)
 def test_a_step_of_the_user_in_half_precision_is_known(connected, everyone, policy):
     """What rounding makes of its gradients must not pass for another objective."""
     import keras
@@ -516,7 +522,7 @@ def test_the_form_of_the_data(connected, everyone, form):
         assert logs == {name: pytest.approx(values, rel=1e-5) for name, values in expected[1].items()}
 
 
-@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
+@pytest.mark.parametrize("optimizer", [pytest.param("SGD", marks=pytest.mark.extended), "Adam"])
 def test_accumulated_gradients_of_a_step_of_the_user(connected, optimizer):
     """They cross inside of a branch, and the logs of the step after it, on all ranks in this order."""
     import keras

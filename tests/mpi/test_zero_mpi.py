@@ -91,7 +91,7 @@ def test_a_fit_that_goes_on_has_the_bits_of_one_that_was_never_stopped(connected
     assert found[1][1] == serial[1][1]
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.extended)])
 def test_stage_3_in_segments_has_the_bits_of_one_rank(connected, monkeypatch, tied):
     from tf_dist.zero import stage3
     from tf_dist.zero.partition import segments

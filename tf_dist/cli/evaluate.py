@@ -25,6 +25,7 @@ from tf_dist.cli.run_flags import add_run_flags
 from tf_dist.comm.runtime import launch, thread_budget
 from tf_dist.comm.runtime.log_handlers import shown_by
 from tf_dist.data.registry import REGISTRY
+from tf_dist.decoding.beam_search import BeamSearch
 from tf_dist.errors import DataError, UsageError
 from tf_dist.flags import Parser
 from tf_dist.invocation import program, spelled
@@ -53,6 +54,7 @@ def main(argv: list[str]) -> int:
     from tf_dist.run.prepare_corpus import corpus_of_run, other_corpus
     from tf_dist.run.task_data import TaskData
     from tf_dist.training.model import words_of_a_row
+    from tf_dist.training.predictions import GREEDY
     from tf_dist.training.trainer import Trainer
 
     with progress.task("reading the checkpoint"), shown_by(terminal.write):
@@ -71,7 +73,8 @@ def main(argv: list[str]) -> int:
     else:
         with shown_by(terminal.write):
             corpus = corpus_of_run(config, run.content_sha256, comm, REGISTRY, folder)
-    data = TaskData(config, corpus)
+    more = {} if flags.length_penalty is None else {"length_penalty": flags.length_penalty}
+    data = TaskData(config, corpus, BeamSearch(flags.beams, **more) if flags.beams else GREEDY)
     side = "train" if flags.data and not data.task.of_tables else "val"
     if corpus.meta["tokens"][side] < 2:
         raise DataError(
@@ -136,6 +139,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--errors",
         choices=("strict", "replace"),
         help="bytes of --data that are not UTF-8: stop, or U+FFFD [as in training]",
+    )
+    parser.add_argument(
+        "--beams", type=int, metavar="N", default=0, help="predict texts by beam search with N beams [greedy]"
+    )
+    parser.add_argument(
+        "--length-penalty", type=float, metavar="X", help="of beam search, as in generate [0.6]"
     )
     parser.add_argument(
         "--predictions", metavar="FILE", help="write what is predicted for each row of a task, as JSON lines"

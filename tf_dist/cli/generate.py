@@ -22,6 +22,7 @@ from tf_dist.cli.run_flags import add_run_flags
 from tf_dist.comm.runtime import thread_budget
 from tf_dist.comm.runtime.log_handlers import shown_by
 from tf_dist.comm.transport.base import SerialComm
+from tf_dist.config.data import PACKED
 from tf_dist.data.prompt import read_prompts, start_of_text
 from tf_dist.data.tokenizer import Ids
 from tf_dist.data.tokens import foreign_token, foreign_tokens_error
@@ -30,7 +31,9 @@ from tf_dist.decoding.decode import decode_in_order
 from tf_dist.decoding.sampling import Sampling
 from tf_dist.errors import DataError, UsageError
 from tf_dist.flags import Parser
-from tf_dist.invocation import program, spelled
+from tf_dist.invocation import command, program, spelled
+from tf_dist.tasks.causal_lm import CausalLM
+from tf_dist.tasks.registry import task_of
 
 if TYPE_CHECKING:
     from tf_dist.decoding.forward import CachedForward
@@ -59,6 +62,11 @@ def write(flags: argparse.Namespace) -> int:
     with shown_by(terminal.write_error):
         with progress.task("reading the checkpoint"):
             run = load_run(flags.run_dir, flags.checkpoint, flags.model)
+        if task_of(run.config).name != CausalLM.name:
+            raise UsageError(
+                f"the model in {flags.run_dir} was trained with --task {run.config.task}, and continues no "
+                f"text. {command('evaluate')} judges it"
+            )
         prompts = [encoded(run, text, where) for where, text in texts]
         forward = forward_of_model(run.model, run.config.seq_len)
     if flags.prompts or len(prompts) > 1:
@@ -72,11 +80,12 @@ def write(flags: argparse.Namespace) -> int:
 
 def write_one(run: LoadedRun, forward: CachedForward, prompt: Ids, sampling: Sampling, count: int) -> int:
     """Print a prompt and its continuation, as it comes; the exit code."""
+    from tf_dist.models.build import packed_end
     from tf_dist.run.generate import continuation
 
     ids = [int(i) for i in prompt]
     text = shown = run.tokenizer.decode(ids)
-    tokens = progressing(continuation(forward, prompt, count, sampling), count)
+    tokens = progressing(continuation(forward, prompt, count, sampling, packed_end(run.config)), count)
     first = list(islice(tokens, 1))  # takes the longest: the model is compiled
     read = terminal.write(shown, end="")
     for token in chain(first, tokens):
@@ -148,10 +157,14 @@ def encoded(run: LoadedRun, text: str | None, where: str) -> Ids:
     """The tokens of a prompt.
 
     Raises:
-        DataError: the model's vocabulary lacks some of it.
+        DataError: the model's vocabulary lacks some of it; or nothing is given, and nothing begins a text.
     """
     if text is None:
         prompt = start_of_text(run.tokenizer)
+        if run.config.documents == PACKED and run.tokenizer.end_of_text in prompt:
+            raise DataError(
+                "packed documents have no token that begins one: give at least a character, --prompt"
+            )
     else:
         try:
             prompt = run.tokenizer.encode(text)

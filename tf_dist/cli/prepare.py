@@ -44,6 +44,9 @@ def report(corpus: Prepared) -> str:
     for side in ("train", "val"):
         documents, tokens, size = (meta[key][side] for key in ("documents", "tokens", "text_bytes"))
         lines.append(f"{side:5} {tokens:>13,} tokens, {size:>13,} bytes of text, {documents:,} documents")
+    for one in meta.get("mixture", []):
+        shares = ", ".join(f"{one['tokens'][side]:,} {side}" for side in ("train", "val"))
+        lines.append(f"{one['weight']:5.3f} of {one['name']}: {shares} tokens")
     lines.append(f"tokenizer {meta['tokenizer_kind']}, {meta['vocab_size']:,} ids, stored as {meta['dtype']}")
     left_out = {**meta["skipped"], "replaced bad bytes": meta["replaced"]}
     lines.extend(f"{name}: {count:,}" for name, count in left_out.items() if count)

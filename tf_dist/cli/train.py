@@ -20,15 +20,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from tf_dist import progress, terminal
 from tf_dist.comm.runtime import launch, thread_budget
-from tf_dist.comm.runtime.consensus import agree, on_root, versions
+from tf_dist.comm.runtime.consensus import agree, everywhere, on_root, versions
 from tf_dist.comm.runtime.kernel_settings import settings
 from tf_dist.config import Config
+from tf_dist.config.data import PACKED
 from tf_dist.config.pipeline import PipelineOptions
 from tf_dist.data.registry import REGISTRY
 from tf_dist.errors import UsageError
@@ -65,6 +66,7 @@ def main(argv: list[str]) -> int:
     thread_budget.set_threads(comm, config.threads_per_rank)
     comm = launch.use_backend(comm, config.backend)
 
+    check_task(config, comm)
     from tf_dist.run import init_from
     from tf_dist.run.prepare_corpus import newest_facts, shared_corpus
     from tf_dist.run.run_folder import Foreword, check_folder
@@ -92,6 +94,18 @@ def main(argv: list[str]) -> int:
         with attempt.outlived():
             train(config, corpus, foreword, signals, shown, attempt)
     return 0
+
+
+def check_task(config: Config, comm: Comm) -> None:
+    """Refuse a task that does not fit, or whose metrics need what is not installed; a collective.
+
+    Raises:
+        UsageError, BackendMissing: on every rank, before anything is prepared.
+    """
+    from tf_dist.metrics import named_metrics
+    from tf_dist.tasks.registry import task_of
+
+    everywhere(comm, lambda: named_metrics(task_of(config).metrics))
 
 
 def run_of(config: Config, foreword: Foreword, comm: Comm) -> RunFolder:
@@ -198,11 +212,26 @@ def callbacks_of(
 
     trainer, config, at_once = job.trainer, job.config, job.is_elsewhere
     return [
-        LogRun(trainer, job.run, config.log_every, steps_per_epoch, job.record, show),
+        LogRun(trainer, job.run, config.log_every, steps_per_epoch, job.record, show, epochs_of_corpora(job)),
         SaveRun(trainer, config.save_every, job.save, job.finish, job.poll, job.saved, at_once),
         show_steps,
         SavePeerCheckpoints(trainer, config.replicate * job.keeps_copies, job.keep_copies),
     ]
+
+
+def epochs_of_corpora(job: Job) -> Callable[[int], dict[str, float]]:
+    """How often each corpus of a mixture was read after a step: the columns ``epoch_NAME``."""
+    from tf_dist.data.mixture import mixture_of
+
+    trainer = job.trainer
+    mixture = mixture_of(job.corpus.rows("train", trainer.seq_len))
+
+    def columns(step: int) -> dict[str, float]:
+        rows = trainer.state.spikes.batch_of(step) * trainer.global_batch_size
+        passes = {} if mixture is None else mixture.passes(rows)
+        return {f"epoch_{name}": number for name, number in passes.items()}
+
+    return columns
 
 
 def trainer_for(config: Config, mesh: Mesh, steps: int, class_weights: Sequence[float] = ()) -> Trainer:
@@ -254,12 +283,20 @@ def planned_steps(config: Config, rows: int) -> int:
 
 
 def sizes_of_data(config: Config, corpus: Prepared) -> Config:
-    """The run with the vocabulary and the number of labels of its data.
+    """The run with the vocabulary and labels of its data and, for packed documents, their end of text.
 
     Raises:
-        UsageError: another number of labels was asked for.
+        UsageError: another number of labels, or another end of text, was asked for.
     """
     labels = len(corpus.meta.get("labels", []))
     if config.classes not in (0, labels):
         raise UsageError(f"--classes {config.classes}: the data has {labels} labels. Leave --classes out")
-    return dataclasses.replace(config, vocab_size=corpus.tokenizer.vocab_size, classes=labels)
+    vocab_size, end = corpus.tokenizer.vocab_size, config.end_of_text
+    if config.documents == PACKED:
+        if end not in (-1, corpus.tokenizer.end_of_text):
+            raise UsageError(
+                f"--end-of-text {end}: documents end with {corpus.tokenizer.end_of_text} in this tokenizer. "
+                "Leave --end-of-text out"
+            )
+        end = corpus.tokenizer.end_of_text
+    return dataclasses.replace(config, vocab_size=vocab_size, classes=labels, end_of_text=end)

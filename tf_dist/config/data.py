@@ -10,6 +10,7 @@ from tf_dist.errors import UsageError
 
 # Tokens of a BPE vocabulary where no number is given.
 BPE_DEFAULT_VOCAB = 2048
+PACKED = "packed"
 option = partial(options.option, group="data")
 
 
@@ -21,6 +22,18 @@ class DataOptions(options.Options):
         ("stdlib",),
         text="files, globs, folders, a name of data/datasets.yaml, or `stdlib`: the Python standard "
         "library's own sources",
+    )
+    documents: str = option(
+        "windows",
+        text="what a token of running text sees: all its window, or packed: its own document only",
+        choices=("windows", "packed"),
+        on_resume="same",
+    )
+    end_of_text: int = option(
+        -1,
+        text="with packed documents: id of the token that ends one; -1: the tokenizer's",
+        least=-1,
+        on_resume="same",
     )
     text_column: str = option(
         "text", text="column with the text in .csv .tsv .jsonl .parquet", metavar="COLUMN"
@@ -53,4 +66,28 @@ class DataOptions(options.Options):
         if self.val_fraction >= 1:
             raise UsageError(
                 f"val_fraction is {self.val_fraction}, which leaves nothing to train on; use 0.1"
+            )
+
+    def check_documents(self, model: str, sequence_parallel: int) -> None:
+        """Refuse packed documents where nothing keeps them apart.
+
+        Args:
+            model: as in `tf_dist.config.model.ModelOptions`.
+            sequence_parallel: how many ranks split the tokens of a row.
+
+        Raises:
+            UsageError: with what can be done instead.
+        """
+        if self.documents != PACKED:
+            return
+        if model == "lstm":
+            raise UsageError(
+                "documents packed with model lstm: its state goes on from one document to the next. Use "
+                "model transformer, or documents windows"
+            )
+        if sequence_parallel > 1:
+            raise UsageError(
+                f"documents packed with sequence_parallel {sequence_parallel}: ranks that have a part of a "
+                "row do not see where its documents end. Use sequence_parallel 1 with tensor_parallel or "
+                "pipeline_parallel, or documents windows"
             )

@@ -69,6 +69,7 @@ class Config(
             component.check(self)
         parallelism = self.part(ParallelismOptions)
         parallelism.check_model(self.part(ModelOptions), self.part(PipelineOptions))
+        self.check_documents(self.model, self.sequence_parallel)
         setting = Setting(parallelism.above_1, self.backend, self.optimizer.lower())
         self.check_setting(setting, self.on_spike)
         parallelism.check_backend(self.backend)

@@ -24,8 +24,8 @@ def rows(folder: Path) -> Iterator[Row]:
     seen = set()
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
-        if NOT_STDLIB.isdisjoint(path.relative_to(root).parts):
-            for text in _docstrings(data_of(path)):
+        if path.is_file() and NOT_STDLIB.isdisjoint(path.relative_to(root).parts):
+            for text in _docstrings(data_of(path, follow=True)):  # a distribution's may be links
                 summary, _, body = inspect.cleandoc(text).partition("\n\n")
                 pair = (body.strip(), " ".join(summary.split()))
                 if all(pair) and pair not in seen and "\n" not in summary:

@@ -25,7 +25,7 @@ Row = Mapping[str, "str | int | float | MediaFile"]
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TableRecipe:
     """How a table is made.
 
     Args:
@@ -59,9 +59,9 @@ def text_of(path: Path, encoding: str = "utf-8") -> str:
         raise DataError(f"{path.name} of the package is not {encoding}: byte {error.start}.") from error
 
 
-def data_of(path: Path) -> bytes:
-    """The bytes of a file. Raises `DataError` where it cannot be read."""
+def data_of(path: Path, *, follow: bool = False) -> bytes:
+    """The bytes of a file, which may be a link if ``follow``. Raises `DataError` where it cannot be read."""
     try:
-        return read_bytes(path, FILE_LIMIT_BYTES, follow=False)
+        return read_bytes(path, FILE_LIMIT_BYTES, follow=follow)
     except OSError as error:
         raise DataError(f"cannot read {path.name} of the package: {error.strerror}.") from error

@@ -146,6 +146,8 @@ class AptGet:
             "Dir::State::lists": self.state / "lists",
             "Dir::State::status": self.state / "status",
             "Dir::Cache": self.state / "cache",
+            "Dir::Cache::pkgcache": "",  # 80 MB that make the next call a second faster
+            "Dir::Cache::srcpkgcache": "",
             # Of the system's configuration, hooks are for the system's packages.
             "Dir::Etc::main": "/dev/null",
             "Dir::Etc::parts": "/dev/null",

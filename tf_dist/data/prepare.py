@@ -12,12 +12,14 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,8 +30,18 @@ from tf_dist.config.batch import BatchOptions
 from tf_dist.config.data import DataOptions
 from tf_dist.data.corpus import Corpus
 from tf_dist.data.decoding import Counts
-from tf_dist.data.prepared_dataset import FORMAT, SIDES, VERSION, Prepared, open_prepared, publish
-from tf_dist.data.sources import SourceFile, cap, files_sha256, find_files, fingerprint
+from tf_dist.data.prepared_dataset import (
+    FORMAT,
+    FORMATS,
+    MIXTURE,
+    SIDES,
+    VERSION,
+    Prepared,
+    open_prepared,
+    publish,
+    spelled_mixture,
+)
+from tf_dist.data.sources import cap, files_sha256, find_files, fingerprint
 from tf_dist.data.split import check_fraction, choose_validation, train_characters
 from tf_dist.data.tokenizer import (
     Ids,
@@ -44,6 +56,10 @@ from tf_dist.errors import DataError
 
 LOG = logging.getLogger(__name__)
 KINDS = ("byte", "char", "bpe")
+# What is counted of each corpus, by side.
+COUNTED = ("documents", "tokens", "text_bytes")
+# A text above it is cut where only a part of a corpus is wanted.
+LONG_CHARACTERS = 1 << 12
 BATCH_CHARACTERS = 1 << 20
 
 
@@ -58,6 +74,14 @@ class PrepareOptions:
     seed: int
     errors: str
     max_bytes: int
+
+
+class Portion(NamedTuple):
+    """A corpus, and its share of a mixture (0: it is the only one), and what the first pass has found."""
+
+    corpus: Corpus
+    weight: float
+    plan: PreparePlan
 
 
 @dataclass
@@ -101,6 +125,7 @@ def prepare(
     errors: str = DataOptions.errors,
     max_bytes: int = DataOptions.max_bytes,
     folder: Path | str = DataOptions.prepared_dir,
+    weights: Sequence[float] = (),
 ) -> Prepared:
     """Tokenize a corpus, or reuse the folder that was prepared before from the same files.
 
@@ -116,6 +141,9 @@ def prepare(
         errors: ``strict`` or ``replace``, for invalid UTF-8.
         max_bytes: at most this much of ``stdlib``; 0 is all.
         folder: where prepared folders are kept.
+        weights: of a mixture (`tf_dist.data.mixture`), of which each source is a corpus of its own, split by
+            itself; empty: the sources are one corpus. The tokenizer is trained on as much of each corpus as
+            makes the shares those of the weights (``char``: on all).
 
     Raises:
         DataError: the text cannot be read, is too short to be split, or cannot be written.
@@ -123,15 +151,16 @@ def prepare(
     """
     check_fraction(val_fraction)
     options = PrepareOptions(text_column, tokenizer, vocab_size or 0, val_fraction, seed, errors, max_bytes)
-    corpus = Corpus(sources, text_column=text_column, errors=errors, max_bytes=max_bytes)
-    key = _key(options, corpus.files)
-    target = Path(folder) / f"{name_of(corpus.sources[0])}-{key[:12]}"
+    groups = [[source] for source in sources] if weights else [sources]
+    corpora = [Corpus(group, text_column=text_column, errors=errors, max_bytes=max_bytes) for group in groups]
+    key = _key(options, corpora, weights)
+    target = Path(folder) / f"{name_of(corpora[0].sources[0])}-{key[:12]}"
     if target.exists():
         try:
             return open_prepared(target)
         except DataError as error:
             LOG.warning(f"preparing again: {error}")
-    return _make(corpus, options, key, target)
+    return _make(corpora, weights, options, key, target)
 
 
 def name_of(source: str) -> str:
@@ -140,12 +169,16 @@ def name_of(source: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]+", "-", stem)[:40].strip("-") or "data"
 
 
-def _key(options: PrepareOptions, files: Sequence[SourceFile]) -> str:
+def _key(options: PrepareOptions, corpora: Sequence[Corpus], weights: Sequence[float]) -> str:
     parts: dict[str, Any] = {"version": VERSION, "options": dataclasses.asdict(options)}
     if options.tokenizer not in KINDS:
         # The file's content counts, not its name.
         parts["options"]["tokenizer"] = _file_sha256(options.tokenizer)
-    parts["files"] = fingerprint(files)
+    if weights:
+        files = [fingerprint(corpus.files) for corpus in corpora]
+        parts["mixture"] = list(zip(weights, files, strict=True))
+    else:
+        parts["files"] = fingerprint(corpora[0].files)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -160,11 +193,13 @@ def _file_sha256(tokenizer: str) -> str:
         raise DataError(f"cannot read {tokenizer}: {error.strerror}. Check its permissions.") from error
 
 
-def _make(corpus: Corpus, options: PrepareOptions, key: str, target: Path) -> Prepared:
+def _make(
+    corpora: Sequence[Corpus], weights: Sequence[float], options: PrepareOptions, key: str, target: Path
+) -> Prepared:
     temporary = temporary_name(target)
     try:
         temporary.mkdir(parents=True)
-        _write(corpus, options, key, temporary)
+        _write(corpora, weights, options, key, temporary)
         sync_folder(temporary)
         return publish(temporary, target)
     except OSError as error:
@@ -176,46 +211,72 @@ def _make(corpus: Corpus, options: PrepareOptions, key: str, target: Path) -> Pr
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write(corpus: Corpus, options: PrepareOptions, key: str, folder: Path) -> None:
-    plan = _plan(corpus, options)
-    tokenizer = _tokenizer(corpus, options, plan)
+def _write(
+    corpora: Sequence[Corpus], weights: Sequence[float], options: PrepareOptions, key: str, folder: Path
+) -> None:
+    portions = [
+        Portion(corpus, weight, _plan(corpus, options))
+        for corpus, weight in zip(corpora, weights or [0.0], strict=True)
+    ]
+    tokenizer = _tokenizer(portions, options)
     tokenizer.save(folder / "tokenizer.json")
-    facts = _write_tokens(corpus, plan, tokenizer, folder)
-    _check_unchanged(corpus, options)
-    counts = plan.counts
+    each = _write_tokens(portions, tokenizer, folder)
+    for corpus in corpora:
+        _check_unchanged(corpus, options)
+    sources = [source for corpus in corpora for source in corpus.sources]
+    files = cap(find_files(sources), options.max_bytes)
+    dtype = token_dtype(tokenizer.vocab_size)
+    mixture = _mixture(portions, each) if weights else None
     meta = {
-        "format": FORMAT,
-        "version": VERSION,
+        "format": MIXTURE if mixture else FORMAT,
+        "version": FORMATS[MIXTURE][0] if mixture else VERSION,
         "key": key,
-        "sources": list(corpus.sources),
-        "files": len(corpus.files),
-        **facts,
-        "split": _split_name(plan),
+        "sources": sources,
+        "files": len(files),
+        **{name: {side: sum(one[name][side] for one in each) for side in SIDES} for name in COUNTED},
+        "split": _split_name([portion.plan for portion in portions]),
         "seed": options.seed,
         "val_fraction": options.val_fraction,
-        "dtype": token_dtype(tokenizer.vocab_size),
+        "dtype": dtype,
         "vocab_size": tokenizer.vocab_size,
         "end_of_text": tokenizer.end_of_text,
         "tokenizer_kind": tokenizer.kind,
         "tokenizer_sha256": sha256_of(folder / "tokenizer.json"),
-        "content_sha256": content_sha256(folder / "train.bin", folder / "val.bin"),
-        "sample_sha256": {
-            side: sample_sha256(map_tokens(folder / f"{side}.bin", token_dtype(tokenizer.vocab_size)))
-            for side in SIDES
+        "content_sha256": content_sha256(
+            folder / "train.bin", folder / "val.bin", more=spelled_mixture(mixture)
+        ),
+        "sample_sha256": {side: sample_sha256(map_tokens(folder / f"{side}.bin", dtype)) for side in SIDES},
+        "files_sha256": files_sha256(files),
+        "replaced": sum(portion.plan.counts.replaced for portion in portions),
+        "skipped": {
+            name: sum(getattr(portion.plan.counts, name) for portion in portions)
+            for name in ("nulls", "empty", "not_utf8", "duplicates")
         },
-        "files_sha256": files_sha256(corpus.files),
-        "replaced": counts.replaced,
-        "skipped": {name: getattr(counts, name) for name in ("nulls", "empty", "not_utf8", "duplicates")},
+        **({"mixture": mixture} if mixture else {}),
     }
     spelled = json.dumps(meta, indent=1, ensure_ascii=False)
     # File names may contain invalid UTF-8: Python writes it in JSON syntax, \udce9.
     write_whole(folder / "meta.json", spelled.encode("utf-8", "backslashreplace"))
 
 
-def _split_name(plan: PreparePlan) -> str:
-    if plan.cut_at >= 0:
-        return "position"
-    return "document" if plan.in_val.any() else "none"
+def _mixture(portions: Sequence[Portion], each: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The corpora of a mixture, as they are in meta.json, each under a name of its own."""
+    made: list[dict[str, Any]] = []
+    for (corpus, weight, plan), counts in zip(portions, each, strict=True):
+        name, taken = name_of(corpus.sources[0]), {one["name"] for one in made}
+        name = next(
+            one
+            for one in itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
+            if one not in taken
+        )
+        made.append({"name": name, "weight": weight, "split": _split_name([plan]), **counts})
+    return made
+
+
+def _split_name(plans: Sequence[PreparePlan]) -> str:
+    if any(plan.in_val.any() for plan in plans):
+        return "document"
+    return "position" if any(plan.cut_at >= 0 for plan in plans) else "none"
 
 
 def _plan(corpus: Corpus, options: PrepareOptions) -> PreparePlan:
@@ -243,34 +304,67 @@ def _plan(corpus: Corpus, options: PrepareOptions) -> PreparePlan:
             f"the last {characters - cut_at:,} for validation"
         )
     LOG.info(f"{len(sizes):,} document{'s' * (len(sizes) != 1)}, {sum(sizes):,} bytes of text")
-    for line in _left_out(corpus, counts):
+    for line in left_out(
+        corpus.passed_over, {"documents without text": counts.nulls + counts.empty}, counts.replaced
+    ):
         LOG.info(line)
     return PreparePlan(len(sizes), in_val, cut_at, counts)
 
 
-def _left_out(corpus: Corpus, counts: Counts) -> Iterator[str]:
-    """Messages about parts of the corpus that are skipped or changed."""
-    others = corpus.passed_over
-    if others:
-        kinds = ", ".join(f"{count:,} {suffix or 'without one'}" for suffix, count in others.most_common(5))
-        more = ", ..." if len(others) > 5 else ""
+def left_out(passed_over: Counter[str], others: Mapping[str, int], replaced: int) -> Iterator[str]:
+    """Messages about what is skipped or changed.
+
+    Args:
+        passed_over: numbers of files, by suffix.
+        others: numbers of what else is left out, by what it is.
+        replaced: places with bytes that are not UTF-8.
+    """
+    if passed_over:
+        kinds = ", ".join(
+            f"{count:,} {suffix or 'without one'}" for suffix, count in passed_over.most_common(5)
+        )
+        more = ", ..." if len(passed_over) > 5 else ""
         yield f"files of other suffixes, passed over: {kinds}{more}"
-    if counts.nulls or counts.empty:
-        yield f"documents without text, left out: {counts.nulls + counts.empty:,}"
-    if counts.replaced:
-        yield f"bytes that are not UTF-8, now U+FFFD: in {counts.replaced:,} places"
+    yield from (f"{what}, left out: {count:,}" for what, count in others.items() if count)
+    if replaced:
+        yield f"bytes that are not UTF-8, now U+FFFD: in {replaced:,} places"
 
 
-def _tokenizer(corpus: Corpus, options: PrepareOptions, plan: PreparePlan) -> Tokenizer:
+def _tokenizer(portions: Sequence[Portion], options: PrepareOptions) -> Tokenizer:
     if options.tokenizer not in KINDS:
         tokenizer = load_tokenizer(options.tokenizer)
         check_vocab_size(options.tokenizer, options.vocab_size, tokenizer.vocab_size)
         return tokenizer
-    texts = (part.text for part in _texts(corpus, plan) if options.tokenizer == "char" or part.side == 0)
-    with progress.task("reading text for the tokenizer", plan.counts.text_bytes, "bytes") as task:
-        tokenizer = train_tokenizer(options.tokenizer, _read_by(task, texts), options.vocab_size)
+    total = sum(portion.plan.counts.text_bytes for portion in portions)
+    with progress.task("reading text for the tokenizer", total, "bytes") as task:
+        texts = _read_by(task, _of_training(portions, options.tokenizer))
+        tokenizer = train_tokenizer(options.tokenizer, texts, options.vocab_size)
     LOG.info(f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens")
     return tokenizer
+
+
+def _of_training(portions: Sequence[Portion], kind: str) -> Iterator[str]:
+    """The texts that a tokenizer is trained on: of a mixture, of each corpus its share."""
+    if kind == "char":
+        yield from (text.text for portion in portions for text in _texts(portion.corpus, portion.plan))
+        return
+    # The corpus that is shortest for its weight is taken completely, and so much of the others.
+    wanted = [portion.weight / portion.plan.counts.text_bytes for portion in portions]
+    for (corpus, _, plan), own in zip(portions, wanted, strict=True):
+        texts = (text.text for text in _texts(corpus, plan) if text.side == 0)
+        yield from _thinned(texts, own / max(wanted) if max(wanted) else 1.0)
+
+
+def _thinned(texts: Iterator[str], fraction: float) -> Iterator[str]:
+    """A fraction of the texts, evenly spread: of many short ones some, of long ones the beginning."""
+    seen = taken = 0
+    for text in texts:
+        seen += len(text)
+        wanted = math.ceil(fraction * seen) - taken
+        if wanted > 0:
+            kept = text[:wanted] if len(text) > LONG_CHARACTERS else text
+            taken += len(kept)
+            yield kept
 
 
 def _read_by(task: progress.ProgressTask, texts: Iterator[str]) -> Iterator[str]:
@@ -310,25 +404,32 @@ def _texts(corpus: Corpus, plan: PreparePlan) -> Iterator[Text]:
         document += piece.last
 
 
-def _write_tokens(corpus: Corpus, plan: PreparePlan, tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
+def _write_tokens(portions: Sequence[Portion], tokenizer: Tokenizer, folder: Path) -> list[dict[str, Any]]:
+    """Write the tokens of all corpora, one after the other; what is counted of each."""
     dtype = token_dtype(tokenizer.vocab_size)
-    text_bytes = [0, 0]
-    end = np.array([tokenizer.end_of_text], dtype=np.uint32)
     with TokenWriter(folder / "train.bin", dtype) as train, TokenWriter(folder / "val.bin", dtype) as val:
-        writers = (train, val)
-        for batch in _counted_batches(corpus, plan):
-            for part, ids in zip(batch, _encode(tokenizer, batch), strict=True):
-                writers[part.side].append(ids)
-                text_bytes[part.side] += len(part.text.encode())
-                if part.ends:
-                    writers[part.side].append(end)
+        return [_write_corpus(corpus, plan, tokenizer, (train, val)) for corpus, _, plan in portions]
+
+
+def _write_corpus(
+    corpus: Corpus, plan: PreparePlan, tokenizer: Tokenizer, writers: tuple[TokenWriter, TokenWriter]
+) -> dict[str, Any]:
+    text_bytes, before = [0, 0], [writer.tokens for writer in writers]
+    end = np.array([tokenizer.end_of_text], dtype=np.uint32)
+    for batch in _counted_batches(corpus, plan):
+        for part, ids in zip(batch, _encode(tokenizer, batch), strict=True):
+            writers[part.side].append(ids)
+            text_bytes[part.side] += len(part.text.encode())
+            if part.ends:
+                writers[part.side].append(end)
     in_val = int(plan.in_val.sum()) if plan.cut_at < 0 else 1
     if sum(text_bytes) != plan.counts.text_bytes:
         raise DataError("the text is not the one of a moment ago: the data changed. Try again.")
+    tokens = [writer.tokens - count for writer, count in zip(writers, before, strict=True)]
     return {
         "documents": {"train": max(1, plan.documents - in_val), "val": in_val},
-        "tokens": {"train": train.tokens, "val": val.tokens},
-        "text_bytes": {"train": text_bytes[0], "val": text_bytes[1]},
+        "tokens": dict(zip(SIDES, tokens, strict=True)),
+        "text_bytes": dict(zip(SIDES, text_bytes, strict=True)),
     }
 
 

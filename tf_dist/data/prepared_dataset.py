@@ -1,12 +1,14 @@
 """A prepared corpus on disk: content of its folder, and its validation.
 
-The folder: ``train.bin`` and ``val.bin`` (tokens, or the rows of a task), ``tokenizer.json``, ``meta.json``.
+The folder: ``train.bin`` and ``val.bin`` (tokens, or the rows of a task), ``tokenizer.json``, ``meta.json``;
+for a task also ``held_out.jsonl``, the cells of held-out rows by role.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from tf_dist.atomic_io import read_capped, sha256_of, sync_folder, temporary_name
+from tf_dist.data.mixture import MixtureRows
 from tf_dist.data.rows import Examples, Rows
 from tf_dist.data.sources import SUFFIXES, cap, files_sha256, find_files
 from tf_dist.data.tokenizer import FILE_LIMIT_BYTES as TOKENIZER_LIMIT_BYTES
@@ -34,6 +37,8 @@ from tf_dist.untrusted_files import opened_to_lock, parsed_json
 
 FORMAT = "tf_dist tokens"
 EXAMPLES = "tf_dist examples"
+HELD_OUT = "held_out.jsonl"
+MIXTURE = "tf_dist mixture"
 # 2: digests of a sample of the tokens, and of the files they were made from; tables are read strictly.
 VERSION = 2
 META_LIMIT_BYTES = 16 << 20
@@ -90,8 +95,34 @@ class ExampleFacts(Facts, forbid_unknown_fields=True):
     held_out_sha256: Sha256
 
 
+class PartFacts(msgspec.Struct, forbid_unknown_fields=True):
+    """Of a corpus of a mixture; its tokens follow those of the corpora before it."""
+
+    name: Text
+    weight: Annotated[float, msgspec.Meta(gt=0, le=1)]
+    split: Literal["none", "document", "position"]
+    documents: OfSides
+    tokens: OfSides
+    text_bytes: OfSides
+
+
+class MixtureFacts(Facts, forbid_unknown_fields=True):
+    """Of a mixture of corpora: also each of them. The hash of the content covers them."""
+
+    mixture: Annotated[list[PartFacts], msgspec.Meta(min_length=1)]
+
+
 # The facts of each format, and its version.
-FORMATS: dict[str, tuple[int, type[Facts]]] = {FORMAT: (VERSION, Facts), EXAMPLES: (1, ExampleFacts)}
+FORMATS: dict[str, tuple[int, type[Facts]]] = {
+    FORMAT: (VERSION, Facts),
+    EXAMPLES: (1, ExampleFacts),
+    MIXTURE: (1, MixtureFacts),
+}
+
+
+def spelled_mixture(mixture: list[dict[str, Any]] | None) -> bytes:
+    """The corpora of a mixture, as the hash of the content covers them; empty if there is none."""
+    return json.dumps(mixture, sort_keys=True).encode() if mixture else b""
 
 
 @dataclass(frozen=True)
@@ -114,6 +145,9 @@ class Prepared:
         tokens = {"train": self.train, "val": self.val}[side]
         if self.meta["format"] == EXAMPLES:
             return Examples(tokens, self.meta["words"], self.meta["targets"])
+        if self.meta["format"] == MIXTURE:
+            parts = [(one["name"], one["weight"], one["tokens"][side]) for one in self.meta["mixture"]]
+            return MixtureRows(tokens, seq_len, parts)
         return Sequences(tokens, seq_len)
 
     def tokenizer_json(self) -> str:
@@ -143,7 +177,7 @@ class Prepared:
         """
         files = [self.path / f"{side}.bin" for side in SIDES]
         try:
-            found = content_sha256(*files)
+            found = content_sha256(*files, more=spelled_mixture(self.meta.get("mixture")))
         except OSError as error:
             raise DataError(f"cannot read {error.filename}: {error.strerror}. Prepare again.") from error
         if found != self.meta["content_sha256"]:
@@ -161,6 +195,8 @@ def open_prepared(path: Path | str) -> Prepared:
     meta = read_meta(folder)
     if sha256_of_file(folder / "tokenizer.json") != meta["tokenizer_sha256"]:
         raise DataError(f"{folder / 'tokenizer.json'} is not the tokenizer of these tokens. Prepare again.")
+    if meta["format"] == EXAMPLES and sha256_of_file(folder / HELD_OUT) != meta["held_out_sha256"]:
+        raise _changed(folder, HELD_OUT)
     arrays = {side: map_tokens(folder / f"{side}.bin", meta["dtype"]) for side in SIDES}
     for side, array in arrays.items():
         if len(array) != meta["tokens"][side]:
@@ -172,6 +208,10 @@ def open_prepared(path: Path | str) -> Prepared:
         # Small ones are read completely: the metadata alone does not prove that tokens are trainable.
         if sample_sha256(array) != meta["sample_sha256"][side]:
             raise _changed(folder, f"{side}.bin")
+        if sum(one["tokens"][side] for one in meta.get("mixture", [])) not in (0, len(array)):
+            raise DataError(
+                f"{folder / 'meta.json'} is damaged: its mixture has other tokens. Prepare again."
+            )
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     if tokenizer.vocab_size != meta["vocab_size"]:
         raise DataError(f"{folder}: the tokenizer and meta.json differ in vocab_size. Prepare again.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import platform
 import shutil
 import tempfile
@@ -11,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tf_dist.atomic_io import write_in_place_of, write_whole
+from tf_dist.atomic_io import temporary_name, write_in_place_of, write_whole
 from tf_dist.corpora.recipes import RECIPES
-from tf_dist.corpora.table_rows import MediaFile, Recipe, Row
+from tf_dist.corpora.table_rows import MediaFile, Row, TableRecipe
 from tf_dist.data.package_clients import fetch_deb_files, fetch_distribution, fetch_indices
 from tf_dist.data.package_sources import TableSource
 from tf_dist.data.unpacking import unpack
@@ -61,7 +62,7 @@ def fetch_table(name: str, source: TableSource, downloads: Path) -> Path:
     return table
 
 
-def _unpack_all(source: TableSource, recipe: Recipe, downloads: Path, folder: Path) -> None:
+def _unpack_all(source: TableSource, recipe: TableRecipe, downloads: Path, folder: Path) -> None:
     if source.apt is not None:
         for name, path in fetch_indices(source.apt, downloads / "apt").items():
             shutil.copyfile(path, folder / name)
@@ -97,11 +98,16 @@ def _cell(value: str | int | float | MediaFile, folder: Path) -> str | int | flo
     if not path.resolve().is_relative_to(folder.resolve()):
         raise DataError(f"a package names the file {value.name!r}, which leads out of {folder}.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, value.data)
+    temporary = temporary_name(path)
+    with open(
+        temporary, "xb"
+    ) as file:  # not synced one by one: there are thousands, and they can be made again
+        file.write(value.data)
+    os.replace(temporary, path)
     return value.name
 
 
-def _facts(source: TableSource, recipe: Recipe) -> dict[str, Any]:
+def _facts(source: TableSource, recipe: TableRecipe) -> dict[str, Any]:
     """What a table depends on: other facts, another table."""
     hashes = [package.sha256 for package in source.pip]
     if source.apt is not None:

@@ -52,12 +52,14 @@ class Examples:
         targets: U.
 
     Raises:
-        DataError: not int32, or no whole number of rows.
+        DataError: not int32, no whole number of rows, or rows without words or targets.
     """
 
     def __init__(self, words: npt.NDArray[Any], seq_len: int, targets: int) -> None:
         self.tokens, self.seq_len, self.targets = words, seq_len, targets
         width = seq_len + targets
+        if min(seq_len, targets) < 1:
+            raise DataError(f"rows of {seq_len} words and {targets} targets: both must be at least 1")
         if words.dtype.kind != "i" or words.dtype.itemsize != 4 or words.ndim != 1 or words.size % width:
             raise DataError(
                 f"examples are {words.dtype} of shape {words.shape}: want int32 in rows of {width}"

@@ -83,9 +83,12 @@ def map_tokens(path: Path, dtype: str) -> TokenArray:
         raise DataError(f"cannot read {path}: {error.strerror}. Prepare the data again.") from error
 
 
-def content_sha256(*paths: Path) -> str:
-    """The SHA-256 over the bytes of several files, one after the other, each preceded by its size."""
-    digest = hashlib.sha256()
+def content_sha256(*paths: Path, more: bytes = b"") -> str:
+    """The SHA-256 over the bytes of several files, one after the other, each preceded by its size.
+
+    ``more`` is what else belongs to the content, before them.
+    """
+    digest = hashlib.sha256(more)
     for path in paths:
         with opened(path, follow=True) as file:
             digest.update(os.fstat(file.fileno()).st_size.to_bytes(8, "little"))

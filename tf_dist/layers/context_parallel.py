@@ -73,8 +73,9 @@ class SharedPositions(LearnedPositions):
         assert input_shape[1] == len(columns(self.seq_len, self.rank, self.ranks))
         super().build((None, self.seq_len, input_shape[2]))
 
-    def call(self, x_BxLxD: tf.Tensor) -> Any:
-        """Add positions to the input."""
+    def call(self, x_BxLxD: tf.Tensor, places_BxL: Any = None) -> Any:
+        """Add positions to the input; ``places_BxL`` is for packed documents, which rows of ranks are not."""
+        assert places_BxL is None
         return x_BxLxD + _rows(tf.convert_to_tensor(self.table_TxD), self.seq_len, self.rank, self.ranks)
 
     def get_config(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import keras
 
 from tf_dist.config import Config
+from tf_dist.config.data import PACKED
 from tf_dist.config.fine_tuning import FineTuningOptions
 from tf_dist.errors import UsageError
 from tf_dist.models import lstm, transformer
@@ -106,7 +107,25 @@ def _own(config: Config, layers: Layers) -> keras.Model:
     sizes = (config.vocab_size, config.seq_len, config.layers, config.width)
     if config.model == "lstm":
         return lstm.build(*sizes, config.dropout, config.tie_embeddings, layers.lstm, layers.embedding)
-    return transformer.build(*sizes, config.heads, config.dropout, config.tie_embeddings, layers)
+    end = packed_end(config)
+    return transformer.build(*sizes, config.heads, config.dropout, config.tie_embeddings, layers, end)
+
+
+def packed_end(config: Config) -> int | None:
+    """The id that ends a document, for models that keep packed documents apart; None: windows.
+
+    Such a model writes nothing after that token: it has not learnt to.
+
+    Raises:
+        UsageError: it is not known.
+    """
+    if config.documents != PACKED:
+        return None
+    if config.end_of_text < 0:
+        raise UsageError(
+            "documents packed: end_of_text must be the id of the token that ends a document, to build a model"
+        )
+    return config.end_of_text
 
 
 def check(model: object, name: str, seq_len: int, outputs: tuple[int, int]) -> None:

@@ -129,6 +129,8 @@ class IncrementalModel:
 
     Attributes:
         bounded: whether its caches hold ``length`` positions and no more.
+        reads_ids: whether a layer keeps what it knows from token ids, for several others: each part of such a
+            model would need the ids.
 
     Raises:
         NotIncremental: a layer does not say how it is computed for new positions only.
@@ -146,6 +148,20 @@ class IncrementalModel:
         self._nodes = [node for node in everything if not node.is_input]
         self._layers = [_stepped(node) for node in self._nodes]
         self.bounded = any(layer.bounded for layer in self._layers if layer is not None)
+        self.reads_ids = any(getattr(layer, "reads_ids", False) for layer in self._layers)
+        last = max((at for at, layer in enumerate(self._layers) if layer is not None), default=-1)
+        self._last = last
+        later = [tensor for node in self._nodes[last + 1 :] for tensor in node.input_tensors]
+        self._wanted_later = {id(tensor) for tensor in [*later, self._output]}
+
+    def refuse_parts(self) -> None:
+        """Refuse to run consecutive parts of this model, each of which gets only the states before it.
+
+        Raises:
+            NotIncremental: all parts need the token ids.
+        """
+        if self.reads_ids:
+            raise NotIncremental("every part of the model needs the token ids, to keep documents apart")
 
     def begin(self, batch: int, length: int) -> list[Any]:
         """The caches of ``batch`` rows before their first position; see `Stepped`."""
@@ -165,17 +181,22 @@ class IncrementalModel:
         """
         values, spans = {id(self._input): x_BxN}, {id(self._input): span}
         caches = list(cache)
-        last = max((at for at, layer in enumerate(self._layers) if layer is not None), default=-1)
-        if last < 0 and last_only:
-            _narrow(values, spans)
+        if self._last < 0 and last_only:
+            self._narrow(values, spans)
         for at, (node, layer) in enumerate(zip(self._nodes, self._layers, strict=True)):
             here = spans[id(node.input_tensors[0])]
             output, caches[at], here = _run(node, layer, values, caches[at], here)
             for tensor, value in zip(node.outputs, keras.tree.flatten(output), strict=True):
                 values[id(tensor)], spans[id(tensor)] = value, here
-            if at == last and last_only:
-                _narrow(values, spans)
+            if at == self._last and last_only:
+                self._narrow(values, spans)
         return values[id(self._output)], caches
+
+    def _narrow(self, values: dict[int, Any], spans: dict[int, Span]) -> None:
+        """Keep the last new position only, of the tensors that are still needed."""
+        for name, value in values.items():
+            if value is not None and name in self._wanted_later:
+                values[name] = spans[name].last(value)
 
 
 def _run(
@@ -194,13 +215,6 @@ def _run(
     with _computing(node.operation):
         output, cache, *moved = layer.step(*arguments, cache=cache, span=span, **options)
     return output, cache, moved[0] if moved else span
-
-
-def _narrow(values: dict[int, Any], spans: dict[int, Span]) -> None:
-    """Keep the last new position of each tensor only."""
-    for name, value in values.items():
-        if value is not None:
-            values[name] = spans[name].last(value)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ Legend: B rows, N new positions of a call, L positions of a cache, H heads, K wi
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -39,6 +40,16 @@ def empty(batch: int, heads: int, length: int, width: int, dtype: str) -> KeyVal
     """A cache of B rows, for L positions."""
     zeros = tf.zeros((batch, heads, length, width), dtype)
     return KeyValueCache(zeros, zeros)
+
+
+@dataclass(frozen=True)
+class BiasOfAll:
+    """A bias that is given once, with the first positions: (B, 1, Q, Q) of all Q positions of a row.
+
+    What it hides from the last position, as padding of a source, stays hidden from those that come later.
+    """
+
+    bias: Any
 
 
 def no_bias(batch: int, length: int) -> Any:

@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from tf_dist.models.attention import MASKED, biased_attention
 from tf_dist.models.incremental import Span
+from tf_dist.models.kv_cache import BiasOfAll, causal_bias
 
 PADDING_WORD = -1
 
@@ -146,11 +147,14 @@ class PrefixBias(_Configured):
     """
 
     ARGUMENTS = ("targets",)
-    step = _step_of_source
 
     def __init__(self, targets: int, **kwargs: Any) -> None:
         super().__init__(**{"dtype": "float32", **kwargs})
         self.targets = targets
+
+    def step(self, *inputs: Any, cache: Any, span: Span) -> tuple[Any, ...]:
+        """Return the bias of all positions, once."""
+        return BiasOfAll(self.call(*inputs)), cache
 
     def call(self, padding_Bx1x1xS: Any) -> Any:
         """Return the bias, from that of the source's padding."""
@@ -163,25 +167,87 @@ class PrefixBias(_Configured):
 
 @keras.saving.register_keras_serializable("tf_dist")
 class DocumentBias(_Configured):
-    """The bias of packed documents: a token sees those before it in its own document; (B, T) -> (B, 1, T, T).
+    """The bias of packed documents: a token sees its own document only; (B, T) -> (B, 1, T, T).
 
     Args:
         end: id of the token that ends a document, and belongs to it.
+        causal: whether it sees only itself and those before it.
     """
 
-    ARGUMENTS = ("end",)
+    ARGUMENTS = ("end", "causal")
 
-    def __init__(self, end: int, **kwargs: Any) -> None:
+    def __init__(self, end: int, causal: bool = True, **kwargs: Any) -> None:
         super().__init__(**{"dtype": "float32", **kwargs})
-        self.end = end
+        self.end, self.causal = end, causal
 
     def call(self, ids_BxT: Any) -> Any:
         """Return the bias of attention scores, float32."""
         ids_BxT = tf.convert_to_tensor(ids_BxT)
-        document_BxT = tf.cumsum(tf.cast(ids_BxT == self.end, tf.int32), axis=1, exclusive=True)
-        other_BxTxT = document_BxT[:, :, None] != document_BxT[:, None, :]
-        future_TxT = np.triu(np.full((ids_BxT.shape[1],) * 2, True), k=1)
-        return tf.where(other_BxTxT | future_TxT, MASKED, 0.0)[:, None]
+        document_BxT = _documents(ids_BxT == self.end)
+        hidden_BxTxT = document_BxT[:, :, None] != document_BxT[:, None, :]
+        if self.causal:
+            hidden_BxTxT |= np.triu(np.full((ids_BxT.shape[1],) * 2, True), k=1)
+        return tf.where(hidden_BxTxT, MASKED, 0.0)[:, None]
+
+    # Incremental (`tf_dist.models.incremental`): where documents end is kept.
+    bounded = True
+    reads_ids = True
+
+    @property
+    def steps(self) -> bool:
+        """Whether `step` knows these options."""
+        return self.causal
+
+    def begin(self, batch: int, length: int) -> Any:
+        """Return the cache of ``batch`` rows, (B, L) bool: which tokens end a document."""
+        return tf.zeros((batch, length), tf.bool)
+
+    def step(self, ids_BxN: Any, *, cache: Any, span: Span) -> tuple[Any, Any]:
+        """Return the bias of new positions, (B, 1, N, L), and the cache with these."""
+        ids_BxN = tf.convert_to_tensor(ids_BxN)
+        B, N = ids_BxN.shape
+        places_BxN = span.positions(N)
+        rows_BxN = tf.broadcast_to(tf.range(B)[:, None], (B, N))
+        where = tf.stack([rows_BxN, places_BxN], axis=-1)
+        ends_BxL = tf.tensor_scatter_nd_update(cache, where, ids_BxN == self.end)
+        # Positions behind the new ones may hold anything: the causal bias hides them.
+        document_BxL = _documents(ends_BxL)
+        own_BxN = tf.gather(document_BxL, places_BxN, batch_dims=1)
+        other_BxNxL = own_BxN[:, :, None] != document_BxL[:, None, :]
+        later_Bx1xNxL = causal_bias(span, N, ends_BxL.shape[1], tf.float32) < 0
+        return tf.where(other_BxNxL[:, None] | later_Bx1xNxL, MASKED, 0.0), ends_BxL
+
+
+def _documents(ends_BxT: Any) -> Any:
+    """The number of each token's document in its row, (B, T) int32, from whether it ends one."""
+    return tf.cumsum(tf.cast(ends_BxT, tf.int32), axis=1, exclusive=True)
+
+
+@keras.saving.register_keras_serializable("tf_dist")
+class DocumentPlaces(keras.layers.Layer):
+    """The position of each token in its own document: causal bias (B, 1, T, K) -> (B, T) int32.
+
+    A token sees as many tokens as there are before it in its document, and itself.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{"dtype": "float32", **kwargs})
+
+    def call(self, bias_Bx1xTxK: Any) -> Any:
+        """Return the positions, from 0."""
+        seen_Bx1xTxK = tf.cast(tf.convert_to_tensor(bias_Bx1xTxK) == 0, tf.int32)
+        return tf.reduce_sum(seen_Bx1xTxK, axis=-1)[:, 0] - 1
+
+    # Incremental (`tf_dist.models.incremental`): the bias of new positions says it.
+    bounded = False
+
+    def begin(self, batch: int, length: int) -> tuple[()]:
+        """Return the cache: none."""
+        return ()
+
+    def step(self, bias_Bx1xNxL: Any, *, cache: tuple[()], span: Span) -> tuple[Any, tuple[()]]:
+        """Return the positions of new tokens, (B, N) int32."""
+        return self.call(bias_Bx1xNxL), cache
 
 
 @keras.saving.register_keras_serializable("tf_dist")

@@ -15,17 +15,30 @@ import keras
 from tf_dist.models.fast_layers import LayerNormalization
 from tf_dist.models.row_embedding import BodySizes, EmbeddedRow, embedded_row
 from tf_dist.models.row_heads import with_row_head
-from tf_dist.models.row_layers import JoinSlots, PrefixBias, Slice
+from tf_dist.models.row_layers import DocumentBias, JoinSlots, PrefixBias, Slice
 from tf_dist.models.row_layout import Head, RowLayout
-from tf_dist.models.transformer import PLAIN, Layers, block, feed_forward
+from tf_dist.models.transformer import PLAIN, Layers, block, documents, feed_forward
 
 
-def encoder(layout: RowLayout, sizes: BodySizes, head: Head, layers: Layers = PLAIN) -> keras.Model:
-    """A bidirectional encoder (BERT, Devlin et al. 2019; pre-norm), as deep as ``sizes.layers``."""
+def encoder(
+    layout: RowLayout,
+    sizes: BodySizes,
+    head: Head,
+    layers: Layers = PLAIN,
+    end_of_text: int | None = None,
+) -> keras.Model:
+    """A bidirectional encoder (BERT, Devlin et al. 2019; pre-norm), as deep as ``sizes.layers``.
+
+    ``end_of_text``: as in `tf_dist.models.transformer.build`, for rows of several documents.
+    """
     row = embedded_row(layout, sizes, layers)
-    x_BxSxD = _at_positions(row.source, sizes, layers)
+    bias, places = row.padding, ()
+    if end_of_text is not None:
+        _, places = documents(row.words, end_of_text)
+        bias = bias + DocumentBias(end_of_text, causal=False, name="own_document")(row.words)
+    x_BxSxD = _at_positions(row.source, sizes, layers, places)
     for i in range(sizes.layers):
-        x_BxSxD = _block(x_BxSxD, sizes, f"layer_{i}", layers, row.padding)
+        x_BxSxD = _block(x_BxSxD, sizes, f"layer_{i}", layers, bias)
     return with_row_head(row, _normalized(x_BxSxD, "final_norm"), head, "encoder")
 
 
@@ -89,8 +102,8 @@ def _joined(row: EmbeddedRow, layout: RowLayout) -> Any:
     return JoinSlots(layout.source.count, name="slots")(row.target, row.source)
 
 
-def _at_positions(x: Any, sizes: BodySizes, layers: Layers) -> Any:
-    x = layers.positions(name="positions")(x)
+def _at_positions(x: Any, sizes: BodySizes, layers: Layers, places: tuple[Any, ...] = ()) -> Any:
+    x = layers.positions(name="positions")(x, *places)
     return keras.layers.Dropout(sizes.dropout, name="embedding_dropout")(x)
 
 

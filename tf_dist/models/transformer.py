@@ -17,6 +17,7 @@ from tf_dist.models.cross_attention import CrossAttention
 from tf_dist.models.fast_layers import LayerNormalization, gelu
 from tf_dist.models.incremental import Span
 from tf_dist.models.lm_head import with_head
+from tf_dist.models.row_layers import DocumentBias, DocumentPlaces
 
 
 @keras.saving.register_keras_serializable("tf_dist")
@@ -108,23 +109,27 @@ class CausalSelfAttention(layers.Layer):
         q_BxHxNxK, k_BxHxNxK, v_BxHxNxK = attention.split_heads(qkv_BxNx3D, self.own_heads)
         cache = cache.written(k_BxHxNxK, v_BxHxNxK, span)
         new, length = x_BxNxD.shape[1], cache.k_BxHxLxK.shape[2]
-        bias_Bx1xNxL = kv_cache.causal_bias(span, new, length, q_BxHxNxK.dtype)
+        if bias is None:
+            bias = kv_cache.causal_bias(span, new, length, q_BxHxNxK.dtype)
+        bias_Bx1xNxL = keras.ops.cast(bias, q_BxHxNxK.dtype)
         attended_BxHxNxK = kv_cache.cached_attention(q_BxHxNxK, cache, bias_Bx1xNxL)
         return self.output_projection(attention.join_heads(attended_BxHxNxK)), cache
 
     def _biased_step(
         self, x_BxNxD: Any, bias: Any, given: tuple[kv_cache.KeyValueCache, Any], span: Span
     ) -> tuple[Any, Any]:
-        """A step where a bias says who sees whom: given with the first positions, it hides some later too."""
+        """A step where a bias says who sees whom: of new positions, or at first of all that will come."""
         cache, keys_Bx1x1xL = given
         q_BxHxNxK, k_BxHxNxK, v_BxHxNxK = attention.split_heads(self.query_key_value(x_BxNxD), self.own_heads)
         cache = cache.written(k_BxHxNxK, v_BxHxNxK, span)
         new, length = x_BxNxD.shape[1], cache.k_BxHxLxK.shape[2]
         if bias is None:
             bias_Bx1xNxL = keys_Bx1x1xL + kv_cache.causal_bias(span, new, length, tf.float32)
+        elif isinstance(bias, kv_cache.BiasOfAll):
+            bias_Bx1xNxL = kv_cache.padded_bias(bias.bias[:, :, :new, :new], length, attention.MASKED)
+            keys_Bx1x1xL = kv_cache.padded_bias(bias.bias[:, :, -1:, :new], length, 0.0)
         else:
-            bias_Bx1xNxL = kv_cache.padded_bias(bias[:, :, :new, :new], length, attention.MASKED)
-            keys_Bx1x1xL = kv_cache.padded_bias(bias[:, :, -1:, :new], length, 0.0)
+            bias_Bx1xNxL = kv_cache.padded_bias(bias, length, attention.MASKED)
         bias_Bx1xNxL = tf.cast(bias_Bx1xNxL, q_BxHxNxK.dtype)
         attended_BxHxNxK = kv_cache.cached_attention(q_BxHxNxK, cache, bias_Bx1xNxL)
         out_BxNxD = self.output_projection(attention.join_heads(attended_BxHxNxK))
@@ -150,9 +155,16 @@ class LearnedPositions(layers.Layer):
             shape=tuple(input_shape[1:]), initializer=normal(0.02), name="positions"
         )
 
-    def call(self, x_BxTxD: Any) -> Any:
-        """Add positions to the input."""
-        return x_BxTxD + self.table_TxD
+    def call(self, x_BxTxD: Any, places_BxT: Any = None) -> Any:
+        """Add positions to the input.
+
+        Args:
+            x_BxTxD: the input.
+            places_BxT: position of each token, int32, as in packed documents; None: its place in the row.
+        """
+        if places_BxT is None:
+            return x_BxTxD + self.table_TxD
+        return x_BxTxD + keras.ops.take(self.table_TxD, places_BxT, axis=0)
 
     # Incremental (`tf_dist.models.incremental`): nothing is kept, but a position must be known.
     bounded = True
@@ -161,11 +173,14 @@ class LearnedPositions(layers.Layer):
         """Return the cache: none."""
         return ()
 
-    def step(self, x_BxNxD: Any, *, cache: tuple[()], span: Span) -> tuple[Any, tuple[()]]:
+    def step(
+        self, x_BxNxD: Any, places_BxN: Any = None, *, cache: tuple[()], span: Span
+    ) -> tuple[Any, tuple[()]]:
         """Add positions to new ones, (B, N, D)."""
         table_TxD = keras.ops.convert_to_tensor(self.table_TxD)
+        places_BxN = span.positions(x_BxNxD.shape[1]) if places_BxN is None else places_BxN
         # Padding may lie behind the last position.
-        places_BxN = keras.ops.minimum(span.positions(x_BxNxD.shape[1]), table_TxD.shape[0] - 1)
+        places_BxN = keras.ops.minimum(places_BxN, table_TxD.shape[0] - 1)
         return x_BxNxD + keras.ops.take(table_TxD, places_BxN, axis=0), cache
 
 
@@ -210,24 +225,41 @@ def build(
     dropout: float = 0.0,
     tie_embeddings: bool = True,
     layers: Layers = PLAIN,
+    end_of_text: int | None = None,
 ) -> keras.Model:
     """A Transformer language model, (B, T) token ids -> (B, T, V) logits.
 
     Initial weights are GPT-2's: normal with 0.02, and 0.02 / sqrt(2 L) for the two projections that
     add to the residual stream in each layer, so that its variance does not grow with depth. ``layers``
-    replaces layers that ranks partition; ``seq_len`` is that of full rows.
+    replaces layers that ranks partition; ``seq_len`` is that of full rows. With ``end_of_text``, the id that
+    ends a document, a token attends to its own document only, in which positions are counted from 0: a
+    document's logits are those that it has alone.
     """
     residual_stddev = 0.02 / (2 * layer_count) ** 0.5
     tokens_BxT = keras.Input((seq_len // layers.sequence,), dtype="int32", name="tokens")
     embedding = layers.embedding(
         vocab_size, width, tie_weights=tie_embeddings, embeddings_initializer=normal(0.02), name="embedding"
     )
-    x_BxTxD = layers.positions(name="positions")(embedding(tokens_BxT))
+    bias, places = None, ()
+    if end_of_text is not None:
+        bias, places = documents(tokens_BxT, end_of_text)
+    x_BxTxD = layers.positions(name="positions")(embedding(tokens_BxT), *places)
     x_BxTxD = keras.layers.Dropout(dropout, name="embedding_dropout")(x_BxTxD)
     for i in range(layer_count):
-        x_BxTxD = block(x_BxTxD, width, heads, dropout, residual_stddev, f"layer_{i}", layers)
+        x_BxTxD = block(x_BxTxD, width, heads, dropout, residual_stddev, f"layer_{i}", layers, bias)
     x_BxTxD = LayerNormalization(epsilon=1e-5, name="final_norm")(x_BxTxD)
     return with_head(tokens_BxT, x_BxTxD, embedding, "transformer")
+
+
+def documents(ids_BxT: Any, end: int) -> tuple[Any, tuple[Any, ...]]:
+    """What keeps packed documents apart: the bias of attention, and positions for `LearnedPositions`.
+
+    Args:
+        ids_BxT: token ids of the rows.
+        end: id of the token that ends a document.
+    """
+    bias_Bx1xTxT = DocumentBias(end, name="documents")(ids_BxT)
+    return bias_Bx1xTxT, (DocumentPlaces(name="document_places")(bias_Bx1xTxT),)
 
 
 def block(

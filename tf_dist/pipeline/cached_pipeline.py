@@ -40,6 +40,7 @@ class CachedPipeline:
         self, model: Any, stages: dict[int, Stage], mesh: Mesh, messages: P2PChannels, seq_len: int
     ) -> None:
         whole = IncrementalModel(model)  # all layers: so that all ranks refuse the same
+        whole.refuse_parts()
         self._stages, self._messages, self._comm = stages, messages, mesh.pipeline
         self.segments = {
             chunk: CachedSegment(stage.segment.model, stage.way.last) for chunk, stage in stages.items()

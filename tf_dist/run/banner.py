@@ -13,6 +13,8 @@ from tf_dist.comm.formatting import counted
 from tf_dist.comm.runtime.thread_budget import Placement, places
 from tf_dist.comm.transport.base import Comm
 from tf_dist.config import Config
+from tf_dist.config.data import PACKED
+from tf_dist.data.mixture import mixture_of
 from tf_dist.data.prepared_dataset import Prepared
 from tf_dist.data.sampler import share
 from tf_dist.parallel.sharding import part_of
@@ -32,8 +34,10 @@ def banner(
         "tf_dist": f"{__version__}: {_ranks(config, comm)}",
         **({} if trainer.mesh.plain else {"grid": _grid(trainer)}),
         "data": f"{' '.join(config.data)}: {_amount(meta)} held out",
+        **({"mixture": _mixture(trainer, corpus, steps)} if "mixture" in meta else {}),
         "tokenizer": f"{meta['tokenizer_kind']} of {meta['vocab_size']:,}, in {corpus.path}",
         **({} if config.task == Config.task else {"task": _task(config, meta)}),
+        **({"documents": _documents(meta)} if config.documents == PACKED else {}),
         "model": f"{config.model}, {_parameters(trainer):,} parameters{_precision(config)}",
         "batch": f"{rows} sequences x {T} tokens = {rows * T:,} tokens a step, as {config.micro_batches} "
         f"micro-batches of {config.micro_batch_rows}; {_shares(config, trainer)}",
@@ -54,6 +58,26 @@ def _amount(meta: Mapping[str, Any]) -> str:
         return f"{meta['rows']['train']:,} rows to train on, {meta['rows']['val']:,}"
     tokens, text_bytes = meta["tokens"], meta["text_bytes"]["train"]
     return f"{tokens['train']:,} tokens ({text_bytes:,} bytes) to train on, {tokens['val']:,}"
+
+
+def _mixture(trainer: Trainer, corpus: Prepared, steps: int) -> str:
+    """The corpora of a mixture: share, rows, and how often each will have been read at the end."""
+    mixture = mixture_of(corpus.rows("train", trainer.seq_len))
+    assert mixture is not None
+    passes = mixture.passes(steps * trainer.global_batch_size)
+    each = [
+        f"{part.weight:.3g} of {part.name}, {part.rows:,} sequences, read {passes[part.name]:.2f} times"
+        for part in mixture.parts
+    ]
+    return "; ".join(each)
+
+
+def _documents(meta: Mapping[str, Any]) -> str:
+    """What packed documents there are to train on."""
+    count = meta["documents"]["train"]
+    if count == 1:
+        return "one, which has no end: all windows are of it, as without --documents packed"
+    return f"{count:,}, each of which is seen by itself"
 
 
 def _task(config: Config, meta: Mapping[str, Any]) -> str:

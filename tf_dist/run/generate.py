@@ -39,11 +39,11 @@ def generate(
 
 
 def continuation(
-    forward: CachedForward, prompt_ids: np.ndarray, count: int, sampling: Sampling
+    forward: CachedForward, prompt_ids: np.ndarray, count: int, sampling: Sampling, end: int | None = None
 ) -> Iterator[int]:
-    """As `generate`, with what computes the logits.
+    """As `generate`, with what computes the logits; up to the token ``end``, if one is given.
 
     Ranks that share a model call it together, and sample the same tokens.
     """
-    for new_B, _ in sample(forward, [prompt_ids], sampling, count):
+    for new_B, _ in sample(forward, [prompt_ids], sampling, count, end):
         yield int(new_B[0])

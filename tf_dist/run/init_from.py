@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tf_dist.checkpoint import store
 from tf_dist.checkpoint.manifest import NAME, read_manifest
 from tf_dist.comm.formatting import some
 from tf_dist.comm.runtime.consensus import on_root
@@ -27,6 +28,7 @@ from tf_dist.config import Config
 from tf_dist.config.data import DataOptions
 from tf_dist.data.prepared_dataset import Prepared, sha256_of_file
 from tf_dist.errors import CheckpointError, UsageError
+from tf_dist.run import convert
 
 if TYPE_CHECKING:
     from tf_dist.run.weight_sources import WeightSource
@@ -67,14 +69,31 @@ def pinned(config: Config, resumed: Mapping[str, Any] | None) -> dict[str, str]:
 
 
 def _located(path: Path) -> Path:
-    from tf_dist.run.convert import is_file_of_weights
-    from tf_dist.run.weight_sources import checkpoint_of
-
-    if not is_file_of_weights(path):
-        path = checkpoint_of(path)
+    if not convert.is_file_of_weights(path):
+        path = _checkpoint_of(path)
     elif not path.is_file():
         raise UsageError(f"--init-from {path}: no such file")
     return Path(os.path.realpath(path))
+
+
+def _checkpoint_of(path: Path) -> Path:
+    """The checkpoint that a path means: itself, or the newest valid one of a run folder.
+
+    Raises:
+        UsageError: it is neither.
+        CheckpointError: the run has no checkpoint, or no valid one.
+    """
+    if (path / NAME).exists():
+        return path
+    if not (path / "checkpoints").is_dir():
+        raise UsageError(
+            f"--init-from {path}: neither a run folder, nor a checkpoint, nor a file that ends in "
+            f"{', '.join(convert.KINDS)}"
+        )
+    newest = store.newest(path / "checkpoints")
+    if newest is None:
+        raise CheckpointError(f"--init-from {path}: this run has no checkpoint yet")
+    return newest
 
 
 def _tokenizer_beside(path: Path) -> str:

@@ -8,6 +8,8 @@ import shlex
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from tf_dist import progress
 from tf_dist.checkpoint import store
 from tf_dist.checkpoint.async_writer import SavedCheckpoint
@@ -19,6 +21,7 @@ from tf_dist.data.prepared_dataset import Prepared
 from tf_dist.data.prompt import example_prompt
 from tf_dist.errors import SavedAndStopped
 from tf_dist.invocation import command
+from tf_dist.models.build import packed_end
 from tf_dist.parallel.buckets import spent
 from tf_dist.run.generate import Sampling, continuation
 from tf_dist.run.numerics_environment import bits_of_all
@@ -261,6 +264,9 @@ class Job:
             say(f"done at step {self.trainer.step}: {_summary(self.last, self.trainer.state.val_loss)}")
         else:
             say(f"step {self.trainer.step} was already reached: raise --steps, or choose another --run-dir")
+        read = [f"{name[6:]} {self.last[name]:.2f}" for name in self.last if name.startswith("epoch_")]
+        if read:
+            say(f"mixture      epochs of each corpus: {', '.join(read)}")
         if found := spent(self.comm):
             say(f"exchange     {found}")
         self._report_strategy()
@@ -296,13 +302,15 @@ class Job:
             return self.predicted()
         tokens = self.corpus.val if len(self.corpus.val) else self.corpus.train
         prompt = tokens[: min(16, self.config.seq_len)]
-        tokenizer = self.corpus.tokenizer
+        tokenizer, end = self.corpus.tokenizer, packed_end(self.config)
+        if end is not None:
+            prompt = prompt[: int(np.argmax([*(prompt == end), True]))]
         sharded = self.trainer.strategy.traits.sharding == 3
         forward = forward_of(self.trainer.runner, self.config.seq_len, lockstep=sharded)
         count = SAMPLE_TOKENS_SHARDED if sharded else SAMPLE_TOKENS
         with progress.task("writing a sample", count, "tokens") as task:
             made = []
-            for token in continuation(forward, prompt, count, Sampling()):
+            for token in continuation(forward, prompt, count, Sampling(), end):
                 made.append(token)
                 task.advance()
         return f"{tokenizer.decode(prompt)} => {tokenizer.decode(made)}\n"

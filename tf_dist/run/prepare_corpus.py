@@ -21,6 +21,7 @@ from tf_dist.checkpoint.store import listing
 from tf_dist.comm.runtime.consensus import agree, everywhere, on_root
 from tf_dist.comm.transport.base import Comm
 from tf_dist.config import Config
+from tf_dist.data.mixture import with_weights
 from tf_dist.data.prepare import prepare
 from tf_dist.data.prepared_dataset import (
     SIDES,
@@ -29,9 +30,10 @@ from tf_dist.data.prepared_dataset import (
     find_prepared,
     open_prepared,
     sha256_of_file,
+    spelled_mixture,
 )
 from tf_dist.data.registry import resolve_sources
-from tf_dist.errors import CheckpointError, DataError
+from tf_dist.errors import CheckpointError, DataError, UsageError
 from tf_dist.tasks.prepare import OPTIONS, prepare_examples
 from tf_dist.tasks.registry import task_of
 
@@ -51,8 +53,14 @@ def prepared(config: Config, registry: Path) -> Prepared:
     Raises:
         DataError, UsageError: see `tf_dist.data.prepare`.
     """
-    sources, task = resolve_sources(config.data, registry, DOWNLOADS), task_of(config)
+    values, weights = with_weights(config.data)
+    sources, task = resolve_sources(values, registry, DOWNLOADS), task_of(config)
     if task.of_tables:
+        if weights:
+            raise UsageError(
+                f"--data {config.data[0]}: only running text is drawn by weight, not the rows of "
+                f"--task {config.task}. Leave the weights out"
+            )
         return prepare_examples(task, config, sources)
     return prepare(
         sources,
@@ -64,6 +72,7 @@ def prepared(config: Config, registry: Path) -> Prepared:
         errors=config.errors,
         max_bytes=config.max_bytes,
         folder=Path(config.prepared_dir),
+        weights=weights,
     )
 
 
@@ -169,6 +178,7 @@ def _on_all(comm: Comm, find: Callable[[], Prepared]) -> Prepared:
     apart = ", ".join(f"{folder} on rank {rank}" for rank, folder in enumerate(folders))
     where = f" ({apart})" if len(set(folders)) > 1 else ""
     facts = {name: mine.meta[name] for name in ("content_sha256", "tokenizer_sha256")}
+    facts["mixture"] = spelled_mixture(mine.meta.get("mixture")).decode()
     samples = {f"{side}.bin": mine.meta["sample_sha256"][side] for side in SIDES}
     agree(comm, {**facts, **samples}, f"the data{where}")
     return mine

@@ -37,6 +37,7 @@ class LogRun(keras.callbacks.Callback):
         steps_per_epoch: of the data, for the column ``epoch``.
         tell: called with each row, on every rank.
         show: called with each row on rank 0, in the thread that writes it.
+        more: returns further columns after a step.
     """
 
     def __init__(
@@ -47,9 +48,11 @@ class LogRun(keras.callbacks.Callback):
         steps_per_epoch: int,
         tell: Callable[[dict[str, Any]], None] = _nothing,
         show: Callable[[dict[str, Any]], None] = _nothing,
+        more: Callable[[int], dict[str, float]] = lambda step: {},
     ) -> None:
         super().__init__()
         self.trainer, self.run, self.every, self.tell, self.show = trainer, run, every, tell, show
+        self.more = more
         self.steps_per_epoch = steps_per_epoch
         self._tally = trainer.state.row
         self._row: dict[str, Any] = {}
@@ -98,6 +101,7 @@ class LogRun(keras.callbacks.Callback):
             "wait_s": wait_s / timed.steps,
             "elapsed_s": trainer.elapsed_s,
             "bad_steps": skipped,
+            **self.more(trainer.step),
         }
         tally.begin_row()
         self._begin_timing()

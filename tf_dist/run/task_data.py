@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import msgspec
 import numpy as np
 
 from tf_dist.config import Config
+from tf_dist.config.data import PACKED
 from tf_dist.data.class_weights import class_weights
 from tf_dist.data.prepared_dataset import Prepared
 from tf_dist.data.rows import Rows
-from tf_dist.errors import DataError, UsageError
+from tf_dist.decoding.beam_search import BeamSearch
+from tf_dist.decoding.sampling import Sampling
+from tf_dist.errors import UsageError
 from tf_dist.metrics import compute, named_metrics
 from tf_dist.models.row_layout import SPANS, TOKENS
 from tf_dist.parallel.mesh import Mesh
@@ -21,14 +23,12 @@ from tf_dist.run.speech import write_recordings
 from tf_dist.runners.runner import ModelRunner
 from tf_dist.tasks.base import Task, Values
 from tf_dist.tasks.causal_lm import CausalLM
-from tf_dist.tasks.prepare import HELD_OUT
+from tf_dist.tasks.prepare import held_out
 from tf_dist.tasks.registry import task_of
 from tf_dist.tasks.speak import Speak
-from tf_dist.training.predictions import Decoder, Predict, best_classes, best_spans, predictions
+from tf_dist.training.predictions import GREEDY, Decoder, Predict, best_classes, best_spans, predictions
 from tf_dist.training.pseudo_perplexity import PseudoPerplexity
-from tf_dist.untrusted_files import opened
 
-HELD_OUT_LIMIT_BYTES = 1 << 30
 # Predictions that are printed when a run ends.
 SHOWN = 5
 NO_WEIGHTS = "none"
@@ -44,32 +44,33 @@ class TaskData:
     Args:
         config: of the run, with the vocabulary of its tokenizer.
         corpus: prepared for it.
+        decoding: how texts are predicted, token by token.
 
     Attributes:
-        task: of the run. layout: of its rows. seq_len: words that the model takes of a row.
+        corpus: its data. task: of the run. layout: of its rows. seq_len: words that the model takes of a row.
     """
 
-    def __init__(self, config: Config, corpus: Prepared) -> None:
+    def __init__(self, config: Config, corpus: Prepared, decoding: Sampling | BeamSearch = GREEDY) -> None:
         self.task: Task = task_of(config)
         self.layout = self.task.layout(corpus.tokenizer.vocab_size)
         self.seq_len = self.layout.words if self.task.of_tables else config.seq_len
-        self._config, self._corpus = config, corpus
-        self._decoder = Decoder(self.layout, corpus.tokenizer.end_of_text)
+        self._config, self.corpus = config, corpus
+        self._decoder = Decoder(self.layout, corpus.tokenizer.end_of_text, decoding)
 
     def rows(self, side: str) -> Rows:
         """The rows of one side of the split, ``train`` or ``val``."""
-        rows = self._corpus.rows(side, self._config.seq_len)
+        rows = self.corpus.rows(side, self._config.seq_len)
         return self.task.rows(rows, self.layout, self._config.seed)
 
     def pseudo_perplexity(self, side: str) -> PseudoPerplexity:
         """The metric of a masked language model over the first ``metric_rows`` windows of a side."""
-        windows = self._corpus.rows(side, self._config.seq_len)
+        windows = self.corpus.rows(side, self._config.seq_len)
         return PseudoPerplexity(windows, self.layout, self._config.metric_rows or len(windows))
 
     def text_bytes(self, side: str) -> int:
-        """UTF-8 bytes of the text of one side, if each of its tokens is predicted; else 0."""
-        of_all = self.task.name == CausalLM.name
-        return int(self._corpus.meta["text_bytes"][side]) if of_all else 0
+        """UTF-8 bytes of the text of one side, of which every token is predicted; 0 where it is not all."""
+        of_all = self.task.name == CausalLM.name and self._config.documents != PACKED
+        return int(self.corpus.meta["text_bytes"][side]) if of_all else 0
 
     @property
     def class_weights(self) -> list[float]:
@@ -89,24 +90,7 @@ class TaskData:
     @property
     def labels(self) -> list[str]:
         """Names of the classes."""
-        return list(self._corpus.meta.get("labels", []))
-
-    def held_out(self) -> list[dict[str, str]]:
-        """The cells of the held-out rows, by role.
-
-        Raises:
-            DataError: the file is damaged.
-        """
-        path = self._corpus.path / HELD_OUT
-        try:
-            with opened(path, follow=True) as file:
-                data = file.read(HELD_OUT_LIMIT_BYTES)
-            found = msgspec.json.Decoder(dict[str, str]).decode_lines(data)
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path} is damaged: {error}. Delete its folder and prepare again.") from error
-        if len(found) != self._corpus.meta["rows"]["val"]:
-            raise DataError(f"{path} is damaged. Delete its folder and prepare again.")
-        return list(found)
+        return list(self.corpus.meta.get("labels", []))
 
     def predict(
         self, runner: ModelRunner, mesh: Mesh, rows: int, held_out: Rows, given: Sequence[Values]
@@ -118,7 +102,7 @@ class TaskData:
         elif self.task.head(len(self.labels)).kind == SPANS:
             how = partial(best_spans, layout=self.layout, longest=LONGEST_ANSWER)
         found_NxU = predictions(runner, mesh, rows, held_out, len(given), how)
-        return self.task.decode(found_NxU, self._corpus.tokenizer, self.labels, given)
+        return self.task.decode(found_NxU, self.corpus.tokenizer, self.labels, given)
 
     @property
     def decodes(self) -> bool:
@@ -140,7 +124,7 @@ class TaskMetrics:
 
     def __init__(self, data: TaskData, rows: int) -> None:
         self._data, self._metrics = data, named_metrics(data.task.metrics)
-        self.given: Sequence[Values] = data.held_out()
+        self.given: Sequence[Values] = held_out(data.corpus)
         if rows and data.decodes:
             self.given = self.given[:rows]
         self.references = [data.task.reference_of(values) for values in self.given]

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from tf_dist.checkpoint import store
-from tf_dist.checkpoint.manifest import NAME, read_manifest
+from tf_dist.checkpoint.manifest import read_manifest
 from tf_dist.config import Config
 from tf_dist.config.fine_tuning import untuned
-from tf_dist.errors import BackendMissing, CheckpointError, UsageError
+from tf_dist.errors import BackendMissing, CheckpointError
 from tf_dist.models.lora import A, B, merged
 from tf_dist.run import convert
 from tf_dist.untrusted_files import opened, shown
@@ -64,26 +64,6 @@ class WeightSource:
         return WeightSource(
             kept, read, f"{self.said} (its {len(gone)} adapters merged)", self.config, self.left
         )
-
-
-def checkpoint_of(path: Path) -> Path:
-    """The checkpoint that a path means: itself, or the newest valid one of a run folder.
-
-    Raises:
-        UsageError: it is neither.
-        CheckpointError: the run has no checkpoint, or no valid one.
-    """
-    if (path / NAME).exists():
-        return path
-    if not (path / "checkpoints").is_dir():
-        raise UsageError(
-            f"--init-from {path}: neither a run folder, nor a checkpoint, nor a file that ends in "
-            f"{', '.join(convert.KINDS)}"
-        )
-    newest = store.newest(path / "checkpoints")
-    if newest is None:
-        raise CheckpointError(f"--init-from {path}: this run has no checkpoint yet")
-    return newest
 
 
 def open_source(path: Path, config: Config) -> WeightSource:

@@ -16,7 +16,7 @@ from tf_dist.data.records import Record
 from tf_dist.data.rows import Rows
 from tf_dist.data.tokenizer import Tokenizer
 from tf_dist.data.tokens import NO_TARGET, Batch
-from tf_dist.errors import DataError
+from tf_dist.errors import DataError, UsageError
 from tf_dist.models.row_layout import Head, RowLayout, Slots
 
 # Cells of a row, by role.
@@ -58,8 +58,17 @@ class Task:
         return self.config.architecture or self.architectures[0]
 
     def columns(self) -> dict[str, str]:
-        """The name of the column of each role."""
-        return {role: str(getattr(self.config, f"{role}_column")) for role in self.roles}
+        """The name of the column of each role.
+
+        Raises:
+            UsageError: a role (of a user's task) has no option that names its column.
+        """
+        options = self.config.as_dict()
+        known = [name.removesuffix("_column") for name in options if name.endswith("_column")]
+        for role in self.roles:
+            if role not in known:
+                raise UsageError(f"--task {self.config.task}: role {role!r} is none of {', '.join(known)}")
+        return {role: str(options[f"{role}_column"]) for role in self.roles}
 
     @property
     def source(self) -> Slots:

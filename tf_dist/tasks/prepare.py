@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -15,23 +16,40 @@ import numpy as np
 import numpy.typing as npt
 
 from tf_dist import progress
-from tf_dist.atomic_io import sha256_of, sync_folder, temporary_name, write_whole
+from tf_dist.atomic_io import read_capped, sha256_of, sync_folder, temporary_name, write_whole
 from tf_dist.config import Config
-from tf_dist.data.prepare import KINDS, name_of
-from tf_dist.data.prepared_dataset import EXAMPLES, FORMATS, SIDES, Prepared, open_prepared, publish
+from tf_dist.data.prepare import KINDS, left_out, name_of
+from tf_dist.data.prepared_dataset import (
+    EXAMPLES,
+    FORMATS,
+    HELD_OUT,
+    META_LIMIT_BYTES,
+    SIDES,
+    Prepared,
+    open_prepared,
+    publish,
+)
 from tf_dist.data.records import Record, RecordCounts, Records
 from tf_dist.data.sources import files_sha256, fingerprint
 from tf_dist.data.split import check_fraction, content_keys, split_rows, stratified_split
-from tf_dist.data.tokenizer import Tokenizer, check_vocab_size, load_tokenizer, train_tokenizer
+from tf_dist.data.tokenizer import (
+    Tokenizer,
+    UnknownCharacter,
+    check_vocab_size,
+    load_tokenizer,
+    train_tokenizer,
+)
 from tf_dist.data.tokens import content_sha256, map_tokens, sample_sha256
 from tf_dist.errors import DataError
 from tf_dist.tasks.base import EncodedRows, Task
+from tf_dist.untrusted_files import parsed_json
 
 LOG = logging.getLogger(__name__)
 # Rows that are encoded together.
 BATCH_ROWS = 4096
-# The cells of held-out rows, by role.
-HELD_OUT = "held_out.jsonl"
+HELD_OUT_LIMIT_BYTES = 1 << 30
+# Characters of a label: what is longer is text of another column.
+LONGEST_LABEL = 1000
 # Options of a run that determine its rows, besides the files.
 OPTIONS = (
     "task", "architecture", "text_column", "source_column", "target_column", "label_column", "source_len",
@@ -91,6 +109,28 @@ def prepare_examples(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def held_out(corpus: Prepared) -> list[dict[str, str]]:
+    """The cells of the held-out rows, by role, in the order of the rows.
+
+    Raises:
+        DataError: the file is missing, or damaged.
+    """
+    path = corpus.path / HELD_OUT
+    data = read_capped(path, HELD_OUT_LIMIT_BYTES)
+    try:
+        # Not `str.splitlines`, which ends a line at U+2028 too; JSON writes a line feed as two characters.
+        found = [parsed_json(line) for line in data.decode("utf-8", "surrogatepass").split("\n")[:-1]]
+    except ValueError as error:
+        raise DataError(f"{path} is damaged: {error}. Delete its folder and prepare again.") from error
+    if len(found) != corpus.meta["rows"]["val"] or not all(map(_is_row, found)):
+        raise DataError(f"{path} is damaged: not the cells of each row. Delete its folder and prepare again.")
+    return found
+
+
+def _is_row(cells: object) -> bool:
+    return isinstance(cells, dict) and all(isinstance(cell, str) for cell in cells.values())
+
+
 def _key(config: Config, files: list[list[str | int]], labels: Sequence[str] | None) -> str:
     options = {name: getattr(config, name) for name in OPTIONS}
     if config.tokenizer not in KINDS:
@@ -121,6 +161,10 @@ def _write(
     counts = RecordCounts()
     with progress.task("reading the rows"):
         everything = list(records.read(counts))
+    others = {f"{reason} entries of catalogues": count for reason, count in counts.skipped.items()}
+    others["lines that are empty in all files"] = counts.empty
+    for line in left_out(records.passed_over, others, counts.replaced):
+        LOG.info(line)
     if labels is None:
         split = split_records(task, config, everything)
     else:
@@ -150,6 +194,12 @@ def split_records(task: Task, config: Config, records: Sequence[Record]) -> Spli
     """
     keys = content_keys([record.values[role] for role in task.roles] for record in records)
     labels = [task.label(record) for record in records]
+    for record, label in zip(records, labels, strict=True):
+        if len(label) > LONGEST_LABEL:
+            raise DataError(
+                f"{record.where}: a label of {len(label):,} characters ({label[:20]!r}...) is a text, and no "
+                "class. Name the column with the labels by --label-column NAME"
+            )
     if any(labels):
         in_val = stratified_split(labels, config.val_fraction, config.seed, keys)
     else:
@@ -157,8 +207,16 @@ def split_records(task: Task, config: Config, records: Sequence[Record]) -> Spli
     sides: tuple[list[Record], list[Record]] = ([], [])
     for record, held_out in zip(records, in_val, strict=True):
         sides[int(held_out)].append(record)
+    if config.val_fraction and not sides[1]:
+        LOG.warning(
+            "no row is held out: no label has two different rows. There will be no validation"
+            if any(labels)
+            else "no row is held out: all rows are equal. There will be no validation"
+        )
     known = sorted({task.label(record) for record in sides[0]} - {""})
-    said = f", {len(known):,} labels" if known else ""
+    if len(known) == 1:
+        LOG.warning(f"all rows have the label {known[0]!r}: there is nothing to learn")
+    said = f", {len(known):,} label{'s' * (len(known) != 1)}" if known else ""
     LOG.info(f"{len(sides[0]):,} rows to train on, {len(sides[1]):,} held out{said}")
     return Split(*sides, known)
 
@@ -187,12 +245,29 @@ def _write_side(
         open(folder / f"{side}.bin", "xb") as file,
     ):
         for start in range(0, len(records), BATCH_ROWS):
-            rows = task.encode(records[start : start + BATCH_ROWS], tokenizer, split.labels)
+            rows = _encoded(task, records[start : start + BATCH_ROWS], tokenizer, split.labels)
             file.write(_words(rows).astype("<i4").tobytes())
             targets += int(np.count_nonzero(rows.y_NxU != -1))
             cut.update(rows.cut)
             task_shown.advance(len(rows.x_NxW))
+        file.flush()
+        os.fsync(file.fileno())
     return targets, cut
+
+
+def _encoded(
+    task: Task, records: Sequence[Record], tokenizer: Tokenizer, labels: Sequence[str]
+) -> EncodedRows:
+    try:
+        return task.encode(records, tokenizer, labels)
+    except UnknownCharacter as error:
+        # A tokenizer encodes many texts at once, and knows no rows: one at a time finds it again.
+        for record in records:
+            try:
+                task.encode([record], tokenizer, labels)
+            except UnknownCharacter as own:
+                raise DataError(f"{record.where}: {own}") from error
+        raise
 
 
 def _words(rows: EncodedRows) -> npt.NDArray[np.int32]:
@@ -257,5 +332,10 @@ def _write_meta(
         "suffixes": list(records.suffixes),
         "held_out_sha256": sha256_of(folder / HELD_OUT),
     }
-    spelled = json.dumps(meta, indent=1, ensure_ascii=False)
-    write_whole(folder / "meta.json", spelled.encode("utf-8", "backslashreplace"))
+    spelled = json.dumps(meta, indent=1, ensure_ascii=False).encode("utf-8", "backslashreplace")
+    if len(spelled) > META_LIMIT_BYTES:
+        raise DataError(
+            f"{len(split.labels):,} labels are too many: their names take more than {META_LIMIT_BYTES:,} "
+            "bytes. Name the column with the labels by --label-column NAME"
+        )
+    write_whole(folder / "meta.json", spelled)

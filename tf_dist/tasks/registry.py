@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 
 from tf_dist.config import Config
+from tf_dist.config.data import PACKED
 from tf_dist.errors import UsageError
 from tf_dist.tasks.answer import Answer
 from tf_dist.tasks.base import Task
@@ -35,6 +36,11 @@ def task_of(config: Config) -> Task:
             f"--architecture {task.architecture}: --task {config.task} is done with "
             f"{' or '.join(task.architectures)}"
         )
+    if task.of_tables and config.documents == PACKED:
+        raise UsageError(
+            f"--documents packed is for running text; a row of --task {config.task} is one example. "
+            "Leave it out"
+        )
     if config.sequence_parallel > 1 and config.task != CausalLM.name:
         raise UsageError(
             f"--sequence-parallel {config.sequence_parallel}: the rows of --task {config.task} have masks, "
@@ -47,4 +53,7 @@ def _users(name: str) -> type[Task]:
     found = imported(name, "--task")
     if not (inspect.isclass(found) and issubclass(found, Task)):
         raise UsageError(f"--task {name} is no class derived from tf_dist.tasks.base.Task")
+    missing = [one for one in ("name", "roles", "architectures") if not hasattr(found, one)]
+    if missing:
+        raise UsageError(f"--task {name}: the class has no {', '.join(missing)} (tf_dist.tasks.base.Task)")
     return found

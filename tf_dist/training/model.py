@@ -59,6 +59,8 @@ def build_model(config: Config, layers: Layers = PLAIN) -> keras.Model:
         return build.users_model(config, layers, layout.words, layout.outputs(head))
     kind = row_lstms if config.model == "lstm" else row_transformers
     sizes = BodySizes(config.layers, config.width, config.heads, config.dropout, config.tie_embeddings)
+    end = build.packed_end(config)
+    apart = {} if end is None else {"end_of_text": end}
     with build.reproducible(config):
-        model = getattr(kind, task.architecture.replace("-", "_"))(layout, sizes, head, layers)
+        model = getattr(kind, task.architecture.replace("-", "_"))(layout, sizes, head, layers, **apart)
         return fine_tuned(model, config.part(FineTuningOptions), config.seed)

@@ -25,6 +25,7 @@ from tf_dist.comm.runtime.log_handlers import once
 from tf_dist.comm.transport.base import Comm
 from tf_dist.config import Config
 from tf_dist.config.pipeline import PipelineOptions
+from tf_dist.data.mixture import sampler_of
 from tf_dist.data.rows import Rows
 from tf_dist.data.sampler import Sampler
 from tf_dist.data.tokens import Sequences
@@ -501,7 +502,7 @@ class Trainer:
         """The data order: a function of (seed, epoch, index), never of the ranks.
 
         Raises:
-            DataError: fewer sequences than one global batch.
+            DataError: fewer sequences than one global batch; or a corpus of a mixture without any.
         """
         if len(sequences) < self.global_batch_size:
             raise DataError(
@@ -509,7 +510,7 @@ class Trainer:
                 f"one global batch of {self.global_batch_size}. Use more text, or lower "
                 "--global-batch-size or --seq-len"
             )
-        return Sampler(len(sequences), self.global_batch_size, self.seed)
+        return sampler_of(sequences, self.global_batch_size, self.seed)
 
     def validate(self, held_out: np.ndarray | Rows, text_bytes: int = 0) -> dict[str, float]:
         """Loss over all held-out tokens, each counted once, distributed among the ranks.

@@ -31,13 +31,14 @@ class CachedSegments:
     lockstep = True
 
     def __init__(self, replica: ShardedReplica, segments: Any, gather: Callable[[int], list[Any]]) -> None:
-        bounded = IncrementalModel(replica.model).bounded
+        whole = IncrementalModel(replica.model)
+        whole.refuse_parts()
         self.segments = [
             CachedSegment(one.model, at == len(segments) - 1, [replica.variables[i] for i in one.numbers])
             for at, one in enumerate(segments)
         ]
         self._gather = gather
-        self.limit, self.longest = replica.seq_len if bounded else None, replica.seq_len
+        self.limit, self.longest = replica.seq_len if whole.bounded else None, replica.seq_len
 
     def begin(self, batch: int, length: int) -> list[Any]:
         """As in `CachedForward`."""
