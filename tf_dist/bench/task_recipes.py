@@ -177,9 +177,9 @@ RECIPES: dict[str, TaskRecipe] = {
         "noto-emoji",
         {"source": "image", "target": "name"},
         "--epochs 30",
-        "--image-size 64 --patch-size 8 --tokenizer bpe --vocab-size 1024 --source-len 64 --target-len 24 "
-        "--layers 2 --width 128 --heads 4 --dropout 0.1 --global-batch-size 32 --micro-batch-size 16 "
-        "--learning-rate 1e-3",
+        "--image-size 64 --patch-size 8 --tokenizer bpe --vocab-size 1024 --source-len 64 --target-len 20 "
+        "--layers 2 --width 128 --heads 4 --dropout 0.1 --global-batch-size 64 --micro-batch-size 32 "
+        "--learning-rate 2e-3",
         (Goal("val_bleu", "commonest"), Goal("val_exact_match", "commonest")),
         {"commonest": commonest("target")},
     ),
