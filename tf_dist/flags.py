@@ -38,7 +38,9 @@ from tf_dist.untrusted_files import CONFIG_LIMIT_BYTES, parsed_yaml, read_bytes,
 PLAIN = (str, bool, int, float, type(None))
 # Headings of --help, in their order, and what else is to be known of a group.
 GROUPS = {
-    "task": "",
+    "task": "what is learnt",
+    "columns of tables": "",
+    "sound and images": "for --task transcribe, speak and caption",
     "data": "",
     "model": "",
     "batch and steps": "",

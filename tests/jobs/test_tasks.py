@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,10 @@ MODEL = [
     *("--tokenizer", "byte", "--layers", "1", "--width", "16", "--heads", "2", "--dropout", "0.1"),
     *("--seq-len", "16", "--global-batch-size", "8", "--warmup-steps", "2", "--log-every", "1"),
     *("--eval-every", "6", "--save-every", "6", "--threads-per-rank", "1"),
+    *("--schedule", "constant", "--val-fraction", "0.1"),
 ]
+ROOT = Path(__file__).parents[2]
+ULFM = ("--with-ft", "ulfm")
 HALF, STEPS = 6, 12
 
 
@@ -104,6 +108,21 @@ def test_two_ranks_and_a_resume_with_a_table_that_has_grown(launcher, runs, tmp_
         assert [row.get(name) for row in ours] == [row.get(name) for row in theirs], name
 
 
+@pytest.mark.parametrize("fault", ["rank=1,step=4", "rank=0,step=6,phase=validation"])
+def test_a_rank_that_is_killed_changes_nothing(launcher, runs, tmp_path, fault):
+    """Neither in a step nor where rows are predicted: the others have the bits of one rank."""
+    folder, _ = runs
+    write_csv(tmp_path / "table.csv")
+    flags = [*MODEL, "--task", "classify", "--data", "table.csv", "--steps", STEPS, "--run-dir", "run"]
+    env = {"TF_DIST_FAULT": f"kill:{fault}"}
+    job = launcher.start(2, ULFM, "train.py", *flags, cwd=tmp_path, env=env).wait()
+    assert job.code == 0, job.output
+    assert sha256(tmp_path / "run") == sha256(folder / "classify")
+    ours, theirs = metrics(tmp_path / "run"), metrics(folder / "classify")
+    for name in ("val_loss", "val_accuracy", "val_macro_f1"):
+        assert [row.get(name) for row in ours] == [row.get(name) for row in theirs], name
+
+
 @pytest.mark.parametrize("run", ["classify", "translate", "masked"])
 def test_a_model_of_a_task_continues_no_text(run_job, runs, one_error, run):
     folder, _ = runs
@@ -183,7 +202,7 @@ def test_a_metric_whose_package_is_missing_is_said_first(tables, run_job, one_er
     write_pairs(tables / "pairs.jsonl")
     (tables / "hiding").mkdir()
     (tables / "hiding" / "sacrebleu.py").write_text("raise ImportError('it is hidden')\n")
-    path = os.pathsep.join([str(tables / "hiding"), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(tables / "hiding"), str(ROOT)])
     job = run_job(
         2, "train.py", *MODEL, "--task", "translate", "--data", "pairs.jsonl", env={"PYTHONPATH": path}
     )

@@ -11,6 +11,7 @@ from tf_dist.decoding.sampling import GREEDY, Sampling
 from tf_dist.errors import UsageError
 from tf_dist.models.build import build
 from tf_dist.models.incremental import NotIncremental
+from tf_dist.models.stock import not_stock, stock_model
 from tf_dist.pipeline.cached_pipeline import CachedPipeline
 from tf_dist.pipeline.model_partition import LayerGraph
 from tf_dist.runners.cached_forward import CachedModel
@@ -120,6 +121,13 @@ def test_segments_and_stages_are_the_model(task, together):
         state = segment.model([state, x] if segment.reads_rows else state, training=False)
     np.testing.assert_array_equal(np.asarray(state), model(x).numpy())
     assert [p.block for p in LayerGraph(model).points if p.block is not None] == [0, 1]
+
+
+def test_in_stock_layers_it_is_the_same_model():
+    model, x = made(**PACKED), row([7, 8, END], [9, 9])
+    stock = stock_model(model)
+    np.testing.assert_allclose(stock(x).numpy(), model(x).numpy(), rtol=0, atol=1e-3)
+    assert {one.__name__ for one in not_stock(stock)} == {"DocumentBias", "DocumentPlaces"}
 
 
 # Decoding --------------------------------------------------------------------------------------------

@@ -176,7 +176,7 @@ GRIDS_OF_2 = [
     ("translate prefix", 2, 1), ("translate prefix", 1, 2), ("masked-lm", 2, 1), ("masked-lm", 1, 2),
     ("translate lstm", 1, 2),
 ]  # fmt: skip
-GRIDS_OF_4 = [("translate", 2, 2), ("translate", 1, 2), ("classify", 2, 1), ("translate prefix", 4, 1)]
+GRIDS_OF_4 = [("translate", 2, 2), ("translate", 1, 2), ("classify", 2, 1), ("translate prefix", 2, 2)]
 
 
 @pytest.mark.parametrize(("name", "pipeline", "tensor"), GRIDS_OF_4 if N == 4 else GRIDS_OF_2)

@@ -7,6 +7,7 @@ from keras import layers
 
 from tf_dist.comm.transport.base import SerialComm
 from tf_dist.data import tokens as tokens_module
+from tf_dist.data.rows import Examples
 from tf_dist.errors import DataError
 from tf_dist.training.trainer import Trainer
 
@@ -94,3 +95,24 @@ def test_met_between_the_samples_of_a_large_text(monkeypatch):
     monkeypatch.setattr(tokens_module, "SAMPLED_BLOCKS", 3)
     with pytest.raises(DataError, match="token id 11 at place 77 "):
         trainer_of(functional()).fit(text(V), steps=20)
+
+
+@pytest.mark.parametrize(("words", "targets"), [(T + 1, T), (T, T + 1), (T, 1), (1, T)])
+def test_rows_of_another_shape_are_refused_before_the_first_step(words, targets):
+    rows = Examples(np.zeros(8 * (words + targets), np.int32), words, targets)
+    said = f"rows of {words} tokens and {targets} targets do not fit this model, which takes {T} and"
+    with pytest.raises(DataError, match=said):
+        trainer_of(functional()).fit(rows, steps=1)
+
+
+def test_rows_of_its_shape_are_trained_on():
+    """As windows of the same tokens are."""
+    sequences = trainer_of(functional()).sequences(text())
+    x, y = sequences.rows(np.arange(8))
+    rows = Examples(np.concatenate([x, y], axis=1).astype(np.int32).reshape(-1), T, T)
+    windows = trainer_of(functional()).sequences(text()[: 8 * T + 1])
+    losses = []
+    for given in (rows, windows):
+        keras.utils.set_random_seed(1)
+        losses.append(trainer_of(functional()).fit(given, steps=2)["loss"])
+    assert losses[0] == losses[1]

@@ -41,7 +41,7 @@ def no_other_clock(monkeypatch):
 class Timed:
     """A replica whose gradients take as long as they are told to."""
 
-    rows, seq_len, xla = 1, 2, False
+    rows, seq_len, target_len, xla = 1, 2, 2, False
 
     def __init__(self, with_s=0.0, without_s=0.0, broken=False):
         self.with_s, self.without_s, self.broken = with_s, without_s, broken

@@ -4,7 +4,7 @@
     mpirun -np 2 tf-dist evaluate --run-dir runs/one     # faster
     tf-dist evaluate --run-dir runs/one --data other.txt
     tf-dist evaluate --data reviews.csv --text-column body
-    tf-dist evaluate --predictions out.jsonl   # what it predicts for each held-out row of a task
+    tf-dist evaluate --predictions out.jsonl   # of each row of a task
 
 Text is tokenized by the run's own tokenizer. The default is the text that training held out, even if the
 files have changed since.

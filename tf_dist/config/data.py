@@ -21,7 +21,7 @@ class DataOptions(options.Options):
     data: tuple[str, ...] = option(
         ("stdlib",),
         text="files, globs, folders, a name of data/datasets.yaml, or `stdlib`: the Python standard "
-        "library's own sources",
+        "library's own sources; with weights, rows are drawn in these shares: a.jsonl:0.7 b/:0.3",
     )
     documents: str = option(
         "windows",

@@ -8,7 +8,7 @@ from functools import partial
 from tf_dist import options
 from tf_dist.errors import UsageError
 
-option = partial(options.option, group="task")
+option = partial(options.option, group="sound and images")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ TASKS = (
 )
 ARCHITECTURES = ("decoder", "encoder", "prefix-decoder", "encoder-decoder")
 option = partial(options.option, group="task")
+column = partial(options.option, group="columns of tables", metavar="COLUMN")
 
 
 @dataclass(frozen=True)
@@ -41,16 +42,12 @@ class TaskOptions(options.Options):
         choices=("", *ARCHITECTURES),
         on_resume="same",
     )
-    source_column: str = option(
-        "source", text="column with the input of translate, summarize ...", metavar="COLUMN"
-    )
-    target_column: str = option(
-        "target", text="column with the text, or file, to be produced", metavar="COLUMN"
-    )
-    label_column: str = option("label", text="column with the label of classify", metavar="COLUMN")
-    context_column: str = option("context", text="column with the text that answer reads", metavar="COLUMN")
-    question_column: str = option("question", text="column with the question of answer", metavar="COLUMN")
-    answer_column: str = option("answer", text="column with the answer", metavar="COLUMN")
+    source_column: str = column("source", text="column with the input of translate, summarize ...")
+    target_column: str = column("target", text="column with the text, or file, to be produced")
+    label_column: str = column("label", text="column with the label of classify")
+    context_column: str = column("context", text="column with the text that answer reads")
+    question_column: str = column("question", text="column with the question of answer")
+    answer_column: str = column("answer", text="column with the answer")
     source_len: int = option(0, text="slots of the source; 0: --seq-len", least=0, on_resume="same")
     target_len: int = option(0, text="slots of the target; 0: --seq-len", least=0, on_resume="same")
     classes: int = option(0, text="number of labels; 0: as many as the data has", least=0, on_resume="same")

@@ -74,7 +74,7 @@ class SharedPositions(LearnedPositions):
         super().build((None, self.seq_len, input_shape[2]))
 
     def call(self, x_BxLxD: tf.Tensor, places_BxL: Any = None) -> Any:
-        """Add positions to the input; ``places_BxL`` is for packed documents, which rows of ranks are not."""
+        """Add positions to the input; of packed documents, which are refused before, there are none."""
         assert places_BxL is None
         return x_BxLxD + _rows(tf.convert_to_tensor(self.table_TxD), self.seq_len, self.rank, self.ranks)
 

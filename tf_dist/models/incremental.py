@@ -161,7 +161,7 @@ class IncrementalModel:
             NotIncremental: all parts need the token ids.
         """
         if self.reads_ids:
-            raise NotIncremental("every part of the model needs the token ids, to keep documents apart")
+            raise NotIncremental("every part of the model needs the token ids, for its masks")
 
     def begin(self, batch: int, length: int) -> list[Any]:
         """The caches of ``batch`` rows before their first position; see `Stepped`."""

@@ -32,6 +32,8 @@ class _Configured(keras.layers.Layer):
 
     ARGUMENTS: tuple[str, ...] = ()
     bounded = True
+    # In parts of a model, positions would be counted from the wrong place, and masks would have no ids.
+    reads_ids = True
 
     def begin(self, batch: int, length: int) -> tuple[()]:
         """Return the cache: none."""

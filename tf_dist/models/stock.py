@@ -57,8 +57,11 @@ def _attention(layer: transformer.CausalSelfAttention) -> layers.Layer:
     )
 
 
-def _attend(layer: layers.Layer, x_BxTxD: Any, **kwargs: Any) -> Any:
-    return layer(x_BxTxD, x_BxTxD, use_causal_mask=True, **kwargs)
+def _attend(layer: layers.Layer, x_BxTxD: Any, bias: Any = None, **kwargs: Any) -> Any:
+    if bias is None:
+        return layer(x_BxTxD, x_BxTxD, use_causal_mask=True, **kwargs)
+    seen_BxTxT = ops.equal(bias[:, 0], 0)
+    return layer(x_BxTxD, x_BxTxD, attention_mask=seen_BxTxT, **kwargs)
 
 
 def _divided(layer: transformer.CausalSelfAttention, arrays: Arrays) -> Arrays:
@@ -83,9 +86,10 @@ def _positions(layer: transformer.LearnedPositions) -> layers.Layer:
     return layers.Embedding(T, D, name=layer.name, dtype=layer.dtype_policy, trainable=layer.trainable)
 
 
-def _add_positions(layer: layers.Layer, x_BxTxD: Any, **kwargs: Any) -> Any:
+def _add_positions(layer: layers.Layer, x_BxTxD: Any, places_BxT: Any = None, **kwargs: Any) -> Any:
     """Keras has no layer for a token's position: it is the number of tokens up to it, less 1."""
-    places_BxT = ops.cumsum(ops.ones_like(x_BxTxD[:, :, 0], dtype="int32"), axis=1) - 1
+    if places_BxT is None:
+        places_BxT = ops.cumsum(ops.ones_like(x_BxTxD[:, :, 0], dtype="int32"), axis=1) - 1
     added = layers.Add(name=f"{layer.name}_added", dtype=layer.dtype_policy)
     return added([x_BxTxD, layer(places_BxT)])
 

@@ -73,11 +73,17 @@ def _mixture(trainer: Trainer, corpus: Prepared, steps: int) -> str:
 
 
 def _documents(meta: Mapping[str, Any]) -> str:
-    """What packed documents there are to train on."""
-    count = meta["documents"]["train"]
-    if count == 1:
-        return "one, which has no end: all windows are of it, as without --documents packed"
-    return f"{count:,}, each of which is seen by itself"
+    """What packed documents there are to train on. The only one of a corpus has no end."""
+    corpora = meta.get("mixture", [meta])
+    without_end = [_is_one_document(one) for one in corpora]
+    if all(without_end):
+        return "a single one has no end: windows see all before them, as without --documents packed"
+    return f"{meta['documents']['train']:,}, each of which is seen by itself"
+
+
+def _is_one_document(meta: Mapping[str, Any]) -> bool:
+    """Whether a corpus is a single document: split at a position, or not at all."""
+    return bool(meta["split"] == "position" or (meta["split"] == "none" and meta["documents"]["train"] == 1))
 
 
 def _task(config: Config, meta: Mapping[str, Any]) -> str:

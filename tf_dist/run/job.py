@@ -304,7 +304,7 @@ class Job:
         prompt = tokens[: min(16, self.config.seq_len)]
         tokenizer, end = self.corpus.tokenizer, packed_end(self.config)
         if end is not None:
-            prompt = prompt[: int(np.argmax([*(prompt == end), True]))]
+            prompt = prompt[: max(1, int(np.argmax([*(prompt == end), True])))]
         sharded = self.trainer.strategy.traits.sharding == 3
         forward = forward_of(self.trainer.runner, self.config.seq_len, lockstep=sharded)
         count = SAMPLE_TOKENS_SHARDED if sharded else SAMPLE_TOKENS

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -39,7 +38,7 @@ from tf_dist.data.tokenizer import (
     load_tokenizer,
     train_tokenizer,
 )
-from tf_dist.data.tokens import content_sha256, map_tokens, sample_sha256
+from tf_dist.data.tokens import TokenWriter, content_sha256, map_tokens, sample_sha256
 from tf_dist.errors import DataError
 from tf_dist.tasks.base import EncodedRows, Task
 from tf_dist.untrusted_files import parsed_json
@@ -242,16 +241,14 @@ def _write_side(
     records, targets, cut = split.of(side), 0, Counter[str]()
     with (
         progress.task(f"encoding rows ({side})", len(records), "rows") as task_shown,
-        open(folder / f"{side}.bin", "xb") as file,
+        TokenWriter(folder / f"{side}.bin", "int32") as file,
     ):
         for start in range(0, len(records), BATCH_ROWS):
             rows = _encoded(task, records[start : start + BATCH_ROWS], tokenizer, split.labels)
-            file.write(_words(rows).astype("<i4").tobytes())
+            file.append(_words(rows).reshape(-1))
             targets += int(np.count_nonzero(rows.y_NxU != -1))
             cut.update(rows.cut)
             task_shown.advance(len(rows.x_NxW))
-        file.flush()
-        os.fsync(file.fileno())
     return targets, cut
 
 

@@ -1,4 +1,4 @@
-"""Refuse token ids outside a model's vocabulary, before the first step, or by a one-line error in a step."""
+"""Refuse rows that do not fit a model, before the first step, or by a one-line error in a step."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tf_dist.comm.runtime.consensus import everywhere
 from tf_dist.comm.transport.base import Comm
 from tf_dist.data.rows import Rows
 from tf_dist.errors import DataError
-from tf_dist.models.model_outputs import FRAMES, outputs_of
+from tf_dist.models.model_outputs import FRAMES, outputs_of, target_len
 from tf_dist.parallel.mesh import Mesh
 
 # Errors of TensorFlow's gather and cross-entropy about ids outside the vocabulary.
@@ -24,28 +25,44 @@ OUTSIDE = re.compile(
 )
 
 
-def check_token_ids(model: Any, mesh: Mesh, comm: Comm, *texts: Rows | None) -> None:
-    """Compare token ids with the number of logits of the model; a collective.
+def check_token_ids(model: Any, mesh: Mesh, comm: Comm, seq_len: int, *texts: Rows | None) -> None:
+    """Compare rows with what the model takes, and token ids with its number of logits; a collective.
 
     Args:
         model: token ids (B, T) -> logits (B, T, V). If V is sharded, or cannot be inferred, nothing is
             compared.
         mesh: of the model.
         comm: all ranks.
-        texts: sequences of tokens; None is ignored.
+        seq_len: T.
+        texts: sequences of tokens, or other rows; None is ignored.
 
     Raises:
-        DataError: on every rank, with the same message: an id is negative or not below V.
+        DataError: on every rank, with the same message: rows of another shape; an id is negative or not
+            below V.
     """
     given = [sequences for sequences in texts if sequences is not None]
 
     def look() -> None:
         for sequences in given:
+            _check_shape(model, mesh, seq_len, sequences)
             vocab_size = _vocab_size(model, sequences.seq_len) if mesh.tensor.size == 1 else None
             if vocab_size is not None:
                 sequences.must_be_below(vocab_size)
 
     everywhere(comm, look)
+
+
+def _check_shape(model: Any, mesh: Mesh, seq_len: int, rows: Rows) -> None:
+    """Refuse rows of another shape than the model's, which TensorFlow would report as another signature."""
+    x_0xW, y_0xU = rows.rows(np.zeros(0, np.int64))
+    words, targets = x_0xW.shape[1], y_0xU.shape[1]
+    # With context parallelism the model has the targets of one rank.
+    wanted = target_len(model, seq_len) if mesh.sequence.size == 1 else targets
+    if (words, targets) != (seq_len, wanted):
+        raise DataError(
+            f"rows of {words} tokens and {targets} targets do not fit this model, which takes {seq_len} and "
+            f"predicts {wanted}: the data were prepared for another one"
+        )
 
 
 def _vocab_size(model: Any, seq_len: int) -> int | None:

@@ -430,7 +430,7 @@ class Trainer:
         check_counts(steps, epochs, eval_every)
         sequences = self.sequences(tokens)
         held_out = None if validation is None else self.sequences(validation)
-        check_token_ids(self.model, self.mesh, self.comm, sequences, held_out)
+        check_token_ids(self.model, self.mesh, self.comm, self.seq_len, sequences, held_out)
         self.state.stopped, whole = False, self.sampler(sequences).steps_per_epoch
         loop = TrainingLoop(
             self,
@@ -524,7 +524,7 @@ class Trainer:
         """
         sequences = self.sequences(held_out)
         if sequences is not held_out:  # `fit` has checked its own
-            self.in_place(partial(check_token_ids, self.model, self.mesh, self.comm, sequences))
+            self.in_place(partial(check_token_ids, self.model, self.mesh, self.comm, self.seq_len, sequences))
         with ids_of_this_model():
             return dict(self.in_place(partial(self._validated, sequences, text_bytes)))
 
