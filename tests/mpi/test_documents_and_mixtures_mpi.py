@@ -93,7 +93,7 @@ def test_what_packing_changes_is_seen(connected, serial):
     assert windows[0] != serial[0]
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.extended), 2])
 def test_zero_is_allreduce(connected, serial, stage):
     sha256, logs, _ = trained(connected, strategy="zero", zero_stage=stage)
     assert sha256 == serial[0] and logs == serial[1]
