@@ -45,15 +45,18 @@ class EmbeddedRow(NamedTuple):
     embedding: Any
 
 
-def embedded_row(layout: RowLayout, sizes: BodySizes, layers: Layers = PLAIN) -> EmbeddedRow:
+def embedded_row(
+    layout: RowLayout, sizes: BodySizes, layers: Layers = PLAIN, initializer: Any = None
+) -> EmbeddedRow:
     """Make the input of a model, and the vectors of its slots, without positions.
 
     Text of both sides has one table. Vectors, stacked frames or patches, are projected linearly: a strided
-    convolution whose kernel is as wide as its stride (Dosovitskiy et al. 2021).
+    convolution whose kernel is as wide as its stride (Dosovitskiy et al. 2021). The table begins as
+    ``initializer`` says, or as GPT-2's: small, for bodies that normalize it.
     """
     words = keras.Input((layout.words,), dtype="int32", name="row")
     source, target = layout.source, layout.target
-    embedding = _table(layout, sizes, layers)
+    embedding = _table(layout, sizes, layers, initializer or normal(0.02))
     own = Slice(0, source.words, name="source")(words) if target.count else words
     padding = _padding(source, layout.pad)(own)
     if not target.count:
@@ -68,7 +71,7 @@ def embedded_row(layout: RowLayout, sizes: BodySizes, layers: Layers = PLAIN) ->
     return EmbeddedRow(words, padding, vectors, _vectors(last, target, sizes, embedding, "target"), embedding)
 
 
-def _table(layout: RowLayout, sizes: BodySizes, layers: Layers) -> Any:
+def _table(layout: RowLayout, sizes: BodySizes, layers: Layers, initializer: Any) -> Any:
     """The embedding of token ids; None if neither side has any."""
     if layout.source.width and (layout.target.width or not layout.target.count):
         return None
@@ -76,7 +79,7 @@ def _table(layout: RowLayout, sizes: BodySizes, layers: Layers) -> Any:
         layout.vocab_size,
         sizes.width,
         tie_weights=sizes.tie_embeddings,
-        embeddings_initializer=normal(0.02),
+        embeddings_initializer=initializer,
         name="embedding",
     )
 

@@ -18,13 +18,13 @@ from tf_dist.models.transformer import PLAIN, Layers
 
 def encoder(layout: RowLayout, sizes: BodySizes, head: Head, layers: Layers = PLAIN) -> keras.Model:
     """Bidirectional layers (Schuster & Paliwal 1997), whose two directions are added."""
-    row = embedded_row(layout, sizes, layers)
+    row = embedded_row(layout, sizes, layers, _uniform())
     return with_row_head(row, _both_ways(row.source, sizes, layers), head, "lstm_encoder")
 
 
 def prefix_decoder(layout: RowLayout, sizes: BodySizes, head: Head, layers: Layers = PLAIN) -> keras.Model:
     """One stack that reads the source, then predicts the target (Sutskever et al. 2014, one network)."""
-    row = embedded_row(layout, sizes, layers)
+    row = embedded_row(layout, sizes, layers, _uniform())
     x = JoinSlots(layout.source.count, name="slots")(row.target, row.source)
     x = keras.layers.Dropout(sizes.dropout, name="embedding_dropout")(x)
     for i in range(sizes.layers):
@@ -38,7 +38,7 @@ def prefix_decoder(layout: RowLayout, sizes: BodySizes, head: Head, layers: Laye
 
 def encoder_decoder(layout: RowLayout, sizes: BodySizes, head: Head, layers: Layers = PLAIN) -> keras.Model:
     """Bidirectional encoder, and a decoder that attends to it (Luong et al. 2015, global attention)."""
-    row = embedded_row(layout, sizes, layers)
+    row = embedded_row(layout, sizes, layers, _uniform())
     memory = _both_ways(row.source, sizes, layers)
     x = keras.layers.Dropout(sizes.dropout, name="target_dropout")(row.target)
     for i in range(sizes.layers):
@@ -60,3 +60,8 @@ def _both_ways(x: Any, sizes: BodySizes, layers: Layers) -> Any:
         x = keras.layers.Add(name=f"layer_{i}_both")([forward, backward])
         x = keras.layers.Dropout(sizes.dropout, name=f"layer_{i}_dropout")(x)
     return x
+
+
+def _uniform() -> Any:
+    """As `tf_dist.models.lstm`: nothing normalizes what an LSTM reads, or what tied embeddings multiply."""
+    return keras.initializers.RandomUniform(-0.1, 0.1)
