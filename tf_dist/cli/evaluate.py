@@ -26,6 +26,7 @@ from tf_dist.comm.runtime import launch, thread_budget
 from tf_dist.comm.runtime.log_handlers import shown_by
 from tf_dist.data.registry import REGISTRY
 from tf_dist.decoding.beam_search import BeamSearch
+from tf_dist.decoding.sampling import GREEDY
 from tf_dist.errors import DataError, UsageError
 from tf_dist.flags import Parser
 from tf_dist.invocation import program, spelled
@@ -54,7 +55,6 @@ def main(argv: list[str]) -> int:
     from tf_dist.run.prepare_corpus import corpus_of_run, other_corpus
     from tf_dist.run.task_data import TaskData
     from tf_dist.training.model import words_of_a_row
-    from tf_dist.training.predictions import GREEDY
     from tf_dist.training.trainer import Trainer
 
     with progress.task("reading the checkpoint"), shown_by(terminal.write):

@@ -14,7 +14,7 @@ from tf_dist.data.class_weights import class_weights
 from tf_dist.data.prepared_dataset import Prepared
 from tf_dist.data.rows import Rows
 from tf_dist.decoding.beam_search import BeamSearch
-from tf_dist.decoding.sampling import Sampling
+from tf_dist.decoding.sampling import GREEDY, Sampling
 from tf_dist.errors import UsageError
 from tf_dist.metrics import compute, named_metrics
 from tf_dist.models.row_layout import SPANS, TOKENS
@@ -26,7 +26,8 @@ from tf_dist.tasks.causal_lm import CausalLM
 from tf_dist.tasks.prepare import held_out
 from tf_dist.tasks.registry import task_of
 from tf_dist.tasks.speak import Speak
-from tf_dist.training.predictions import GREEDY, Decoder, Predict, best_classes, best_spans, predictions
+from tf_dist.training.model import words_of_a_row
+from tf_dist.training.predictions import Decoder, Predict, best_classes, best_spans, predictions
 from tf_dist.training.pseudo_perplexity import PseudoPerplexity
 
 # Predictions that are printed when a run ends.
@@ -53,7 +54,7 @@ class TaskData:
     def __init__(self, config: Config, corpus: Prepared, decoding: Sampling | BeamSearch = GREEDY) -> None:
         self.task: Task = task_of(config)
         self.layout = self.task.layout(corpus.tokenizer.vocab_size)
-        self.seq_len = self.layout.words if self.task.of_tables else config.seq_len
+        self.seq_len = words_of_a_row(config)
         self._config, self.corpus = config, corpus
         self._decoder = Decoder(self.layout, corpus.tokenizer.end_of_text, decoding)
 

@@ -17,7 +17,7 @@ from tf_dist.data.tokenizer import Tokenizer
 from tf_dist.data.tokens import NO_TARGET
 from tf_dist.errors import DataError
 from tf_dist.models.row_layout import SPANS, Head, Slots
-from tf_dist.tasks.base import EncodedRows, Values, next_tokens, padded
+from tf_dist.tasks.base import EncodedRows, Values, padded
 from tf_dist.tasks.text_to_text import TextToText
 
 # A context is encoded word by word, so that every token belongs to one word, whose place is known.
@@ -67,10 +67,7 @@ class Answer(TextToText):
                 for record, context, question in zip(records, contexts, questions, strict=True)
             ]
             return EncodedRows(x_NxS, np.array(found, np.int32), {"source": cut, "target": 0})
-        answers = tokenizer.encode_batch([record.values["answer"] for record in records])
-        x_NxT, y_NxT, more = next_tokens(
-            answers, layout.target.count, layout.separator, tokenizer.end_of_text, layout.pad
-        )
+        x_NxT, y_NxT, more = self.targets(records, tokenizer)
         return EncodedRows(np.concatenate([x_NxS, x_NxT], axis=1), y_NxT, {"source": cut, "target": more})
 
     def _question(self, values: Values, tokenizer: Tokenizer) -> npt.NDArray[Any]:

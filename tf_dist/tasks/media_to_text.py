@@ -19,7 +19,7 @@ from tf_dist.data.records import Record
 from tf_dist.data.tokenizer import Tokenizer
 from tf_dist.data.wav import read_wav
 from tf_dist.models.row_layout import Slots
-from tf_dist.tasks.base import EncodedRows, next_tokens
+from tf_dist.tasks.base import EncodedRows
 from tf_dist.tasks.sound import mel_parameters
 from tf_dist.tasks.text_to_text import TextToText
 
@@ -49,10 +49,7 @@ class MediaToText(TextToText):
             cut += max(0, len(values) - layout.source.count)
             packed = pack_words(values[: layout.source.count])
             words.append(pad_words(packed, layout.source.words))
-        ids = tokenizer.encode_batch([record.values["target"] for record in records])
-        x_NxT, y_NxT, more = next_tokens(
-            ids, layout.target.count, layout.separator, tokenizer.end_of_text, layout.pad
-        )
+        x_NxT, y_NxT, more = self.targets(records, tokenizer)
         x_NxW = np.concatenate([np.stack(words), x_NxT], axis=1)
         return EncodedRows(x_NxW, y_NxT, {"source": cut, "target": more})
 

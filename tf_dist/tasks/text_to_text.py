@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from tf_dist.data.records import Record
 from tf_dist.data.tokenizer import Tokenizer
+from tf_dist.data.tokens import Batch
 from tf_dist.models.row_layout import TOKENS, Head, Slots
 from tf_dist.tasks.base import EncodedRows, Task, Values, next_tokens, padded
 
@@ -33,12 +34,15 @@ class TextToText(Task):
         """As in `Task`: source, padding, then the target after a separator."""
         layout = self.layout(tokenizer.vocab_size)
         sources = tokenizer.encode_batch([record.values["source"] for record in records])
-        targets = tokenizer.encode_batch([record.values["target"] for record in records])
         x_NxS, cut = padded(sources, layout.source.count, layout.pad)
-        x_NxT, y_NxT, more = next_tokens(
-            targets, layout.target.count, layout.separator, tokenizer.end_of_text, layout.pad
-        )
+        x_NxT, y_NxT, more = self.targets(records, tokenizer)
         return EncodedRows(np.concatenate([x_NxS, x_NxT], axis=1), y_NxT, {"source": cut, "target": more})
+
+    def targets(self, records: Sequence[Record], tokenizer: Tokenizer) -> tuple[Batch, Batch, int]:
+        """Inputs and targets of the decoder for the texts of the last role, as of `next_tokens`."""
+        layout = self.layout(tokenizer.vocab_size)
+        ids = tokenizer.encode_batch([record.values[self.roles[-1]] for record in records])
+        return next_tokens(ids, layout.target.count, layout.separator, tokenizer.end_of_text, layout.pad)
 
     def reference_of(self, values: Values) -> str:
         """The target text."""

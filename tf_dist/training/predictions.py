@@ -18,14 +18,13 @@ from tf_dist.data.tokens import NO_SEQUENCE, NO_TARGET, Batch
 from tf_dist.decoding.beam_search import BeamSearch
 from tf_dist.decoding.decode import decode
 from tf_dist.decoding.forward import CachedForward
-from tf_dist.decoding.sampling import Sampling
+from tf_dist.decoding.sampling import GREEDY, Sampling
 from tf_dist.errors import UsageError
 from tf_dist.models.incremental import NotIncremental
 from tf_dist.models.row_layout import RowLayout
 from tf_dist.parallel.mesh import DATA, Mesh
 from tf_dist.runners.runner import ModelRunner
 
-GREEDY = Sampling(temperature=0)
 Predict = Callable[[ModelRunner, Batch], npt.NDArray[np.int32]]
 
 
