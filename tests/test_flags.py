@@ -15,6 +15,7 @@ from tf_dist.flags import CONFIG_LIMIT_BYTES, flag_values, from_command_line, fr
 # The command line is a contract: other people's scripts use these names. Add here, never rename.
 NAMES = """
     task architecture source_column target_column label_column context_column question_column answer_column
+    start_column
     source_len target_len classes class_weights metric_rows
     sample_rate mels stack_frames image_size patch_size
     data documents end_of_text text_column tokenizer vocab_size val_fraction errors max_bytes prepared_dir

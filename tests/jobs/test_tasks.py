@@ -123,11 +123,68 @@ def test_a_rank_that_is_killed_changes_nothing(launcher, runs, tmp_path, fault):
         assert [row.get(name) for row in ours] == [row.get(name) for row in theirs], name
 
 
-@pytest.mark.parametrize("run", ["classify", "translate", "masked"])
-def test_a_model_of_a_task_continues_no_text(run_job, runs, one_error, run):
+GENERATE = """
+import json, sys
+from tf_dist.cli import evaluate, generate, prepare
+
+COMMANDS = {"evaluate": evaluate.main, "generate": generate.main, "prepare": prepare.main}
+for words in json.loads(sys.argv[1]):
+    print("-- asked", words[0], flush=True)
+    code = COMMANDS[words[0]](words[1:])
+    print("code", code, flush=True)
+"""
+
+
+def test_what_a_task_predicts_for_prompts(run_job, runs, tmp_path):
+    """The same as for held-out rows, of one prompt, of several, and of a table without targets."""
     folder, _ = runs
-    job = run_job(0, "generate.py", "--run-dir", folder / run, "--prompt", "red", "--tokens", "2")
-    one_error(job, 64, "--task", "continues no text")
+    (tmp_path / "generate.py").write_text(GENERATE)
+    (tmp_path / "table.csv").write_bytes((folder / "table.csv").read_bytes())
+    (tmp_path / "pairs.jsonl").write_bytes((folder / "pairs.jsonl").read_bytes())
+    (tmp_path / "rows.jsonl").write_text('{"words": "red small 3"}\n{"words": "blue old 4"}\n')
+    tables = [
+        ["evaluate", "--run-dir", folder / run, "--data", data, "--predictions", f"{run}.jsonl"]
+        for run, data in (("classify", "table.csv"), ("translate", "pairs.jsonl"))
+    ]
+    job = run_job(0, tmp_path / "generate.py", json.dumps(tables, default=str))
+    assert job.code == 0 and job.output.count("code 0") == 2, job.output
+    wanted = {
+        run: [json.loads(line) for line in (tmp_path / f"{run}.jsonl").read_text().splitlines()][:3]
+        for run in ("classify", "translate")
+    }
+    texts = [row["text"] for row in wanted["classify"]]
+    (tmp_path / "sources.txt").write_text("".join(row["source"] + "\n" for row in wanted["translate"]))
+    classify, translate = (["generate", "--run-dir", folder / run] for run in ("classify", "translate"))
+    asked = [
+        [*classify, "--prompt", texts[0]],
+        [*classify, *(word for text in texts for word in ("--prompt", text)), "--batch", "2"],
+        [*translate, "--prompts", "sources.txt", "--batch", "2"],
+        [*translate, "--prompts", "rows.jsonl", "--source-column", "words", "--beams", "2"],
+        ["generate", "--run-dir", folder / "masked", "--prompt", "red"],
+        [*classify, "--prompt", "red", "--beams", "2"],
+        [*translate, "--prompt", "red", "--tokens", "2"],
+        [*translate],
+        [*translate, "--prompts", "rows.jsonl"],
+        ["prepare", "--task", "classify", "--data", "table.csv", "--tokenizer", "byte", "--seq-len", "16"],
+    ]
+    job = run_job(0, tmp_path / "generate.py", json.dumps(asked, default=str))
+    assert job.code == 0 and "Traceback" not in job.output, job.output
+    parts = job.output.split("-- asked ")[1:]
+    codes = [int(part.rsplit("code ", 1)[1]) for part in parts]
+    assert codes == [0, 0, 0, 0, 64, 64, 64, 64, 65, 0], job.output
+    assert wanted["classify"][0]["prediction"] in parts[0].splitlines()
+    for part, run, role in ((parts[1], "classify", "text"), (parts[2], "translate", "source")):
+        made = [json.loads(line) for line in part.splitlines() if line.startswith("{")]
+        assert made == [{role: row[role], "prediction": row["prediction"]} for row in wanted[run]]
+    rows = [json.loads(line) for line in parts[3].splitlines() if line.startswith("{")]
+    assert [row["source"] for row in rows] == ["red small 3", "blue old 4"]
+    for part, words in zip(
+        parts[4:9],
+        ["continues no text", "nothing token by token", "--tokens", "give --prompt", "'source'"],
+        strict=True,
+    ):
+        assert words in part, job.output
+    assert "rows, " in parts[9] and "labels 2" in parts[9]
 
 
 CONVERT = """

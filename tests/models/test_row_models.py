@@ -6,7 +6,9 @@ import pytest
 import tensorflow as tf
 
 from tf_dist.models import row_lstms, row_transformers
+from tf_dist.models.attention import MASKED
 from tf_dist.models.row_embedding import BodySizes
+from tf_dist.models.row_layers import ConcatPooling
 from tf_dist.models.row_layout import Head, RowLayout, Slots
 from tf_dist.pipeline.model_partition import LayerGraph
 from tf_dist.runners.replica import Replica
@@ -50,6 +52,20 @@ def row(layout, seed=0):
 
 def outputs(model, x):
     return np.asarray(model(x, training=False))
+
+
+def test_pooling_is_of_the_slots_that_hold_something():
+    """The maximum and the mean; of a row of padding 0, and no gradient of NaN."""
+    x = tf.constant(np.arange(12, dtype=np.float32).reshape(2, 3, 2) - 20)
+    bias = tf.constant([[0.0, 0.0, MASKED], [MASKED] * 3])[:, None, None, :]
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        pooled = ConcatPooling()(x, bias)
+        total = tf.reduce_sum(pooled)
+    np.testing.assert_array_equal(pooled, [[[-18, -17, -19, -18]], [[0, 0, 0, 0]]])
+    gradient = tape.gradient(total, x).numpy()
+    np.testing.assert_array_equal(gradient[0], [[0.5, 0.5], [1.5, 1.5], [0, 0]])
+    assert not gradient[1].any()
 
 
 @pytest.mark.parametrize("name", MODELS)

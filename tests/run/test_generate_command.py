@@ -52,7 +52,7 @@ def test_prompts(tmp_path):
     found = generate.prompts_of(generate.parse(["--prompts", str(path)]))
     assert found == [(f"{path}, line 1", "a"), (f"{path}, line 2", "b")]
     with pytest.raises(UsageError, match="leave one out"):
-        generate.prompts_of(generate.parse(["--prompts", str(path), "--prompt", "a"]))
+        generate.check_prompts(generate.parse(["--prompts", str(path), "--prompt", "a"]))
 
 
 def test_a_prompt_that_cannot_be_encoded_is_named_by_its_line():

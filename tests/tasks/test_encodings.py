@@ -80,6 +80,26 @@ def test_translate_has_source_and_target_in_one_row(architecture):
     assert done.cut == {"source": 1, "target": 2}
 
 
+def answered(values, **options):
+    given = {"context": "to be or not to be", "question": "?", "answer": "to be", **values}
+    made = task(task="answer", seq_len=24, **options)
+    return made.encode(records(given), BYTE, []).y_NxU.tolist()[0]
+
+
+def test_an_answer_begins_where_its_row_says_else_where_it_first_occurs():
+    at = 2  # behind the question and the separator
+    assert answered({}) == [at, at + 4]
+    assert answered({"start": "13"}, start_column="at") == [at + 12, at + 17], "with the space of its word"
+    assert answered({"start": "12", "answer": " to be "}, start_column="at") == [at + 12, at + 17]
+    for start, said in (("12", "not at character 12"), ("99", "not at character 99"), ("-1", "no number")):
+        with pytest.raises(DataError, match=f"row 1: .*{said}"):
+            answered({"start": start}, start_column="at")
+    with pytest.raises(DataError, match="not in the context"):
+        answered({"answer": "or be"})
+    assert task(task="answer", start_column="at").columns()["start"] == "at"
+    assert "start" not in task(task="answer").columns()
+
+
 def test_lengths_are_those_of_the_windows_unless_they_are_given():
     layout = task(task="translate", seq_len=9, target_len=4).layout(V)
     assert (layout.source.count, layout.target.count, layout.words) == (9, 4, 13)

@@ -1,8 +1,10 @@
 """Tables -> rows on disk: the split, labels, what is found again, and damaged folders."""
 
 import dataclasses
+import importlib
 import json
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -46,6 +48,33 @@ def references(corpus):
 
 def both(corpus, seq_len=8):
     return [corpus.rows(side, seq_len) for side in ("train", "val")]
+
+
+USERS = """
+from tf_dist.tasks.classify import Classify
+
+class Shouted(Classify):
+    def sources(self, records, tokenizer):
+        loud = [one._replace(values={**one.values, "text": one.values["text"].CASE()}) for one in records]
+        return super().sources(loud, tokenizer)
+"""
+
+
+def test_rows_of_other_code_are_other_rows(tmp_path, monkeypatch):
+    """A user who changes her task does not go on with what the task before has made."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # which is as old and as large for other code
+    made, rows = {}, table(tmp_path, classified())
+    for case in ("upper", "lower", "upper"):
+        (tmp_path / "users_task.py").write_text(USERS.replace("CASE", case))
+        importlib.invalidate_caches()
+        sys.modules.pop("users_task", None)
+        corpus = run(tmp_path, rows, task="users_task:Shouted")
+        text = corpus.tokenizer.decode(corpus.rows("train", 8).rows(np.arange(1))[0][0][:4])
+        assert text == getattr("text", case)()
+        made.setdefault(case, corpus.path)
+        assert made[case] == corpus.path
+    assert len(set(made.values())) == 2
 
 
 def test_rows_of_classes(tmp_path, told):

@@ -57,6 +57,27 @@ def test_without_a_word_of_the_user_nothing_runs(gift, tmp_path, capsys):
     assert not (tmp_path / "executed").exists() and str(tmp_path) not in sys.path
 
 
+TASK = "runs.gift.weights:Task"
+
+
+def test_neither_does_a_task(gift, tmp_path, capsys):
+    """It makes the rows, and is imported wherever a model of the run is built."""
+    text = (gift / "config.yaml").read_text().replace(NAME, "lstm")
+    (gift / "config.yaml").write_text(text.replace("task: causal-lm", f"task: {TASK}"))
+    refusal = f"says that the task is '{TASK}'.*If you trust that code, add --task {TASK}$"
+    for read in (load_run, model_of_run):
+        with pytest.raises(LaunchError, match=refusal):
+            read("runs/gift")
+        with pytest.raises(LaunchError, match="not 'other:Task'"):
+            read("runs/gift", task="other:Task")
+    assert main(["checkpoint", "convert", "runs/gift", "x.weights.h5"]) == 78
+    assert f"add --task {TASK}" in capsys.readouterr().err
+    assert not (tmp_path / "executed").exists()
+    with pytest.raises(UsageError, match="has no attribute 'Task'"):
+        load_run("runs/gift", task=TASK)
+    assert (tmp_path / "executed").exists(), "the word of the user was not taken"
+
+
 def test_another_name_is_not_the_word(gift, tmp_path):
     with pytest.raises(LaunchError, match="not 'other:build'"):
         load_run("runs/gift", model="other:build")

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tf_dist.cli.questions import exit_code_of, parsed, shown
+from tf_dist.cli.run_flags import add_code_flags
 from tf_dist.errors import CheckpointError, UsageError
 from tf_dist.flags import Parser
 from tf_dist.invocation import command, spelled
@@ -46,10 +47,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--checkpoint", default="latest", metavar="latest|best|PATH", help="convert: which one [latest]"
     )
-    parser.add_argument(
-        "--model", default="", metavar="PACKAGE.MODULE:FUNCTION",
-        help="convert: function that builds the model, if it is your own code",
-    )  # fmt: skip
+    add_code_flags(parser)
     return parser
 
 
@@ -58,7 +56,7 @@ def _answer(flags: argparse.Namespace) -> tuple[str, int]:
     if flags.question == "convert":
         if flags.target is None:
             raise UsageError("convert takes two paths, as in: convert runs/latest model.safetensors")
-        return convert.convert(flags.path, flags.target, flags.checkpoint, flags.model), 0
+        return convert.convert(flags.path, flags.target, flags.checkpoint, flags.model, flags.task), 0
     if flags.question == "show":
         return inspect_checkpoint.shown(flags.path), 0
     said, sound = inspect_checkpoint.verified(flags.path)

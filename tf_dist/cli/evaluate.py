@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
     from tf_dist.training.trainer import Trainer
 
     with progress.task("reading the checkpoint"), shown_by(terminal.write):
-        run = load_run(flags.run_dir, flags.checkpoint, flags.model)
+        run = load_run(flags.run_dir, flags.checkpoint, flags.model, flags.task)
     config = dataclasses.replace(run.config, prepared_dir=flags.prepared_dir or run.config.prepared_dir)
     folder = Path(flags.run_dir)
     if flags.data:

@@ -1,9 +1,10 @@
-"""Generate text from a trained model.
+"""Generate text from a trained model, or predict what its task predicts.
 
     tf-dist generate --prompt 'def '       # the newest run
     tf-dist generate --run-dir runs/one --prompt ROMEO: --tokens 500
     tf-dist generate --prompt 'import ' --temperature 0   # greedy
     tf-dist generate --prompts FILE --beams 4  # JSON lines
+    tf-dist generate --prompts reviews.csv    # of a run with --task
 
 Exit codes: 0 done, 64 usage, 65 a character outside the model's vocabulary, or a bad line of FILE,
 77 no usable checkpoint, 78 the run names code that --model does not, 141 the reader of the output has exited.
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from tf_dist import progress, terminal
 from tf_dist.cli.run_flags import add_run_flags
+from tf_dist.cli.task_predictions import COLUMNS, write_predictions
 from tf_dist.comm.runtime import thread_budget
 from tf_dist.comm.runtime.log_handlers import shown_by
 from tf_dist.comm.transport.base import SerialComm
@@ -31,7 +33,7 @@ from tf_dist.decoding.decode import decode_in_order
 from tf_dist.decoding.sampling import Sampling
 from tf_dist.errors import DataError, UsageError
 from tf_dist.flags import Parser
-from tf_dist.invocation import command, program, spelled
+from tf_dist.invocation import program, spelled
 from tf_dist.tasks.causal_lm import CausalLM
 from tf_dist.tasks.registry import task_of
 
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
     from tf_dist.run.load_run import LoadedRun
 
 SAMPLING = ("temperature", "top_k", "top_p", "seed")
+# Of a text, unless a flag says otherwise.
+TOKENS = 200
 
 
 def main(argv: list[str]) -> int:
@@ -58,24 +62,23 @@ def write(flags: argparse.Namespace) -> int:
     from tf_dist.runners.decoding_forward import forward_of_model
 
     strategy = strategy_of(flags)
-    texts = prompts_of(flags)
+    check_prompts(flags)
     with shown_by(terminal.write_error):
         with progress.task("reading the checkpoint"):
-            run = load_run(flags.run_dir, flags.checkpoint, flags.model)
+            run = load_run(flags.run_dir, flags.checkpoint, flags.model, flags.task)
         if task_of(run.config).name != CausalLM.name:
-            raise UsageError(
-                f"the model in {flags.run_dir} was trained with --task {run.config.task}, and continues no "
-                f"text. {command('evaluate')} judges it"
-            )
+            return write_predictions(run, flags, strategy if strategy_is_given(flags) else None)
+        check_no_task(flags)
+        texts, count = prompts_of(flags), flags.tokens or TOKENS
         prompts = [encoded(run, text, where) for where, text in texts]
         forward = forward_of_model(run.model, run.config.seq_len)
     if flags.prompts or len(prompts) > 1:
         return write_lines(run, forward, [text for _, text in texts], prompts, strategy, flags)
     if isinstance(strategy, BeamSearch):
-        (made,) = decode_in_order(forward, prompts, strategy, flags.tokens, run.tokenizer.end_of_text)
+        (made,) = decode_in_order(forward, prompts, strategy, count, run.tokenizer.end_of_text)
         terminal.write(run.tokenizer.decode([*map(int, prompts[0]), *made.ids]))
         return 0
-    return write_one(run, forward, prompts[0], strategy, flags.tokens)
+    return write_one(run, forward, prompts[0], strategy, count)
 
 
 def write_one(run: LoadedRun, forward: CachedForward, prompt: Ids, sampling: Sampling, count: int) -> int:
@@ -111,7 +114,7 @@ def write_lines(
 ) -> int:
     """Print a JSON object for each prompt, in their order, as they come; the exit code."""
     end = run.tokenizer.end_of_text
-    made = decode_in_order(forward, prompts, strategy, flags.tokens, end, flags.batch)
+    made = decode_in_order(forward, prompts, strategy, flags.tokens or TOKENS, end, flags.batch)
     with progress.task("generating", len(prompts), "texts") as task:
         for task.done, (text, one) in enumerate(zip(texts, made, strict=True), 1):
             row = {"prompt": text or "", "text": run.tokenizer.decode(one.ids), "tokens": len(one.ids)}
@@ -139,15 +142,29 @@ def strategy_of(flags: argparse.Namespace) -> Sampling | BeamSearch:
     return BeamSearch(flags.beams, **more)
 
 
+def strategy_is_given(flags: argparse.Namespace) -> bool:
+    """Whether a flag says how the next token is chosen."""
+    return flags.beams is not None or any(getattr(flags, name) is not None for name in SAMPLING)
+
+
+def check_no_task(flags: argparse.Namespace) -> None:
+    """Raise UsageError for flags that are for the models of tasks."""
+    if given := [name for name in (*COLUMNS, "recordings") if getattr(flags, name)]:
+        raise UsageError(f"{_spelled(given)}: for the model of a --task; {flags.run_dir} continues text")
+
+
+def check_prompts(flags: argparse.Namespace) -> None:
+    """Raise UsageError where prompts are given twice."""
+    if flags.prompts and flags.prompt:
+        raise UsageError("--prompt and --prompts are two ways to give prompts: leave one out")
+
+
 def prompts_of(flags: argparse.Namespace) -> list[tuple[str, str | None]]:
     """The prompts with the places they are from, for error messages; None: the default one.
 
     Raises:
-        UsageError: both flags are given.
         DataError: the file cannot be read, or a line of it is no prompt.
     """
-    if flags.prompts and flags.prompt:
-        raise UsageError("--prompt and --prompts are two ways to give prompts: leave one out")
     if flags.prompts:
         return [(f"{flags.prompts}, line {line}", text) for line, text in read_prompts(flags.prompts)]
     return [("--prompt", text) for text in flags.prompt or [None]]
@@ -202,12 +219,23 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--prompt",
         action="append",
         metavar="TEXT",
-        help="text to continue [a new line, or the start of a text]; repeat it for a line of JSON each",
+        help="text to continue [a new line, or the start of a text], or the text, recording or image of a "
+        "task; repeat it for a line of JSON each",
     )
     parser.add_argument(
         "--prompts",
         metavar="FILE",
-        help="a prompt in each line (.jsonl: a string, or an object with a prompt); a line of JSON each",
+        help="a prompt in each line (.jsonl: a string, or an object with a prompt), or of a task a table; a "
+        "line of JSON each",
+    )
+    for name in COLUMNS:
+        parser.add_argument(
+            "--" + name.replace("_", "-"), metavar="COLUMN", help="of a table in --prompts [as in training]"
+        )
+    parser.add_argument(
+        "--recordings",
+        metavar="FOLDER",
+        help="where --task speak writes WAV files [recordings]",
     )
     parser.add_argument(
         "--batch", type=int, metavar="N", default=8, help="of several prompts, how many at once [8]"
@@ -216,8 +244,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--tokens",
         type=int,
         metavar="N",
-        default=200,
-        help="number of tokens to generate, at most where text may end (several prompts, --beams) [200]",
+        help=f"number of tokens to generate, at most if text may end (several prompts, --beams) [{TOKENS}]",
     )
     parser.add_argument(
         "--temperature", type=float, metavar="X", help="sampling temperature; 0: greedy [0.8]"

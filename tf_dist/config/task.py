@@ -48,6 +48,10 @@ class TaskOptions(options.Options):
     context_column: str = column("context", text="column with the text that answer reads")
     question_column: str = column("question", text="column with the question of answer")
     answer_column: str = column("answer", text="column with the answer")
+    start_column: str = column(
+        "",
+        text="column with the character of the context where an answer begins; empty: its first occurrence",
+    )
     source_len: int = option(0, text="slots of the source; 0: --seq-len", least=0, on_resume="same")
     target_len: int = option(0, text="slots of the target; 0: --seq-len", least=0, on_resume="same")
     classes: int = option(0, text="number of labels; 0: as many as the data has", least=0, on_resume="same")

@@ -12,7 +12,7 @@ import keras
 from tf_dist.models.lm_head import with_head
 from tf_dist.models.model_outputs import FRAMES, with_outputs
 from tf_dist.models.row_embedding import EmbeddedRow
-from tf_dist.models.row_layers import MeanOfSlots, SpanLogits
+from tf_dist.models.row_layers import ConcatPooling, SpanLogits
 from tf_dist.models.row_layout import CLASSES, SPANS, TOKENS, Head
 from tf_dist.models.transformer import normal
 
@@ -29,8 +29,8 @@ def with_row_head(row: EmbeddedRow, states: Any, head: Head, name: str) -> keras
     if head.kind == TOKENS:
         return with_head(row.words, states, row.embedding, name)
     if head.kind == CLASSES:
-        mean_Bx1xD = MeanOfSlots(name="mean_of_slots")(states, row.padding)
-        return keras.Model(row.words, _dense(head.size, "classifier")(mean_Bx1xD), name=name)
+        pooled = ConcatPooling(name="pooling")(states, row.padding)
+        return keras.Model(row.words, _dense(head.size, "classifier")(pooled), name=name)
     if head.kind == SPANS:
         spans_Bx2xS = SpanLogits(name="span_logits")(_dense(2, "span")(states), row.padding)
         return keras.Model(row.words, spans_Bx2xS, name=name)

@@ -253,16 +253,23 @@ class DocumentPlaces(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable("tf_dist")
-class MeanOfSlots(keras.layers.Layer):
-    """The mean over slots that are not padding: (B, S, D) and a bias (B, 1, 1, S) -> (B, 1, D)."""
+class ConcatPooling(keras.layers.Layer):
+    """The maximum and the mean over slots that are not padding (Howard & Ruder 2018, concat pooling).
+
+    (B, S, D) and a bias (B, 1, 1, S) -> (B, 1, 2 D). The mean knows the whole, the maximum a single mark.
+    """
 
     def call(self, x_BxSxD: Any, padding_Bx1x1xS: Any) -> Any:
-        """Return the mean, in the compute dtype."""
-        kept_BxSx1 = tf.cast(padding_Bx1x1xS[:, 0, 0, :, None] == 0, tf.float32)
-        # A row of padding has none: it counts for nothing, and must not divide by 0.
-        count_Bx1x1 = tf.maximum(tf.reduce_sum(kept_BxSx1, 1, keepdims=True), 1)
-        sum_Bx1xD = tf.reduce_sum(tf.cast(x_BxSxD, tf.float32) * kept_BxSx1, 1, keepdims=True)
-        return tf.cast(sum_Bx1xD / count_Bx1x1, self.compute_dtype)
+        """Return both, in the compute dtype."""
+        x_BxSxD = tf.cast(x_BxSxD, tf.float32)
+        held_BxSx1 = padding_Bx1x1xS[:, 0, 0, :, None] == 0
+        count_Bx1x1 = tf.reduce_sum(tf.cast(held_BxSx1, tf.float32), 1, keepdims=True)
+        # A row of padding has no slot: it counts for nothing, and must not divide by 0 or be -infinity.
+        highest_Bx1xD = tf.reduce_max(tf.where(held_BxSx1, x_BxSxD, x_BxSxD.dtype.min), 1, keepdims=True)
+        highest_Bx1xD = tf.where(count_Bx1x1 > 0, highest_Bx1xD, 0.0)
+        sum_Bx1xD = tf.reduce_sum(tf.where(held_BxSx1, x_BxSxD, 0.0), 1, keepdims=True)
+        both = [highest_Bx1xD, sum_Bx1xD / tf.maximum(count_Bx1x1, 1)]
+        return tf.cast(tf.concat(both, axis=-1), self.compute_dtype)
 
 
 @keras.saving.register_keras_serializable("tf_dist")

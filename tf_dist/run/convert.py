@@ -41,7 +41,7 @@ def is_file_of_weights(path: Path) -> bool:
     return path.name.endswith(KINDS)
 
 
-def convert(source: Path, target: Path, which: str = "latest", model: str = "") -> str:
+def convert(source: Path, target: Path, which: str = "latest", model: str = "", task: str = "") -> str:
     """Write the weights of a run to a file, or those of a file to a new run; returns a message.
 
     Args:
@@ -49,6 +49,7 @@ def convert(source: Path, target: Path, which: str = "latest", model: str = "") 
         target: a weight file, or a run folder with a config.yaml and no checkpoints.
         which: checkpoint of a run: ``latest``, ``best`` or a path.
         model: ``package.module:function`` that builds the model of the run, if it is a user's.
+        task: ``package.module:Task`` of the run, if it is a user's.
 
     Raises:
         UsageError: neither or both are weight files.
@@ -61,14 +62,14 @@ def convert(source: Path, target: Path, which: str = "latest", model: str = "") 
             f"{', '.join(KINDS)}"
         )
     if is_file_of_weights(source):
-        return _to_run(source, target, model)
-    return _to_file(source, target, which, model)
+        return _to_run(source, target, model, task)
+    return _to_file(source, target, which, model, task)
 
 
-def _to_file(run_dir: Path, path: Path, which: str, model: str) -> str:
+def _to_file(run_dir: Path, path: Path, which: str, model: str, task: str) -> str:
     from tf_dist.run.load_run import load_run, without_adapters
 
-    run = without_adapters(load_run(str(run_dir), which=which, model=model))
+    run = without_adapters(load_run(str(run_dir), which, model, task))
     ending = next(kind for kind in KINDS if path.name.endswith(kind))
     note = ""
     with replaced(path, CheckpointError, ending) as temporary:
@@ -133,12 +134,12 @@ def _rebuilt(model: keras.Model) -> keras.Model | None:
     return stock
 
 
-def _to_run(path: Path, run_dir: Path, model: str) -> str:
+def _to_run(path: Path, run_dir: Path, model: str, task: str) -> str:
     """Save a checkpoint of step 0, with a fresh optimizer."""
     from tf_dist.run.load_run import model_of_run
     from tf_dist.training import state_dict
 
-    run = model_of_run(str(run_dir), model)
+    run = model_of_run(str(run_dir), model, task)
     checkpoints = run_dir / "checkpoints"
     if checkpoints.exists() and any(checkpoints.iterdir()):
         raise CheckpointError(

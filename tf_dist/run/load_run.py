@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,7 +37,7 @@ class LoadedRun:
     content_sha256: str | None = None
 
 
-def load_run(run_dir: str, which: str = "latest", model: str = "") -> LoadedRun:
+def load_run(run_dir: str, which: str = "latest", model: str = "", task: str = "") -> LoadedRun:
     """Rebuild the model of a run with the weights of one of its checkpoints.
 
     The model is built from the run's ``config.yaml`` by our own code, or by the function that it names if the
@@ -46,14 +47,15 @@ def load_run(run_dir: str, which: str = "latest", model: str = "") -> LoadedRun:
         run_dir: folder of the run.
         which: ``latest``, the newest valid one; ``best``, by validation loss; or a path.
         model: ``package.module:function``, whose code may run if the run's model is made by it.
+        task: ``package.module:Task``, whose code may run if it is the run's task.
 
     Raises:
         CheckpointError: the folder holds no run, no checkpoint that can be used, or another tokenizer.
-        LaunchError: the run's model is made by code that ``model`` does not name.
+        LaunchError: the run names code that ``model`` or ``task`` does not name.
     """
     folder = Path(run_dir)
     correct(folder)
-    config = _config_of(folder, model)
+    config = _config_of(folder, {"model": model, "task": task})
     path = _chosen(folder / "checkpoints", which)
     facts = read_manifest(path)["facts"]
     tokenizer = _tokenizer_of(folder, facts.get("tokenizer_sha256"))
@@ -78,26 +80,28 @@ def without_adapters(run: LoadedRun) -> LoadedRun:
     return replace(run, model=model)
 
 
-def model_of_run(run_dir: str, model: str = "") -> LoadedRun:
-    """The model of a run before its first step. ``model``: as in `load_run`.
+def model_of_run(run_dir: str, model: str = "", task: str = "") -> LoadedRun:
+    """The model of a run before its first step. ``model`` and ``task``: as in `load_run`.
 
     Raises:
         CheckpointError: the folder holds no run.
-        LaunchError: the run's model is made by code that ``model`` does not name.
+        LaunchError: the run names code that ``model`` or ``task`` does not name.
     """
     folder = Path(run_dir)
-    config = _config_of(folder, model)
+    config = _config_of(folder, {"model": model, "task": task})
     return LoadedRun(config, _tokenizer_of(folder, None), build_model(config), 0)
 
 
-def _config_of(folder: Path, named: str) -> Config:
+def _config_of(folder: Path, named: Mapping[str, str]) -> Config:
     path = folder / "config.yaml"
     if not os.path.lexists(path):
         raise CheckpointError(f"{folder} holds no run (no config.yaml). Train one: {command('train')}")
     config = from_mapping(read_config_file(str(path), follow=False), str(path))
-    check_named(config.model, named, str(path))
-    if named and named != config.model:
-        raise UsageError(f"--model {named}: the model of this run is {config.model}; leave --model out")
+    for option, name in named.items():
+        said = str(getattr(config, option))
+        check_named(said, name, str(path), option)
+        if name and name != said:
+            raise UsageError(f"--{option} {name}: the {option} of this run is {said}; leave --{option} out")
     return config
 
 

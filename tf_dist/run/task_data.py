@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +16,9 @@ from tf_dist.decoding.beam_search import BeamSearch
 from tf_dist.decoding.sampling import GREEDY, Sampling
 from tf_dist.errors import UsageError
 from tf_dist.metrics import compute, named_metrics
-from tf_dist.models.row_layout import SPANS, TOKENS
 from tf_dist.parallel.mesh import Mesh
 from tf_dist.run.speech import write_recordings
+from tf_dist.run.task_predictor import TaskPredictor
 from tf_dist.runners.runner import ModelRunner
 from tf_dist.tasks.base import Task, Values
 from tf_dist.tasks.causal_lm import CausalLM
@@ -27,7 +26,7 @@ from tf_dist.tasks.prepare import held_out
 from tf_dist.tasks.registry import task_of
 from tf_dist.tasks.speak import Speak
 from tf_dist.training.model import words_of_a_row
-from tf_dist.training.predictions import Decoder, Predict, best_classes, best_spans, predictions
+from tf_dist.training.predictions import predictions
 from tf_dist.training.pseudo_perplexity import PseudoPerplexity
 
 # Predictions that are printed when a run ends.
@@ -35,8 +34,6 @@ SHOWN = 5
 NO_WEIGHTS = "none"
 # Texts that are spoken together.
 RECORDED_TOGETHER = 8
-# Slots of an extracted answer, at most.
-LONGEST_ANSWER = 64
 
 
 class TaskData:
@@ -56,7 +53,7 @@ class TaskData:
         self.layout = self.task.layout(corpus.tokenizer.vocab_size)
         self.seq_len = words_of_a_row(config)
         self._config, self.corpus = config, corpus
-        self._decoder = Decoder(self.layout, corpus.tokenizer.end_of_text, decoding)
+        self._predictor = TaskPredictor(self.task, corpus.tokenizer, self.labels, decoding)
 
     def rows(self, side: str) -> Rows:
         """The rows of one side of the split, ``train`` or ``val``."""
@@ -97,18 +94,13 @@ class TaskData:
         self, runner: ModelRunner, mesh: Mesh, rows: int, held_out: Rows, given: Sequence[Values]
     ) -> list[str]:
         """Predictions for the first held-out rows, whose cells are given, decoded; a collective."""
-        how: Predict = best_classes
-        if self.decodes:
-            how = self._decoder
-        elif self.task.head(len(self.labels)).kind == SPANS:
-            how = partial(best_spans, layout=self.layout, longest=LONGEST_ANSWER)
-        found_NxU = predictions(runner, mesh, rows, held_out, len(given), how)
-        return self.task.decode(found_NxU, self.corpus.tokenizer, self.labels, given)
+        found_NxU = predictions(runner, mesh, rows, held_out, len(given), self._predictor.of_rows)
+        return self._predictor.texts(found_NxU, given)
 
     @property
     def decodes(self) -> bool:
         """Whether a prediction is made token by token."""
-        return self.task.head(len(self.labels)).kind == TOKENS
+        return self._predictor.decodes
 
 
 class TaskMetrics:

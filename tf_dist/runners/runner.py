@@ -18,8 +18,8 @@ from tf_dist.decoding.forward import CachedForward
 from tf_dist.parallel.buckets import BucketOverlap
 from tf_dist.parallel.reduction_tree import BlockSum
 from tf_dist.parallel.totals import Totals
-from tf_dist.runners.cached_forward import CachedModel
 from tf_dist.runners.grad_hooks import OverlappedGradients
+from tf_dist.runners.inference import Inference, WholeInference
 from tf_dist.runners.replica import Replica
 
 
@@ -31,7 +31,7 @@ class MicroBatch(NamedTuple):
     y_BxT: np.ndarray
 
 
-class ModelRunner(Protocol):
+class ModelRunner(Inference, Protocol):
     """How this rank runs its part of a model on micro-batches, whatever that part is.
 
     It is `WholeRunner`, `ContextParallelRunner`, `PipelineRunner`, `ZeRO2Runner` or `ZeRO3Runner`; the
@@ -40,12 +40,10 @@ class ModelRunner(Protocol):
     Attributes:
         local_gradients: True if `recompute_gradients` yields local gradients; False if it yields this rank's
             shard of the sum.
-        gathers_weights: True if every forward pass is a collective of all ranks that share weights: then each
-            makes as many.
+        gathers_weights: True if every forward pass is a collective of all ranks that share weights.
     """
 
     local_gradients: bool
-    gathers_weights: bool
 
     @property
     def said(self) -> str:
@@ -87,16 +85,6 @@ class ModelRunner(Protocol):
     def logits(self, x_1xT: np.ndarray) -> np.ndarray:
         """The logits (T, V) of one row, (1, T) int32, on every rank; a collective."""
 
-    def outputs(self, x_BxT: np.ndarray) -> np.ndarray:
-        """What the model predicts of the rows of a micro-batch, (B, U, V) float32, as `logits` of each."""
-
-    def cached_forward(self) -> CachedForward:
-        """The forward pass with a cache, for decoding; a collective of the ranks that share the model.
-
-        Raises:
-            NotIncremental: on every rank: a layer does not say how it is computed for new positions only.
-        """
-
 
 class WholeRunner:
     """A rank with all layers of the model.
@@ -123,7 +111,7 @@ class WholeRunner:
         self.replica, self.sums, self._speaks = replica, sums, reports_loss
         self.overlap = OverlappedGradients(replica, sums, micro_batches, overlap)
         self._logits: Callable[..., Any] | None = None
-        self._outputs: Callable[..., Any] | None = None
+        self._inference = WholeInference(replica.model, replica.seq_len)
 
     @property
     def said(self) -> str:
@@ -171,14 +159,11 @@ class WholeRunner:
 
     def outputs(self, x_BxT: np.ndarray) -> np.ndarray:
         """As in `ModelRunner`."""
-        if self._outputs is None:
-            model = self.replica.model
-            self._outputs = tf.function(lambda x: tf.cast(model(x, training=False), tf.float32))
-        return np.asarray(self._outputs(tf.convert_to_tensor(x_BxT, tf.int32)))
+        return self._inference.outputs(x_BxT)
 
     def cached_forward(self) -> CachedForward:
         """As in `ModelRunner`."""
-        return CachedModel(self.replica.model, self.replica.seq_len)
+        return self._inference.cached_forward()
 
 
 def outputs_by_row(runner: ModelRunner, x_BxT: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from tf_dist.data.records import Record
 from tf_dist.data.tokenizer import Tokenizer
-from tf_dist.data.tokens import NO_TARGET
+from tf_dist.data.tokens import NO_TARGET, Batch
 from tf_dist.errors import DataError
 from tf_dist.models.row_layout import SPANS, Head, Slots
 from tf_dist.tasks.base import EncodedRows, Values, padded
@@ -54,18 +54,28 @@ class Answer(TextToText):
         """Logits of start and end, (B, 2, S), or of tokens."""
         return Head(SPANS) if self.extractive else super().head(classes)
 
-    def encode(self, records: Sequence[Record], tokenizer: Tokenizer, labels: Sequence[str]) -> EncodedRows:
-        """As in `Task`: question, separator and context; an answer that has no slot is not trained on."""
+    def columns(self) -> dict[str, str]:
+        """As in `Task`, with that of where answers begin if it is named."""
+        start = self.config.start_column
+        return super().columns() | ({"start": start} if start else {})
+
+    def texts(self, record: Record) -> list[str]:
+        """All but numbers."""
+        return [record.values[role] for role in self.roles]
+
+    def sources(self, records: Sequence[Record], tokenizer: Tokenizer) -> tuple[Batch, int]:
+        """As in `Task`: question, separator and context."""
         layout = self.layout(tokenizer.vocab_size)
         questions = [self._question(record.values, tokenizer) for record in records]
-        contexts = [spans(record.values["context"], tokenizer) for record in records]
-        sources = [np.concatenate([q, c.ids]) for q, c in zip(questions, contexts, strict=True)]
-        x_NxS, cut = padded(sources, layout.source.count, layout.pad)
+        contexts = [spans(record.values["context"], tokenizer).ids for record in records]
+        ids = [np.concatenate(pair) for pair in zip(questions, contexts, strict=True)]
+        return padded(ids, layout.source.count, layout.pad)
+
+    def encode(self, records: Sequence[Record], tokenizer: Tokenizer, labels: Sequence[str]) -> EncodedRows:
+        """As in `Task`; an answer that has no slot is not trained on."""
+        x_NxS, cut = self.sources(records, tokenizer)
         if self.extractive:
-            found = [
-                self._place(record, context, len(question), layout.source.count)
-                for record, context, question in zip(records, contexts, questions, strict=True)
-            ]
+            found = [self._place(record, tokenizer, x_NxS.shape[1]) for record in records]
             return EncodedRows(x_NxS, np.array(found, np.int32), {"source": cut, "target": 0})
         x_NxT, y_NxT, more = self.targets(records, tokenizer)
         return EncodedRows(np.concatenate([x_NxS, x_NxT], axis=1), y_NxT, {"source": cut, "target": more})
@@ -74,25 +84,42 @@ class Answer(TextToText):
         separator = self.layout(tokenizer.vocab_size).separator
         return np.append(tokenizer.encode(values["question"]).astype(np.int64), separator)
 
-    def _place(self, record: Record, context: ContextTokens, before: int, slots: int) -> tuple[int, int]:
-        """The first and the last slot of the answer.
-
-        Raises:
-            DataError: the context does not contain it.
-        """
-        answer = record.values["answer"].strip()
-        start = record.values["context"].find(answer)
-        if start < 0:
-            raise DataError(
-                f"{record.where}: the answer {answer[:60]!r} is not in the context. Copy it from there, or "
-                "use --architecture encoder-decoder, which answers in own words"
-            )
-        stop = start + len(answer)
+    def _place(self, record: Record, tokenizer: Tokenizer, slots: int) -> tuple[int, int]:
+        """The first and the last slot of the answer."""
+        context = spans(record.values["context"], tokenizer)
+        before = len(self._question(record.values, tokenizer))
+        start, stop = self._characters(record)
         words = [i for i, (a, b) in enumerate(context.places) if a < stop and b > start]
         tokens = before + np.flatnonzero(np.isin(context.word, words))
         if not len(tokens) or tokens[-1] >= slots:
             return NO_TARGET, NO_TARGET
         return int(tokens[0]), int(tokens[-1])
+
+    def _characters(self, record: Record) -> tuple[int, int]:
+        """Where the answer begins and ends in the context: as the row says, or where it first occurs.
+
+        Raises:
+            DataError: it is not there.
+        """
+        context, given = record.values["context"], record.values["answer"]
+        answer, spelled = given.strip(), record.values.get("start")
+        if spelled is None:
+            start, where = context.find(answer), "in the context"
+        else:
+            if not spelled.isascii() or not spelled.isdigit():
+                raise DataError(
+                    f"{record.where}: start is {spelled!r}, and no number of characters, from 0 on"
+                )
+            start = int(spelled) + len(given) - len(given.lstrip())
+            where = f"at character {spelled} of the context"
+            if not context.startswith(answer, start):
+                start = -1
+        if start < 0:
+            raise DataError(
+                f"{record.where}: the answer {answer[:60]!r} is not {where}. Copy it from there, or use "
+                "--architecture encoder-decoder, which answers in own words"
+            )
+        return start, start + len(answer)
 
     def reference_of(self, values: Values) -> str:
         """The answer."""

@@ -38,9 +38,9 @@ class Task:
         config: of the run.
 
     Attributes:
-        name: of the task. roles: what columns a row needs, by role. architectures: of models, the usual one
-        first. metrics: names in `tf_dist.metrics.registry`. of_tables: False: it reads running text as a
-        language model does.
+        name: of the task. roles: what columns a row needs; the last one is predicted from the others.
+        architectures: of models, the usual one first. metrics: names in `tf_dist.metrics.registry`.
+        of_tables: False: it reads running text as a language model does.
     """
 
     name: ClassVar[str]
@@ -95,6 +95,26 @@ class Task:
     def label(self, record: Record) -> str:
         """The label by which a split is stratified; empty: rows are split as they come."""
         return ""
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The roles that a prediction is made from."""
+        return self.roles[:-1]
+
+    def sources(self, records: Sequence[Record], tokenizer: Tokenizer) -> tuple[Batch, int]:
+        """The source of each record, whose other values are not looked at.
+
+        Args:
+            records: with the values of `inputs`.
+            tokenizer: of the run.
+
+        Returns:
+            (N, words of the source) int32, and the number of tokens that had no slot.
+
+        Raises:
+            DataError: with file and row: a file that cannot be used.
+        """
+        raise NotImplementedError
 
     def encode(self, records: Sequence[Record], tokenizer: Tokenizer, labels: Sequence[str]) -> EncodedRows:
         """The rows of some records.

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from tf_dist.data.records import Record
 from tf_dist.data.tokenizer import Tokenizer
+from tf_dist.data.tokens import Batch
 from tf_dist.models.row_layout import CLASSES, Head
 from tf_dist.tasks.base import EncodedRows, Task, Values, class_of, padded
 
@@ -34,11 +35,15 @@ class Classify(Task):
         """The row's label."""
         return record.values["label"]
 
-    def encode(self, records: Sequence[Record], tokenizer: Tokenizer, labels: Sequence[str]) -> EncodedRows:
+    def sources(self, records: Sequence[Record], tokenizer: Tokenizer) -> tuple[Batch, int]:
         """As in `Task`: the beginning of a text, as far as there are slots."""
         layout = self.layout(tokenizer.vocab_size)
         ids = tokenizer.encode_batch([record.values["text"] for record in records])
-        x_NxS, cut = padded(ids, layout.source.count, layout.pad)
+        return padded(ids, layout.source.count, layout.pad)
+
+    def encode(self, records: Sequence[Record], tokenizer: Tokenizer, labels: Sequence[str]) -> EncodedRows:
+        """As in `Task`: a text and its class."""
+        x_NxS, cut = self.sources(records, tokenizer)
         places = {label: place for place, label in enumerate(labels)}
         y = [class_of(record.values["label"], labels, places, record.where) for record in records]
         return EncodedRows(x_NxS, np.array(y, np.int32)[:, None], {"source": cut, "target": 0})

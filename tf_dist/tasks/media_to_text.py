@@ -17,9 +17,9 @@ from tf_dist.data.mel import log_mel
 from tf_dist.data.packed_frames import pack_words, pad_words, stack_frames
 from tf_dist.data.records import Record
 from tf_dist.data.tokenizer import Tokenizer
+from tf_dist.data.tokens import Batch
 from tf_dist.data.wav import read_wav
 from tf_dist.models.row_layout import Slots
-from tf_dist.tasks.base import EncodedRows
 from tf_dist.tasks.sound import mel_parameters
 from tf_dist.tasks.text_to_text import TextToText
 
@@ -40,8 +40,8 @@ class MediaToText(TextToText):
         """The target; the source is a file."""
         return [record.values["target"]]
 
-    def encode(self, records: Sequence[Record], tokenizer: Tokenizer, labels: Sequence[str]) -> EncodedRows:
-        """As in `Task`: slots of values, padding, then the text after a separator."""
+    def sources(self, records: Sequence[Record], tokenizer: Tokenizer) -> tuple[Batch, int]:
+        """As in `Task`: slots of values, and padding."""
         layout, cut, words = self.layout(tokenizer.vocab_size), 0, []
         for record in records:
             path = file_of_row(record.folder / "table", record.values["source"], record.where)
@@ -49,9 +49,7 @@ class MediaToText(TextToText):
             cut += max(0, len(values) - layout.source.count)
             packed = pack_words(values[: layout.source.count])
             words.append(pad_words(packed, layout.source.words))
-        x_NxT, y_NxT, more = self.targets(records, tokenizer)
-        x_NxW = np.concatenate([np.stack(words), x_NxT], axis=1)
-        return EncodedRows(x_NxW, y_NxT, {"source": cut, "target": more})
+        return np.stack(words), cut
 
 
 class Transcribe(MediaToText):

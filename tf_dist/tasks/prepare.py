@@ -42,6 +42,7 @@ from tf_dist.data.tokens import TokenWriter, content_sha256, map_tokens, sample_
 from tf_dist.errors import DataError
 from tf_dist.tasks.base import EncodedRows, Task
 from tf_dist.untrusted_files import parsed_json
+from tf_dist.users_code import code_sha256
 
 LOG = logging.getLogger(__name__)
 # Rows that are encoded together.
@@ -53,7 +54,8 @@ LONGEST_LABEL = 1000
 OPTIONS = (
     "task", "architecture", "text_column", "source_column", "target_column", "label_column", "source_len",
     "target_len", "seq_len", "tokenizer", "vocab_size", "val_fraction", "seed", "errors", "context_column",
-    "question_column", "answer_column", "sample_rate", "mels", "stack_frames", "image_size", "patch_size",
+    "question_column", "answer_column", "start_column", "sample_rate", "mels", "stack_frames", "image_size",
+    "patch_size",
 )  # fmt: skip
 
 
@@ -86,7 +88,7 @@ def prepare_examples(
     """
     check_fraction(config.val_fraction)
     records = Records(sources, task.columns(), errors=config.errors)
-    key = _key(config, fingerprint(records.files), labels)
+    key = _key(task, config, fingerprint(records.files), labels)
     target = Path(config.prepared_dir) / f"{name_of(sources[0])}-{key[:12]}"
     if target.exists():
         try:
@@ -130,10 +132,12 @@ def _is_row(cells: object) -> bool:
     return isinstance(cells, dict) and all(isinstance(cell, str) for cell in cells.values())
 
 
-def _key(config: Config, files: list[list[str | int]], labels: Sequence[str] | None) -> str:
+def _key(task: Task, config: Config, files: list[list[str | int]], labels: Sequence[str] | None) -> str:
     options = {name: getattr(config, name) for name in OPTIONS}
     if config.tokenizer not in KINDS:
         options["tokenizer"] = _tokenizer_sha256(config.tokenizer)
+    if ":" in config.task:  # rows are what a user's code makes of them
+        options["code"] = code_sha256(type(task))
     parts: dict[str, Any] = {"format": EXAMPLES, "version": FORMATS[EXAMPLES][0], "options": options}
     parts |= {"files": files} if labels is None else {"files": files, "labels": list(labels)}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

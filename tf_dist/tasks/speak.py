@@ -51,11 +51,16 @@ class Speak(Task):
         """The source; the target is a file."""
         return [record.values["source"]]
 
-    def encode(self, records: Sequence[Record], tokenizer: Tokenizer, labels: Sequence[str]) -> EncodedRows:
-        """As in `Task`: the text, padding, then the slots so far (teacher forcing)."""
-        layout, cut = self.layout(tokenizer.vocab_size), 0
+    def sources(self, records: Sequence[Record], tokenizer: Tokenizer) -> tuple[Batch, int]:
+        """As in `Task`: the beginning of a text, and padding."""
+        layout = self.layout(tokenizer.vocab_size)
         ids = tokenizer.encode_batch([record.values["source"] for record in records])
-        x_NxS, more = padded(ids, layout.source.count, layout.pad)
+        return padded(ids, layout.source.count, layout.pad)
+
+    def encode(self, records: Sequence[Record], tokenizer: Tokenizer, labels: Sequence[str]) -> EncodedRows:
+        """As in `Task`: the text, then the slots so far (teacher forcing)."""
+        layout, cut = self.layout(tokenizer.vocab_size), 0
+        x_NxS, more = self.sources(records, tokenizer)
         sides: tuple[list[Any], list[Any]] = ([], [])
         for record in records:
             slots_PxV = self._slots(record)

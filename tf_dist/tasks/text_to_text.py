@@ -30,11 +30,15 @@ class TextToText(Task):
         """Logits of tokens, (B, T, V)."""
         return Head(TOKENS)
 
-    def encode(self, records: Sequence[Record], tokenizer: Tokenizer, labels: Sequence[str]) -> EncodedRows:
-        """As in `Task`: source, padding, then the target after a separator."""
+    def sources(self, records: Sequence[Record], tokenizer: Tokenizer) -> tuple[Batch, int]:
+        """As in `Task`: the beginning of a text, and padding."""
         layout = self.layout(tokenizer.vocab_size)
-        sources = tokenizer.encode_batch([record.values["source"] for record in records])
-        x_NxS, cut = padded(sources, layout.source.count, layout.pad)
+        ids = tokenizer.encode_batch([record.values["source"] for record in records])
+        return padded(ids, layout.source.count, layout.pad)
+
+    def encode(self, records: Sequence[Record], tokenizer: Tokenizer, labels: Sequence[str]) -> EncodedRows:
+        """As in `Task`: the source, then the target after a separator."""
+        x_NxS, cut = self.sources(records, tokenizer)
         x_NxT, y_NxT, more = self.targets(records, tokenizer)
         return EncodedRows(np.concatenate([x_NxS, x_NxT], axis=1), y_NxT, {"source": cut, "target": more})
 

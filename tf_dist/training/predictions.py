@@ -23,13 +23,13 @@ from tf_dist.errors import UsageError
 from tf_dist.models.incremental import NotIncremental
 from tf_dist.models.row_layout import RowLayout
 from tf_dist.parallel.mesh import DATA, Mesh
-from tf_dist.runners.runner import ModelRunner
+from tf_dist.runners.inference import Inference
 
-Predict = Callable[[ModelRunner, Batch], npt.NDArray[np.int32]]
+Predict = Callable[[Inference, Batch], npt.NDArray[np.int32]]
 
 
 def predictions(
-    runner: ModelRunner, mesh: Mesh, rows: int, held_out: Rows, count: int, predict: Predict
+    runner: Inference, mesh: Mesh, rows: int, held_out: Rows, count: int, predict: Predict
 ) -> npt.NDArray[np.int32]:
     """Predictions for the first ``count`` rows, the same on every rank; a collective.
 
@@ -66,7 +66,7 @@ def predictions(
     return np.array(everything[:count], np.int32)
 
 
-def best_classes(runner: ModelRunner, x_BxW: Batch) -> npt.NDArray[np.int32]:
+def best_classes(runner: Inference, x_BxW: Batch) -> npt.NDArray[np.int32]:
     """The class with the highest logit, of each target: (B, U)."""
     classes_BxU: npt.NDArray[np.int32] = np.argmax(runner.outputs(x_BxW), axis=-1).astype(np.int32)
     return classes_BxU
@@ -85,7 +85,7 @@ class Decoder:
         self._layout, self._end, self._strategy = layout, end, strategy
         self._forward: CachedForward | None = None
 
-    def __call__(self, runner: ModelRunner, x_BxW: Batch) -> npt.NDArray[np.int32]:
+    def __call__(self, runner: Inference, x_BxW: Batch) -> npt.NDArray[np.int32]:
         """The tokens of rows, (B, T); -1 after the end; see `Predict`.
 
         Raises:
@@ -107,7 +107,7 @@ class Decoder:
         return ids_BxT
 
 
-def greedy(runner: ModelRunner, x_BxW: Batch, layout: RowLayout, end: int) -> npt.NDArray[np.int32]:
+def greedy(runner: Inference, x_BxW: Batch, layout: RowLayout, end: int) -> npt.NDArray[np.int32]:
     """The most probable token, one after the other, by a model without a cache: (B, T); -1 from the end on.
 
     Args:
@@ -132,7 +132,7 @@ def greedy(runner: ModelRunner, x_BxW: Batch, layout: RowLayout, end: int) -> np
     return made_BxT
 
 
-def best_spans(runner: ModelRunner, x_BxW: Batch, layout: RowLayout, longest: int) -> npt.NDArray[np.int32]:
+def best_spans(runner: Inference, x_BxW: Batch, layout: RowLayout, longest: int) -> npt.NDArray[np.int32]:
     """The most probable first and last slot of an answer, (B, 2), after the separator of the question.
 
     Args:
