@@ -27,7 +27,7 @@ from mutants_of_runs import OF_RUNS
 ROOT = Path(__file__).resolve().parents[1]
 MUTANTS = (*OF_RANKS, *OF_RUNS)
 # Ranks that wait for each other for ever have caught a fault as well.
-LIMIT_S = 600
+LIMIT_S = 300
 # What pytest ends with where tests have failed; more than that is no verdict: there was no such test.
 PASSED, FAILED, NO_VERDICT = 0, 1, (2, 3, 4, 5)
 ON_RANKS = re.compile(r"np (\d+): (.+)")

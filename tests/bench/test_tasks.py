@@ -3,11 +3,17 @@
 import csv
 import json
 
+import numpy as np
 import pytest
 
 from tf_dist.bench import runner, tasks
+from tf_dist.bench.task_pictures import draw
 from tf_dist.bench.task_recipes import RECIPES, SCRATCH, WORDS_READ, Goal
 from tf_dist.cli import bench
+from tf_dist.config import Config
+from tf_dist.data.images import read_png
+from tf_dist.data.pictures import caption_picture
+from tf_dist.data.wav import write_wav
 from tf_dist.errors import BackendMissing, UsageError
 from tf_dist.metrics import METRICS
 from tf_dist.tasks.registry import TASKS, task_of
@@ -160,3 +166,23 @@ def test_spoken_texts_are_read_back_by_the_recogniser(tmp_path, monkeypatch):
     assert asked == [(recogniser, "--data", str(tmp_path / "spoken.jsonl"))]
     cells = json.loads((tmp_path / "spoken.jsonl").read_text())
     assert cells == {"audio": "predictions.wav/00000.wav", "text": "one moment please"}
+
+
+def test_pictures_of_what_was_made(tmp_path):
+    """A spectrogram of each recording, an image with its caption; of other tasks there is nothing to draw."""
+    write_wav(tmp_path / "a.wav", np.sin(np.arange(4000) / 5, dtype=np.float32), 8000)
+    caption_picture(np.full((4, 4, 3), 200, np.uint8), "", tmp_path / "a.png")
+    rows = {
+        "speak": {"source": "hello", "target": "a.wav", "reference": "hello", "prediction": "a.wav"},
+        "caption": {"source": "a.png", "target": "grey", "reference": "grey", "prediction": "$gray"},
+        "classify": {"text": "a", "label": "b", "reference": "b", "prediction": "b"},
+    }
+    made = {}
+    for task, row in rows.items():
+        predictions = tmp_path / f"{task}.jsonl"
+        predictions.write_text(json.dumps(row) + "\n")
+        config = Config(task=task, sample_rate=8000, mels=20)
+        made[task] = draw(config, tmp_path / "table.jsonl", predictions)
+    assert [len(pictures) for pictures in made.values()] == [2, 1, 0]
+    for picture in [*made["speak"], *made["caption"]]:
+        assert len(np.unique(read_png(picture, 64, 64))) > 2, "an empty picture"

@@ -8,7 +8,7 @@ import tensorflow as tf
 from tf_dist.models import row_lstms, row_transformers
 from tf_dist.models.attention import MASKED
 from tf_dist.models.row_embedding import BodySizes
-from tf_dist.models.row_layers import ConcatPooling
+from tf_dist.models.row_layers import ConcatPooling, InQuestion
 from tf_dist.models.row_layout import Head, RowLayout, Slots
 from tf_dist.pipeline.model_partition import LayerGraph
 from tf_dist.runners.replica import Replica
@@ -52,6 +52,12 @@ def row(layout, seed=0):
 
 def outputs(model, x):
     return np.asarray(model(x, training=False))
+
+
+def test_tokens_of_the_question_are_marked_in_the_context():
+    words = tf.constant([[7, 8, 1, 8, 9, 7, 0], [1, 8, 1, 1, 0, 0, 0], [0] * 7])  # 1 separates, 0 pads
+    marks = InQuestion(separator=1)(words)
+    np.testing.assert_array_equal(marks[..., 0], [[0, 0, 0, 1, 0, 1, 0], [0] * 7, [0] * 7])
 
 
 def test_pooling_is_of_the_slots_that_hold_something():

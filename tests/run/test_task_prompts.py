@@ -104,6 +104,10 @@ def test_a_recording_may_be_anywhere_and_must_be_one(tmp_path):
 
 def test_what_cannot_be_used_is_named_by_its_place(tmp_path, told):
     made = task(task="classify", seq_len=4)
+    with pytest.raises(UsageError, match="--batch is 0"):
+        answers(made, records_of_prompts(made, ["a"]), batch=0)
+    with pytest.raises(DataError, match=r"no labels\.json"):
+        TaskPredictor(made, BYTE, []).texts(np.zeros((1, 1), np.int32), [{"text": "a"}])
     with pytest.raises(DataError, match="--prompt is empty"):
         records_of_prompts(made, ["a", " "])
     with pytest.raises(DataError, match=r"^--prompt: .*'x'"):

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tf_dist.bench import runner
+from tf_dist.bench.task_pictures import draw
 from tf_dist.bench.task_recipes import RECIPES, SCRATCH, WORDS_READ, Goal, TaskRecipe
 from tf_dist.config import Config
 from tf_dist.data.records import Records
@@ -117,6 +118,7 @@ def measured(name: str, recipe: TaskRecipe, paths: Mapping[str, str]) -> dict[st
     place.folder.mkdir(parents=True, exist_ok=True)
     sides = sides_of(recipe, source)
     figures, minutes = trained(recipe, place)
+    draw(config_of(recipe, source), Path(source), place.folder / "predictions.jsonl")
     if any(goal.key == WORDS_READ for goal in recipe.goals):
         figures[WORDS_READ] = words_read(place, FOLDER / "transcribe" / "run")
     return {

@@ -69,7 +69,7 @@ def write(flags: argparse.Namespace) -> int:
         if task_of(run.config).name != CausalLM.name:
             return write_predictions(run, flags, strategy if strategy_is_given(flags) else None)
         check_no_task(flags)
-        texts, count = prompts_of(flags), flags.tokens or TOKENS
+        texts, count = prompts_of(flags), tokens_of(flags)
         prompts = [encoded(run, text, where) for where, text in texts]
         forward = forward_of_model(run.model, run.config.seq_len)
     if flags.prompts or len(prompts) > 1:
@@ -114,7 +114,7 @@ def write_lines(
 ) -> int:
     """Print a JSON object for each prompt, in their order, as they come; the exit code."""
     end = run.tokenizer.end_of_text
-    made = decode_in_order(forward, prompts, strategy, flags.tokens or TOKENS, end, flags.batch)
+    made = decode_in_order(forward, prompts, strategy, tokens_of(flags), end, flags.batch)
     with progress.task("generating", len(prompts), "texts") as task:
         for task.done, (text, one) in enumerate(zip(texts, made, strict=True), 1):
             row = {"prompt": text or "", "text": run.tokenizer.decode(one.ids), "tokens": len(one.ids)}
@@ -145,6 +145,11 @@ def strategy_of(flags: argparse.Namespace) -> Sampling | BeamSearch:
 def strategy_is_given(flags: argparse.Namespace) -> bool:
     """Whether a flag says how the next token is chosen."""
     return flags.beams is not None or any(getattr(flags, name) is not None for name in SAMPLING)
+
+
+def tokens_of(flags: argparse.Namespace) -> int:
+    """How many tokens a text has, at most."""
+    return TOKENS if flags.tokens is None else flags.tokens
 
 
 def check_no_task(flags: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import keras
 
-from tf_dist.models.row_layers import PADDING_WORD, PaddingBias, Slice, UnpackVectors
+from tf_dist.models.row_layers import PADDING_WORD, InQuestion, PaddingBias, Slice, UnpackVectors
 from tf_dist.models.row_layout import RowLayout, Slots
 from tf_dist.models.transformer import PLAIN, Layers, normal
 
@@ -69,6 +69,15 @@ def embedded_row(
     last = Slice(source.words, layout.words, name="target")(words)
     vectors = _vectors(own, source, sizes, embedding, "source")
     return EmbeddedRow(words, padding, vectors, _vectors(last, target, sizes, embedding, "target"), embedding)
+
+
+def marked_source(row: EmbeddedRow, layout: RowLayout, sizes: BodySizes) -> Any:
+    """The source with a vector of its own added where the context repeats a token of the question."""
+    marks_BxSx1 = InQuestion(layout.separator, name="in_question")(row.words)
+    vectors = keras.layers.Dense(
+        sizes.width, use_bias=False, kernel_initializer=normal(0.02), name="in_question_vector"
+    )(marks_BxSx1)
+    return keras.layers.Add(name="marked_source")([row.source, vectors])
 
 
 def _table(layout: RowLayout, sizes: BodySizes, layers: Layers, initializer: Any) -> Any:

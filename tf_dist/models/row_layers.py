@@ -283,6 +283,31 @@ class SpanLogits(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable("tf_dist")
+class InQuestion(_Configured):
+    """1 for a slot of the context whose token the question has as well, else 0: (B, S) -> (B, S, 1).
+
+    The exact match of Chen et al. (2017, DrQA): to learn that two tokens are the same takes many rows.
+
+    Args:
+        separator: id of the token behind the question.
+    """
+
+    ARGUMENTS = ("separator",)
+
+    def __init__(self, separator: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.separator = separator
+
+    def call(self, words_BxS: Any) -> Any:
+        """Return the marks, in the compute dtype."""
+        words_BxS = tf.convert_to_tensor(words_BxS)
+        behind_BxS = tf.cumsum(tf.cast(words_BxS == self.separator, tf.int32), axis=1) > 0
+        same_BxSxS = (words_BxS[:, :, None] == words_BxS[:, None, :]) & ~behind_BxS[:, None, :]
+        marks_BxS = behind_BxS & tf.reduce_any(same_BxSxS, axis=2)
+        return tf.cast(marks_BxS[:, :, None], self.compute_dtype)
+
+
+@keras.saving.register_keras_serializable("tf_dist")
 class Reverse(_Configured):
     """The slots in reverse order: (B, S, D) -> (B, S, D). Padding comes first then."""
 

@@ -9,17 +9,18 @@ from typing import Any
 
 import keras
 
-from tf_dist.models.row_embedding import BodySizes, embedded_row
+from tf_dist.models.row_embedding import BodySizes, embedded_row, marked_source
 from tf_dist.models.row_heads import with_row_head
 from tf_dist.models.row_layers import JoinSlots, Reverse, Slice, SourceAttention
-from tf_dist.models.row_layout import Head, RowLayout
+from tf_dist.models.row_layout import SPANS, Head, RowLayout
 from tf_dist.models.transformer import PLAIN, Layers
 
 
 def encoder(layout: RowLayout, sizes: BodySizes, head: Head, layers: Layers = PLAIN) -> keras.Model:
     """Bidirectional layers (Schuster & Paliwal 1997), whose two directions are added."""
     row = embedded_row(layout, sizes, layers, _uniform())
-    return with_row_head(row, _both_ways(row.source, sizes, layers), head, "lstm_encoder")
+    source = marked_source(row, layout, sizes) if head.kind == SPANS else row.source
+    return with_row_head(row, _both_ways(source, sizes, layers), head, "lstm_encoder")
 
 
 def prefix_decoder(layout: RowLayout, sizes: BodySizes, head: Head, layers: Layers = PLAIN) -> keras.Model:

@@ -13,10 +13,10 @@ from typing import Any
 import keras
 
 from tf_dist.models.fast_layers import LayerNormalization
-from tf_dist.models.row_embedding import BodySizes, EmbeddedRow, embedded_row
+from tf_dist.models.row_embedding import BodySizes, EmbeddedRow, embedded_row, marked_source
 from tf_dist.models.row_heads import with_row_head
 from tf_dist.models.row_layers import DocumentBias, JoinSlots, PrefixBias, Slice
-from tf_dist.models.row_layout import Head, RowLayout
+from tf_dist.models.row_layout import SPANS, Head, RowLayout
 from tf_dist.models.transformer import PLAIN, Layers, block, documents, feed_forward
 
 
@@ -36,7 +36,8 @@ def encoder(
     if end_of_text is not None:
         _, places = documents(row.words, end_of_text)
         bias = bias + DocumentBias(end_of_text, causal=False, name="own_document")(row.words)
-    x_BxSxD = _at_positions(row.source, sizes, layers, places)
+    source = marked_source(row, layout, sizes) if head.kind == SPANS else row.source
+    x_BxSxD = _at_positions(source, sizes, layers, places)
     for i in range(sizes.layers):
         x_BxSxD = _block(x_BxSxD, sizes, f"layer_{i}", layers, bias)
     return with_row_head(row, _normalized(x_BxSxD, "final_norm"), head, "encoder")

@@ -83,7 +83,10 @@ def predicted(
 
     Raises:
         DataError: a text that the tokenizer cannot encode, or a file that cannot be used, with its place.
+        UsageError: ``batch`` is less than 1.
     """
+    if batch < 1:
+        raise UsageError(f"--batch is {batch}: at least one text at once")
     made, rest = 0, iter(records)
     while own := list(islice(rest, batch)):
         x_BxW = _rows(task, tokenizer, own)

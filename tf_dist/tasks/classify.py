@@ -11,6 +11,7 @@ import numpy.typing as npt
 from tf_dist.data.records import Record
 from tf_dist.data.tokenizer import Tokenizer
 from tf_dist.data.tokens import Batch
+from tf_dist.errors import DataError
 from tf_dist.models.row_layout import CLASSES, Head
 from tf_dist.tasks.base import EncodedRows, Task, Values, class_of, padded
 
@@ -59,5 +60,11 @@ class Classify(Task):
         labels: Sequence[str],
         given: Sequence[Values],
     ) -> list[str]:
-        """Names of classes."""
+        """Names of classes.
+
+        Raises:
+            DataError: there are none.
+        """
+        if not labels:
+            raise DataError("the run has no labels.json, which names its classes. Put it back")
         return [labels[int(place)] for place in predictions_NxU[:, 0]]
