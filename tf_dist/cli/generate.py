@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from tf_dist import progress, terminal
 from tf_dist.cli.run_flags import add_run_flags
-from tf_dist.cli.task_predictions import COLUMNS, write_predictions
+from tf_dist.cli.task_predictions import COLUMNS, RECORDINGS, write_predictions
 from tf_dist.comm.runtime import thread_budget
 from tf_dist.comm.runtime.log_handlers import shown_by
 from tf_dist.comm.transport.base import SerialComm
@@ -220,6 +220,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
         spelled(__doc__ or ""), "[--run-dir FOLDER] [--prompt TEXT] [options]", program("generate")
     )
     add_run_flags(parser)
+    _add_prompt_flags(parser)
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        metavar="N",
+        help=f"number of tokens to generate, at most if text may end (several prompts, --beams) [{TOKENS}]",
+    )
+    _add_strategy_flags(parser)
+    parser.add_argument("--progress", choices=progress.KINDS, default="auto", help=progress.HELP)
+    return parser.parse_args(argv)
+
+
+def _add_prompt_flags(parser: Parser) -> None:
+    """What is continued, or predicted from."""
     parser.add_argument(
         "--prompt",
         action="append",
@@ -238,19 +252,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
             "--" + name.replace("_", "-"), metavar="COLUMN", help="of a table in --prompts [as in training]"
         )
     parser.add_argument(
-        "--recordings",
-        metavar="FOLDER",
-        help="where --task speak writes WAV files [recordings]",
+        "--recordings", metavar="FOLDER", help=f"where --task speak writes WAV files [{RECORDINGS}]"
     )
     parser.add_argument(
         "--batch", type=int, metavar="N", default=8, help="of several prompts, how many at once [8]"
     )
-    parser.add_argument(
-        "--tokens",
-        type=int,
-        metavar="N",
-        help=f"number of tokens to generate, at most if text may end (several prompts, --beams) [{TOKENS}]",
-    )
+
+
+def _add_strategy_flags(parser: Parser) -> None:
+    """How the next token is chosen."""
     parser.add_argument(
         "--temperature", type=float, metavar="X", help="sampling temperature; 0: greedy [0.8]"
     )
@@ -273,5 +283,3 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="X",
         help="of beam search: exponent of ((5 + tokens) / 6), which divides log probabilities [0.6]",
     )
-    parser.add_argument("--progress", choices=progress.KINDS, default="auto", help=progress.HELP)
-    return parser.parse_args(argv)
