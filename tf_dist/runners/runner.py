@@ -8,11 +8,11 @@ Legend: B rows of a micro-batch, T tokens, V vocabulary, P parameters of this ra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import NamedTuple, Protocol
 
 import numpy as np
-import tensorflow as tf
 
 from tf_dist.decoding.forward import CachedForward
 from tf_dist.parallel.buckets import BucketOverlap
@@ -110,8 +110,10 @@ class WholeRunner:
     ) -> None:
         self.replica, self.sums, self._speaks = replica, sums, reports_loss
         self.overlap = OverlappedGradients(replica, sums, micro_batches, overlap)
-        self._logits: Callable[..., Any] | None = None
-        self._inference = WholeInference(replica.model, replica.seq_len)
+
+    @cached_property
+    def _inference(self) -> WholeInference:
+        return WholeInference(self.replica.model, self.replica.seq_len)
 
     @property
     def said(self) -> str:
@@ -152,10 +154,8 @@ class WholeRunner:
 
     def logits(self, x_1xT: np.ndarray) -> np.ndarray:
         """As in `ModelRunner`."""
-        if self._logits is None:
-            model = self.replica.model
-            self._logits = tf.function(lambda x: tf.cast(model(x, training=False)[0], tf.float32))
-        return np.asarray(self._logits(tf.convert_to_tensor(x_1xT, tf.int32)))
+        logits_TxV: np.ndarray = self._inference.outputs(x_1xT)[0]
+        return logits_TxV
 
     def outputs(self, x_BxT: np.ndarray) -> np.ndarray:
         """As in `ModelRunner`."""

@@ -34,7 +34,6 @@ class ZeRO2Runner(WholeRunner):
 
     def __init__(self, replica: ShardedReplica, micro_batches: int, comm: Comm, reports_loss: bool) -> None:
         self.replica, self._speaks = replica, reports_loss
-        self._logits: Callable[..., Any] | None = None
         starts = replica.layout.starts
         self.divided = divide(replica.layout.sizes, BUCKET_BYTES, LAST_BUCKET_BYTES)
         stretches = [slice(starts[bucket.start], starts[bucket.stop]) for bucket in self.divided]
