@@ -153,7 +153,8 @@ def more(*values):
 
 OTHER_LSTMS = ("classify lstm", "translate lstm")
 NAMES_OF_2 = [
-    *((name, "allreduce") for name in TASKS if name not in OTHER_LSTMS), ("translate", "zero 3"), ("classify", "zero 2"),
+    *((name, "allreduce") for name in TASKS if name not in OTHER_LSTMS), ("translate", "zero 3"),
+    ("classify", "zero 2"),
     *(more(name, "allreduce") for name in OTHER_LSTMS), more("classify", "zero 1"),
     more("translate", "zero 2"), more("classify", "zero 3"), more("translate prefix", "zero 3"),
     more("translate lstm", "zero 3"), more("masked-lm", "zero 3"), more("translate", "master"),
