@@ -19,7 +19,7 @@ NAMES = """
     source_len target_len classes class_weights metric_rows
     sample_rate mels stack_frames image_size patch_size
     data documents end_of_text text_column tokenizer vocab_size val_fraction errors max_bytes prepared_dir
-    model layers width heads seq_len dropout tie_embeddings precision
+    model layers width heads seq_len dropout tie_embeddings pointer_generator precision
     global_batch_size micro_batch_size steps epochs seed
     optimizer optimizer_args learning_rate min_learning_rate schedule warmup_steps weight_decay clip_norm
     init_from init_except freeze lora_rank lora_alpha lora_targets layer_lr_decay lr_scale

@@ -25,12 +25,16 @@ MODELS = {
     "seq2seq": (row_transformers.encoder_decoder, TEXT, Head("tokens")),
     "caption": (row_transformers.encoder_decoder, RowLayout(Slots(S, M), Slots(T), V), Head("tokens")),
     "speak": (row_transformers.encoder_decoder, RowLayout(Slots(S), Slots(T, M), V), Head("frames", M)),
+    "pointing": (row_transformers.encoder_decoder, TEXT, Head("tokens", points=True)),
+    "pointing prefix": (row_transformers.prefix_decoder, TEXT, Head("tokens", points=True)),
+    "pointing lstm": (row_lstms.encoder_decoder, TEXT, Head("tokens", points=True)),
     "lstm encoder": (row_lstms.encoder, RowLayout(Slots(S), Slots(0), V), Head("classes", 3)),
     "lstm prefix": (row_lstms.prefix_decoder, TEXT, Head("tokens")),
     "lstm seq2seq": (row_lstms.encoder_decoder, TEXT, Head("tokens")),
     "lstm speak": (row_lstms.encoder_decoder, RowLayout(Slots(S), Slots(T, M), V), Head("frames", M)),
 }
 SEQ2SEQ = ["prefix", "seq2seq", "caption", "speak", "lstm prefix", "lstm seq2seq", "lstm speak"]
+SEQ2SEQ += [name for name in MODELS if name.startswith("pointing")]
 
 
 def build(name, sizes=SIZES):

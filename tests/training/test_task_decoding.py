@@ -17,6 +17,13 @@ from tf_dist.training.predictions import Decoder, greedy
 V, S, T, END = 13, 5, 7, 12
 TEXT = RowLayout(Slots(S), Slots(T), V)
 IMAGE = RowLayout(Slots(4, 6), Slots(T), V)
+
+
+def pointing(build):
+    """A model that also copies tokens of its source."""
+    return lambda layout, sizes, head: build(layout, sizes, Head(head.kind, points=True))
+
+
 KINDS = [
     (row_transformers.encoder_decoder, TEXT),
     (row_transformers.prefix_decoder, TEXT),
@@ -25,6 +32,10 @@ KINDS = [
     (row_lstms.encoder_decoder, TEXT),
     (row_lstms.prefix_decoder, TEXT),
     (row_lstms.encoder_decoder, IMAGE),
+    (pointing(row_transformers.encoder_decoder), TEXT),
+    (pointing(row_transformers.prefix_decoder), TEXT),
+    (pointing(row_lstms.encoder_decoder), TEXT),
+    (pointing(row_lstms.prefix_decoder), TEXT),
 ]
 
 

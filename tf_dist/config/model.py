@@ -32,6 +32,11 @@ class ModelOptions(options.Options):
     seq_len: int = option(64, text="tokens in a sequence", least=1, on_resume="same")
     dropout: float = option(0.0, text="dropout rate of activations in training", least=0)
     tie_embeddings: bool = option(True, text="tie the output layer to the embedding matrix", on_resume="same")
+    pointer_generator: bool = option(
+        False,
+        text="of tasks from text to text: let the decoder also copy tokens of its source",
+        on_resume="same",
+    )
     precision: str = option(
         "float32",
         text="compute precision of the model; weights, optimizer, loss and reductions stay float32",

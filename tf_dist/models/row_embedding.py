@@ -34,11 +34,13 @@ class BodySizes:
 class EmbeddedRow(NamedTuple):
     """A row at the entrance of a body.
 
-    words: the model's input, (B, W). padding: bias of the source's padding, (B, 1, 1, S). source: (B, S, D).
-    target: (B, T, D), or None. embedding: the table, None where neither side is text.
+    words: the model's input, (B, W). own: those of the source. padding: bias of the source's padding,
+    (B, 1, 1, S). source: (B, S, D). target: (B, T, D), or None. embedding: the table, None where neither side
+    is text.
     """
 
     words: Any
+    own: Any
     padding: Any
     source: Any
     target: Any
@@ -60,15 +62,19 @@ def embedded_row(
     own = Slice(0, source.words, name="source")(words) if target.count else words
     padding = _padding(source, layout.pad)(own)
     if not target.count:
-        return EmbeddedRow(words, padding, _vectors(own, source, sizes, embedding, "source"), None, embedding)
+        return EmbeddedRow(
+            words, own, padding, _vectors(own, source, sizes, embedding, "source"), None, embedding
+        )
     if not (source.width or target.width):
         both = embedding(words)  # one call: a model cannot be cut between two calls of a layer
         first = Slice(0, source.count, name="source_states")(both)
         last = Slice(source.count, layout.words, name="target_states")(both)
-        return EmbeddedRow(words, padding, first, last, embedding)
+        return EmbeddedRow(words, own, padding, first, last, embedding)
     last = Slice(source.words, layout.words, name="target")(words)
     vectors = _vectors(own, source, sizes, embedding, "source")
-    return EmbeddedRow(words, padding, vectors, _vectors(last, target, sizes, embedding, "target"), embedding)
+    return EmbeddedRow(
+        words, own, padding, vectors, _vectors(last, target, sizes, embedding, "target"), embedding
+    )
 
 
 def marked_source(row: EmbeddedRow, layout: RowLayout, sizes: BodySizes) -> Any:

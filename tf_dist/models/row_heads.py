@@ -11,13 +11,14 @@ import keras
 
 from tf_dist.models.lm_head import with_head
 from tf_dist.models.model_outputs import FRAMES, with_outputs
+from tf_dist.models.pointer_generator import PointerGenerator
 from tf_dist.models.row_embedding import EmbeddedRow
 from tf_dist.models.row_layers import ConcatPooling, SpanLogits
 from tf_dist.models.row_layout import CLASSES, SPANS, TOKENS, Head
 from tf_dist.models.transformer import normal
 
 
-def with_row_head(row: EmbeddedRow, states: Any, head: Head, name: str) -> keras.Model:
+def with_row_head(row: EmbeddedRow, states: Any, head: Head, name: str, memory: Any = None) -> keras.Model:
     """The model from words of rows to predictions.
 
     Args:
@@ -25,7 +26,12 @@ def with_row_head(row: EmbeddedRow, states: Any, head: Head, name: str) -> keras
         states: of source slots, (B, S, D), for classes and spans; else of the slots that are predicted.
         head: what is predicted.
         name: of the model.
+        memory: states of the source, (B, S, D), for a head that points to it.
     """
+    if head.points:
+        logits = row.embedding(states, reverse=True)
+        point = PointerGenerator(logits.shape[-1], name="pointer_generator")
+        return keras.Model(row.words, point(logits, states, memory, row.own, row.padding), name=name)
     if head.kind == TOKENS:
         return with_head(row.words, states, row.embedding, name)
     if head.kind == CLASSES:

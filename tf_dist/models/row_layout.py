@@ -16,10 +16,14 @@ SPECIAL_TOKENS = ("<pad>", "<sep>", "<mask>")
 
 @dataclass(frozen=True)
 class Head:
-    """What a model predicts: `TOKENS`, one of ``size`` `CLASSES`, `SPANS`, or `FRAMES` of ``size`` values."""
+    """What a model predicts: `TOKENS`, one of ``size`` `CLASSES`, `SPANS`, or `FRAMES` of ``size`` values.
+
+    points: whether a token can also be one of the source (`tf_dist.models.pointer_generator`).
+    """
 
     kind: str
     size: int = 0
+    points: bool = False
 
 
 @dataclass(frozen=True)

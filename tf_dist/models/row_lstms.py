@@ -31,10 +31,10 @@ def prefix_decoder(layout: RowLayout, sizes: BodySizes, head: Head, layers: Laye
     for i in range(sizes.layers):
         x = layers.lstm(sizes.width, return_sequences=True, name=f"layer_{i}")(x)
         x = keras.layers.Dropout(sizes.dropout, name=f"layer_{i}_dropout")(x)
-    slots = layout.source.count + layout.target.count
-    return with_row_head(
-        row, Slice(layout.source.count, slots, name="predicted")(x), head, "lstm_prefix_decoder"
-    )
+    S, slots = layout.source.count, layout.source.count + layout.target.count
+    memory = Slice(0, S, name="pointed_at")(x) if head.points else None
+    predicted = Slice(S, slots, name="predicted")(x)
+    return with_row_head(row, predicted, head, "lstm_prefix_decoder", memory)
 
 
 def encoder_decoder(layout: RowLayout, sizes: BodySizes, head: Head, layers: Layers = PLAIN) -> keras.Model:
@@ -48,7 +48,7 @@ def encoder_decoder(layout: RowLayout, sizes: BodySizes, head: Head, layers: Lay
     context = SourceAttention(name="source_attention")(x, memory, row.padding)
     both = keras.layers.Concatenate(axis=-1, name="with_context")([x, context])
     x = keras.layers.Dense(sizes.width, activation="tanh", name="attentional_state")(both)
-    return with_row_head(row, x, head, "lstm_encoder_decoder")
+    return with_row_head(row, x, head, "lstm_encoder_decoder", memory)
 
 
 def _both_ways(x: Any, sizes: BodySizes, layers: Layers) -> Any:

@@ -50,8 +50,7 @@ def prefix_decoder(layout: RowLayout, sizes: BodySizes, head: Head, layers: Laye
     x_BxNxD = _at_positions(_joined(row, layout), sizes, layers)
     for i in range(sizes.layers):
         x_BxNxD = _block(x_BxNxD, sizes, f"layer_{i}", layers, bias)
-    x_BxTxD = Slice(layout.source.count, _slots(layout), name="predicted")(x_BxNxD)
-    return with_row_head(row, _normalized(x_BxTxD, "final_norm"), head, "prefix_decoder")
+    return _with_head(row, x_BxNxD, layout, head, "prefix_decoder")
 
 
 def encoder_decoder(layout: RowLayout, sizes: BodySizes, head: Head, layers: Layers = PLAIN) -> keras.Model:
@@ -62,8 +61,15 @@ def encoder_decoder(layout: RowLayout, sizes: BodySizes, head: Head, layers: Lay
         x_BxNxD = _encoder_layer(x_BxNxD, layout, sizes, i, layers, row.padding)
     for i in range(sizes.layers, 2 * sizes.layers):
         x_BxNxD = _decoder_layer(x_BxNxD, layout, sizes, i, layers, row.padding)
-    x_BxTxD = Slice(layout.source.count, _slots(layout), name="predicted")(x_BxNxD)
-    return with_row_head(row, _normalized(x_BxTxD, "final_norm"), head, "encoder_decoder")
+    return _with_head(row, x_BxNxD, layout, head, "encoder_decoder")
+
+
+def _with_head(row: EmbeddedRow, x: Any, layout: RowLayout, head: Head, name: str) -> keras.Model:
+    """The head over the target's slots; of the source's, one that points reads the states as they are."""
+    S = layout.source.count
+    x_BxTxD = _normalized(Slice(S, _slots(layout), name="predicted")(x), "final_norm")
+    memory = Slice(0, S, name="pointed_at")(x) if head.points else None
+    return with_row_head(row, x_BxTxD, head, name, memory)
 
 
 def _encoder_layer(x: Any, layout: RowLayout, sizes: BodySizes, i: int, layers: Layers, padding: Any) -> Any:

@@ -117,7 +117,7 @@ class LayerGraph:
             if carried is last:
                 break
             block = _block(node)
-            if len(live) == 1 and self._can_begin(carried, node):
+            if len(live) == 1 and self._can_begin(carried, place):
                 new = block if block is not None and block not in begun else None
                 points.append(CutPoint(carried, place, node.operation.name, new))
             begun |= {block} - {None}  # type: ignore[arg-type]
@@ -129,13 +129,15 @@ class LayerGraph:
             live.update((id(tensor), tensor) for tensor in made if id(tensor) not in self.of_rows)
         return points
 
-    def _can_begin(self, carried: Any, node: Any) -> bool:
+    def _can_begin(self, carried: Any, place: int) -> bool:
         """Whether a segment can begin with a node, if only one tensor connects it with those before."""
-        if all(id(tensor) in self.of_rows for tensor in node.output_tensors):
+        if all(id(tensor) in self.of_rows for tensor in self.nodes[place].output_tensors):
             return False  # computed again in each segment that needs it
         layer = carried._keras_history.operation
+        if head_of(self.model) is None and any(one.operation is layer for one in self.nodes[place:]):
+            return False  # Keras cannot cut between such calls; a head is no call, the loss computes it
         on_rows = [one for one in self.nodes if id(one.input_tensors[0]) in self.of_rows]
-        twice = sum(one.operation is layer for one in on_rows) > 1  # Keras cannot cut between such calls
+        twice = sum(one.operation is layer for one in on_rows) > 1
         return not twice and bool(keras.backend.is_float_dtype(carried.dtype))
 
     def _tensors_of_rows(self) -> set[int]:

@@ -41,12 +41,19 @@ def task_of(config: Config) -> Task:
             f"--documents packed is for running text; a row of --task {config.task} is one example. "
             "Leave it out"
         )
+    if config.pointer_generator and not _points(task):
+        raise UsageError(f"--pointer-generator: --task {config.task} makes no text of a text. Leave it out")
     if config.sequence_parallel > 1 and config.task != CausalLM.name:
         raise UsageError(
             f"--sequence-parallel {config.sequence_parallel}: the rows of --task {config.task} have masks, "
             "which context parallelism does not know. Use --tensor-parallel or --pipeline-parallel"
         )
     return task
+
+
+def _points(task: Task) -> bool:
+    """Whether a task copies tokens from its source: both are text, and its head says so."""
+    return task.head(1).points and not task.source.width
 
 
 def _users(name: str) -> type[Task]:

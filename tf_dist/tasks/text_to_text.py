@@ -28,7 +28,7 @@ class TextToText(Task):
 
     def head(self, classes: int) -> Head:
         """Logits of tokens, (B, T, V)."""
-        return Head(TOKENS)
+        return Head(TOKENS, points=self.config.pointer_generator)
 
     def sources(self, records: Sequence[Record], tokenizer: Tokenizer) -> tuple[Batch, int]:
         """As in `Task`: the beginning of a text, and padding."""
