@@ -34,6 +34,7 @@ TASKS = {
     "translate lstm prefix": {
         "task": "translate", "target_len": 6, "model": "lstm", "architecture": "prefix-decoder",
     },
+    "translate pointing": {"task": "translate", "target_len": 6, "pointer_generator": True},
     "masked-lm": {"task": "masked-lm"},
 }  # fmt: skip
 
@@ -151,13 +152,14 @@ def more(*values):
     return pytest.param(*values, marks=pytest.mark.extended)
 
 
-OTHER_LSTMS = ("classify lstm", "translate lstm")
+OTHERS = ("classify lstm", "translate lstm", "translate pointing")
 NAMES_OF_2 = [
-    *((name, "allreduce") for name in TASKS if name not in OTHER_LSTMS), ("translate", "zero 3"),
+    *((name, "allreduce") for name in TASKS if name not in OTHERS), ("translate", "zero 3"),
     ("classify", "zero 2"),
-    *(more(name, "allreduce") for name in OTHER_LSTMS), more("classify", "zero 1"),
+    *(more(name, "allreduce") for name in OTHERS), more("classify", "zero 1"),
     more("translate", "zero 2"), more("classify", "zero 3"), more("translate prefix", "zero 3"),
-    more("translate lstm", "zero 3"), more("masked-lm", "zero 3"), more("translate", "master"),
+    more("translate lstm", "zero 3"), more("translate pointing", "zero 3"), more("masked-lm", "zero 3"),
+    more("translate", "master"),
 ]  # fmt: skip
 NAMES_OF_4 = [("translate", "zero 3"), ("classify", "allreduce")]
 
@@ -183,7 +185,8 @@ def test_data_parallel_ranks_are_one_rank(connected, everyone, data, alone, name
 
 GRIDS_OF_2 = [
     more("classify", 1, 2), ("classify", 2, 1), more("translate", 1, 2), more("translate", 2, 1),
-    ("translate prefix", 2, 1), more("translate prefix", 1, 2), more("masked-lm", 2, 1),
+    ("translate pointing", 2, 1), more("translate pointing", 1, 2),
+    more("translate prefix", 2, 1), more("translate prefix", 1, 2), more("masked-lm", 2, 1),
     more("masked-lm", 1, 2), more("translate lstm", 1, 2),
 ]  # fmt: skip
 GRIDS_OF_4 = [("translate", 2, 2), ("translate", 1, 2), ("classify", 2, 1), ("translate prefix", 2, 2)]
