@@ -140,7 +140,9 @@ def test_what_stands_in_padding_counts_for_nothing(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("together", [1, 1000, 1 << 30])
+@pytest.mark.parametrize(
+    "together", [1, *(pytest.param(some, marks=pytest.mark.extended) for some in (1000, 1 << 30))]
+)
 def test_segments_are_the_model(name, together):
     """A mask of the rows crosses no cut: a segment that needs it takes the rows as well."""
     model, layout = build(name)
