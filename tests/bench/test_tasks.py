@@ -58,7 +58,7 @@ def test_nine_tasks_have_a_recipe():
 def test_a_recipe_has_flags_that_hold_together_and_goals_that_are_measured(name):
     recipe = RECIPES[name]
     task = task_of(tasks.config_of(recipe, "data.jsonl"))
-    assert task.columns() == {role: recipe.columns[role] for role in task.roles}
+    assert task.columns() == recipe.columns
     measured = {metric.key for metric in METRICS.values() if metric.name in task.metrics} | {WORDS_READ}
     compared = {*recipe.baselines, "", *([SCRATCH] if recipe.before else [])}
     for goal in recipe.goals:

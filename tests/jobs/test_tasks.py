@@ -142,9 +142,20 @@ def test_what_a_task_predicts_for_prompts(run_job, runs, tmp_path):
     (tmp_path / "table.csv").write_bytes((folder / "table.csv").read_bytes())
     (tmp_path / "pairs.jsonl").write_bytes((folder / "pairs.jsonl").read_bytes())
     (tmp_path / "rows.jsonl").write_text('{"words": "red small 3"}\n{"words": "blue old 4"}\n')
+    (tmp_path / "other.csv").write_text((folder / "table.csv").read_text().replace("text,label", "body,mood"))
+    columns = {"classify": ["--text-column", "body", "--label-column", "mood"], "translate": []}
     tables = [
-        ["evaluate", "--run-dir", folder / run, "--data", data, "--predictions", f"{run}.jsonl"]
-        for run, data in (("classify", "table.csv"), ("translate", "pairs.jsonl"))
+        [
+            "evaluate",
+            "--run-dir",
+            folder / run,
+            "--data",
+            data,
+            "--predictions",
+            f"{run}.jsonl",
+            *columns[run],
+        ]
+        for run, data in (("classify", "other.csv"), ("translate", "pairs.jsonl"))
     ]
     job = run_job(0, tmp_path / "generate.py", json.dumps(tables, default=str))
     assert job.code == 0 and job.output.count("code 0") == 2, job.output

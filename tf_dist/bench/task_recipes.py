@@ -94,7 +94,7 @@ RECIPES: dict[str, TaskRecipe] = {
         "vader-sentiment",
         {"text": "text", "label": "label"},
         "--epochs 4",
-        "--tokenizer bpe --vocab-size 8192 --seq-len 48 --model lstm --layers 1 --width 128 --dropout 0.7 "
+        "--tokenizer bpe --vocab-size 16384 --seq-len 48 --model lstm --layers 1 --width 128 --dropout 0.7 "
         "--global-batch-size 64 --micro-batch-size 32 --learning-rate 1.5e-3",
         (Goal("val_accuracy", LINEAR, bound=0.80),),
         {LINEAR: linear},
@@ -143,10 +143,10 @@ RECIPES: dict[str, TaskRecipe] = {
     "answer": TaskRecipe(
         "answer",
         "manual-pages",
-        {"context": "context", "question": "question", "answer": "answer"},
-        "--epochs 12",
-        "--tokenizer bpe --vocab-size 2048 --source-len 288 --layers 3 --width 96 --heads 4 --dropout 0.1 "
-        "--global-batch-size 32 --micro-batch-size 16 --learning-rate 1.5e-3",
+        {"context": "context", "question": "question", "answer": "answer", "start": "start"},
+        "--epochs 8",
+        "--tokenizer bpe --vocab-size 2048 --source-len 288 --model lstm --layers 1 --width 96 --dropout 0.2 "
+        "--global-batch-size 32 --micro-batch-size 16 --learning-rate 3e-3",
         (Goal("val_f1", "best sentence", plus=0.15),),
         {"best sentence": overlapping},
     ),

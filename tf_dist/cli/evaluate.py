@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tf_dist import progress, terminal
-from tf_dist.cli.run_flags import add_run_flags
+from tf_dist.cli.run_flags import COLUMNS, add_column_flags, add_run_flags, named_columns
 from tf_dist.comm.runtime import launch, thread_budget
 from tf_dist.comm.runtime.log_handlers import shown_by
 from tf_dist.data.registry import REGISTRY
@@ -45,6 +45,9 @@ def main(argv: list[str]) -> int:
         parse(argv)
     comm = launch.join()
     flags = parse(argv)
+    if not flags.data and (named := list(named_columns(flags, COLUMNS))):
+        flag = "--" + named[0].replace("_", "-")
+        raise UsageError(f"{flag} is of a table in --data, and there is none. Leave it out, or give --data")
     thread_budget.set_threads(comm)
     progress.begin(flags.progress, comm.rank == 0)
     with progress.task("loading TensorFlow"):
@@ -65,8 +68,8 @@ def main(argv: list[str]) -> int:
         config = dataclasses.replace(
             config,
             data=tuple(flags.data),
-            text_column=flags.text_column or config.text_column,
             errors=flags.errors or config.errors,
+            **named_columns(flags, COLUMNS),
         )
         with shown_by(lambda line: None):  # what is prepared is known by its result
             corpus = other_corpus(config, comm, REGISTRY, folder)
@@ -132,9 +135,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(spelled(__doc__ or ""), "[--run-dir FOLDER] [--data PATH] [options]", program("evaluate"))
     add_run_flags(parser)
     parser.add_argument("--data", nargs="+", metavar="SOURCE", help="other text to evaluate on, all of it")
-    parser.add_argument(
-        "--text-column", metavar="COLUMN", help="text column of tables in --data [as in training]"
-    )
+    add_column_flags(parser, COLUMNS, "--data")
     parser.add_argument(
         "--errors",
         choices=("strict", "replace"),

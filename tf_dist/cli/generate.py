@@ -19,8 +19,8 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 from tf_dist import progress, terminal
-from tf_dist.cli.run_flags import add_run_flags
-from tf_dist.cli.task_predictions import COLUMNS, RECORDINGS, write_predictions
+from tf_dist.cli.run_flags import INPUT_COLUMNS, add_column_flags, add_run_flags
+from tf_dist.cli.task_predictions import RECORDINGS, write_predictions
 from tf_dist.comm.runtime import thread_budget
 from tf_dist.comm.runtime.log_handlers import shown_by
 from tf_dist.comm.transport.base import SerialComm
@@ -154,7 +154,7 @@ def tokens_of(flags: argparse.Namespace) -> int:
 
 def check_no_task(flags: argparse.Namespace) -> None:
     """Raise UsageError for flags that are for the models of tasks."""
-    if given := [name for name in (*COLUMNS, "recordings") if getattr(flags, name)]:
+    if given := [name for name in (*INPUT_COLUMNS, "recordings") if getattr(flags, name)]:
         raise UsageError(f"{_spelled(given)}: for the model of a --task; {flags.run_dir} continues text")
 
 
@@ -247,10 +247,7 @@ def _add_prompt_flags(parser: Parser) -> None:
         help="a prompt in each line (.jsonl: a string, or an object with a prompt), or of a task a table; a "
         "line of JSON each",
     )
-    for name in COLUMNS:
-        parser.add_argument(
-            "--" + name.replace("_", "-"), metavar="COLUMN", help="of a table in --prompts [as in training]"
-        )
+    add_column_flags(parser, INPUT_COLUMNS, "--prompts")
     parser.add_argument(
         "--recordings", metavar="FOLDER", help=f"where --task speak writes WAV files [{RECORDINGS}]"
     )

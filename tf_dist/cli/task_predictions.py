@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tf_dist import progress, terminal
+from tf_dist.cli.run_flags import INPUT_COLUMNS, named_columns
 from tf_dist.decoding.sampling import GREEDY
 from tf_dist.errors import UsageError
 from tf_dist.invocation import command
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from tf_dist.tasks.base import Task
 
 RECORDINGS = "recordings"
-# Columns that a table of prompts can have.
-COLUMNS = ("text_column", "source_column", "context_column", "question_column")
 
 
 def write_predictions(run: LoadedRun, flags: argparse.Namespace, chosen: Sampling | BeamSearch | None) -> int:
@@ -40,8 +39,7 @@ def write_predictions(run: LoadedRun, flags: argparse.Namespace, chosen: Samplin
     from tf_dist.run.task_prompts import predicted
     from tf_dist.runners.inference import WholeInference
 
-    asked = {name: getattr(flags, name) for name in COLUMNS if getattr(flags, name)}
-    task = task_of(dataclasses.replace(run.config, **asked))
+    task = task_of(dataclasses.replace(run.config, **named_columns(flags, INPUT_COLUMNS)))
     records = _records(task, flags)
     predictor = TaskPredictor(task, run.tokenizer, labels_of(Path(flags.run_dir)), chosen or GREEDY)
     _check(task, flags, predictor.decodes, chosen)
