@@ -44,10 +44,7 @@ def main(argv: list[str]) -> int:
         launch.exit_above_rank_0()
         parse(argv)
     comm = launch.join()
-    flags = parse(argv)
-    if not flags.data and (named := list(named_columns(flags, COLUMNS))):
-        flag = "--" + named[0].replace("_", "-")
-        raise UsageError(f"{flag} is of a table in --data, and there is none. Leave it out, or give --data")
+    flags = checked(parse(argv))
     thread_budget.set_threads(comm)
     progress.begin(flags.progress, comm.rank == 0)
     with progress.task("loading TensorFlow"):
@@ -98,6 +95,18 @@ def main(argv: list[str]) -> int:
         terminal.write(f"step {run.step}, {what}: {amount(corpus, side)}")
         terminal.write(json.dumps({"step": run.step, **result}))
     return 0
+
+
+def checked(flags: argparse.Namespace) -> argparse.Namespace:
+    """The flags.
+
+    Raises:
+        UsageError: columns are named of no table.
+    """
+    if not flags.data and (named := list(named_columns(flags, COLUMNS))):
+        flag = "--" + named[0].replace("_", "-")
+        raise UsageError(f"{flag} is of a table in --data, and there is none. Leave it out, or give --data")
+    return flags
 
 
 def amount(corpus: Prepared, side: str) -> str:
