@@ -103,9 +103,9 @@ RECIPES: dict[str, TaskRecipe] = {
         "classify",
         "wordnet-relations",
         {"text": "text", "label": "relation"},
-        "--epochs 4",
-        "--tokenizer bpe --vocab-size 16384 --seq-len 56 --model lstm --layers 1 --width 128 --dropout "
-        "0.4 --global-batch-size 64 --micro-batch-size 32 --learning-rate 4e-3",
+        "--epochs 3",
+        "--tokenizer bpe --vocab-size 16384 --seq-len 64 --model lstm --layers 1 --width 128 --dropout "
+        "0.4 --global-batch-size 64 --micro-batch-size 32 --learning-rate 3e-3",
         (Goal("val_macro_f1", LINEAR, bound=0.85),),
         {LINEAR: linear},
     ),
@@ -134,9 +134,9 @@ RECIPES: dict[str, TaskRecipe] = {
         "summarize",
         "debian-summaries",
         {"source": "description", "target": "synopsis"},
-        "--epochs 2",
-        "--tokenizer bpe --vocab-size 4096 --source-len 64 --target-len 16 --layers 2 --width 128 --heads "
-        "4 --dropout 0.1 --global-batch-size 64 --micro-batch-size 32 --learning-rate 2e-3",
+        "--epochs 3",
+        "--tokenizer bpe --vocab-size 8192 --source-len 64 --target-len 16 --model lstm --layers 1 --width 128 "
+        "--pointer-generator --dropout 0.1 --global-batch-size 64 --micro-batch-size 32 --learning-rate 4e-3",
         (Goal("val_rouge_l", "lead, 12 words", bound=0.35),),
         {"lead, 12 words": lead},
     ),
