@@ -64,6 +64,7 @@ def test_the_names_are_frozen():
         "-h",
         "--help",
         "--no-tie-embeddings",
+        "--no-pointer-generator",
         "--update",  # the older name of --strategy
     }
 

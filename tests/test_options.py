@@ -27,7 +27,7 @@ HOME_OF = {field.name: one for one in COMPONENTS for field in dataclasses.fields
 SAME = """
     model layers width heads seq_len tie_embeddings vocab_size global_batch_size seed optimizer
     freeze lora_rank lora_alpha lora_targets
-    task architecture source_len target_len classes documents end_of_text
+    pointer_generator task architecture source_len target_len classes documents end_of_text
     sample_rate mels stack_frames image_size patch_size
 """.split()
 # ... and these may differ without a word; of all others it is told.

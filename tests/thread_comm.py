@@ -2,7 +2,6 @@
 
 import queue
 import threading
-from collections import defaultdict
 
 import numpy as np
 
@@ -21,7 +20,11 @@ class ThreadComm(Comm):
         self.rank, self.size = rank, size
         self._board, self._meeting = board, meeting
         # Of all ranks: messages on their way, by (from, to, tag). All find the one that the first one made.
-        self._post = meeting.__dict__.setdefault("post", defaultdict(queue.Queue))
+        self._post = meeting.__dict__.setdefault("post", {})
+
+    def _letters(self, source, to, tag):
+        # One operation: two ranks that ask first at once must not make two queues, of which one is lost.
+        return self._post.setdefault((source, to, tag), queue.Queue())
 
     def _everyone(self, value):
         self._board[self.rank] = value
@@ -62,11 +65,11 @@ class ThreadComm(Comm):
         self._everyone(None)
 
     def _isend(self, array, to, tag):
-        self._post[self.rank, to, tag].put(array.copy())
+        self._letters(self.rank, to, tag).put(array.copy())
         return Arrived()
 
     def _irecv(self, array, source, tag):
-        return Expected(self._post[source, self.rank, tag], array)
+        return Expected(self._letters(source, self.rank, tag), array)
 
     def _allgather_bytes(self, raw):
         return self._everyone(raw)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import inspect
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 from tf_dist.errors import UsageError
@@ -32,11 +29,3 @@ def imported(name: str, flag: str) -> Any:
         return getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise UsageError(f"{flag} {name}: {error}. It is looked for from the current folder") from error
-
-
-def code_sha256(users: type) -> str:
-    """The SHA-256 of the file that defines a user's class; empty if it has none, as in a console."""
-    try:
-        return hashlib.sha256(Path(inspect.getfile(users)).read_bytes()).hexdigest()
-    except (OSError, TypeError):
-        return ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import logging
 import shutil
@@ -42,7 +43,6 @@ from tf_dist.data.tokens import TokenWriter, content_sha256, map_tokens, sample_
 from tf_dist.errors import DataError
 from tf_dist.tasks.base import EncodedRows, Task
 from tf_dist.untrusted_files import parsed_json
-from tf_dist.users_code import code_sha256
 
 LOG = logging.getLogger(__name__)
 # Rows that are encoded together.
@@ -137,10 +137,18 @@ def _key(task: Task, config: Config, files: list[list[str | int]], labels: Seque
     if config.tokenizer not in KINDS:
         options["tokenizer"] = _tokenizer_sha256(config.tokenizer)
     if ":" in config.task:  # rows are what a user's code makes of them
-        options["code"] = code_sha256(type(task))
+        options["code"] = _code_sha256(type(task))
     parts: dict[str, Any] = {"format": EXAMPLES, "version": FORMATS[EXAMPLES][0], "options": options}
     parts |= {"files": files} if labels is None else {"files": files, "labels": list(labels)}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _code_sha256(users: type[Task]) -> str:
+    """The SHA-256 of the file that defines a user's class; empty if it has none, as in a console."""
+    try:
+        return sha256_of(Path(inspect.getfile(users)))
+    except (OSError, TypeError):
+        return ""
 
 
 def _tokenizer_sha256(path: str) -> str:
