@@ -5,11 +5,13 @@ python tests/import_graph.py        # what docs/architecture.md says of folders,
 
 import ast
 from collections import Counter, defaultdict
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
 
+@cache
 def modules():
     """Dotted name -> file, of the package."""
     names = {}

@@ -3,7 +3,6 @@
 import ast
 from pathlib import Path
 
-import pytest
 from import_graph import between_folders, circles, folder_of, imports
 
 ROOT = Path(__file__).parents[1]
@@ -97,12 +96,31 @@ def own_rooms(path):
     return {name.split(".")[1] for name in imported(path) if name.startswith("tf_dist.")}
 
 
+def each(paths):
+    """One test of many files, which names those that fail: a test of each is reported longer than it runs."""
+
+    def of(check):
+        def test():
+            failed = []
+            for path in paths:
+                try:
+                    check(path)
+                except AssertionError as error:
+                    failed.append(f"{name_of(path)}: {error}")
+            assert not failed, "\n".join(failed)
+
+        test.__name__, test.__doc__ = check.__name__, check.__doc__
+        return test
+
+    return of
+
+
 def test_every_folder_has_a_floor():
     assert {folder_named(path) for path in PACKAGE} == FLOOR_OF.keys()
     assert SCRIPTS
 
 
-@pytest.mark.parametrize("path", PACKAGE, ids=name_of)
+@each(PACKAGE)
 def test_imports_go_strictly_down(path):
     here = folder_named(path)
     arrows = GRAPH[".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")]
@@ -112,19 +130,19 @@ def test_imports_go_strictly_down(path):
     assert not above
 
 
-@pytest.mark.parametrize("path", PACKAGE, ids=name_of)
+@each(PACKAGE)
 def test_only_comm_talks_to_mpi_and_horovod(path):
     if not folder_named(path).startswith("comm"):
         assert not foreign(path) & {"mpi4py", "horovod"}
 
 
-@pytest.mark.parametrize("path", PACKAGE, ids=name_of)
+@each(PACKAGE)
 def test_no_tensorflow_where_none_is_needed(path):
     if folder_named(path) in WITHOUT_TENSORFLOW or name_of(path) == "tf_dist/comm/transport/base.py":
         assert not foreign(path) & {"tensorflow", "keras"}
 
 
-@pytest.mark.parametrize("path", PACKAGE + SCRIPTS, ids=name_of)
+@each(PACKAGE + SCRIPTS)
 def test_pytorch_stays_in_files_that_nothing_else_imports(path):
     # They are run by the Python of .venv-torch, which has no TensorFlow and no MPI.
     theirs = {name for name in imported(path) if name.startswith("tf_dist.bench.torch_")}
@@ -135,7 +153,7 @@ def test_pytorch_stays_in_files_that_nothing_else_imports(path):
         assert "torch" not in foreign(path) and not theirs
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=name_of)
+@each(SCRIPTS)
 def test_scripts_are_thin(path):
     assert not foreign(path) & {script.stem for script in SCRIPTS}
     assert not [n for n in imported(path) if n.startswith("tf_dist") and n.split(".")[-1].startswith("_")]
@@ -156,7 +174,7 @@ def identifiers(tree):
                 yield from ((part, node.lineno) for part in name.split("."))
 
 
-@pytest.mark.parametrize("path", TREES, ids=name_of)
+@each(TREES)
 def test_nothing_that_is_read_can_run_code(path):
     banned = {"pickle", "cPickle", "marshal", "dill", "shelve", "load_model", "unsafe_load", "allow_pickle"}
     assert not [(name, line) for name, line in identifiers(TREES[path]) if name in banned]
@@ -167,7 +185,7 @@ def test_nothing_that_is_read_can_run_code(path):
     assert not [call.lineno for call in calls for word in call.keywords if word.arg in banned]
 
 
-@pytest.mark.parametrize("path", TREES, ids=name_of)
+@each(TREES)
 def test_functions_fit_on_a_screen(path):
     functions = [n for n in ast.walk(TREES[path]) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
     long = {f.name: f.end_lineno - f.lineno + 1 for f in functions}
@@ -209,7 +227,7 @@ def ladder_of(tree):
                 yield node.lineno
 
 
-@pytest.mark.parametrize("path", PACKAGE + SCRIPTS, ids=name_of)
+@each(PACKAGE + SCRIPTS)
 def test_no_strategy_is_known_outside_its_folder(path):
     """A new strategy is one file and a line of the registry: others ask for traits, and call verbs."""
     if path.is_relative_to(ROOT / "scripts") or folder_named(path) not in ("strategies", "bench"):

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from extended import EVERYTHING
 
 from tf_dist.models import row_lstms, row_transformers
 from tf_dist.models.attention import MASKED
@@ -33,6 +34,7 @@ MODELS = {
     "lstm seq2seq": (row_lstms.encoder_decoder, TEXT, Head("tokens")),
     "lstm speak": (row_lstms.encoder_decoder, RowLayout(Slots(S), Slots(T, M), V), Head("frames", M)),
 }
+ONE_OF_EACH_HEAD = ["masked", "spans", "speak", "pointing", "lstm encoder"]
 SEQ2SEQ = ["prefix", "seq2seq", "caption", "speak", "lstm prefix", "lstm seq2seq", "lstm speak"]
 SEQ2SEQ += [name for name in MODELS if name.startswith("pointing")]
 
@@ -159,7 +161,7 @@ def test_a_pipeline_can_begin_a_stage_with_every_layer():
 
 
 def test_a_row_of_padding_has_a_finite_loss_of_zero():
-    for name in MODELS:
+    for name in MODELS if EVERYTHING else ONE_OF_EACH_HEAD:
         model, layout = build(name)
         replica = Replica(model, keras.optimizers.SGD(0.1), 2, layout.words, seed=1)
         x = np.zeros((2, layout.words), np.int32)
