@@ -7,7 +7,7 @@
     tf-dist generate --prompts reviews.csv    # of a run with --task
 
 Exit codes: 0 done, 64 usage, 65 a character outside the model's vocabulary, or a bad line of FILE,
-77 no usable checkpoint, 78 the run names code that --model does not, 141 the reader of the output has exited.
+77 no usable checkpoint, 78 the run names code that no flag names, 141 the reader of the output has exited.
 """
 
 from __future__ import annotations

@@ -32,6 +32,10 @@ class ContextTokens(NamedTuple):
     places: list[tuple[int, int]]
 
 
+# A question in tokens, with the separator; its context.
+Parts = tuple[npt.NDArray[Any], ContextTokens]
+
+
 class Answer(TextToText):
     """A question about a context -> its answer (SQuAD, Rajpurkar et al. 2016; with a decoder, generative)."""
 
@@ -65,17 +69,29 @@ class Answer(TextToText):
 
     def sources(self, records: Sequence[Record], tokenizer: Tokenizer) -> tuple[Batch, int]:
         """As in `Task`: question, separator and context."""
+        return self._joined(self._parts(records, tokenizer), tokenizer)
+
+    def _parts(self, records: Sequence[Record], tokenizer: Tokenizer) -> list[Parts]:
+        """The question, with its separator, and the context of each record."""
+        return [
+            (self._question(record.values, tokenizer), spans(record.values["context"], tokenizer))
+            for record in records
+        ]
+
+    def _joined(self, parts: Sequence[Parts], tokenizer: Tokenizer) -> tuple[Batch, int]:
         layout = self.layout(tokenizer.vocab_size)
-        questions = [self._question(record.values, tokenizer) for record in records]
-        contexts = [spans(record.values["context"], tokenizer).ids for record in records]
-        ids = [np.concatenate(pair) for pair in zip(questions, contexts, strict=True)]
+        ids = [np.concatenate([question, context.ids]) for question, context in parts]
         return padded(ids, layout.source.count, layout.pad)
 
     def encode(self, records: Sequence[Record], tokenizer: Tokenizer, labels: Sequence[str]) -> EncodedRows:
         """As in `Task`; an answer that has no slot is not trained on."""
-        x_NxS, cut = self.sources(records, tokenizer)
+        parts = self._parts(records, tokenizer)
+        x_NxS, cut = self._joined(parts, tokenizer)
         if self.extractive:
-            found = [self._place(record, tokenizer, x_NxS.shape[1]) for record in records]
+            found = [
+                self._place(record, context, len(question), x_NxS.shape[1])
+                for record, (question, context) in zip(records, parts, strict=True)
+            ]
             return EncodedRows(x_NxS, np.array(found, np.int32), {"source": cut, "target": 0})
         x_NxT, y_NxT, more = self.targets(records, tokenizer)
         return EncodedRows(np.concatenate([x_NxS, x_NxT], axis=1), y_NxT, {"source": cut, "target": more})
@@ -84,10 +100,8 @@ class Answer(TextToText):
         separator = self.layout(tokenizer.vocab_size).separator
         return np.append(tokenizer.encode(values["question"]).astype(np.int64), separator)
 
-    def _place(self, record: Record, tokenizer: Tokenizer, slots: int) -> tuple[int, int]:
+    def _place(self, record: Record, context: ContextTokens, before: int, slots: int) -> tuple[int, int]:
         """The first and the last slot of the answer."""
-        context = spans(record.values["context"], tokenizer)
-        before = len(self._question(record.values, tokenizer))
         start, stop = self._characters(record)
         words = [i for i, (a, b) in enumerate(context.places) if a < stop and b > start]
         tokens = before + np.flatnonzero(np.isin(context.word, words))

@@ -102,7 +102,7 @@ class Task:
         return self.roles[:-1]
 
     def sources(self, records: Sequence[Record], tokenizer: Tokenizer) -> tuple[Batch, int]:
-        """The source of each record, whose other values are not looked at.
+        """The source of each record: the beginning of the text of its first input, unless overridden.
 
         Args:
             records: with the values of `inputs`.
@@ -114,7 +114,9 @@ class Task:
         Raises:
             DataError: with file and row: a file that cannot be used.
         """
-        raise NotImplementedError
+        layout = self.layout(tokenizer.vocab_size)
+        ids = tokenizer.encode_batch([record.values[self.inputs[0]] for record in records])
+        return padded(ids, layout.source.count, layout.pad)
 
     def encode(self, records: Sequence[Record], tokenizer: Tokenizer, labels: Sequence[str]) -> EncodedRows:
         """The rows of some records.

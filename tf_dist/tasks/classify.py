@@ -10,10 +10,9 @@ import numpy.typing as npt
 
 from tf_dist.data.records import Record
 from tf_dist.data.tokenizer import Tokenizer
-from tf_dist.data.tokens import Batch
 from tf_dist.errors import DataError
 from tf_dist.models.row_layout import CLASSES, Head
-from tf_dist.tasks.base import EncodedRows, Task, Values, class_of, padded
+from tf_dist.tasks.base import EncodedRows, Task, Values, class_of
 
 
 class Classify(Task):
@@ -35,12 +34,6 @@ class Classify(Task):
     def label(self, record: Record) -> str:
         """The row's label."""
         return record.values["label"]
-
-    def sources(self, records: Sequence[Record], tokenizer: Tokenizer) -> tuple[Batch, int]:
-        """As in `Task`: the beginning of a text, as far as there are slots."""
-        layout = self.layout(tokenizer.vocab_size)
-        ids = tokenizer.encode_batch([record.values["text"] for record in records])
-        return padded(ids, layout.source.count, layout.pad)
 
     def encode(self, records: Sequence[Record], tokenizer: Tokenizer, labels: Sequence[str]) -> EncodedRows:
         """As in `Task`: a text and its class."""

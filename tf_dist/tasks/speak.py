@@ -19,7 +19,7 @@ from tf_dist.data.tokenizer import Tokenizer
 from tf_dist.data.tokens import Batch
 from tf_dist.data.wav import read_wav
 from tf_dist.models.row_layout import FRAMES, Head, Slots
-from tf_dist.tasks.base import EncodedRows, Task, Values, padded
+from tf_dist.tasks.base import EncodedRows, Task, Values
 from tf_dist.tasks.sound import mel_parameters
 
 # A slot's frames are followed by M values that all say whether it is the last one. So many, that the loss, a
@@ -50,12 +50,6 @@ class Speak(Task):
     def texts(self, record: Record) -> list[str]:
         """The source; the target is a file."""
         return [record.values["source"]]
-
-    def sources(self, records: Sequence[Record], tokenizer: Tokenizer) -> tuple[Batch, int]:
-        """As in `Task`: the beginning of a text, and padding."""
-        layout = self.layout(tokenizer.vocab_size)
-        ids = tokenizer.encode_batch([record.values["source"] for record in records])
-        return padded(ids, layout.source.count, layout.pad)
 
     def encode(self, records: Sequence[Record], tokenizer: Tokenizer, labels: Sequence[str]) -> EncodedRows:
         """As in `Task`: the text, then the slots so far (teacher forcing)."""

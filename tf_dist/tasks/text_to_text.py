@@ -12,7 +12,7 @@ from tf_dist.data.records import Record
 from tf_dist.data.tokenizer import Tokenizer
 from tf_dist.data.tokens import Batch
 from tf_dist.models.row_layout import TOKENS, Head, Slots
-from tf_dist.tasks.base import EncodedRows, Task, Values, next_tokens, padded
+from tf_dist.tasks.base import EncodedRows, Task, Values, next_tokens
 
 
 class TextToText(Task):
@@ -29,12 +29,6 @@ class TextToText(Task):
     def head(self, classes: int) -> Head:
         """Logits of tokens, (B, T, V)."""
         return Head(TOKENS, points=self.config.pointer_generator)
-
-    def sources(self, records: Sequence[Record], tokenizer: Tokenizer) -> tuple[Batch, int]:
-        """As in `Task`: the beginning of a text, and padding."""
-        layout = self.layout(tokenizer.vocab_size)
-        ids = tokenizer.encode_batch([record.values["source"] for record in records])
-        return padded(ids, layout.source.count, layout.pad)
 
     def encode(self, records: Sequence[Record], tokenizer: Tokenizer, labels: Sequence[str]) -> EncodedRows:
         """As in `Task`: the source, then the target after a separator."""
