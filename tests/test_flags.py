@@ -20,8 +20,12 @@ NAMES = """
     sample_rate mels stack_frames image_size patch_size
     data documents end_of_text text_column tokenizer vocab_size val_fraction errors max_bytes prepared_dir
     model layers width heads seq_len dropout tie_embeddings pointer_generator precision
+    normalization norm_epsilon norm_order activation ffn_width position_embedding rope_theta rope_scaling
+    kv_heads head_width qk_norm bias sliding_window
     global_batch_size micro_batch_size steps epochs seed
-    optimizer optimizer_args learning_rate min_learning_rate schedule warmup_steps weight_decay clip_norm
+    label_smoothing z_loss
+    optimizer optimizer_args learning_rate min_learning_rate schedule decay_share warmup_steps weight_decay
+    clip_norm
     init_from init_except freeze lora_rank lora_alpha lora_targets layer_lr_decay lr_scale
     on_spike spike_factor spike_skip max_bad_steps
     tensor_parallel pipeline_parallel sequence_parallel pipeline_schedule pipeline_cuts virtual_stages
@@ -32,7 +36,7 @@ NAMES = """
     compression_start
     backend allreduce chunk_bytes overlap autotune xla check_every on_mismatch min_ranks replicate
     stall_warn stall_abort threads_per_rank
-    run_dir resume save_every async_save keep eval_every log_every progress
+    run_dir resume save_every async_save keep eval_every log_every report_to early_stopping callbacks progress
 """.split()
 
 
@@ -65,6 +69,7 @@ def test_the_names_are_frozen():
         "--help",
         "--no-tie-embeddings",
         "--no-pointer-generator",
+        "--no-qk-norm",
         "--update",  # the older name of --strategy
     }
 
@@ -214,7 +219,7 @@ def test_help_names_every_flag_and_its_default(capsys):
     shown = capsys.readouterr().out
     for field in dataclasses.fields(Config):
         assert "--" + field.name.replace("_", "-") in shown
-    for text in ("What it does.", "[stdlib]", "[0.001]", "constant|linear|cosine|1cycle"):
+    for text in ("What it does.", "[stdlib]", "[0.001]", "constant|linear|cosine|wsd|1cycle"):
         assert text in shown
 
 

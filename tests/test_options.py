@@ -27,13 +27,15 @@ HOME_OF = {field.name: one for one in COMPONENTS for field in dataclasses.fields
 SAME = """
     model layers width heads seq_len tie_embeddings vocab_size global_batch_size seed optimizer
     freeze lora_rank lora_alpha lora_targets
+    normalization norm_epsilon norm_order activation ffn_width position_embedding rope_theta rope_scaling
+    kv_heads head_width qk_norm bias sliding_window
     pointer_generator task architecture source_len target_len classes documents end_of_text
     sample_rate mels stack_frames image_size patch_size
 """.split()
 # ... and these may differ without a word; of all others it is told.
 FREE = """
-    run_dir resume save_every async_save keep log_every progress prepared_dir threads_per_rank check_every
-    min_ranks replicate max_bad_steps on_mismatch stall_warn stall_abort autotune tensor_parallel
+    run_dir resume save_every async_save keep log_every report_to progress prepared_dir threads_per_rank
+    check_every min_ranks replicate max_bad_steps on_mismatch stall_warn stall_abort autotune tensor_parallel
     pipeline_parallel sequence_parallel pipeline_schedule pipeline_cuts virtual_stages micro_batches_in_flight
     recompute zero_stage
 """.split()

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from tf_dist.config import FIELDS, Config
 from tf_dist.errors import LaunchError, UsageError
-from tf_dist.recipes import config_file
+from tf_dist.recipes import PRESETS, config_file, preset_file
 from tf_dist.run_options import (
     CODE,
     RENAMED,
@@ -43,7 +43,10 @@ GROUPS = {
     "sound and images": "for --task transcribe, speak and caption",
     "data": "",
     "model": "",
+    "transformer layers": "the defaults are GPT-2's",
+    "attention": "of a Transformer; the defaults are GPT-2's",
     "batch and steps": "",
+    "loss": "of training; validation has the plain cross-entropy",
     "optimizer": "",
     "fine-tuning": "weights from another training, and which of them are trained (docs/fine-tuning.md)",
     "strategy": "how ranks synchronize; the next groups apply to one strategy each",
@@ -270,11 +273,14 @@ class CommandLine(NamedTuple):
     """What a command line says, before it is a `Config`.
 
     given: the options among its flags. file: that of ``--config``, or empty. only_print: ``--print-config``.
+    preset: the file of ``--preset``, or empty. dry_run: ``--dry-run``.
     """
 
     given: dict[str, Any]
     file: str
     only_print: bool
+    preset: str = ""
+    dry_run: bool = False
 
 
 def read_command_line(argv: Sequence[str], description: str, prog: str = "") -> CommandLine:
@@ -289,11 +295,21 @@ def read_command_line(argv: Sequence[str], description: str, prog: str = "") -> 
         "--config", metavar="FILE.yaml", help="read options from a file, or `nanogpt`; flags override it"
     )
     flags.add_argument(
+        "--preset", metavar="NAME", help=f"a kind of model, or a recipe, below all else: {', '.join(PRESETS)}"
+    )
+    flags.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="do all up to the first step, measure two, say time and memory, and stop",
+    )
+    flags.add_argument(
         "--print-config", action="store_true", help="print the resolved options as YAML and stop"
     )
     given = vars(flags.parse_args(list(argv)))
-    path, only_print = given.pop("config"), given.pop("print_config")
-    return CommandLine(flag_values(given), config_file(path or ""), only_print)
+    path, preset = given.pop("config"), given.pop("preset")
+    only_print, dry_run = given.pop("print_config"), given.pop("dry_run")
+    file, below = config_file(path or ""), preset_file(preset or "")
+    return CommandLine(flag_values(given), file, only_print, below, dry_run)
 
 
 def options_of_run(line: CommandLine) -> dict[str, Any]:
@@ -330,7 +346,8 @@ def resolved(line: CommandLine, of_run: Mapping[str, Any]) -> Config:
                 said, named = below.get(option, ""), line.given.get(option, "")
                 check_named(str(said), str(named), line.file, option)
             below = in_its_own_folder(below, Path(os.path.realpath(line.file)))
-    return Config(**{**below, **line.given})
+    preset = _typed(read_config_file(line.preset), line.preset) if line.preset else {}
+    return Config(**{**preset, **below, **line.given})
 
 
 def from_command_line(argv: Sequence[str], description: str, prog: str = "") -> tuple[Config, bool]:

@@ -20,6 +20,7 @@ from tf_dist.layers import (
 )
 from tf_dist.layers.cross_entropy import cross_entropy
 from tf_dist.models.fast_lstm import LSTM
+from tf_dist.models.model_outputs import LossTerms
 from tf_dist.models.transformer import CausalSelfAttention
 from tf_dist.parallel.sharding import part_of
 from tf_dist.partition import share
@@ -177,23 +178,32 @@ def test_vocabulary(size, tied):
     )
 
 
+@pytest.mark.parametrize("terms", [LossTerms(), LossTerms(0.1), LossTerms(0.2, 1e-2)])
 @pytest.mark.parametrize("size", RANKS)
-def test_cross_entropy(size):
+def test_cross_entropy(size, terms):
     logits = 3 * normal(6, 11)
     logits[1, 4] = logits[1, 9] = logits[1].max() + 1  # shared by two ranks, as the highest
     logits[2] += 500  # whose exponential is infinite
     y = np.array([0, 4, 5, 9, 10, 10], np.int32)
-    losses, gradients = tf.raw_ops.SparseSoftmaxCrossEntropyWithLogits(features=logits, labels=y)
+    smooth = (1 - terms.label_smoothing) * tf.one_hot(y, 11) + terms.label_smoothing / 11
+    with tf.GradientTape() as tape:
+        whole = tf.constant(logits)
+        tape.watch(whole)
+        losses = tf.nn.softmax_cross_entropy_with_logits(smooth, whole)
+        losses += terms.z_loss * tf.square(tf.reduce_logsumexp(whole, -1))
+    gradients = tape.gradient(losses, whole)
 
     def on_rank(comm):
-        part = share(11, comm.rank, comm.size)
+        parts = [share(11, rank, comm.size) for rank in range(comm.size)]
+        part = parts[comm.rank]
         own = tf.constant(logits[:, part.start : part.stop])
-        return part, *(np.asarray(a) for a in cross_entropy(comm, own, tf.constant(y), part))
+        return part, *(np.asarray(a) for a in cross_entropy(comm, own, tf.constant(y), parts, terms))
 
     outcomes = on_ranks(size, on_rank)
     for part, own_losses, own_gradients, right in outcomes:
         np.testing.assert_allclose(own_losses, losses, rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(own_gradients, gradients.numpy()[:, part.start : part.stop], atol=1e-6)
+        wanted = gradients.numpy()[:, part.start : part.stop]
+        np.testing.assert_allclose(own_gradients, wanted, rtol=1e-5, atol=1e-6)
         np.testing.assert_array_equal(right, logits.argmax(1) == y)
     assert len({losses.tobytes() for _, losses, _, _ in outcomes}) == 1
 

@@ -8,7 +8,7 @@ from extended import EVERYTHING
 
 from tf_dist.models import row_lstms, row_transformers
 from tf_dist.models.attention import MASKED
-from tf_dist.models.row_embedding import BodySizes
+from tf_dist.models.body_sizes import BodySizes
 from tf_dist.models.row_layers import ConcatPooling, InQuestion
 from tf_dist.models.row_layout import Head, RowLayout, Slots
 from tf_dist.pipeline.model_partition import LayerGraph

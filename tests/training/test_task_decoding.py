@@ -6,7 +6,7 @@ import pytest
 
 from tf_dist.decoding.beam_search import BeamSearch
 from tf_dist.models import row_lstms, row_transformers
-from tf_dist.models.row_embedding import BodySizes
+from tf_dist.models.body_sizes import BodySizes
 from tf_dist.models.row_layout import Head, RowLayout, Slots
 from tf_dist.parallel.buckets import BucketOverlap
 from tf_dist.parallel.reduction_tree import BlockSum

@@ -47,10 +47,6 @@ class ModelOptions(options.Options):
         """Refuse sizes that do not fit, and a model that nobody knows."""
         if self.dropout >= 1:
             raise UsageError(f"dropout is {self.dropout}, which drops everything; use a value below 1")
-        if self.model == "transformer" and self.width % self.heads:
-            raise UsageError(
-                f"heads {self.heads} does not divide width {self.width}: every head has the same width"
-            )
         if ":" not in self.model and self.model not in MODELS:
             raise UsageError(
                 f"unknown model {self.model!r}: transformer, lstm or package.module:function"

@@ -22,11 +22,14 @@ class OptimizerOptions(options.Options):
         {}, text="extra arguments of the optimizer, as in beta_2=0.99,epsilon=1e-8"
     )
     learning_rate: float = option(1e-3, text="peak learning rate", least=0)
-    min_learning_rate: float = option(1e-4, text="final learning rate of linear, cosine and 1cycle", least=0)
+    min_learning_rate: float = option(1e-4, text="final learning rate where it decays", least=0)
     schedule: str = option(
         "cosine",
         text="learning-rate decay after the warm-up",
-        choices=("constant", "linear", "cosine", "1cycle"),
+        choices=("constant", "linear", "cosine", "wsd", "1cycle"),
+    )
+    decay_share: float = option(
+        0.2, text="share of the steps in which schedule wsd decays, at the end", least=0, most=1
     )
     warmup_steps: int = option(20, text="steps of linear warm-up from 0 to the peak", least=0)
     weight_decay: float = option(

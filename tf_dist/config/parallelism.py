@@ -9,6 +9,7 @@ from math import prod
 from tf_dist import options
 from tf_dist.config.model import ModelOptions
 from tf_dist.config.pipeline import PipelineOptions
+from tf_dist.config.transformer import TransformerOptions
 from tf_dist.errors import UsageError
 from tf_dist.parallel.mesh import AXES
 from tf_dist.partition import must_divide
@@ -46,14 +47,14 @@ class ParallelismOptions(options.Options):
         degrees = {field.name: getattr(self, field.name) for field in fields(ParallelismOptions)}
         return {name: degree for name, degree in degrees.items() if degree > 1}
 
-    def check_model(self, model: ModelOptions, pipeline: PipelineOptions) -> None:
+    def check_grid(self, model: ModelOptions, kind: TransformerOptions, pipeline: PipelineOptions) -> None:
         """Refuse a grid that the model, or its pipeline, does not fit.
 
         Raises:
             UsageError: with the arithmetic, and the nearest values that work.
         """
         if self.tensor_parallel > 1:
-            self._check_tensor(model)
+            self._check_tensor(model, kind)
         if self.sequence_parallel > 1:
             self._check_sequence(model)
         if self.pipeline_parallel > 1:
@@ -69,10 +70,14 @@ class ParallelismOptions(options.Options):
             wanted = " and ".join(f"{name} {degree}" for name, degree in self.above_1.items())
             raise UsageError(f"backend horovod cannot carry {wanted}: use backend mpi")
 
-    def _check_tensor(self, model: ModelOptions) -> None:
+    def _check_tensor(self, model: ModelOptions, kind: TransformerOptions) -> None:
         """A user's model knows best what can be divided: its layers refuse what cannot."""
         if model.model == "transformer":
             must_divide(self.tensor_parallel, "heads", model.heads, "tensor_parallel")
+            if kind.kv_heads:
+                must_divide(self.tensor_parallel, "kv_heads", kind.kv_heads, "tensor_parallel")
+            width = kind.width_of_ffn(model.width)
+            must_divide(self.tensor_parallel, "ffn_width", width, "tensor_parallel")
         elif model.model == "lstm":
             must_divide(self.tensor_parallel, "width", model.width, "tensor_parallel")
 

@@ -15,6 +15,7 @@ from tf_dist.config.batch import BatchOptions
 from tf_dist.config.checks import ConsistencyOptions, NumericOptions
 from tf_dist.config.data import DataOptions
 from tf_dist.config.fine_tuning import FineTuningOptions
+from tf_dist.config.loss import LossOptions
 from tf_dist.config.media import MediaOptions
 from tf_dist.config.model import ModelOptions
 from tf_dist.config.optimizer import OptimizerOptions
@@ -25,6 +26,7 @@ from tf_dist.config.pipeline import PipelineOptions
 from tf_dist.config.recovery import CheckpointOptions, RecoveryOptions
 from tf_dist.config.strategy import StrategyOptions
 from tf_dist.config.task import TaskOptions
+from tf_dist.config.transformer import TransformerOptions
 from tf_dist.options import Options
 from tf_dist.strategies.base import Setting
 
@@ -48,7 +50,9 @@ class Config(
     NumericOptions,
     FineTuningOptions,
     OptimizerOptions,
+    LossOptions,
     BatchOptions,
+    TransformerOptions,
     ModelOptions,
     DataOptions,
     MediaOptions,
@@ -67,8 +71,10 @@ class Config(
         """Refuse what a component refuses, then components that do not fit each other."""
         for component in COMPONENTS:
             component.check(self)
+        model = self.part(ModelOptions)
+        self.check_model(model, self.task)
         parallelism = self.part(ParallelismOptions)
-        parallelism.check_model(self.part(ModelOptions), self.part(PipelineOptions))
+        parallelism.check_grid(model, self.part(TransformerOptions), self.part(PipelineOptions))
         self.check_documents(self.model, self.sequence_parallel)
         setting = Setting(parallelism.above_1, self.backend, self.optimizer.lower())
         self.check_setting(setting, self.on_spike)

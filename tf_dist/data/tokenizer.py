@@ -67,6 +67,7 @@ class Tokenizer(abc.ABC):
     kind: str
     vocab_size: int
     end_of_text: int
+    end_of_text_name: str = END_OF_TEXT
 
     @abc.abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
@@ -80,7 +81,8 @@ class Tokenizer(abc.ABC):
     def _decode(self, ids: Ids) -> str: ...
 
     @abc.abstractmethod
-    def _json(self) -> str: ...
+    def to_json(self) -> str:
+        """The file that `save` writes."""
 
     def encode(self, text: str) -> Ids:
         """The ids of one text, uint32, shape (tokens,).
@@ -115,7 +117,7 @@ class Tokenizer(abc.ABC):
 
     def save(self, path: Path | str) -> None:
         """Write the tokenizer to ``path``, atomically."""
-        write_whole(Path(path), self._json().encode())
+        write_whole(Path(path), self.to_json().encode())
 
 
 class ByteTokenizer(Tokenizer):
@@ -132,7 +134,8 @@ class ByteTokenizer(Tokenizer):
     def _decode(self, ids: Ids) -> str:
         return ids.astype(np.uint8).tobytes().decode("utf-8", "replace")
 
-    def _json(self) -> str:
+    def to_json(self) -> str:
+        """See `Tokenizer.to_json`."""
         return json.dumps({"format": FORMAT, "kind": self.kind})
 
 
@@ -163,7 +166,8 @@ class CharTokenizer(Tokenizer):
     def _decode(self, ids: Ids) -> str:
         return self._points[ids.astype(np.int64) - 1].tobytes().decode("utf-32-le")
 
-    def _json(self) -> str:
+    def to_json(self) -> str:
+        """See `Tokenizer.to_json`."""
         return json.dumps({"format": FORMAT, "kind": self.kind, "characters": self.characters})
 
 
@@ -193,6 +197,7 @@ class HuggingFaceTokenizer(Tokenizer):
             tried = " ".join(END_OF_TEXT_NAMES)
             raise UsageError(f"{name} has no end-of-text token: none of {tried}. Add one to it, or use bpe.")
         self.end_of_text = found[0]
+        self.end_of_text_name = str(inner.id_to_token(found[0]))
         inner.no_truncation()
         inner.no_padding()
         # A corpus may contain "<|endoftext|>" as text; only this class may write the token.
@@ -210,7 +215,8 @@ class HuggingFaceTokenizer(Tokenizer):
         with foreign_tokenizer.no_panic("this tokenizer cannot decode tokens"):
             return str(self._inner.decode(ids.tolist(), skip_special_tokens=True))
 
-    def _json(self) -> str:
+    def to_json(self) -> str:
+        """See `Tokenizer.to_json`."""
         return str(self._inner.to_str())
 
 

@@ -1,6 +1,6 @@
 """Attention with heads partitioned among ranks (Megatron-LM, Shoeybi et al. 2019).
 
-Legend: B rows, T tokens, D width, H heads, h of them on this rank.
+Legend: B rows, T tokens, D width, H heads, h of them on this rank, G heads of keys and values.
 """
 
 from __future__ import annotations
@@ -9,14 +9,18 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tf_dist.comm.transport.base import Comm
+from tf_dist.config.transformer import TransformerOptions
+from tf_dist.layers import mappings
 from tf_dist.layers.dense import ColumnParallelDense, RowParallelDense
 from tf_dist.layers.partitioned_weights import talks
 from tf_dist.models import attention
+from tf_dist.models.body_sizes import GPT2
 from tf_dist.models.cross_attention import CrossAttention
-from tf_dist.models.transformer import CausalSelfAttention
+from tf_dist.models.self_attention import CausalSelfAttention
 from tf_dist.partition import must_divide, share
 
 
@@ -24,12 +28,15 @@ class _ParallelHeads(keras.layers.Layer):
     """The projections and dropout masks of this rank's heads; mixed with a layer that has these hooks."""
 
     heads: int
+    kv_heads: int
     attention_dropout: keras.layers.Layer
 
     def _divide(self, comm: Comm) -> None:
         """Take this rank's share of the heads, once the layer's constructor has run."""
+        must_divide(comm.size, "heads", self.heads, "tensor_parallel")
+        must_divide(comm.size, "kv_heads", self.kv_heads, "tensor_parallel")
         self._comm = comm
-        self.own_heads = len(share(self.heads, comm.rank, comm.size))
+        self.own_heads, self.own_kv_heads = self.heads // comm.size, self.kv_heads // comm.size
         talks(self)
 
     def _expanding(self, units: int, groups: int = 1, **kwargs: Any) -> keras.layers.Layer:
@@ -37,6 +44,10 @@ class _ParallelHeads(keras.layers.Layer):
 
     def _contracting(self, units: int, **kwargs: Any) -> keras.layers.Layer:
         return RowParallelDense(units, self._comm, **kwargs)
+
+    def _replicated(self, weight: Any) -> Any:
+        # Each rank's heads give a part of its gradient.
+        return mappings.copied(self._comm, tf.convert_to_tensor(weight))
 
     def _drop(self, weights_BxhxTxT: tf.Tensor) -> Any:
         shape = tf.shape(weights_BxhxTxT)
@@ -57,6 +68,38 @@ class ParallelSelfAttention(_ParallelHeads, CausalSelfAttention):
         dropout: fraction of attention weights dropped in training.
         output_stddev: standard deviation of the output projection's initial weights.
         attend: as in `CausalSelfAttention`; gets this rank's heads.
+        kind: as in `CausalSelfAttention`; G / R heads of keys and values are a rank's.
+        places: as in `CausalSelfAttention`.
+        comm: the ranks.
+
+    Raises:
+        UsageError: on every rank: the number of ranks does not divide the heads, or those of keys and values.
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        dropout: float,
+        output_stddev: float,
+        attend: Callable[..., Any] = attention.attention,
+        kind: TransformerOptions | dict[str, Any] = GPT2,
+        places: np.ndarray | None = None,
+        *,
+        comm: Comm,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(heads, dropout, output_stddev, attend, kind, places, **kwargs)
+        self._divide(comm)
+
+
+class ParallelCrossAttention(_ParallelHeads, CrossAttention):
+    """`CrossAttention` with H / R heads on each of R ranks, as `ParallelSelfAttention`.
+
+    Args:
+        heads: H, over all ranks.
+        dropout: fraction of attention weights dropped in training.
+        output_stddev: standard deviation of the output projection's initial weights.
+        kind: as in `CrossAttention`.
         comm: the ranks.
 
     Raises:
@@ -68,32 +111,10 @@ class ParallelSelfAttention(_ParallelHeads, CausalSelfAttention):
         heads: int,
         dropout: float,
         output_stddev: float,
-        attend: Callable[..., Any] = attention.attention,
+        kind: TransformerOptions | dict[str, Any] = GPT2,
         *,
         comm: Comm,
         **kwargs: Any,
     ) -> None:
-        must_divide(comm.size, "heads", heads, "tensor_parallel")
-        super().__init__(heads, dropout, output_stddev, attend, **kwargs)
-        self._divide(comm)
-
-
-class ParallelCrossAttention(_ParallelHeads, CrossAttention):
-    """`CrossAttention` with H / R heads on each of R ranks, as `ParallelSelfAttention`.
-
-    Args:
-        heads: H, over all ranks.
-        dropout: fraction of attention weights dropped in training.
-        output_stddev: standard deviation of the output projection's initial weights.
-        comm: the ranks.
-
-    Raises:
-        UsageError: on every rank: the number of ranks does not divide the heads.
-    """
-
-    def __init__(
-        self, heads: int, dropout: float, output_stddev: float, *, comm: Comm, **kwargs: Any
-    ) -> None:
-        must_divide(comm.size, "heads", heads, "tensor_parallel")
-        super().__init__(heads, dropout, output_stddev, **kwargs)
+        super().__init__(heads, dropout, output_stddev, kind, **kwargs)
         self._divide(comm)

@@ -21,8 +21,8 @@ from tf_dist.partition import must_divide
 def sequence_parallel(comm: Comm, seq_len: int, layers: Layers = PLAIN) -> Layers:
     """Layers with which `tf_dist.models.transformer.build` builds a context-parallel model.
 
-    All layers but attention and positions are local to a token, so only these two are replaced. The model
-    takes a rank's `columns` of a row; all weights are replicated.
+    All layers but attention and positions are local to a token, so only these two are replaced; rope gets
+    the tokens' positions. The model takes a rank's `columns` of a row; all weights are replicated.
 
     Args:
         comm: the ranks that partition rows, `Mesh.sequence`.
@@ -47,7 +47,10 @@ def sequence_parallel(comm: Comm, seq_len: int, layers: Layers = PLAIN) -> Layer
         return SharedPositions(seq_len, comm.rank, comm.size, **options)
 
     ring = RingAttention(comm)
-    return layers._replace(attend=ring, attention=attention, positions=positions, sequence=comm.size)
+    places = columns(seq_len, comm.rank, comm.size)
+    return layers._replace(
+        attend=ring, attention=attention, positions=positions, places=places, sequence=comm.size
+    )
 
 
 @keras.saving.register_keras_serializable("tf_dist")

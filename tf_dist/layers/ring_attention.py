@@ -21,8 +21,8 @@ import tensorflow as tf
 from tf_dist.comm.transport.base import Comm
 from tf_dist.layers.mappings import keep_order
 from tf_dist.layers.ring_exchange import RingExchange
-from tf_dist.models.attention import BLOCK, MASKED, attention
-from tf_dist.parallel.context_partition import chunks, seen
+from tf_dist.models.attention import BLOCK, MASKED, attention, older
+from tf_dist.parallel.context_partition import chunks, columns, seen
 
 
 class PartialAttention(NamedTuple):
@@ -51,22 +51,24 @@ class RingAttention:
         keep_order()
         self._ring, self._block = RingExchange(comm), block
 
-    def __call__(self, q_BxHxLxK: tf.Tensor, k_BxHxLxK: tf.Tensor, v_BxHxLxK: tf.Tensor) -> Any:
-        """Causal attention over the tokens of all ranks."""
+    def __call__(
+        self, q_BxHxLxK: tf.Tensor, k_BxHxLxK: tf.Tensor, v_BxHxLxK: tf.Tensor, window: int = 0
+    ) -> Any:
+        """Causal attention over the tokens of all ranks; ``window``: to so many at most, 0: to all."""
         if self._ring.size == 1:
-            return attention(q_BxHxLxK, k_BxHxLxK, v_BxHxLxK)
+            return attention(q_BxHxLxK, k_BxHxLxK, v_BxHxLxK, window)
 
         @tf.custom_gradient  # type: ignore[untyped-decorator]
         def run(q: Any, k: Any, v: Any) -> Any:
             # Scaled first, for the reason given in `tf_dist.models.attention`.
             scale = q.shape[3] ** -0.5
             q = q * scale
-            attended, logs = _forward(self._ring, self._places(q), q, k, v)
+            attended, logs = _forward(self._ring, self._places(q), q, k, v, window)
             attended = tf.cast(attended, v.dtype)
 
             def gradient(dattended: Any) -> Any:
                 back = _Back(self._places(q), q, attended, logs, dattended)
-                dq, dk, dv = _backward(self._ring, back, k, v)
+                dq, dk, dv = _backward(self._ring, back, k, v, window)
                 return dq * scale, dk, dv
 
             return attended, gradient
@@ -84,33 +86,56 @@ class _Turn(NamedTuple):
     """The keys and values currently on a rank, and which of its blocks of queries attend to which of them.
 
     pairs: block index, its queries, and its keys. masked: keys are the rank's own: a block attends to those
-    up to its last query, with a causal mask among its queries.
+    up to its last query, with a causal mask among its queries. queries_at, keys_at: positions in a row.
+    window: see `RingAttention`.
     """
 
     k: Any
     v: Any
     pairs: list[tuple[int, slice, slice]]
     masked: bool
+    queries_at: np.ndarray
+    keys_at: np.ndarray
+    window: int
+
+    def hidden(self, queries: slice, keys: slice) -> np.ndarray | None:
+        """What is added to the scores of a block, (S, N); None: nothing."""
+        hidden = older(self.queries_at[queries], self.keys_at[keys], self.window)
+        if not self.masked:
+            return hidden
+        S, N = queries.stop - queries.start, keys.stop
+        if hidden is not None:
+            hidden[:, N - S :] += _future(S)
+        return hidden
 
 
-def _turn(ring: RingExchange, number: int, places: list[slice], k: Any, v: Any) -> _Turn:
+def _turn(ring: RingExchange, number: int, places: list[slice], k: Any, v: Any, window: int) -> _Turn:
     """Work of a rank in turn n, in which it has the keys of the n-th rank before it."""
+    seq_len, source = k.shape[2] * ring.size, (ring.rank - number) % ring.size
+    queries_at, keys_at = (columns(seq_len, rank, ring.size) for rank in (ring.rank, source))
     if number == 0:
-        return _Turn(k, v, [(n, place, slice(0, place.stop)) for n, place in enumerate(places)], True)
-    queries, keys = seen(k.shape[2] * ring.size, ring.rank, (ring.rank - number) % ring.size, ring.size)
+        own = [(n, place, slice(0, place.stop)) for n, place in enumerate(places)]
+        return _Turn(k, v, own, True, queries_at, keys_at, window)
+    queries, keys = seen(seq_len, ring.rank, source, ring.size)
     inside = [queries.start <= place.start and place.stop <= queries.stop for place in places]
-    return _Turn(k, v, [(n, place, keys) for n, place in enumerate(places) if inside[n]], False)
+    pairs = [(n, place, keys) for n, place in enumerate(places) if inside[n]]
+    return _Turn(k, v, pairs, False, queries_at, keys_at, window)
+
+
+def _future(tokens: int) -> np.ndarray:
+    """The causal mask among so many queries, (S, S)."""
+    return np.triu(np.full((tokens, tokens), MASKED, np.float32), k=1)
 
 
 # Forward -----------------------------------------------------------------------------------------
 
 
-def _forward(ring: RingExchange, places: list[slice], q: Any, k: Any, v: Any) -> tuple[Any, Any]:
+def _forward(ring: RingExchange, places: list[slice], q: Any, k: Any, v: Any, window: int) -> tuple[Any, Any]:
     """Attention output, (B, H, L, K), and logarithms of the sums of weights, (B, H, L, 1); float32."""
     done: list[PartialAttention] = []
     for number in range(ring.size):
         begun = None if number == ring.size - 1 else ring.begin([k, v], [q])
-        _look(done, _turn(ring, number, places, k, v), q, [q if begun is None else begun])
+        _look(done, _turn(ring, number, places, k, v, window), q, [q if begun is None else begun])
         if begun is not None:
             k, v = ring.end(begun, [k, v], [one.values for one in done])
     values, totals, largest = zip(*done, strict=True)
@@ -122,7 +147,8 @@ def _look(done: list[PartialAttention], turn: _Turn, q: Any, after: list[Any]) -
     """Attend to the current keys, one block of queries after the other."""
     for n, queries, keys in turn.pairs:
         with tf.control_dependencies(after):  # one block at a time: they share memory
-            scores = _scores(q[:, :, queries], turn.k[:, :, keys], turn.masked)
+            hidden = turn.hidden(queries, keys)
+            scores = _scores(q[:, :, queries], turn.k[:, :, keys], turn.masked, hidden)
             more = _attend(scores, turn.v[:, :, keys])
             if turn.masked:  # the first turn
                 done.append(more)
@@ -131,13 +157,22 @@ def _look(done: list[PartialAttention], turn: _Turn, q: Any, after: list[Any]) -
             after = [done[n].values]
 
 
-def _scores(q_BxHxSxK: tf.Tensor, k_BxHxNxK: tf.Tensor, masked: bool) -> Any:
-    """Of scaled queries, (B, H, S, N) float32; masked: the queries are the last S of N tokens."""
+def _scores(q_BxHxSxK: tf.Tensor, k_BxHxNxK: tf.Tensor, masked: bool, hidden_SxN: np.ndarray | None) -> Any:
+    """Of scaled queries, (B, H, S, N) float32.
+
+    Args:
+        q_BxHxSxK: queries.
+        k_BxHxNxK: keys.
+        masked: the queries are the last S of N tokens.
+        hidden_SxN: the whole mask, where a window hides some as well.
+    """
     scores = tf.cast(tf.matmul(q_BxHxSxK, k_BxHxNxK, transpose_b=True), tf.float32)
+    if hidden_SxN is not None:
+        return scores + tf.constant(hidden_SxN)
     if not masked:
         return scores
     S, N = q_BxHxSxK.shape[2], k_BxHxNxK.shape[2]
-    future_SxS = tf.constant(np.triu(np.full((S, S), MASKED, np.float32), k=1))
+    future_SxS = tf.constant(_future(S))
     if N == S:
         return scores + future_SxS
     return tf.concat([scores[..., : N - S], scores[..., N - S :] + future_SxS], axis=-1)
@@ -160,7 +195,7 @@ def _both(a: PartialAttention, b: PartialAttention) -> PartialAttention:
 # Backward ----------------------------------------------------------------------------------------
 
 
-def _backward(ring: RingExchange, back: _Back, k: Any, v: Any) -> tuple[Any, Any, Any]:
+def _backward(ring: RingExchange, back: _Back, k: Any, v: Any, window: int) -> tuple[Any, Any, Any]:
     """The gradients of the scaled queries, of the keys and of the values.
 
     Gradients of keys and values follow their keys and values one turn later, so that the sum of the previous
@@ -176,7 +211,7 @@ def _backward(ring: RingExchange, back: _Back, k: Any, v: Any) -> tuple[Any, Any
         # early.
         begun = ring.begin(given, [back.dattended]) if given else None
         after = [back.dattended if begun is None else begun]
-        part = _look_back(back, _turn(ring, number, back.places, k, v), after)
+        part = _look_back(back, _turn(ring, number, back.places, k, v, window), after)
         arrived = [] if begun is None else ring.end(begun, given, part)
         k, v = arrived[:2] if block else (k, v)
         if number == 0:
@@ -203,10 +238,12 @@ class _Back:
         self.means = tf.reduce_sum(product, -1, keepdims=True)
         self.dqs: list[Any] = [None] * len(places)
 
-    def of_block(self, number: int, queries: slice, k: Any, v: Any, masked: bool) -> list[Any]:
+    def of_block(self, turn: _Turn, number: int, queries: slice, keys: slice) -> list[Any]:
         """Add to the gradient of a block of queries; return those of its keys and values, float32."""
         q, dattended = self.q[:, :, queries], self.dattended[:, :, queries]
-        weights = tf.exp(_scores(q, k, masked) - self.logs[:, :, queries])
+        k, v = turn.k[:, :, keys], turn.v[:, :, keys]
+        scores = _scores(q, k, turn.masked, turn.hidden(queries, keys))
+        weights = tf.exp(scores - self.logs[:, :, queries])
         dweights = tf.cast(tf.matmul(dattended, v, transpose_b=True), tf.float32)
         dscores = tf.cast((dweights - self.means[:, :, queries]) * weights, q.dtype)
         dq, so_far = tf.cast(tf.matmul(dscores, k), tf.float32), self.dqs[number]
@@ -225,7 +262,7 @@ def _look_back(back: _Back, turn: _Turn, after: list[Any]) -> list[Any]:
     complete: list[list[Any]] = []
     for n, queries, keys in reversed(turn.pairs):
         with tf.control_dependencies(after):  # one block at a time: they share memory
-            more = back.of_block(n, queries, turn.k[:, :, keys], turn.v[:, :, keys], turn.masked)
+            more = back.of_block(turn, n, queries, keys)
             if sums and sums[0].shape[2] > keys.stop:
                 complete.append([one[:, :, keys.stop :] for one in sums])
                 sums = [one[:, :, : keys.stop] for one in sums]

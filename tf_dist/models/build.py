@@ -12,6 +12,7 @@ import keras
 from tf_dist.config import Config
 from tf_dist.config.data import PACKED
 from tf_dist.config.fine_tuning import FineTuningOptions
+from tf_dist.config.transformer import TransformerOptions
 from tf_dist.errors import UsageError
 from tf_dist.models import lstm, transformer
 from tf_dist.models.fine_tuning import fine_tuned
@@ -108,7 +109,8 @@ def _own(config: Config, layers: Layers) -> keras.Model:
     if config.model == "lstm":
         return lstm.build(*sizes, config.dropout, config.tie_embeddings, layers.lstm, layers.embedding)
     end = packed_end(config)
-    return transformer.build(*sizes, config.heads, config.dropout, config.tie_embeddings, layers, end)
+    kind = config.part(TransformerOptions)
+    return transformer.build(*sizes, config.heads, config.dropout, config.tie_embeddings, layers, end, kind)
 
 
 def packed_end(config: Config) -> int | None:

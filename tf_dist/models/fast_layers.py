@@ -1,4 +1,4 @@
-"""Keras's layer norm and GELU with custom gradients: the same numbers in fewer passes over memory.
+"""Keras's norms and GELU with custom gradients: the same numbers in fewer passes over memory.
 
 Between the matrix products of a Transformer only the number of memory accesses matters.
 TensorFlow's own gradients make a pass for every operation of the forward pass, and often two.
@@ -19,7 +19,7 @@ import tensorflow as tf
 class LayerNormalization(keras.layers.LayerNormalization):
     """`keras.layers.LayerNormalization` over the last axis (Ba et al. 2016), equal within rounding.
 
-    Weights, names and files are Keras's. Other axes, and a norm without gain or offset, use Keras's code.
+    Weights, names and files are Keras's. Other axes, and a norm without gain, use Keras's code.
     Computed in float32 for any compute dtype, like Keras.
     """
 
@@ -28,9 +28,10 @@ class LayerNormalization(keras.layers.LayerNormalization):
     def call(self, inputs: Any) -> Any:
         """Return the normalized inputs, (..., D)."""
         x = tf.convert_to_tensor(inputs)
-        if self.axis not in ([-1], [len(x.shape) - 1]) or self.gamma is None or self.beta is None:
+        if self.axis not in ([-1], [len(x.shape) - 1]) or self.gamma is None:
             return super().call(inputs)
-        gain_D, offset_D = tf.convert_to_tensor(self.gamma), tf.convert_to_tensor(self.beta)
+        gain_D = tf.convert_to_tensor(self.gamma)
+        offset_D = tf.zeros_like(gain_D) if self.beta is None else tf.convert_to_tensor(self.beta)
         y_NxD = _layer_norm(tf.reshape(x, (-1, x.shape[-1])), gain_D, offset_D, self.epsilon)
         return tf.ensure_shape(tf.reshape(y_NxD, tf.shape(x)), x.shape)
 
@@ -56,6 +57,76 @@ def _layer_norm(x_NxD: tf.Tensor, gain_D: tf.Tensor, offset_D: tf.Tensor, epsilo
         return tf.cast(normed_NxD * gain_D + offset_D, dtype), gradient
 
     return run(x_NxD, gain_D, offset_D)
+
+
+@keras.saving.register_keras_serializable("tf_dist")
+class RMSNormalization(keras.layers.RMSNormalization):
+    """`keras.layers.RMSNormalization` over the last axis (Zhang & Sennrich 2019), equal within rounding.
+
+    Weights, names and files are Keras's. Computed in float32 for any compute dtype, like Keras.
+    """
+
+    positionwise = True
+
+    def call(self, inputs: Any) -> Any:
+        """Return the normalized inputs, (..., D)."""
+        x = tf.convert_to_tensor(inputs)
+        if self.axis not in (-1, [-1], len(x.shape) - 1):
+            return super().call(inputs)
+        return rms_norm(x, tf.convert_to_tensor(self.scale), self.epsilon)
+
+
+def rms_norm(x: tf.Tensor, gain_D: tf.Tensor, epsilon: float) -> Any:
+    """Each vector of the last axis over the root of its mean square, times the gain; as ``x``."""
+
+    @tf.custom_gradient  # type: ignore[untyped-decorator]
+    def run(x: tf.Tensor, gain_D: tf.Tensor) -> Any:
+        dtype, gain_dtype = x.dtype, gain_D.dtype
+        x, gain_D = tf.cast(x, tf.float32), tf.cast(gain_D, tf.float32)
+        inverse = tf.math.rsqrt(tf.reduce_mean(tf.square(x), -1, keepdims=True) + epsilon)
+        normed = x * inverse
+
+        def gradient(dy: tf.Tensor) -> Any:
+            dy = tf.cast(dy, tf.float32)
+            product = dy * normed
+            slope = tf.tensordot(product, gain_D[:, None] / gain_D.shape[0], 1)
+            dx = (dy * gain_D - normed * slope) * inverse
+            dgain = tf.reduce_sum(tf.reshape(product, (-1, gain_D.shape[0])), 0)
+            return tf.cast(dx, dtype), tf.cast(dgain, gain_dtype)
+
+        return tf.cast(normed * gain_D, dtype), gradient
+
+    return run(x, gain_D)
+
+
+@keras.saving.register_keras_serializable("tf_dist")  # type: ignore[untyped-decorator]
+def gelu_tanh(x: Any) -> Any:
+    """GPT-2's GELU, with the normal distribution approximated by a hyperbolic tangent."""
+    return tf.nn.gelu(tf.convert_to_tensor(x), approximate=True)
+
+
+@keras.saving.register_keras_serializable("tf_dist")
+class Gated(keras.layers.Layer):
+    """A gated linear unit's product (Shazeer 2020): activation(gate) * value, (..., F).
+
+    Args:
+        activation: ``swiglu`` or ``geglu``.
+    """
+
+    positionwise = True
+
+    def __init__(self, activation: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.activation = activation
+
+    def call(self, gate: Any, value: Any) -> Any:
+        """Return the product."""
+        gate = tf.convert_to_tensor(gate)
+        return (tf.nn.silu(gate) if self.activation == "swiglu" else gelu(gate)) * value
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the constructor's arguments."""
+        return {**super().get_config(), "activation": self.activation}
 
 
 @keras.saving.register_keras_serializable("tf_dist")  # type: ignore[untyped-decorator]

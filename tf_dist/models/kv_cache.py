@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from tf_dist.models.attention import MASKED
+from tf_dist.models.attention import MASKED, repeat_heads
 from tf_dist.models.incremental import Span
 
 
@@ -63,10 +63,16 @@ def padded_bias(bias_Bx1xQxN: Any, length: int, beyond: float) -> Any:
     return tf.pad(bias_Bx1xQxN, ((0, 0), (0, 0), (0, 0), (0, more)), constant_values=beyond)
 
 
-def causal_bias(span: Span, new: int, length: int, dtype: Any) -> Any:
-    """What is added to scores so that a new position attends to itself and to those before, (B, 1, N, L)."""
-    later = tf.range(length) > span.positions(new)[:, None, :, None]
-    return tf.where(later, tf.constant(MASKED, dtype), tf.constant(0, dtype))
+def causal_bias(span: Span, new: int, length: int, dtype: Any, window: int = 0) -> Any:
+    """What is added to scores so that a new position attends to itself and to those before, (B, 1, N, L).
+
+    ``window``: to so many at most, itself included; 0: to all.
+    """
+    places_Bx1xNx1 = span.positions(new)[:, None, :, None]
+    hidden = tf.range(length) > places_Bx1xNx1
+    if window:
+        hidden |= tf.range(length) <= places_Bx1xNx1 - window
+    return tf.where(hidden, tf.constant(MASKED, dtype), tf.constant(0, dtype))
 
 
 def cached_attention(q_BxHxNxK: Any, cache: KeyValueCache, bias_Bx1xNxL: Any) -> Any:
@@ -74,10 +80,12 @@ def cached_attention(q_BxHxNxK: Any, cache: KeyValueCache, bias_Bx1xNxL: Any) ->
 
     Args:
         q_BxHxNxK: queries of new positions.
-        cache: with their keys and values.
+        cache: with their keys and values, of as many heads or fewer.
         bias_Bx1xNxL: added to scores: `causal_bias`, another mask, or their sum.
     """
     # Scaled before the product, as in `attention.py`.
+    heads = q_BxHxNxK.shape[1]
     q_BxHxNxK = q_BxHxNxK * q_BxHxNxK.shape[3] ** -0.5
-    scores_BxHxNxL = tf.matmul(q_BxHxNxK, cache.k_BxHxLxK, transpose_b=True) + bias_Bx1xNxL
-    return tf.matmul(tf.nn.softmax(scores_BxHxNxL), cache.v_BxHxLxK)
+    k_BxHxLxK, v_BxHxLxK = (repeat_heads(one, heads) for one in cache)
+    scores_BxHxNxL = tf.matmul(q_BxHxNxK, k_BxHxLxK, transpose_b=True) + bias_Bx1xNxL
+    return tf.matmul(tf.nn.softmax(scores_BxHxNxL), v_BxHxLxK)

@@ -6,7 +6,7 @@ Legend: B rows, U targets of a row, V classes, F frames, M values of a frame (ev
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 
@@ -45,6 +45,27 @@ def class_weights_of(model: keras.Model) -> tuple[float, ...]:
     return tuple(getattr(model, "tf_dist_class_weights", ()))
 
 
+class LossTerms(NamedTuple):
+    """What the loss of training has besides the cross-entropy. See `tf_dist.config.loss.LossOptions`."""
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+
+PLAIN_LOSS = LossTerms()
+
+
+def with_loss_terms(model: keras.Model, terms: LossTerms) -> keras.Model:
+    """Declare further terms of a model's loss of training, and return the model."""
+    model.tf_dist_loss_terms = terms
+    return model
+
+
+def loss_terms_of(model: keras.Model) -> LossTerms:
+    """The further terms of a model's loss; none by default."""
+    return getattr(model, "tf_dist_loss_terms", None) or PLAIN_LOSS
+
+
 def target_len(model: keras.Model, seq_len: int) -> int:
     """U, the targets of a row.
 
@@ -60,4 +81,5 @@ def target_len(model: keras.Model, seq_len: int) -> int:
 
 def same_outputs(part: keras.Model, whole: Any) -> keras.Model:
     """Declare the outputs of a model's last segment to be the whole model's, and return the segment."""
+    with_loss_terms(part, loss_terms_of(whole))
     return with_class_weights(with_outputs(part, outputs_of(whole)), class_weights_of(whole))

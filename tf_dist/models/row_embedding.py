@@ -5,30 +5,14 @@ Legend: B rows, W words, S source and T target slots, D width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import keras
 
+from tf_dist.models.body_sizes import BodySizes
 from tf_dist.models.row_layers import PADDING_WORD, InQuestion, PaddingBias, Slice, UnpackVectors
 from tf_dist.models.row_layout import RowLayout, Slots
 from tf_dist.models.transformer import PLAIN, Layers, normal
-
-
-@dataclass(frozen=True)
-class BodySizes:
-    """Sizes of a model. layers: L. width: D. heads: H. dropout: rate. tie_embeddings: with the head."""
-
-    layers: int
-    width: int
-    heads: int = 1
-    dropout: float = 0.0
-    tie_embeddings: bool = True
-
-    @property
-    def residual_stddev(self) -> float:
-        """Initial weights of projections to the residual stream, see `tf_dist.models.transformer.build`."""
-        return float(0.02 / (2 * self.layers) ** 0.5)
 
 
 class EmbeddedRow(NamedTuple):

@@ -9,7 +9,8 @@ from typing import Any
 
 import keras
 
-from tf_dist.models.row_embedding import BodySizes, embedded_row, marked_source
+from tf_dist.models.body_sizes import BodySizes
+from tf_dist.models.row_embedding import embedded_row, marked_source
 from tf_dist.models.row_heads import with_row_head
 from tf_dist.models.row_layers import JoinSlots, Reverse, Slice, SourceAttention
 from tf_dist.models.row_layout import SPANS, Head, RowLayout

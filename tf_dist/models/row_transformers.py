@@ -12,12 +12,23 @@ from typing import Any
 
 import keras
 
-from tf_dist.models.fast_layers import LayerNormalization
-from tf_dist.models.row_embedding import BodySizes, EmbeddedRow, embedded_row, marked_source
+from tf_dist.models.body_sizes import BodySizes
+from tf_dist.models.row_embedding import EmbeddedRow, embedded_row, marked_source
 from tf_dist.models.row_heads import with_row_head
 from tf_dist.models.row_layers import DocumentBias, JoinSlots, PrefixBias, Slice
 from tf_dist.models.row_layout import SPANS, Head, RowLayout
-from tf_dist.models.transformer import PLAIN, Layers, block, documents, feed_forward
+from tf_dist.models.transformer import (
+    PLAIN,
+    Layers,
+    added,
+    at_positions,
+    before,
+    block,
+    documents,
+    feed_forward,
+    final_norm,
+    self_attention,
+)
 
 
 def encoder(
@@ -37,37 +48,39 @@ def encoder(
         _, places = documents(row.words, end_of_text)
         bias = bias + DocumentBias(end_of_text, causal=False, name="own_document")(row.words)
     source = marked_source(row, layout, sizes) if head.kind == SPANS else row.source
-    x_BxSxD = _at_positions(source, sizes, layers, places)
+    x_BxSxD = at_positions(source, sizes, layers, places)
     for i in range(sizes.layers):
-        x_BxSxD = _block(x_BxSxD, sizes, f"layer_{i}", layers, bias)
-    return with_row_head(row, _normalized(x_BxSxD, "final_norm"), head, "encoder")
+        x_BxSxD = block(x_BxSxD, sizes, f"layer_{i}", layers, bias)
+    return with_row_head(row, final_norm(x_BxSxD, sizes.kind), head, "encoder")
 
 
 def prefix_decoder(layout: RowLayout, sizes: BodySizes, head: Head, layers: Layers = PLAIN) -> keras.Model:
     """One stack for source and target, which sees all of the source (prefix LM, Raffel et al. 2020)."""
     row = embedded_row(layout, sizes, layers)
     bias = PrefixBias(layout.target.count, name="prefix_bias")(row.padding)
-    x_BxNxD = _at_positions(_joined(row, layout), sizes, layers)
+    x_BxNxD = at_positions(_joined(row, layout), sizes, layers)
     for i in range(sizes.layers):
-        x_BxNxD = _block(x_BxNxD, sizes, f"layer_{i}", layers, bias)
-    return _with_head(row, x_BxNxD, layout, head, "prefix_decoder")
+        x_BxNxD = block(x_BxNxD, sizes, f"layer_{i}", layers, bias)
+    return _with_head(row, x_BxNxD, layout, sizes, head, "prefix_decoder")
 
 
 def encoder_decoder(layout: RowLayout, sizes: BodySizes, head: Head, layers: Layers = PLAIN) -> keras.Model:
     """Vaswani et al. (2017), pre-norm: ``sizes.layers`` layers of encoder, and as many of decoder."""
     row = embedded_row(layout, sizes, layers)
-    x_BxNxD = _at_positions(_joined(row, layout), sizes, layers)
+    x_BxNxD = at_positions(_joined(row, layout), sizes, layers)
     for i in range(sizes.layers):
         x_BxNxD = _encoder_layer(x_BxNxD, layout, sizes, i, layers, row.padding)
     for i in range(sizes.layers, 2 * sizes.layers):
         x_BxNxD = _decoder_layer(x_BxNxD, layout, sizes, i, layers, row.padding)
-    return _with_head(row, x_BxNxD, layout, head, "encoder_decoder")
+    return _with_head(row, x_BxNxD, layout, sizes, head, "encoder_decoder")
 
 
-def _with_head(row: EmbeddedRow, x: Any, layout: RowLayout, head: Head, name: str) -> keras.Model:
+def _with_head(
+    row: EmbeddedRow, x: Any, layout: RowLayout, sizes: BodySizes, head: Head, name: str
+) -> keras.Model:
     """The head over the target's slots; of the source's, one that points reads the states as they are."""
     S = layout.source.count
-    x_BxTxD = _normalized(Slice(S, _slots(layout), name="predicted")(x), "final_norm")
+    x_BxTxD = final_norm(Slice(S, _slots(layout), name="predicted")(x), sizes.kind)
     memory = Slice(0, S, name="pointed_at")(x) if head.points else None
     return with_row_head(row, x_BxTxD, head, name, memory)
 
@@ -75,24 +88,24 @@ def _with_head(row: EmbeddedRow, x: Any, layout: RowLayout, head: Head, name: st
 def _encoder_layer(x: Any, layout: RowLayout, sizes: BodySizes, i: int, layers: Layers, padding: Any) -> Any:
     """A layer of the encoder; the target's slots pass."""
     source, target = _halves(x, layout, f"layer_{i}")
-    source = _block(source, sizes, f"layer_{i}", layers, padding)
+    source = block(source, sizes, f"layer_{i}", layers, padding)
     if i == sizes.layers - 1:
-        source = _normalized(source, f"layer_{i}_encoder_norm")
+        source = before(source, sizes.kind, f"layer_{i}_encoder_norm")
     return JoinSlots(layout.source.count, name=f"layer_{i}_slots")(target, source)
 
 
 def _decoder_layer(x: Any, layout: RowLayout, sizes: BodySizes, i: int, layers: Layers, padding: Any) -> Any:
     """Causal self-attention, attention to the source, feed-forward; the source's slots pass."""
-    name, Dropout = f"layer_{i}", keras.layers.Dropout
+    name, kind = f"layer_{i}", sizes.kind
     source, target = _halves(x, layout, name)
-    stddev, rate = sizes.residual_stddev, sizes.dropout
-    h = _normalized(target, f"{name}_attention_norm")
-    h = layers.attention(sizes.heads, rate, stddev, attend=layers.attend, name=f"{name}_attention")(h)
-    target = target + Dropout(rate, name=f"{name}_attention_dropout")(h)
-    h = _normalized(target, f"{name}_cross_attention_norm")
-    h = layers.cross_attention(sizes.heads, rate, stddev, name=f"{name}_cross_attention")(h, source, padding)
-    target = target + Dropout(rate, name=f"{name}_cross_attention_dropout")(h)
-    target = feed_forward(target, sizes.width, rate, stddev, name, layers)
+    h = self_attention(sizes, f"{name}_attention", layers)(before(target, kind, f"{name}_attention_norm"))
+    target = added(target, h, sizes, f"{name}_attention")
+    h = before(target, kind, f"{name}_cross_attention_norm")
+    cross = layers.cross_attention(
+        sizes.heads, sizes.dropout, sizes.residual_stddev, kind=kind, name=f"{name}_cross_attention"
+    )
+    target = added(target, cross(h, source, padding), sizes, f"{name}_cross_attention")
+    target = feed_forward(target, sizes, name, layers)
     return JoinSlots(layout.source.count, name=f"{name}_slots")(target, source)
 
 
@@ -107,16 +120,3 @@ def _slots(layout: RowLayout) -> int:
 
 def _joined(row: EmbeddedRow, layout: RowLayout) -> Any:
     return JoinSlots(layout.source.count, name="slots")(row.target, row.source)
-
-
-def _at_positions(x: Any, sizes: BodySizes, layers: Layers, places: tuple[Any, ...] = ()) -> Any:
-    x = layers.positions(name="positions")(x, *places)
-    return keras.layers.Dropout(sizes.dropout, name="embedding_dropout")(x)
-
-
-def _block(x: Any, sizes: BodySizes, name: str, layers: Layers, bias: Any) -> Any:
-    return block(x, sizes.width, sizes.heads, sizes.dropout, sizes.residual_stddev, name, layers, bias)
-
-
-def _normalized(x: Any, name: str) -> Any:
-    return LayerNormalization(epsilon=1e-5, name=name)(x)

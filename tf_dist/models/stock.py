@@ -18,6 +18,8 @@ from keras import layers, ops
 from keras.src.models import Functional
 
 from tf_dist.models import fast_layers, fast_lstm, transformer
+from tf_dist.models.body_sizes import GPT2
+from tf_dist.models.self_attention import CausalSelfAttention
 
 Arrays = list[np.ndarray]
 
@@ -44,7 +46,7 @@ class Counterpart(NamedTuple):
     from_stock: Callable[[Any, Arrays], Arrays] = _as_it_is
 
 
-def _attention(layer: transformer.CausalSelfAttention) -> layers.Layer:
+def _attention(layer: CausalSelfAttention) -> layers.Layer:
     width = layer.output_projection.units
     return layers.MultiHeadAttention(
         layer.heads,
@@ -64,7 +66,7 @@ def _attend(layer: layers.Layer, x_BxTxD: Any, bias: Any = None, **kwargs: Any) 
     return layer(x_BxTxD, x_BxTxD, attention_mask=seen_BxTxT, **kwargs)
 
 
-def _divided(layer: transformer.CausalSelfAttention, arrays: Arrays) -> Arrays:
+def _divided(layer: CausalSelfAttention, arrays: Arrays) -> Arrays:
     """(D, 3 D), (3 D,), (D, D), (D,) -> a kernel (D, H, K) and a bias (H, K) thrice, (H, K, D), (D,)."""
     kernel_Dx3D, bias_3D, output_DxD, output_D = arrays
     D, H = output_D.size, layer.heads
@@ -74,7 +76,7 @@ def _divided(layer: transformer.CausalSelfAttention, arrays: Arrays) -> Arrays:
     return [*parts, output_DxD.reshape(H, K, D), output_D]
 
 
-def _joined(layer: transformer.CausalSelfAttention, arrays: Arrays) -> Arrays:
+def _joined(layer: CausalSelfAttention, arrays: Arrays) -> Arrays:
     *parts, output_HxKxD, output_D = arrays
     D = output_D.size
     kernel_Dx3D = np.stack(parts[0::2], axis=1).reshape(D, 3 * D)
@@ -103,8 +105,16 @@ COUNTERPARTS: dict[type[layers.Layer], Counterpart] = {
     fast_lstm.LSTM: Counterpart(_parent(layers.LSTM)),
     fast_layers.LayerNormalization: Counterpart(_parent(layers.LayerNormalization)),
     transformer.LearnedPositions: Counterpart(_positions, _add_positions),
-    transformer.CausalSelfAttention: Counterpart(_attention, _attend, _divided, _joined),
+    CausalSelfAttention: Counterpart(_attention, _attend, _divided, _joined),
+    fast_layers.RMSNormalization: Counterpart(_parent(layers.RMSNormalization)),
 }
+
+
+def _counterpart(layer: Any) -> Counterpart | None:
+    """Keras's attention has no rotated heads, norms of heads, or window: such a layer stays ours."""
+    if getattr(layer, "kind", GPT2) != GPT2:
+        return None
+    return COUNTERPARTS.get(type(layer))
 
 
 def stock_model(model: keras.Model) -> keras.Model | None:
@@ -125,7 +135,7 @@ def stock_model(model: keras.Model) -> keras.Model | None:
     def clone(layer: Any) -> Any:
         if _has_graph(layer):
             return stock_model(layer)
-        counterpart = COUNTERPARTS.get(type(layer))
+        counterpart = _counterpart(layer)
         if counterpart is not None:
             made[layer.name] = counterpart
             return counterpart.make(layer)
@@ -170,7 +180,7 @@ def _pairs(ours: keras.Model, stock: keras.Model) -> Iterator[tuple[Any, Any, Co
         if _has_graph(mine):
             yield from _pairs(mine, stock.get_layer(mine.name))
         elif mine.weights:
-            yield mine, stock.get_layer(mine.name), COUNTERPARTS.get(type(mine), same)
+            yield mine, stock.get_layer(mine.name), _counterpart(mine) or same
 
 
 def not_stock(model: keras.Model) -> list[type[layers.Layer]]:

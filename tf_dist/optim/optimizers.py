@@ -30,8 +30,9 @@ def build(config: Config, model: keras.Model, steps: int) -> keras.optimizers.Op
         UsageError: Keras has no such optimizer, or it does not take these arguments.
     """
     rate = schedule(
-        config.schedule, steps, config.learning_rate, config.min_learning_rate, config.warmup_steps
-    )
+        config.schedule, steps, config.learning_rate, config.min_learning_rate, config.warmup_steps,
+        config.decay_share,
+    )  # fmt: skip
     own_flags = {"learning_rate", "weight_decay"} & set(config.optimizer_args)
     if own_flags:
         raise UsageError(f"optimizer_args sets {', '.join(sorted(own_flags))}: use the option of that name")

@@ -15,7 +15,14 @@ import tensorflow as tf
 from tf_dist.layers import VocabularyParallelEmbedding, mappings
 from tf_dist.layers.cross_entropy import cross_entropy as divided_cross_entropy
 from tf_dist.models.lm_head import LanguageModelHead, head_of
-from tf_dist.models.model_outputs import FRAMES, class_weights_of, outputs_of
+from tf_dist.models.model_outputs import (
+    FRAMES,
+    PLAIN_LOSS,
+    LossTerms,
+    class_weights_of,
+    loss_terms_of,
+    outputs_of,
+)
 from tf_dist.runners.frame_loss import frame_loss_and_sums
 
 # Target of padding: no loss, not counted.
@@ -39,17 +46,22 @@ def loss_and_sums(model: keras.Model, x_BxT: tf.Tensor, y_BxT: tf.Tensor, traini
     """
     if outputs_of(model) == FRAMES:
         return frame_loss_and_sums(model(x_BxT, training=training), y_BxT)
+    terms = loss_terms_of(model) if training else PLAIN_LOSS
     head = head_of(model)
     if head is not None and isinstance(head.embedding, VocabularyParallelEmbedding):
-        return _from_shared_head(head, head.embedding, x_BxT, y_BxT, training)
+        return _from_shared_head(head, head.embedding, x_BxT, y_BxT, training, terms)
     if head is None or y_BxT.shape.num_elements() * head.vocab_size < CHUNKED_FROM:
         weights = class_weights_of(model) if training else ()
-        return _from_logits(model(x_BxT, training=training), y_BxT, weights)
-    return _from_states(head.trunk(x_BxT, training=training), head.table(), y_BxT, training)
+        return _from_logits(model(x_BxT, training=training), y_BxT, weights, terms)
+    with_terms = partial(_cross_entropy, terms=terms)
+    return _from_states(head.trunk(x_BxT, training=training), head.table(), y_BxT, training, with_terms)
 
 
 def _from_logits(
-    logits_BxTxV: tf.Tensor, y_BxT: tf.Tensor, weights_V: Sequence[float] = ()
+    logits_BxTxV: tf.Tensor,
+    y_BxT: tf.Tensor,
+    weights_V: Sequence[float] = (),
+    terms: LossTerms = PLAIN_LOSS,
 ) -> tuple[Any, Any]:
     logits_BxTxV = tf.cast(logits_BxTxV, tf.float32)
     counted_BxT = y_BxT != IGNORED
@@ -57,11 +69,25 @@ def _from_logits(
     # If the logits have no other reader, TensorFlow overwrites them with their gradient.
     with tf.control_dependencies([correct]):
         losses_BxT = tf.nn.sparse_softmax_cross_entropy_with_logits(tf.maximum(y_BxT, 0), logits_BxTxV)
+    if any(terms):
+        losses_BxT += _more_terms(logits_BxTxV, y_BxT, terms)
     if weights_V:
         losses_BxT *= tf.gather(tf.constant(weights_V, tf.float32), tf.maximum(y_BxT, 0))
     # where() and not a product: a padding row may hold anything, and 0 * inf is NaN.
     loss = tf.reduce_sum(tf.where(counted_BxT, losses_BxT, 0.0))
     return loss, tf.stack([loss, _count(counted_BxT), correct])
+
+
+def _more_terms(logits: tf.Tensor, y: tf.Tensor, terms: LossTerms) -> Any:
+    """What is added to the cross-entropy of each target, of the shape of ``y``.
+
+    With smoothing s the target is (1 - s) one-hot + s / V: the loss changes by s (logit of y - mean logit).
+    """
+    target = tf.gather(logits, tf.maximum(y, 0), axis=-1, batch_dims=len(y.shape))
+    added = terms.label_smoothing * (target - tf.reduce_mean(logits, -1))
+    if terms.z_loss:
+        added += terms.z_loss * tf.square(tf.reduce_logsumexp(logits, -1))
+    return added
 
 
 def _from_shared_head(
@@ -70,11 +96,12 @@ def _from_shared_head(
     x_BxT: tf.Tensor,
     y_BxT: tf.Tensor,
     training: bool,
+    terms: LossTerms,
 ) -> tuple[Any, Any]:
     """The loss with a partitioned vocabulary: no rank ever has the logits of all of it."""
     comm, parts = embedding.comm, embedding.parts
     states_BxTxD = mappings.copied(comm, head.trunk(x_BxT, training=training))
-    share = partial(divided_cross_entropy, comm, part=parts[comm.rank])
+    share = partial(divided_cross_entropy, comm, parts=parts, terms=terms)
     return _from_states(states_BxTxD, head.table(), y_BxT, training, share, max(map(len, parts)))
 
 
@@ -121,13 +148,20 @@ def _from_states(
     return loss, tf.stack([loss, _count(counted_N), correct])
 
 
-def _cross_entropy(logits_SxV: tf.Tensor, y_S: tf.Tensor) -> tuple[Any, Any, Any]:
+def _cross_entropy(
+    logits_SxV: tf.Tensor, y_S: tf.Tensor, terms: LossTerms = PLAIN_LOSS
+) -> tuple[Any, Any, Any]:
     """Losses, their gradients for the logits, and which targets have the highest logit."""
     right_S = tf.equal(tf.argmax(logits_SxV, axis=-1, output_type=tf.int32), y_S)
     with tf.control_dependencies([right_S]):
         losses_S, dlogits_SxV = tf.raw_ops.SparseSoftmaxCrossEntropyWithLogits(
             features=logits_SxV, labels=tf.maximum(y_S, 0)
         )
+    if any(terms):
+        with tf.GradientTape() as tape:
+            tape.watch(logits_SxV)
+            added_S = _more_terms(logits_SxV, y_S, terms)
+        return losses_S + added_S, dlogits_SxV + tape.gradient(added_S, logits_SxV), right_S
     return losses_S, dlogits_SxV, right_S
 
 

@@ -8,12 +8,13 @@ import keras
 
 from tf_dist.config import Config
 from tf_dist.config.fine_tuning import FineTuningOptions
+from tf_dist.config.transformer import TransformerOptions
 from tf_dist.layers import tensor_parallel
 from tf_dist.layers.context_parallel import sequence_parallel
 from tf_dist.models import build, row_lstms, row_transformers
+from tf_dist.models.body_sizes import BodySizes
 from tf_dist.models.fine_tuning import fine_tuned
 from tf_dist.models.meta_init import outline
-from tf_dist.models.row_embedding import BodySizes
 from tf_dist.models.transformer import PLAIN, Layers
 from tf_dist.parallel.mesh import Mesh
 from tf_dist.tasks.causal_lm import CausalLM
@@ -57,10 +58,13 @@ def build_model(config: Config, layers: Layers = PLAIN) -> keras.Model:
     layout, head = task.layout(config.vocab_size), task.head(config.classes)
     if ":" in config.model:
         return build.users_model(config, layers, layout.words, layout.outputs(head))
-    kind = row_lstms if config.model == "lstm" else row_transformers
-    sizes = BodySizes(config.layers, config.width, config.heads, config.dropout, config.tie_embeddings)
+    bodies = row_lstms if config.model == "lstm" else row_transformers
+    sizes = BodySizes(
+        config.layers, config.width, config.heads, config.dropout, config.tie_embeddings,
+        config.part(TransformerOptions),
+    )  # fmt: skip
     end = build.packed_end(config)
     apart = {} if end is None else {"end_of_text": end}
     with build.reproducible(config):
-        model = getattr(kind, task.architecture.replace("-", "_"))(layout, sizes, head, layers, **apart)
+        model = getattr(bodies, task.architecture.replace("-", "_"))(layout, sizes, head, layers, **apart)
         return fine_tuned(model, config.part(FineTuningOptions), config.seed)
