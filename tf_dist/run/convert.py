@@ -12,12 +12,12 @@ import math
 import os
 import tempfile
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tf_dist.atomic_io import replaced
+from tf_dist.checkpoint.safetensors_package import safetensors_package
 from tf_dist.errors import BackendMissing, CheckpointError, UsageError
 from tf_dist.untrusted_files import opened
 
@@ -272,20 +272,6 @@ def _read_safetensors(path: Path, model: keras.Model) -> None:
                 raise ValueError(f"{name} is {list(shape)}, and {list(variable.shape)} is wanted")
         for name, variable in wanted.items():
             variable.assign(file.get_tensor(name))
-
-
-def safetensors_package(module: str = ".numpy") -> ModuleType:
-    """The package safetensors, or a module of it.
-
-    Raises:
-        BackendMissing: it is not installed.
-    """
-    import importlib
-
-    try:
-        return importlib.import_module("safetensors" + module.rstrip("."))
-    except ImportError as error:
-        raise BackendMissing("files of safetensors need a package: pip install safetensors") from error
 
 
 def _trainer_of(run: LoadedRun) -> Trainer:

@@ -1,4 +1,4 @@
-"""``--init-from``: a new training whose weights begin as those of another one, or of a file.
+"""``--init-from``: a new training whose weights begin as those of another one, of a file or a model folder.
 
 Weights are matched by path and shape. Rank 0 reads, one tensor at a time, and every rank gets its shards, so
 that any grid can begin from any source. What is loaded, new and left over is counted and said. A weight of
@@ -15,6 +15,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +23,15 @@ import numpy as np
 
 from tf_dist.checkpoint import store
 from tf_dist.checkpoint.manifest import NAME, read_manifest
+from tf_dist.checkpoint.sharded_state import Entry, write
 from tf_dist.comm.formatting import some
-from tf_dist.comm.runtime.consensus import on_root
+from tf_dist.comm.runtime.consensus import everywhere, on_root
 from tf_dist.config import Config
 from tf_dist.config.data import DataOptions
 from tf_dist.data.prepared_dataset import Prepared, sha256_of_file
 from tf_dist.errors import CheckpointError, UsageError
+from tf_dist.huggingface.folder import is_model_folder
+from tf_dist.huggingface.options_of_folder import check_vocabulary, options_of_folder
 from tf_dist.run import convert
 
 if TYPE_CHECKING:
@@ -40,8 +44,10 @@ TOKENIZER = "tokenizer.json"
 VOCABULARY = {"embeddings": 0, "reverse_embeddings": 1}
 
 
-def pinned(config: Config, resumed: Mapping[str, Any] | None) -> dict[str, str]:
-    """Options that change: ``init_from``, pinned, and the tokenizer that comes with it; on rank 0.
+def pinned(config: Config, resumed: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Options that change: ``init_from``, pinned, and what comes with it; on rank 0.
+
+    That is the tokenizer, and of a model folder of Hugging Face the sizes and kind of the model.
 
     Args:
         config: as given.
@@ -53,9 +59,12 @@ def pinned(config: Config, resumed: Mapping[str, Any] | None) -> dict[str, str]:
     if not config.init_from or (resumed is None and config.resume not in ("auto", "never")):
         return {}
     tokenizer: object
+    of_folder: dict[str, Any] = {}
     if resumed is None:
         path = _located(Path(config.init_from))
         found, tokenizer = str(path), _tokenizer_beside(path)
+        if is_model_folder(path):
+            of_folder = options_of_folder(path, config, bool(tokenizer))
     else:
         before = resumed.get("config")
         before = before if isinstance(before, dict) else {}
@@ -64,12 +73,14 @@ def pinned(config: Config, resumed: Mapping[str, Any] | None) -> dict[str, str]:
             LOG.warning("--init-from is for a new training, and this one resumes from a checkpoint: not used")
             return {"init_from": "", "init_except": ""}
     if config.tokenizer == DataOptions.tokenizer and isinstance(tokenizer, str) and tokenizer:
-        return {"init_from": found, "tokenizer": tokenizer}
-    return {"init_from": found}
+        return {**of_folder, "init_from": found, "tokenizer": tokenizer}
+    return {**of_folder, "init_from": found}
 
 
 def _located(path: Path) -> Path:
-    if not convert.is_file_of_weights(path):
+    if is_model_folder(path):
+        pass
+    elif not convert.is_file_of_weights(path):
         path = _checkpoint_of(path)
     elif not path.is_file():
         raise UsageError(f"--init-from {path}: no such file")
@@ -97,7 +108,9 @@ def _checkpoint_of(path: Path) -> Path:
 
 
 def _tokenizer_beside(path: Path) -> str:
-    """The tokenizer of a checkpoint's run; empty if there is none."""
+    """The tokenizer of a checkpoint's run, or of a model folder; empty if there is none."""
+    if is_model_folder(path):
+        return str(path / TOKENIZER) if (path / TOKENIZER).is_file() else ""
     tokenizer = path.parent.parent / TOKENIZER
     return str(tokenizer) if path.parent.name == "checkpoints" and os.path.lexists(tokenizer) else ""
 
@@ -109,6 +122,8 @@ def check_tokenizer(config: Config, corpus: Prepared) -> None:
         CheckpointError: its SHA-256 is another one.
     """
     path = Path(config.init_from)
+    if is_model_folder(path):
+        check_vocabulary(path, corpus.tokenizer.vocab_size)
     if not (path / NAME).exists():
         return  # a file of weights does not say; a run that resumes may have outlived the other one
     wanted = read_manifest(path)["facts"].get("tokenizer_sha256")
@@ -237,7 +252,7 @@ def initialize(trainer: Trainer, config: Config, corpus: Prepared) -> None:
         path: (entry.shape, bool(variable.trainable))
         for (path, entry), variable in zip(paths.items(), trainer.model.weights, strict=True)
     }
-    opened: list[WeightSource] = []
+    found: list[WeightSource] = []
 
     def find() -> dict[str, Any]:
         source = open_source(Path(config.init_from), config).without_adapters_but(paths)
@@ -245,14 +260,18 @@ def initialize(trainer: Trainer, config: Config, corpus: Prepared) -> None:
         _check_adapters(source, config, paths)
         names = list(paths)
         anew = [names[i] for i in chosen(names, config.init_except, "--init-except")]
-        opened.append(source)
+        found.append(source)
         return dataclasses.asdict(plan(weights, source, anew, corpus.tokenizer.vocab_size))
 
     made = InitPlan(**on_root(trainer.comm, find))
+    sharded = _read_by_all(trainer, config, found[0] if found else None)
     for path in made.loaded:
         entry = paths[path]
+        if sharded is not None and path not in made.longer:
+            write(entry, everywhere(trainer.comm, partial(_shards, sharded, path, entry)))
+            continue
         own = next(iter(state.tensors([entry])))[1] if path in made.longer else None
-        tensor = _fitting(opened[0].read(path), own, path) if opened else None
+        tensor = _fitting(found[0].read(path), own, path) if found else None
         state.set(entry, None if tensor is None else tensor.astype(entry.dtype, copy=False))
     LOG.info(f"initial weights: {made}, from {config.init_from}")
     if made.frozen:
@@ -261,6 +280,26 @@ def initialize(trainer: Trainer, config: Config, corpus: Prepared) -> None:
             f"as they were drawn ({some(made.frozen)}). Exclude them from --freeze, as in "
             f"--freeze '*,!{made.frozen[0]}'"
         )
+
+
+def _read_by_all(trainer: Trainer, config: Config, own: WeightSource | None) -> WeightSource | None:
+    """The source, where every rank can read its shards itself; None: rank 0 reads for all. A collective."""
+    from tf_dist.run.weight_sources import open_source
+
+    path = Path(config.init_from)
+    if not all(trainer.comm.allgather_obj(is_model_folder(path))):
+        return None
+    return own or open_source(path, config)
+
+
+def _shards(source: WeightSource, path: str, entry: Entry) -> list[np.ndarray]:
+    """Shards of a weight that this rank holds, 1-D each, for `tf_dist.checkpoint.sharded_state.write`."""
+    assert source.read_shard is not None
+    found = []
+    for piece in entry.pieces:
+        part = np.ascontiguousarray(source.read_shard(path, piece.part), entry.dtype)
+        found.append(part.reshape(-1)[piece.start : piece.stop])
+    return found
 
 
 def _check_adapters(source: WeightSource, config: Config, paths: Mapping[str, Any]) -> None:

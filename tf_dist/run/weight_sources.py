@@ -16,10 +16,13 @@ import numpy as np
 
 from tf_dist.checkpoint import store
 from tf_dist.checkpoint.manifest import read_manifest
+from tf_dist.checkpoint.safetensors_package import safetensors_package
 from tf_dist.config import Config
 from tf_dist.config.fine_tuning import untuned
 from tf_dist.errors import BackendMissing, CheckpointError
+from tf_dist.huggingface.folder import is_model_folder, left_over, open_folder
 from tf_dist.models.lora import A, B, merged
+from tf_dist.parallel.sharding import ShardSpec
 from tf_dist.run import convert
 from tf_dist.untrusted_files import opened, shown
 
@@ -32,7 +35,7 @@ class WeightSource:
 
     shapes: of those that there are. read: one of them. said: where they are, for messages. config: of the
     run that trained them, as its checkpoint has it; empty if not known. left: layers that only the file has,
-    where these are known by name.
+    where these are known by name. read_shard: a shard of one of them; None: only all of it can be read.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -40,6 +43,7 @@ class WeightSource:
     said: str
     config: Mapping[str, Any] = field(default_factory=dict)
     left: list[str] = field(default_factory=list)
+    read_shard: Callable[[str, ShardSpec], np.ndarray] | None = None
 
     @property
     def lora_scale(self) -> float:
@@ -67,7 +71,7 @@ class WeightSource:
 
 
 def open_source(path: Path, config: Config) -> WeightSource:
-    """Open a checkpoint or a weight file; on rank 0.
+    """Open a checkpoint, a weight file or a model folder of Hugging Face; on rank 0.
 
     Args:
         path: pinned (`tf_dist.run.init_from.pinned`).
@@ -77,6 +81,8 @@ def open_source(path: Path, config: Config) -> WeightSource:
         CheckpointError: it is damaged, or cannot be read.
         BackendMissing: the package safetensors is needed and missing.
     """
+    if is_model_folder(path):
+        return _model_folder(path, config)
     if not convert.is_file_of_weights(path):
         return _checkpoint(path)
     try:
@@ -107,12 +113,19 @@ def _checkpoint(path: Path) -> WeightSource:
     return WeightSource(shapes, read, str(path), config if isinstance(config, dict) else {})
 
 
+def _model_folder(path: Path, config: Config) -> WeightSource:
+    folder = open_folder(path, config)
+    shapes = {name: folder.shape(name) for name in folder.ours}
+    known = {name: getattr(config, name) for name in ("model", "heads", "layers", "width", "seq_len")}
+    return WeightSource(shapes, folder.read, str(path), known, left_over(folder), folder.read)
+
+
 def _safetensors(path: Path) -> WeightSource:
-    with convert.safetensors_package(".").safe_open(path, framework="np") as file:
+    with safetensors_package(".").safe_open(path, framework="np") as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
 
     def read(name: str) -> np.ndarray:
-        with convert.safetensors_package(".").safe_open(path, framework="np") as file:
+        with safetensors_package(".").safe_open(path, framework="np") as file:
             return np.asarray(file.get_tensor(name))
 
     return WeightSource(shapes, read, str(path))
