@@ -22,7 +22,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from tf_dist import progress, terminal
 from tf_dist.comm.runtime import launch, thread_budget
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from tf_dist.data.prepared_dataset import Prepared
     from tf_dist.run.job import Job
     from tf_dist.run.progress import ProgressDisplay, ShowSteps
+    from tf_dist.run.reports import Reports
     from tf_dist.run.run_callbacks import LogRun, SavePeerCheckpoints, SaveRun
     from tf_dist.run.run_folder import Foreword, RunFolder
     from tf_dist.training.restart import Attempt
@@ -59,7 +60,7 @@ def main(argv: list[str]) -> int:
         answer(argv)
     signals = launch.handle_stop_signals()
     comm = launch.join()
-    config, of_run = options(argv, comm)
+    config, of_run, dry = options(argv, comm)
     shown = progress.begin(config.progress, comm.rank == 0)
     launch.on_failure(lambda code, message: progress.end())
     agree(comm, {**config.as_dict(), **versions(), **settings()}, "the run")
@@ -92,7 +93,10 @@ def main(argv: list[str]) -> int:
     peers = PeerCheckpoints()
     for attempt in attempts(comm, config.min_ranks, config.ranks_of_a_model, peers):
         with attempt.outlived():
-            train(config, corpus, foreword, signals, shown, attempt)
+            if dry:
+                dry_run(config, corpus, attempt)
+            else:
+                train(config, corpus, foreword, signals, shown, attempt)
     return 0
 
 
@@ -103,9 +107,11 @@ def check_task(config: Config, comm: Comm) -> None:
         UsageError, BackendMissing: on every rank, before anything is prepared.
     """
     from tf_dist.metrics import named_metrics
+    from tf_dist.run.reports import check_installed
     from tf_dist.tasks.registry import task_of
 
     everywhere(comm, lambda: named_metrics(task_of(config).metrics))
+    on_root(comm, lambda: check_installed(config))
 
 
 def run_of(config: Config, foreword: Foreword, comm: Comm) -> RunFolder:
@@ -121,12 +127,12 @@ def run_of(config: Config, foreword: Foreword, comm: Comm) -> RunFolder:
     return run
 
 
-def options(argv: list[str], comm: Comm) -> tuple[Config, bool]:
-    """What is asked for, and whether some of it stands in the config.yaml of a run that is gone on with."""
+def options(argv: list[str], comm: Comm) -> tuple[Config, bool, bool]:
+    """What is asked for, whether some of it stands in the config.yaml of a run, and ``--dry-run``."""
     line = read_command_line(argv, spelled(__doc__ or ""), program("train"))
     # Read by rank 0: a node with a disk of its own has no such file.
     of_run = on_root(comm, lambda: options_of_run(line))
-    return resolved(line, of_run), bool(of_run)
+    return resolved(line, of_run), bool(of_run), line.dry_run
 
 
 def failed(run: RunFolder, code: int, message: str) -> None:
@@ -160,6 +166,7 @@ def train(
     from tf_dist.run.job import Job
     from tf_dist.run.progress import ShowSteps, display
     from tf_dist.run.task_data import TaskData, TaskMetrics
+    from tf_dist.run.watchers import watchers_of
     from tf_dist.training.loss_spikes import Spike
 
     comm = attempt.ranks()
@@ -186,8 +193,9 @@ def train(
     show = display(shown, steps, run.say)
     show_steps = ShowSteps(show, lambda: trainer.step)
     job.begin()
+    more, reports = watchers_of(job)
 
-    with contextlib.closing(show_steps):
+    with contextlib.closing(show_steps), contextlib.closing(reports):
         while True:
             try:
                 trainer.fit(
@@ -196,7 +204,7 @@ def train(
                     validation=held_out if len(held_out) else None,
                     validation_bytes=data.text_bytes("val"),
                     eval_every=config.eval_every,
-                    callbacks=callbacks_of(job, steps_per_epoch, show_steps, show),
+                    callbacks=[*callbacks_of(job, steps_per_epoch, show_steps, show, reports), *more],
                 )
                 break
             except Spike as spike:
@@ -205,18 +213,41 @@ def train(
 
 
 def callbacks_of(
-    job: Job, steps_per_epoch: int, show_steps: ShowSteps, show: ProgressDisplay
+    job: Job, steps_per_epoch: int, show_steps: ShowSteps, show: ProgressDisplay, reports: Reports
 ) -> list[LogRun | SaveRun | ShowSteps | SavePeerCheckpoints]:
     """The callbacks of one `Trainer.fit`: metrics, checkpoints, progress, peer checkpoints."""
     from tf_dist.run.run_callbacks import LogRun, SavePeerCheckpoints, SaveRun
 
     trainer, config, at_once = job.trainer, job.config, job.is_elsewhere
+
+    def tell(row: dict[str, Any]) -> None:
+        show(row)
+        reports.row(row)
+
     return [
-        LogRun(trainer, job.run, config.log_every, steps_per_epoch, job.record, show, epochs_of_corpora(job)),
+        LogRun(trainer, job.run, config.log_every, steps_per_epoch, job.record, tell, epochs_of_corpora(job)),
         SaveRun(trainer, config.save_every, job.save, job.finish, job.poll, job.saved, at_once),
         show_steps,
         SavePeerCheckpoints(trainer, config.replicate * job.keeps_copies, job.keep_copies),
     ]
+
+
+def dry_run(config: Config, corpus: Prepared, attempt: Attempt) -> None:
+    """All that precedes the first step, and some steps that nobody keeps; says time and memory."""
+    from tf_dist.run.dry_run import measured
+    from tf_dist.run.task_data import TaskData
+
+    comm = attempt.ranks()
+    if comm is None:
+        return
+    data = TaskData(config, corpus)
+    steps = planned_steps(config, len(data.rows("train")))
+    trainer = trainer_for(config, Mesh(comm, *config.degrees), steps, data.class_weights)
+    with progress.task("trying how to compile the model"):
+        trainer.tune()
+    said = measured(trainer, data.rows("train"), steps)
+    if comm.rank == 0:
+        terminal.write(said)
 
 
 def epochs_of_corpora(job: Job) -> Callable[[int], dict[str, float]]:
@@ -237,7 +268,7 @@ def epochs_of_corpora(job: Job) -> Callable[[int], dict[str, float]]:
 def trainer_for(config: Config, mesh: Mesh, steps: int, class_weights: Sequence[float] = ()) -> Trainer:
     """The model of a run, on its grid of ranks, and what trains it."""
     from tf_dist.models.fine_tuning import trained_parameters
-    from tf_dist.models.model_outputs import with_class_weights
+    from tf_dist.models.model_outputs import LossTerms, with_class_weights, with_loss_terms
     from tf_dist.optim import optimizers
     from tf_dist.training.loss_spikes import LossSpikes
     from tf_dist.training.memory_estimate import check_room
@@ -246,6 +277,7 @@ def trainer_for(config: Config, mesh: Mesh, steps: int, class_weights: Sequence[
     from tf_dist.training.trainer import Trainer
 
     model = with_class_weights(model_for(config, mesh), class_weights)
+    with_loss_terms(model, LossTerms(config.label_smoothing, config.z_loss))
     agree_on_weights(model, mesh)
     check_room(model, config, mesh)
     if config.frozen:

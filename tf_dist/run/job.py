@@ -23,6 +23,7 @@ from tf_dist.errors import SavedAndStopped
 from tf_dist.invocation import command
 from tf_dist.models.build import packed_end
 from tf_dist.parallel.buckets import spent
+from tf_dist.run.early_stopping import StopEarly
 from tf_dist.run.generate import Sampling, continuation
 from tf_dist.run.numerics_environment import bits_of_all
 from tf_dist.run.plots import loss_curve
@@ -54,6 +55,7 @@ class Job:
         checkpoints: in the run folder.
         peers: peer checkpoints, in memory.
         is_elsewhere: what was resumed from is no checkpoint that ``--resume auto`` would find.
+        early: ends the run when validations no longer improve; None: nothing does.
         predicted: returns some predictions to show at the end, for tasks other than language modelling.
     """
 
@@ -82,6 +84,7 @@ class Job:
         trainer.in_place.when_first.append(run.take_over)
         self._listeners = list(trainer.in_place.when_first)
         self.predicted: Callable[[], str] = str
+        self.early: StopEarly | None = None
         trainer.nonfinite_gradients.before_giving_up.append(self._save_before_failing)
 
     def resume(self) -> None:
@@ -245,7 +248,10 @@ class Job:
             SavedAndStopped: a signal stopped the run before its last step.
         """
         in_place = self.trainer.in_place
-        if self.trainer.step < steps:
+        ended_early = self.early is not None and self.early.over
+        if ended_early and self.comm.rank == 0:
+            self.run.say(f"stopped      early at step {self.trainer.step} of {steps}: {self.early}")
+        if self.trainer.step < steps and not ended_early:
             in_place(lambda: self._report_end("saved", SavedAndStopped.exit_code))
             in_place.close()
             raise SavedAndStopped(
