@@ -1,4 +1,4 @@
-"""Fourteen random scripts of `make fuzz-fit`: equal to plain Keras, or refused before the first step."""
+"""Eight random scripts of `make fuzz-fit`: equal to plain Keras, or refused before the first step."""
 
 import sys
 from pathlib import Path
@@ -10,8 +10,8 @@ from jobs import Runs
 from plan import plan_of
 from script import script_of
 
-# Of the first twenty those that have most of their tasks, forms, steps and extras between them.
-SEEDS = {2: (1, 2, 3, 5, 7, 8, 9), 3: (11, 13, 15, 16, 17, 18, 20)}
+# Of the first twenty, some that have most of their tasks, forms, steps and extras between them.
+SEEDS = {2: (1, 3, 7, 9), 3: (11, 15, 17, 20)}
 
 
 def test_ranks_train_what_one_process_trains(launcher, tmp_path):

@@ -11,6 +11,14 @@ import tensorflow as tf
 from tf_dist.models import fast_lstm, lstm
 
 B, T, E, H = 3, 5, 4, 6
+MORE_SIZES = [(3, 1, 4, 6), (1, 5, 4, 6), (2, 40, 3, 5), (32, 9, 64, 48)]
+
+
+def more(value):
+    """What repeats other cases: with ``TF_DIST_TESTS=all``."""
+    return pytest.param(value, marks=pytest.mark.extended)
+
+
 TOLERANCE = 1e-5  # of the largest absolute value of a tensor
 
 
@@ -88,9 +96,7 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize(
-    "sizes", [(B, T, E, H), (3, 1, 4, 6), (1, 5, 4, 6), (1, 1, 1, 1), (2, 40, 3, 5), (32, 9, 64, 48)], ids=str
-)
+@pytest.mark.parametrize("sizes", [(B, T, E, H), (1, 1, 1, 1), *(more(one) for one in MORE_SIZES)], ids=str)
 @pytest.mark.parametrize("state", [True, False])
 def test_outputs_and_every_gradient_are_kerass(sizes, state):
     compare(Case(sizes, state=state))
@@ -98,7 +104,7 @@ def test_outputs_and_every_gradient_are_kerass(sizes, state):
 
 @pytest.mark.parametrize("sequences", [True, False])
 @pytest.mark.parametrize("state", [True, False])
-@pytest.mark.parametrize("masked", [None, "random"])
+@pytest.mark.parametrize("masked", [more(None), "random"])
 def test_what_is_returned(sequences, state, masked):
     case = Case(mask=MASKS.get(masked), arguments={"return_sequences": sequences, "return_state": state})
     assert len(compare(case)) == (3 if state else 1) + 6
@@ -106,7 +112,7 @@ def test_what_is_returned(sequences, state, masked):
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("zero", [True, False])
-@pytest.mark.parametrize("backwards", [True, False])
+@pytest.mark.parametrize("backwards", [True, more(False)])
 def test_masks(mask, zero, backwards):
     arguments = {"zero_output_for_mask": zero, "go_backwards": backwards}
     compare(Case(mask=MASKS[mask], arguments=arguments))
@@ -134,7 +140,7 @@ def test_backwards_and_without_bias():
     assert len(compare(Case(arguments={"use_bias": False}))) == 3 + 5
 
 
-@pytest.mark.parametrize("masked", [None, "random"])
+@pytest.mark.parametrize("masked", [more(None), "random"])
 @pytest.mark.parametrize(
     "drop",
     [

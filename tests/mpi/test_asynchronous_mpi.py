@@ -35,7 +35,7 @@ def steps_together(trained, count):
     return trained.tokens
 
 
-@pytest.mark.parametrize("slow", [False, True])
+@pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.extended)])
 @pytest.mark.parametrize("way", WAYS)
 def test_it_learns_and_all_end_alike(connected, everyone, way, slow):
     trained = made(connected, way)

@@ -93,7 +93,13 @@ if N == 4:
     CASES = {"both": {"tensor": 2, "pipeline": 2}, "tensor and data": {"tensor": 2, "model": "lstm"}}
 
 
-@pytest.mark.parametrize("case", CASES)
+# What other cases show: an LSTM on one axis, and ranks that hold the model whole, as in ZeRO 3.
+REPEATED = ("tensor, lstm", "gradients that leave", "data", "pipeline")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.extended] * (case in REPEATED)) for case in CASES]
+)
 def test_ranks_write_what_one_rank_writes(connected, everyone, serial, case):
     from tf_dist.decoding.forward import WindowForward
 

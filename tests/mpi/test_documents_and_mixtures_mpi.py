@@ -93,7 +93,7 @@ def test_what_packing_changes_is_seen(connected, serial):
     assert windows[0] != serial[0]
 
 
-@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.extended), 2])
+@pytest.mark.parametrize("stage", [pytest.param(stage, marks=pytest.mark.extended) for stage in (1, 2)])
 def test_zero_is_allreduce(connected, serial, stage):
     sha256, logs, _ = trained(connected, strategy="zero", zero_stage=stage)
     assert sha256 == serial[0] and logs == serial[1]
@@ -105,7 +105,9 @@ def test_zero_is_allreduce(connected, serial, stage):
         {"strategy": "zero", "zero_stage": 3},
         {"tensor_parallel": 2},
         {"pipeline_parallel": 2},
-        {"pipeline_parallel": 2, "pipeline_schedule": "zero-bubble"},
+        pytest.param(
+            {"pipeline_parallel": 2, "pipeline_schedule": "zero-bubble"}, marks=pytest.mark.extended
+        ),
     ],
     ids=str,
 )
@@ -129,5 +131,11 @@ def test_masked_language_models(connected):
     options = {"task": "masked-lm"}
     alone = from_rank_0(lambda: trained(SerialComm(), **options))
     assert trained(connected, **options)[:2] == alone[:2]
+
+
+@pytest.mark.extended
+def test_masked_language_models_in_a_pipeline(connected):
+    options = {"task": "masked-lm"}
+    alone = from_rank_0(lambda: trained(SerialComm(), **options))
     logs = trained(connected, pipeline_parallel=2, **options)[1]
     np.testing.assert_allclose(logs["val_loss"], alone[1]["val_loss"], rtol=1e-5)

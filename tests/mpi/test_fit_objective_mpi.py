@@ -352,7 +352,7 @@ WITH_EMPTY_RANKS = [
     "metrics of the user", "eager metrics", "a penalty", "a penalty on a sum",
     "across rows",
 ]  # fmt: skip
-REPEATED = ["F1"]  # by "convolution"
+REPEATED = ["F1", "none", "a masked mean", "eager metrics", "a penalty"]  # by others of these
 SHOWN = [
     pytest.param(case, marks=[pytest.mark.extended] * (case in REPEATED))
     for case in {1: ["mask_zero", "a step's mean"], 2: list(CASES)}.get(MPI.COMM_WORLD.size, WITH_EMPTY_RANKS)

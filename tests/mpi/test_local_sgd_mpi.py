@@ -105,7 +105,7 @@ def test_what_does_not_fit_between_meetings(connected, local, said):
 
 
 @pytest.mark.skipif(N not in (1, 3), reason="one and three ranks show it")
-@pytest.mark.parametrize("fragments", [1, 3])
+@pytest.mark.parametrize("fragments", [pytest.param(1, marks=pytest.mark.extended), 3])
 def test_what_travels_meanwhile_has_the_bits_of_what_is_waited_for(ranks, everyone, fragments, monkeypatch):
     local = {"sync_every": 6, "outer_fragments": fragments, "outer_delay": 2}
     found = []
@@ -123,7 +123,13 @@ def test_what_travels_meanwhile_has_the_bits_of_what_is_waited_for(ranks, everyo
     assert len(set(everyone(found[0][1]))) == 1
 
 
-@pytest.mark.parametrize(("before", "after"), [("allreduce", "diloco"), ("diloco", "allreduce")])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("diloco", "allreduce"),
+        pytest.param("allreduce", "diloco", marks=pytest.mark.extended),
+    ],
+)
 def test_a_run_may_go_on_with_another_update(connected, one_folder, before, after):
     from tf_dist.training import state_dict
 
@@ -161,7 +167,7 @@ def test_not_a_number_on_one_rank_stops_all(connected, everyone):
 
 @pytest.mark.ranks(2)
 @pytest.mark.skipif(N != 2, reason="a replica of two ranks shows it")
-@pytest.mark.parametrize("axis", ["tensor", "pipeline"])
+@pytest.mark.parametrize("axis", ["tensor", pytest.param("pipeline", marks=pytest.mark.extended)])
 def test_a_replica_of_several_ranks(connected, everyone, axis):
     """A grid of two ranks computes what one rank that is a replica computes."""
     local = {"sync_every": 2}

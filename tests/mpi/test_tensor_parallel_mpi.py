@@ -134,7 +134,7 @@ def test_chunks_of_the_vocabulary_s_part(connected, monkeypatch):
 
 
 @few_ranks
-@pytest.mark.parametrize("name", ["transformer", "lstm"])
+@pytest.mark.parametrize("name", ["transformer", pytest.param("lstm", marks=pytest.mark.extended)])
 def test_bfloat16(connected, name):
     """As far from float32 as the whole model is."""
     exact = gradients_of(whole_and_own(connected, model=name)[1])[0]

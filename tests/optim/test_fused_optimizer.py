@@ -46,6 +46,11 @@ if hasattr(K, "ScheduleFreeAdamW"):
 BY_RSQRT = ("rmsprop", "adadelta", "adagrad")
 
 
+# Of those that differ in a switch, others remain.
+ALIKE = ("sgd", "momentum", "rmsprop", "amsgrad", "adam")
+MANY = [pytest.param(name, marks=[pytest.mark.extended] * (name in ALIKE)) for name in MAKE]
+
+
 class Mine(K.Optimizer):
     """A user's: momentum, and a factor for each weight that his own operators make."""
 
@@ -102,7 +107,7 @@ def blocks(**more):
 # Numbers ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("name", MANY)
 def test_alone_and_not_fused_the_bits_are_keras_own(name):
     for expected, found in zip(
         trained(MAKE[name], VariableStep), trained(MAKE[name], blocks(fused=False, alone_from=0)), strict=True
@@ -118,7 +123,7 @@ def test_together_and_not_fused_the_bits_are_keras_own(name):
         np.testing.assert_array_equal(expected, found)
 
 
-@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("name", MANY)
 def test_fused_the_numbers_are_keras_own(name):
     for expected, found in zip(trained(MAKE[name], VariableStep), trained(MAKE[name], blocks()), strict=True):
         np.testing.assert_allclose(found, expected, **CLOSE)
@@ -155,7 +160,7 @@ def test_fused_the_bits_are_those_of_variables_fused(name):
 
 
 @pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("fused", [True, pytest.param(False, marks=pytest.mark.extended)])
 def test_a_shard_of_the_flat_vector_steps_by_itself(name, fused):
     """What ZeRO needs: the update of a stretch of weights is that stretch of the update, to the last bit."""
     if not fused and name.startswith(BY_RSQRT):

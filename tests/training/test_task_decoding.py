@@ -60,6 +60,7 @@ def rows(layout, count=4):
     return np.concatenate([source, np.zeros((count, T), np.int32)], axis=1)
 
 
+@pytest.mark.extended  # by the logits, below
 @pytest.mark.parametrize(("build", "layout"), KINDS)
 def test_the_cache_changes_no_token(build, layout):
     runner = runner_of(build, layout)

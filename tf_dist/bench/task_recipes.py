@@ -84,7 +84,7 @@ RECIPES: dict[str, TaskRecipe] = {
         "debian-sections",
         {"text": "description", "label": "section"},
         "--epochs 5",
-        "--tokenizer bpe --vocab-size 16384 --seq-len 80 --layers 1 --width 128 --heads 4 --dropout 0.3 "
+        "--tokenizer bpe --vocab-size 16384 --seq-len 80 --model lstm --layers 1 --width 128 --dropout 0.6 "
         "--global-batch-size 64 --micro-batch-size 32 --learning-rate 2e-3",
         (Goal("val_accuracy", LINEAR), Goal("val_macro_f1", LINEAR)),
         {LINEAR: linear},
@@ -103,9 +103,9 @@ RECIPES: dict[str, TaskRecipe] = {
         "classify",
         "wordnet-relations",
         {"text": "text", "label": "relation"},
-        "--epochs 3",
+        "--epochs 4",
         "--tokenizer bpe --vocab-size 16384 --seq-len 64 --model lstm --layers 1 --width 128 --dropout "
-        "0.4 --global-batch-size 64 --micro-batch-size 32 --learning-rate 3e-3",
+        "0.6 --global-batch-size 64 --micro-batch-size 32 --learning-rate 3e-3",
         (Goal("val_macro_f1", LINEAR, bound=0.85),),
         {LINEAR: linear},
     ),
@@ -113,12 +113,12 @@ RECIPES: dict[str, TaskRecipe] = {
         "classify",
         "debian-sections",
         {"text": "description", "label": "section"},
-        "--epochs 6",
-        "--val-fraction 0.9 --seq-len 64 --layers 1 --width 96 --heads 4 --dropout 0.3 "
+        "--epochs 8",
+        "--val-fraction 0.9 --seq-len 64 --model lstm --layers 1 --width 128 --dropout 0.6 "
         "--global-batch-size 64 --micro-batch-size 32 --learning-rate 1.5e-3",
         (Goal("val_accuracy", SCRATCH), Goal("val_macro_f1", SCRATCH)),
-        before="--tokenizer bpe --vocab-size 4096 --seq-len 64 --layers 1 --width 96 --heads 4 --steps 500 "
-        "--global-batch-size 128 --micro-batch-size 64 --learning-rate 4e-3",
+        before="--tokenizer bpe --vocab-size 4096 --seq-len 64 --model lstm --layers 1 --width 128 "
+        "--dropout 0.1 --steps 2000 --global-batch-size 64 --micro-batch-size 32 --learning-rate 3e-3",
     ),
     "translate": TaskRecipe(
         "translate",

@@ -15,6 +15,7 @@
   scaling     weak and strong scaling, against the compute-only ceiling
   memory      memory of a rank, against a formula
   nanogpt     time to a validation loss, against PyTorch
+  muon        steps to a validation loss: Muon against AdamW
   network     two emulated hosts: all-reduce, steps with overlap, Horovod
   parallel    every grid of 2 and 4 ranks: tokens/s, bytes, memory, bubbles
   strategies  strategies and compressions: loss over steps, time and bytes
@@ -37,15 +38,15 @@ from tf_dist.flags import Parser
 from tf_dist.invocation import program, spelled
 
 NAMES = (
-    "exact", "exact-cost", "comm", "optimizer", "decode", "step", "scaling", "memory", "nanogpt", "network",
-    "parallel", "strategies", "faults", "fault-cost", "tasks",
+    "exact", "exact-cost", "comm", "optimizer", "decode", "step", "scaling", "memory", "nanogpt", "muon",
+    "network", "parallel", "strategies", "faults", "fault-cost", "tasks",
 )  # fmt: skip
 # Others have a module of their own name.
 MODULES = {"faults": "faults.campaign", "fault-cost": "faults.cost"}
 # These take words: names of models or tasks, or the path of a text.
 WITH_WORDS = (
-    "decode", "step", "scaling", "memory", "nanogpt", "parallel", "strategies", "faults", "fault-cost",
-    "tasks",
+    "decode", "step", "scaling", "memory", "nanogpt", "muon", "parallel", "strategies", "faults",
+    "fault-cost", "tasks",
 )  # fmt: skip
 
 

@@ -28,10 +28,11 @@ from tf_dist.version import __version__
 COMMANDS = {
     "train": "train a language model; under mpirun on all ranks",
     "generate": "generate text from a trained model",
+    "chat": "continue what you type, in the terminal or on a page",
     "evaluate": "loss, perplexity and bits per byte of a trained model",
     "prepare": "tokenize text on disk",
     "run": "run a job, and restart it after failures",
-    "checkpoint": "verify, show or convert checkpoints",
+    "checkpoint": "verify, show, convert or export checkpoints",
     "doctor": "list or remove leftovers of dead jobs",
     "bench": "benchmarks",
 }

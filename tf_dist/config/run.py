@@ -27,6 +27,7 @@ from tf_dist.config.recovery import CheckpointOptions, RecoveryOptions
 from tf_dist.config.strategy import StrategyOptions
 from tf_dist.config.task import TaskOptions
 from tf_dist.config.transformer import TransformerOptions
+from tf_dist.errors import UsageError
 from tf_dist.options import Options
 from tf_dist.strategies.base import Setting
 
@@ -79,6 +80,11 @@ class Config(
         setting = Setting(parallelism.above_1, self.backend, self.optimizer.lower())
         self.check_setting(setting, self.on_spike)
         parallelism.check_backend(self.backend)
+        if self.optimizer.lower() == "muon" and self.tensor_parallel > 1:
+            raise UsageError(
+                f"optimizer muon orthonormalises whole matrices, and tensor_parallel {self.tensor_parallel} "
+                "divides them: use tensor_parallel 1, with pipeline_parallel or strategy zero"
+            )
 
     def part(self, component: type[Component]) -> Component:
         """The options of one component, for instance ``config.part(ModelOptions)``."""

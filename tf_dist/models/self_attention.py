@@ -19,6 +19,7 @@ from tf_dist.models import attention, kv_cache
 from tf_dist.models.body_sizes import GPT2, described
 from tf_dist.models.fast_layers import RMSNormalization, rms_norm
 from tf_dist.models.incremental import Span
+from tf_dist.models.kernel_groups import set_groups
 from tf_dist.models.rotary import RotaryEmbedding, Rotation
 
 Heads = tuple[Any, Any, Any]
@@ -65,11 +66,13 @@ class CausalSelfAttention(layers.Layer):
         if self.kv_heads == heads:
             self.query_key_value = self._to_heads(3 * heads, 3, "query_key_value")
             self.query_key_value.build(input_shape)
+            set_groups(self.query_key_value.kernel, 3)
         else:
             self.query = self._to_heads(heads, 1, "query")
             self.key_value = self._to_heads(2 * self.kv_heads, 2, "key_value")
             self.query.build(input_shape)
             self.key_value.build(input_shape)
+            set_groups(self.key_value.kernel, 2)
         self.output_projection = self._contracting(
             width, use_bias=kind.has_bias(), kernel_initializer=_normal(self.output_stddev),
             name="output_projection",

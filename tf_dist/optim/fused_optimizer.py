@@ -1,8 +1,8 @@
 """Fused optimizer step from one flat gradient, in as few operations as the optimizer allows.
 
 An elementwise optimizer (`elementwise.py`) updates blocks of weights, each in one compiled pass: a large
-variable alone and in place, small ones together as one vector (`flat_optimizer_state.py`). All others update
-each variable by itself, as Keras does.
+variable alone and in place, small ones together as one vector (`flat_optimizer_state.py`). Muon has a step of
+its own (`muon.py`). All others update each variable by itself, as Keras does.
 
 Legend: P parameters.
 """
@@ -19,9 +19,9 @@ import tensorflow as tf
 from tf_dist.errors import UsageError
 from tf_dist.optim import elementwise
 from tf_dist.optim.flat_optimizer_state import FlatSlots
+from tf_dist.optim.flat_step import FusedOptimizer
 from tf_dist.optim.layer_lr import lr_scale_of
-from tf_dist.parallel.sharding import part_of
-from tf_dist.parallel.tensor_shard import TensorShard, variable_shard
+from tf_dist.optim.muon import Muon, MuonStep
 
 # A variable of this many elements is a block of its own. Starting a compiled pass takes some 20 us; copying
 # this many weights into a vector and out of it takes as long.
@@ -46,6 +46,8 @@ def optimizer_step(optimizer: Any, variables: Sequence[Any]) -> FusedOptimizer:
     Raises:
         UsageError: the optimizer was built for other variables, or cannot have learning rates by layer.
     """
+    if isinstance(optimizer, Muon):
+        return MuonStep(optimizer, variables)
     reason = elementwise.why_not(optimizer, variables)
     if reason and any(lr_scale_of(variable) != 1 for variable in variables):
         raise UsageError(
@@ -62,49 +64,6 @@ def optimizer_step(optimizer: Any, variables: Sequence[Any]) -> FusedOptimizer:
             "for each model, and after layers have been thawed"
         ) from error
     return BlockStep(optimizer, variables)
-
-
-class FusedOptimizer:
-    """One step of an optimizer from a flat gradient, traced once.
-
-    Args:
-        optimizer: a Keras optimizer, built for ``variables``.
-        variables: Keras variables, in the order of the flat gradient.
-        compiled: whether XLA compiles the step as a whole.
-
-    Attributes:
-        reason: why each variable is updated separately; empty if it is not.
-        has_all_slots: whether this optimizer holds the complete state of each of these variables.
-    """
-
-    reason = ""
-    has_all_slots = True
-
-    def __init__(self, optimizer: Any, variables: Sequence[Any], compiled: bool) -> None:
-        self.optimizer, self.variables = optimizer, list(variables)
-        sizes = [int(np.prod(variable.shape, dtype=np.int64)) for variable in variables]
-        self.parts = [range(end - size, end) for end, size in zip(accumulate(sizes), sizes, strict=True)]
-        signature = [tf.TensorSpec((sum(sizes),), tf.float32), tf.TensorSpec((), tf.float32)]
-        self._step = tf.function(self._graph, signature, jit_compile=compiled, autograph=False)
-
-    def apply(self, gradient_P: np.ndarray | tf.Tensor, scale: Any) -> None:
-        """Take one step with ``scale * gradient``, (P,) float32."""
-        self._step(gradient_P, scale)
-
-    def slot_shards(self, place: int, slot: str) -> list[TensorShard]:
-        """Shards, on this rank, of the state ``slot`` (an attribute of the optimizer) of a variable."""
-        part = part_of(self.variables[place])
-        return [variable_shard(elementwise.slots_of(self.optimizer)[slot][place], part)]
-
-    def shared_variables(self) -> list[Any]:
-        """The optimizer's variables that are the same on all replicas."""
-        return list(self.optimizer.variables)
-
-    def give_back(self) -> None:
-        """Restore the optimizer's own variables, as after separate updates; `apply` may be called again."""
-
-    def _graph(self, gradient_P: tf.Tensor, scale: Any) -> None:
-        raise NotImplementedError
 
 
 class VariableStep(FusedOptimizer):

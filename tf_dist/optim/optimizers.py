@@ -12,6 +12,7 @@ from tf_dist.errors import UsageError
 from tf_dist.models.meta_init import is_deferred
 from tf_dist.optim.layer_lr import scale_learning_rates
 from tf_dist.optim.lr_schedules import schedule
+from tf_dist.optim.muon import Muon
 from tf_dist.spelling import did_you_mean
 
 
@@ -72,6 +73,7 @@ def _optimizer_class(name: str) -> Any:
         for key, value in vars(keras.optimizers).items()
         if isinstance(value, type) and issubclass(value, keras.optimizers.Optimizer)
     }
+    classes["muon"] = Muon  # Keras's keeps no state that could be divided
     wrappers = ("optimizer", "lossscaleoptimizer")
     known = sorted(key for key in classes if key not in wrappers)
     if name.lower() not in known:

@@ -19,7 +19,7 @@ from tf_dist.atomic_io import write_whole
 from tf_dist.config import Config
 from tf_dist.errors import BackendMissing, LaunchError
 from tf_dist.run.metrics_file import read_metrics
-from tf_dist.untrusted_files import read_bytes
+from tf_dist.untrusted_files import read_json
 
 # Which run of a service a folder is; written by us, read as data.
 ID_FILE, ID_BYTES = "reports.json", 1 << 16
@@ -157,7 +157,7 @@ class MLflow:
 
 def _known_ids(folder: Path) -> dict[str, str]:
     try:
-        found = json.loads(read_bytes(folder / ID_FILE, ID_BYTES, follow=False))
+        found = read_json(folder / ID_FILE, ID_BYTES)
     except (OSError, ValueError):
         return {}
     return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}

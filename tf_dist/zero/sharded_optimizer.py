@@ -81,11 +81,14 @@ class ShardedOptimizer:
             optimizer.exclude_from_weight_decay(var_list=undecayed)
         optimizer.build(held)
         self._refuse(variables)
-        self._step = BlockStep(optimizer, held)
+        self._step = self._make_step(held)
         # One call: reading a variable from Python takes as long as many copies of a small one.
         values = [variable.value for variable in held]
         self._read = tf.function(lambda: concat(values), input_signature=[])
         self._copy_parts = tf.function(self._parts_graph, input_signature=[], autograph=False)
+
+    def _make_step(self, held: Sequence[Any]) -> Any:
+        return BlockStep(self.optimizer, held)
 
     def _refuse(self, variables: Sequence[Any]) -> None:
         # All ranks check all variables, so that all of them refuse.

@@ -14,11 +14,13 @@ import tensorflow as tf
 
 from tf_dist.comm.transport.base import Comm
 from tf_dist.comm.transport.reduction_order import slices_of_blocks
+from tf_dist.optim.muon import Muon
 from tf_dist.parallel.buckets import BUCKET_BYTES, divide
 from tf_dist.parallel.flat_buffer import aligned_empty
 from tf_dist.parallel.mesh import Mesh
 from tf_dist.pipeline.runner import PipelineReplica
 from tf_dist.runners.replica import FlatParameters, Replica, as_tensor
+from tf_dist.zero.sharded_muon import ShardedMuon
 from tf_dist.zero.sharded_optimizer import ShardedOptimizer, assign_in_place, values_of
 
 
@@ -38,7 +40,11 @@ class ShardedParameters(FlatParameters):
     def _make_step(self) -> ShardedOptimizer:
         self.comm = self.mesh.replicas
         self.shards = slices_of_blocks(self.parameters, self.comm.size)
-        step = ShardedOptimizer(self.optimizer, self.variables, self.own_shard)
+        step: ShardedOptimizer
+        if isinstance(self.optimizer, Muon):
+            step = ShardedMuon(self.optimizer, self.variables, self.shards, self.comm)
+        else:
+            step = ShardedOptimizer(self.optimizer, self.variables, self.own_shard)
         whole = {one.number for one in step.stretches if one.whole}
         # A part of a variable is updated in a copy, not in the model's own.
         self._others = [i for i in range(len(self.layout.sizes)) if i not in whole]
