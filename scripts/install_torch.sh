@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds .venv-torch with PyTorch, a peer that benchmarks compare with, and `transformers`, the other side of
-# model folders (tests/jobs/test_huggingface.py). Called by `make torch`; nothing else needs it. It has an
+# model folders and of lm_eval (tests/jobs). Called by `make torch`; nothing else needs it. It has an
 # environment of its own: PyTorch and TensorFlow want different versions of shared packages.
 #
 # PyPI's wheel of torch for Linux on x86-64 brings some gigabytes of CUDA packages, and cannot be imported
@@ -24,7 +24,7 @@ if [ -z "${TORCH:-}" ]; then
     [ -n "$version" ] || echo "note: no wheel for CPUs is offered; on Linux x86-64 PyPI's takes some gigabytes of disk"
 fi
 echo "installing $TORCH into $VENV ..."
-with_progress pip install "$TORCH" numpy transformers safetensors || fail "pip could not install $TORCH. TORCH=... chooses another version, PIP_INDEX_URL another index"
+with_progress pip install "$TORCH" numpy wrapt transformers safetensors "lm_eval[hf]" || fail "pip could not install $TORCH. TORCH=... chooses another version, PIP_INDEX_URL another index"
 "$VENV/bin/python" -c '
 import torch, torch.distributed
 assert torch.distributed.is_gloo_available(), "this torch has no gloo"

@@ -21,6 +21,8 @@ PROGRAMS = {
     "run": ["-m", "tf_dist", "run"],
     "checkpoint": ["-m", "tf_dist", "checkpoint"],
     "doctor": ["-m", "tf_dist", "doctor"],
+    "chat": ["-m", "tf_dist", "chat"],
+    "lm-eval": ["-m", "tf_dist", "lm-eval"],
 }
 # Fails where one of these is imported.
 WITHOUT = "import runpy, sys; sys.modules |= dict.fromkeys(('tensorflow', 'keras', 'mpi4py', 'horovod'))\n"

@@ -17,7 +17,10 @@ NAMES = ("nanogpt",)
 # Kinds of models, and whole recipes.
 PRESETS = {
     "nanogpt-cpu": "nanogpt.yaml",
-    **{name: f"presets/{name}.yaml" for name in ("gpt2", "gpt2-small", "llama", "qwen", "bert", "t5")},
+    **{
+        name: f"presets/{name}.yaml"
+        for name in ("gpt2", "gpt2-small", "llama", "qwen", "bert", "t5", "shakespeare")
+    },
 }
 
 

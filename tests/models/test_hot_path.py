@@ -183,7 +183,7 @@ def test_layer_norm():
     assert_close(with_gradients(ours, x, gain, offset), with_gradients(plain_norm, x, gain, offset))
 
 
-@pytest.mark.parametrize("options", [{"axis": 1}, {"center": False}, {"scale": False}, {"axis": [1, 2]}])
+@pytest.mark.parametrize("options", [{"axis": 1}, {"scale": False}, {"axis": [1, 2]}])
 def test_other_layer_norms_are_keras_s(options):
     x = normal(B, T, D)
     ours, keras_s = LayerNormalization(**options), keras.layers.LayerNormalization(**options)

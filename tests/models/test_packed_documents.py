@@ -53,8 +53,10 @@ NEIGHBOURS = [([], []), ([7, END], [8]), ([9, 8, 7, END], [1, 1]), ([7, END, 8, 
 def test_a_documents_logits_do_not_depend_on_its_neighbours(precision):
     model = made(precision=precision, **PACKED)
     alone = logits_of_document(model, [], [])
+    # Elsewhere in a row sums over keys have another order: their last bit, in bfloat16 one of eight.
+    atol = 1e-6 if precision == "float32" else 2**-7 * float(np.abs(alone).max())
     for before, after in NEIGHBOURS[1:]:
-        np.testing.assert_allclose(logits_of_document(model, before, after), alone, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(logits_of_document(model, before, after), alone, rtol=0, atol=atol)
 
 
 def test_those_of_windows_do():

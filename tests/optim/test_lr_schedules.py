@@ -99,5 +99,15 @@ def test_constructors_take_what_get_config_gives():
 
 
 def test_unknown():
-    with pytest.raises(UsageError, match="unknown schedule 'cosin': constant, linear, cosine or 1cycle"):
+    with pytest.raises(UsageError, match="unknown schedule 'cosin': constant, linear, cosine, wsd or 1cycle"):
         schedule("cosin", 10, PEAK, END, 0)
+
+
+def test_wsd_is_stable_and_then_falls_evenly():
+    rates = [float(schedule("wsd", 100, PEAK, END, 10, 0.2)(step)) for step in range(101)]
+    assert rates[:10] == pytest.approx([PEAK * (step + 1) / 10 for step in range(10)])
+    assert rates[10:81] == pytest.approx([PEAK] * 71)
+    assert rates[90] == pytest.approx((PEAK + END) / 2) and rates[100] == pytest.approx(END)
+    made = schedule("wsd", 100, PEAK, END, 0)
+    assert type(made).from_config(made.get_config()).get_config() == made.get_config()
+    assert float(schedule("wsd", 5, PEAK, END, 0, 1.0)(0)) == pytest.approx(PEAK)

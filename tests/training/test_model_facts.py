@@ -148,7 +148,7 @@ def test_a_loss_of_compile_is_not_used():
         # the user's, and may clip by itself; a command's is made with the flags.
         (Trainer.__init__, {"model", "optimizer", "seq_len", "compression", "clip_norm"}),
         # Arguments of one call, as Keras's fit has them: one pass, and no validation unasked.
-        (Trainer.fit, {"steps", "epochs", "eval_every"}),
+        (Trainer.fit, {"steps", "epochs", "eval_every", "callbacks"}),
         (LossSpikes.__init__, set()),
         (ConsistencyCheck.__init__, {"check_every"}),
         (with_restarts, set()),

@@ -30,6 +30,7 @@ COMMANDS = {
     "generate": "generate text from a trained model",
     "chat": "continue what you type, in the terminal or on a page",
     "evaluate": "loss, perplexity and bits per byte of a trained model",
+    "lm-eval": "lm-evaluation-harness on a trained model; under mpirun on all ranks",
     "prepare": "tokenize text on disk",
     "run": "run a job, and restart it after failures",
     "checkpoint": "verify, show, convert or export checkpoints",
@@ -50,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
         Exception: of `train` and `evaluate`, whose ranks end together (`tf_dist.comm.runtime.job_exit`).
     """
     if argv and argv[0] in COMMANDS:
-        code: int = importlib.import_module(f"tf_dist.cli.{argv[0]}").main(list(argv[1:]))
+        code: int = importlib.import_module("tf_dist.cli." + argv[0].replace("-", "_")).main(list(argv[1:]))
         return code
     launch.exit_above_rank_0()
     return terminal.exit_code_of(lambda: _answer(argv))
