@@ -119,7 +119,7 @@ GRIDS = {
 
 @pytest.mark.parametrize(
     "name",
-    ["gpt2", "llama", *(pytest.param(n, marks=pytest.mark.extended) for n in [*MODELS][2:])],
+    [pytest.param(n, marks=[pytest.mark.extended] * (n != "llama")) for n in MODELS],
 )
 def test_there_and_back(outside, launcher, corpus, prepared_dir, name, tmp_path):
     """A step of no length on a grid, and an export: the same bytes; a text goes on as theirs does."""

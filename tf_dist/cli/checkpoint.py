@@ -5,10 +5,11 @@
     tf-dist checkpoint convert runs/latest model.keras
     tf-dist checkpoint convert model.safetensors runs/new
     tf-dist checkpoint export runs/latest hf-folder
+    tf-dist checkpoint export runs/latest model.onnx
 
 Convert: TARGET ends in .safetensors, .weights.h5 or .keras; or PATH does, and TARGET is a run folder with a
 config.yaml and no checkpoints. Export: TARGET is a new folder, with config.json, model.safetensors and
-tokenizer.json, of a GPT-2, Llama, Mistral or Qwen model.
+tokenizer.json, of a GPT-2, Llama, Mistral or Qwen model; or it ends in .savedmodel or .onnx: a graph.
 
 Exit codes: 0; 64 usage; 77 a checkpoint is damaged (verify), or none is usable.
 """
