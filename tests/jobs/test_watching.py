@@ -36,6 +36,9 @@ def test_a_run_that_no_longer_improves_ends_and_is_reported(launcher, small, tmp
     lines = list(csv.DictReader((tmp_path / "run" / "metrics.csv").read_text().splitlines()))
     assert [int(line["step"]) for line in lines] == list(range(1, 9))
     assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
+    again = launcher.start(2, "train.py", *flags, cwd=tmp_path).wait()  # it is over, and stays so
+    assert again.code == 0, again.output
+    assert status(tmp_path / "run")["step"] == 8
     config = (tmp_path / "run" / "config.yaml").read_text()
     assert "normalization: rmsnorm" in config and "position_embedding: rope" in config
 

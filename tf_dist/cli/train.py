@@ -194,6 +194,8 @@ def train(
     show_steps = ShowSteps(show, lambda: trainer.step)
     job.begin()
     more, reports = watchers_of(job)
+    if job.early is not None and job.early.over:  # it has ended early before, and is started again
+        steps = min(steps, trainer.step)
 
     with contextlib.closing(show_steps), contextlib.closing(reports):
         while True:

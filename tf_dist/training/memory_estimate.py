@@ -19,7 +19,7 @@ from tf_dist.parallel.mesh import Mesh
 from tf_dist.parallel.sharding import part_of
 
 # Slots (arrays as large as the weights) of known optimizers; those of others are not counted.
-SLOTS = {"adam": 2, "adamw": 2, "nadam": 2, "adamax": 2, "lion": 1, "adagrad": 1}
+SLOTS = {"adam": 2, "adamw": 2, "muon": 2, "nadam": 2, "adamax": 2, "lion": 1, "adagrad": 1}
 
 
 def check_room(model: keras.Model, config: Config, mesh: Mesh) -> None:
