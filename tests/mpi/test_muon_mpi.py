@@ -12,6 +12,8 @@ from tf_dist.parallel.mesh import Mesh
 pytestmark = pytest.mark.ranks(2, 3)
 
 N = MPI.COMM_WORLD.size
+# Three ranks cut other matrices.
+REPEATED = ("replicated", "zero 2") if N == 2 else ("replicated", "zero 2", "zero 3")
 V, T, G, B, STEPS = 30, 8, 8, 2, 3
 SIZES = {"vocab_size": V, "seq_len": T, "layers": 2, "width": 40, "heads": 4, "seed": 7}
 TOKENS = np.random.default_rng(1).integers(0, V, 700).astype(np.uint16)
@@ -58,7 +60,9 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=[pytest.mark.extended] * (way in REPEATED)) for way in WAYS]
+)
 def test_the_bits_are_those_of_one_rank(connected, serial, way):
     trainer = trained(connected, **WAYS[way])
     assert trainer.check_equal() == serial[0]
@@ -69,6 +73,7 @@ def test_the_bits_are_those_of_one_rank(connected, serial, way):
             np.testing.assert_array_equal(mine, theirs)
 
 
+@pytest.mark.ranks(2)
 def test_some_matrices_are_cut_and_a_run_goes_on_elsewhere(connected, serial, one_folder):
     from tf_dist.training import state_dict
 
