@@ -39,8 +39,8 @@ def error(found, run):
 def test_a_saved_model_has_the_logits(name, tmp_path):
     run = loaded(name)
     assert "tokens (B, 12) int32 -> logits" in export_graph(run, tmp_path / "one.savedmodel")
-    served = tf.saved_model.load(str(tmp_path / "one.savedmodel")).serve(tf.constant(IDS))
-    assert error(np.asarray(served), run) < 1e-5
+    loaded_again = tf.saved_model.load(str(tmp_path / "one.savedmodel"))
+    assert error(np.asarray(loaded_again.serve(tf.constant(IDS))), run) < 1e-5
     with pytest.raises(UsageError, match="is there: choose another"):
         export_graph(run, tmp_path / "one.savedmodel")
     assert [path.name for path in tmp_path.iterdir()] == ["one.savedmodel"]

@@ -56,6 +56,7 @@ def _function(run: LoadedRun) -> tuple[Any, Any]:
 
 def _write_saved_model(run: LoadedRun, target: Path) -> None:
     import keras
+    import tensorflow as tf
 
     if os.path.lexists(target):
         raise UsageError(f"{target} is there: choose another folder")
@@ -65,7 +66,9 @@ def _write_saved_model(run: LoadedRun, target: Path) -> None:
     archive.track(run.model)
     archive.add_endpoint("serve", lambda tokens: run.model(tokens, training=False), input_signature=[spec])
     try:
-        archive.write_out(str(made), verbose=False)
+        # Gradients are for training, and those of loops cannot be saved.
+        options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
+        archive.write_out(str(made), options=options, verbose=False)
         os.replace(made, target)
         sync_folder(target.parent)
     except OSError as error:
