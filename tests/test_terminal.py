@@ -1,6 +1,7 @@
 """Text of anybody on a terminal: nothing that it obeys, and no error where it cannot be shown."""
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -74,3 +75,11 @@ def test_errors_of_a_program(error, code, said, capsys, monkeypatch):
 
     assert terminal.exit_code_of(program) == code
     assert capsys.readouterr().err.startswith(said)
+
+
+def test_a_line_of_json_stays_json():
+    """Models write anything: DEL, C1 and overrides of direction are escaped as JSON has it."""
+    row = {"text": "".join(map(chr, (0, 9, 10, 13, 27, 0x7F, 0x85, 0x9B, 0x202E, 0x2066, 0xFC, 0x6F22)))}
+    line = terminal.json_line(row)
+    assert terminal.printable(line) == line and json.loads(line) == row
+    assert "ü漢" in line

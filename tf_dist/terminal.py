@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import json
 import os
 import re
 import select
 import sys
 from collections.abc import Callable
-from typing import TextIO
+from typing import Any, TextIO
 
 from tf_dist.errors import TfDistError, of_memory
 
@@ -29,6 +30,12 @@ OBEYED = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2
 def printable(text: str) -> str:
     """Text in which nothing is left that a terminal obeys; line feeds and tabs stay."""
     return OBEYED.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), text)
+
+
+def json_line(value: Any) -> str:
+    """JSON on one line, in which nothing is left that `printable` would escape: it would be JSON no more."""
+    text = json.dumps(value, ensure_ascii=False)
+    return OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def write(text: str, stream: TextIO | None = None, end: str = "\n") -> bool:

@@ -13,7 +13,6 @@ Exit codes: 0 done, 64 usage, 65 a character outside the model's vocabulary, or 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from typing import TYPE_CHECKING
@@ -119,7 +118,7 @@ def write_lines(
         for task.done, (text, one) in enumerate(zip(texts, made, strict=True), 1):
             row = {"prompt": text or "", "text": run.tokenizer.decode(one.ids), "tokens": len(one.ids)}
             row |= {"ended": one.ended, "log_probability": one.log_probability, "score": one.score}
-            if not terminal.write(json.dumps(row, ensure_ascii=False)):
+            if not terminal.write(terminal.json_line(row)):
                 return terminal.CLOSED_PIPE
     return 0
 

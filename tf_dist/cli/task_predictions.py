@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,7 +56,7 @@ def write_predictions(run: LoadedRun, flags: argparse.Namespace, chosen: Samplin
     with progress.task("predicting") as task_shown:
         for number, (given, text) in enumerate(made, 1):
             task_shown.done = number
-            row = json.dumps({**given, "prediction": text}, ensure_ascii=False)
+            row = terminal.json_line({**given, "prediction": text})
             if not terminal.write(text if one else row):
                 return terminal.CLOSED_PIPE
     return 0
