@@ -8,12 +8,15 @@ import pytest
 from launching import ROOT
 
 PYTHON = ROOT / ".venv-torch" / "bin" / "python"
+# What all tasks begin with.
+DATA = """
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+"""
 CHOICES = """
 task: made_choices
-dataset_path: json
-dataset_kwargs: {data_files: {test: DATA}}
 output_type: multiple_choice
-test_split: test
 doc_to_text: "{{text}}"
 doc_to_choice: ["the cat", "a dog and", "of"]
 doc_to_target: "{{label}}"
@@ -21,20 +24,14 @@ metric_list: [{metric: acc}, {metric: acc_norm}]
 """
 ROLLING = """
 task: made_text
-dataset_path: json
-dataset_kwargs: {data_files: {test: DATA}}
 output_type: loglikelihood_rolling
-test_split: test
 doc_to_text: ""
 doc_to_target: "{{text}} {{text}}"
 metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]
 """
 GREEDY = """
 task: made_greedy
-dataset_path: json
-dataset_kwargs: {data_files: {test: DATA}}
 output_type: generate_until
-test_split: test
 doc_to_text: "{{text}}"
 doc_to_target: "{{answer}}"
 generation_kwargs: {until: ["\\n"], max_gen_toks: 4}
@@ -52,7 +49,7 @@ def tasks(tmp_path_factory):
     ]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, text in (("choices", CHOICES), ("text", ROLLING), ("greedy", GREEDY)):
-        (folder / f"{name}.yaml").write_text(text.replace("DATA", str(folder / "data.jsonl")))
+        (folder / f"{name}.yaml").write_text(DATA.replace("FILE", str(folder / "data.jsonl")) + text)
     return folder
 
 

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from strong_weights import strong
 
 from tf_dist.config import Config
 from tf_dist.models.build import build
@@ -15,14 +16,6 @@ from tf_dist.runners.cached_forward import CachedModel
 B, T, V, D = 3, 16, 23, 24
 IDS = np.random.default_rng(0).integers(0, V, (B, T)).astype(np.int32)
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.06}
-
-
-def strong(model):
-    """The model with weights that make everything matter: those it begins with are small."""
-    for number, variable in enumerate(model.trainable_variables):
-        noise = np.random.default_rng(number).standard_normal(variable.shape).astype(np.float32)
-        variable.assign(variable.numpy() + 0.3 * noise)
-    return model
 
 
 def made(**values):

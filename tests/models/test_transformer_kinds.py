@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from strong_weights import strong
 
 from tf_dist.config import Config
 from tf_dist.config.rope_scaling import RopeScaling
@@ -29,13 +30,6 @@ KINDS = {
     "bert": {"norm_order": "post", "activation": "gelu-tanh", "norm_epsilon": 1e-12},
     "bare": {"bias": "none", "activation": "relu", "position_embedding": "none", "ffn_width": 40},
 }
-
-
-def strong(model):
-    for number, variable in enumerate(model.trainable_variables):
-        noise = np.random.default_rng(number).standard_normal(variable.shape).astype(np.float32)
-        variable.assign(variable.numpy() + 0.3 * noise)
-    return model
 
 
 def config(kind, **more):

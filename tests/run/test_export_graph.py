@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tensorflow as tf
+from strong_weights import strong
 
 from tf_dist.config import Config
 from tf_dist.errors import UsageError
@@ -23,11 +24,7 @@ IDS = np.random.default_rng(1).integers(0, V, (3, T)).astype(np.int32)
 
 def loaded(name):
     config = Config(vocab_size=V, seq_len=T, width=16, heads=4, layers=2, **MODELS[name])
-    model = build(config)
-    for number, weight in enumerate(model.weights):
-        noise = np.random.default_rng(number).standard_normal(weight.shape)
-        weight.assign(np.asarray(weight) + 0.3 * noise.astype(np.float32))
-    return SimpleNamespace(config=config, model=model, step=7)
+    return SimpleNamespace(config=config, model=strong(build(config)), step=7)
 
 
 def error(found, run):

@@ -84,22 +84,15 @@ def write_one(run: LoadedRun, forward: CachedForward, prompt: Ids, sampling: Sam
     """Print a prompt and its continuation, as it comes; the exit code."""
     from tf_dist.models.build import packed_end
     from tf_dist.run.generate import continuation
+    from tf_dist.run.text_stream import whole_characters
 
-    ids = [int(i) for i in prompt]
-    text = shown = run.tokenizer.decode(ids)
     tokens = progressing(continuation(forward, prompt, count, sampling, packed_end(run.config)), count)
     first = list(islice(tokens, 1))  # takes the longest: the model is compiled
-    read = terminal.write(shown, end="")
-    for token in chain(first, tokens):
-        ids.append(token)
-        # A character may need several tokens: decode all, print what is new and whole.
-        text = run.tokenizer.decode(ids)
-        if not text.endswith(("\N{REPLACEMENT CHARACTER}", "\r")):
-            read = terminal.write(text[len(shown) :], end="")
-            shown = text
-        if not read:  # `| head` has what it wanted
+    terminal.write(run.tokenizer.decode([int(i) for i in prompt]), end="")
+    for piece in whole_characters(run.tokenizer, prompt, chain(first, tokens)):
+        if not terminal.write(piece, end=""):  # `| head` has what it wanted
             return terminal.CLOSED_PIPE
-    terminal.write(text[len(shown) :])
+    terminal.write("")
     return 0
 
 

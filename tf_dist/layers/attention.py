@@ -5,20 +5,15 @@ Legend: B rows, T tokens, D width, H heads, h of them on this rank, G heads of k
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from tf_dist.comm.transport.base import Comm
-from tf_dist.config.transformer import TransformerOptions
 from tf_dist.layers import mappings
 from tf_dist.layers.dense import ColumnParallelDense, RowParallelDense
 from tf_dist.layers.partitioned_weights import talks
-from tf_dist.models import attention
-from tf_dist.models.body_sizes import GPT2
 from tf_dist.models.cross_attention import CrossAttention
 from tf_dist.models.self_attention import CausalSelfAttention
 from tf_dist.partition import must_divide, share
@@ -31,8 +26,8 @@ class _ParallelHeads(keras.layers.Layer):
     kv_heads: int
     attention_dropout: keras.layers.Layer
 
-    def _divide(self, comm: Comm) -> None:
-        """Take this rank's share of the heads, once the layer's constructor has run."""
+    def __init__(self, *args: Any, comm: Comm, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         must_divide(comm.size, "heads", self.heads, "tensor_parallel")
         must_divide(comm.size, "kv_heads", self.kv_heads, "tensor_parallel")
         self._comm = comm
@@ -76,21 +71,6 @@ class ParallelSelfAttention(_ParallelHeads, CausalSelfAttention):
         UsageError: on every rank: the number of ranks does not divide the heads, or those of keys and values.
     """
 
-    def __init__(
-        self,
-        heads: int,
-        dropout: float,
-        output_stddev: float,
-        attend: Callable[..., Any] = attention.attention,
-        kind: TransformerOptions | dict[str, Any] = GPT2,
-        places: np.ndarray | None = None,
-        *,
-        comm: Comm,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(heads, dropout, output_stddev, attend, kind, places, **kwargs)
-        self._divide(comm)
-
 
 class ParallelCrossAttention(_ParallelHeads, CrossAttention):
     """`CrossAttention` with H / R heads on each of R ranks, as `ParallelSelfAttention`.
@@ -105,16 +85,3 @@ class ParallelCrossAttention(_ParallelHeads, CrossAttention):
     Raises:
         UsageError: on every rank: the number of ranks does not divide the heads.
     """
-
-    def __init__(
-        self,
-        heads: int,
-        dropout: float,
-        output_stddev: float,
-        kind: TransformerOptions | dict[str, Any] = GPT2,
-        *,
-        comm: Comm,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(heads, dropout, output_stddev, kind, **kwargs)
-        self._divide(comm)

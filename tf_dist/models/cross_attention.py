@@ -86,7 +86,7 @@ class CrossAttention(layers.Layer):
             bias: of the scores: 0 or `MASKED`, (B, 1, 1, S).
             training: whether dropout is active.
         """
-        (q_BxHxTxK,) = _heads(self.query(x), self.own_heads, 1)
+        (q_BxHxTxK,) = attention.split_heads(self.query(x), self.own_heads, 1)
         k_BxHxSxK, v_BxHxSxK = self._keys_and_values(memory)
         if training and self.dropout:
             attended_BxHxTxK = attention.attention_with_dropout(
@@ -98,7 +98,7 @@ class CrossAttention(layers.Layer):
 
     def _keys_and_values(self, memory: Any) -> list[Any]:
         """Of the source, (B, H, S, K) each, for all of this rank's queries."""
-        parts = _heads(self.key_value(memory), self.own_kv_heads, 2)
+        parts = attention.split_heads(self.key_value(memory), self.own_kv_heads, 2)
         return [attention.repeat_heads(one, self.own_heads) for one in parts]
 
     bounded = True
@@ -113,7 +113,7 @@ class CrossAttention(layers.Layer):
         if memory is not None:
             cache = (*self._keys_and_values(memory), bias)
         k_BxHxSxK, v_BxHxSxK, bias = cache
-        (q_BxHxNxK,) = _heads(self.query(x), self.own_heads, 1)
+        (q_BxHxNxK,) = attention.split_heads(self.query(x), self.own_heads, 1)
         attended_BxHxNxK = attention.biased_attention(q_BxHxNxK, k_BxHxSxK, v_BxHxSxK, bias)
         return self.output_projection(attention.join_heads(attended_BxHxNxK)), cache
 
@@ -130,10 +130,3 @@ class CrossAttention(layers.Layer):
             "output_stddev": self.output_stddev,
             **described(self.kind),
         }
-
-
-def _heads(x_BxNxC: tf.Tensor, heads: int, parts: int) -> list[Any]:
-    """Split one projection into ``parts`` arrays, (B, H, N, K) each."""
-    N, K = x_BxNxC.shape[1], x_BxNxC.shape[2] // (parts * heads)
-    split_BxNxPxHxK = tf.reshape(x_BxNxC, (-1, N, parts, heads, K))
-    return list(tf.unstack(tf.transpose(split_BxNxPxHxK, (2, 0, 3, 1, 4)), parts))

@@ -41,17 +41,11 @@ def export_graph(run: LoadedRun, target: Path) -> str:
     return f"the graph of step {run.step} is in {target}: tokens (B, {run.config.seq_len}) int32 -> logits"
 
 
-def _function(run: LoadedRun) -> tuple[Any, Any]:
-    """The model as a compiled function, and the specification of its input."""
+def _input(run: LoadedRun) -> Any:
+    """The specification of the model's input."""
     import tensorflow as tf
 
-    spec = tf.TensorSpec((None, run.config.seq_len), tf.int32, name="tokens")
-
-    @tf.function(input_signature=[spec], autograph=False)  # type: ignore[untyped-decorator]
-    def serve(tokens: Any) -> dict[str, Any]:
-        return {"logits": tf.cast(run.model(tokens, training=False), tf.float32)}
-
-    return serve, spec
+    return tf.TensorSpec((None, run.config.seq_len), tf.int32, name="tokens")
 
 
 def _write_saved_model(run: LoadedRun, target: Path) -> None:
@@ -60,11 +54,12 @@ def _write_saved_model(run: LoadedRun, target: Path) -> None:
 
     if os.path.lexists(target):
         raise UsageError(f"{target} is there: choose another folder")
-    _, spec = _function(run)
     made = temporary_name(target)
     archive = keras.export.ExportArchive()
     archive.track(run.model)
-    archive.add_endpoint("serve", lambda tokens: run.model(tokens, training=False), input_signature=[spec])
+    archive.add_endpoint(
+        "serve", lambda tokens: run.model(tokens, training=False), input_signature=[_input(run)]
+    )
     try:
         # Gradients are for training, and those of loops cannot be saved.
         options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
@@ -82,6 +77,13 @@ def _write_onnx(run: LoadedRun, target: Path) -> None:
         import tf2onnx
     except ImportError as error:
         raise BackendMissing("ONNX files need a package: pip install tf2onnx") from error
-    serve, spec = _function(run)
+    import tensorflow as tf
+
+    spec = _input(run)
+
+    @tf.function(input_signature=[spec], autograph=False)  # type: ignore[untyped-decorator]
+    def serve(tokens: Any) -> dict[str, Any]:
+        return {"logits": tf.cast(run.model(tokens, training=False), tf.float32)}
+
     made, _ = tf2onnx.convert.from_function(serve, input_signature=[spec], opset=OPSET)
     write_whole(target, made.SerializeToString(), CheckpointError)

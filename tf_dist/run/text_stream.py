@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
+from tf_dist.data.tokenizer import Tokenizer
 from tf_dist.decoding.forward import CachedForward
 from tf_dist.errors import DataError
 from tf_dist.run.generate import Sampling, continuation
 from tf_dist.run.load_run import LoadedRun
 
 UNFINISHED = ("\N{REPLACEMENT CHARACTER}", "\r")
+
+
+def whole_characters(tokenizer: Tokenizer, prompt: Iterable[int], tokens: Iterable[int]) -> Iterator[str]:
+    """Yield the text of tokens that follow a prompt, in pieces: a character may need several tokens."""
+    ids = [int(one) for one in prompt]
+    shown = whole = tokenizer.decode(ids)
+    for token in tokens:
+        ids.append(token)
+        whole = tokenizer.decode(ids)
+        if not whole.endswith(UNFINISHED):
+            yield whole[len(shown) :]
+            shown = whole
+    if len(whole) > len(shown):
+        yield whole[len(shown) :]
 
 
 class TextStream:
@@ -47,15 +62,6 @@ class TextStream:
 
         self.check(text)
         tokenizer = self._run.tokenizer
-        ids = [int(one) for one in tokenizer.encode(text)]
-        shown = whole = tokenizer.decode(ids)
         prompt = tokenizer.encode(text)
-        for token in continuation(self._forward, prompt, tokens, sampling, packed_end(self._run.config)):
-            ids.append(token)
-            # A character may need several tokens: decode all, give what is new and whole.
-            whole = tokenizer.decode(ids)
-            if not whole.endswith(UNFINISHED):
-                yield whole[len(shown) :]
-                shown = whole
-        if len(whole) > len(shown):
-            yield whole[len(shown) :]
+        made = continuation(self._forward, prompt, tokens, sampling, packed_end(self._run.config))
+        yield from whole_characters(tokenizer, prompt, made)

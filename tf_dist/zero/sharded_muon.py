@@ -32,7 +32,7 @@ class ShardedMuon(ShardedOptimizer):
     Args:
         optimizer: not built yet.
         variables: the model's trainable variables, in the order of the flat array.
-        shards: the elements of each rank, (R,).
+        shards: the elements of each rank, (R,); kept.
         comm: the ranks; a step is a collective.
 
     Raises:
@@ -44,14 +44,14 @@ class ShardedMuon(ShardedOptimizer):
     def __init__(
         self, optimizer: Muon, variables: Sequence[Any], shards: Sequence[slice], comm: Comm
     ) -> None:
-        self._shards, self._comm = shards, comm
+        self.shards, self._comm = shards, comm
         super().__init__(optimizer, variables, shards[comm.rank])
 
     def _refuse(self, variables: Sequence[Any]) -> None:
         check_whole(variables)
 
     def _make_step(self, held: Sequence[Any]) -> _Step:
-        return _Step(self, held, FlatLayout([variable.shape for variable in self.variables]))
+        return _Step(self, FlatLayout([variable.shape for variable in self.variables]))
 
     def exchange(self, own_C: np.ndarray, places: Sequence[slice]) -> np.ndarray:
         """All-gather the directions of cut matrices, (C,); a collective."""
@@ -60,18 +60,12 @@ class ShardedMuon(ShardedOptimizer):
         self._comm.allgather(everyone, list(places))
         return everyone
 
-    @property
-    def shards(self) -> Sequence[slice]:
-        """The elements of each rank."""
-        return self._shards
-
 
 class _Step:
     """The step of a shard, in two compiled functions with an exchange between them."""
 
-    def __init__(self, owner: ShardedMuon, held: Sequence[Any], layout: FlatLayout) -> None:
-        self._owner, self._held = owner, list(held)
-        self._layout = layout
+    def __init__(self, owner: ShardedMuon, layout: FlatLayout) -> None:
+        self._owner, self._layout = owner, layout
         cut = [i for i, variable in enumerate(owner.variables) if is_matrix(variable) and self._is_cut(i)]
         self._cut_places = _places(cut, layout, owner.shards)
         self._first = {}
@@ -109,19 +103,16 @@ class _Step:
     def give_back(self) -> None:
         """As in `FusedOptimizer`."""
 
-    def _slots(self, one: VariableSlice, at: int) -> tuple[Any, Any]:
-        slots = elementwise.slots_of(self._owner.optimizer)
-        return slots["_momentums"][at], slots["_velocities"][at]
-
     def _elementwise_graph(self, gradient_S: tf.Tensor, scale: Any) -> None:
         """Momentum of all, and the whole step of what is no matrix."""
         optimizer = self._owner.optimizer
+        slots = elementwise.slots_of(optimizer)
+        both = zip(slots["_momentums"], slots["_velocities"], strict=True)
         rate, start = tf.convert_to_tensor(optimizer.learning_rate), 0
-        for at, one in enumerate(self._owner.stretches):
+        for one, (momentum, velocity) in zip(self._owner.stretches, both, strict=True):
             shape, stop = one.variable.shape, start + len(one.inner)
             gradient = tf.reshape(gradient_S[start:stop] * scale, shape)
             start = stop
-            momentum, velocity = self._slots(one, at)
             if one.number in self._directions:
                 m, direction = optimizer.direction(gradient, momentum.value)
                 self._directions[one.number].assign(tf.reshape(direction, (-1,)))
